@@ -1,0 +1,53 @@
+# Needs Python 3.11 or newer, pip and make; everything else is installed into $(VENV).
+
+PYTHON ?= python3
+VENV ?= .venv
+# Pinned versions; `make CONSTRAINTS= ...` takes the newest that the bounds allow.
+CONSTRAINTS ?= constraints.txt
+# Parallel test processes; each compiles, so more than the cores only costs memory.
+JOBS ?= 2
+# Further arguments: `make test ARGS='-k polar'`, `make demo ARGS=--help`.
+ARGS ?=
+
+BIN := $(VENV)/bin
+SOURCES := gum_optax experiments tests $(wildcard notebooks)
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+# One stamp for each way of setting up: another Python or other pins set up anew.
+STAMP := $(VENV)/.installed-$(VERSION)-$(or $(notdir $(CONSTRAINTS)),newest)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+demo: $(STAMP) ## Run the demonstration
+	$(BIN)/python -m experiments.demo $(ARGS)
+
+test: lint ## Run lint, then all tests and documented examples
+	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+lint: $(STAMP) ## Check style, formatting and types
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(STAMP) ## Rewrite the sources in the house style
+	$(BIN)/ruff check --fix-only $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+clean: ## Remove the environment, caches and builds (results and runs stay)
+	rm -rf $(VENV) build dist .hypothesis .pytest_cache .ruff_cache
+	find $(wildcard $(SOURCES)) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMP): pyproject.toml $(CONSTRAINTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "gum_optax needs Python 3.11 or newer; '$(PYTHON)' is $(or $(VERSION),not to be found)." >&2; \
+	  echo "Name another: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@echo "Setting up $(VENV): Python $(VERSION), $(or $(CONSTRAINTS),newest versions) (minutes, the first time)"
+	@rm -f $(VENV)/.installed-*
+	@$(BIN)/python -c 'import pip, sys; sys.exit("%d.%d" % sys.version_info[:2] != "$(VERSION)")' 2>/dev/null \
+	  || $(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install -qq --disable-pip-version-check \
+	  $(if $(CONSTRAINTS),-c $(CONSTRAINTS),--upgrade --upgrade-strategy eager) -e '.[experiments,test]'
+	@touch $@
