@@ -1,0 +1,58 @@
+"""Lets ``optax.inject_hyperparams`` handle factories that have structural arguments.
+
+``inject_hyperparams`` sorts a factory's arguments by type: numbers become arrays in the state, and
+callables become schedules. That is right for a learning rate and wrong for a rank (it decides
+shapes), a projector or a mask (they are functions, not schedules). optax asks every user to list
+such arguments in ``static_args``; here the factory says so itself.
+
+``inject_hyperparams`` binds arguments through ``inspect.signature(factory)``. The signature given
+to it puts every structural argument into a box that is neither a number nor a callable, and the
+factory takes it out again.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+_Factory = TypeVar("_Factory", bound=Callable[..., Any])
+
+
+class _Structural(NamedTuple):
+    value: Any
+
+
+class _BoxingSignature(inspect.Signature):
+    injectable: frozenset[str] = frozenset()
+
+    def bind(self, *args: Any, **kwargs: Any) -> inspect.BoundArguments:
+        bound = super().bind(*args, **kwargs)
+        bound.apply_defaults()
+        for name, value in bound.arguments.items():
+            if name not in self.injectable:
+                bound.arguments[name] = _Structural(value)
+        return bound
+
+
+def injectable(*names: str) -> Callable[[_Factory], _Factory]:
+    """Declares which arguments of a factory ``optax.inject_hyperparams`` may make dynamic."""
+
+    def decorate(factory: _Factory) -> _Factory:
+        plain = inspect.signature(factory)
+        signature = _BoxingSignature(
+            list(plain.parameters.values()), return_annotation=plain.return_annotation
+        )
+        signature.injectable = frozenset(names)
+
+        @functools.wraps(factory)
+        def unboxing(*args: Any, **kwargs: Any) -> Any:
+            return factory(*map(_unbox, args), **{k: _unbox(v) for k, v in kwargs.items()})
+
+        unboxing.__signature__ = signature  # type: ignore[attr-defined]
+        return unboxing  # type: ignore[return-value]
+
+    return decorate
+
+
+def _unbox(value: Any) -> Any:
+    return value.value if isinstance(value, _Structural) else value

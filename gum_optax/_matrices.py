@@ -1,0 +1,119 @@
+"""Sends matrices to one transformation and everything else to another."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import optax
+
+from gum_optax import dimension_numbers as dims
+from gum_optax._state import is_placeholder
+from gum_optax._typing import DimensionNumbers, PyTree
+
+
+def partition_matrices(
+    for_matrices: Callable[[PyTree], optax.GradientTransformation],
+    fallback: optax.GradientTransformation,
+    weight_dimension_numbers: DimensionNumbers | None,
+) -> optax.GradientTransformationExtraArgs:
+    """Partitions a tree into matrices and the rest, from the tree that each call is given.
+
+    Labels are worked out at every call (they depend on shapes and paths alone), because a tree of
+    labels made at ``init`` does not fit where containers differ between ``init`` and ``update``, as
+    under Flax NNX.
+
+    Args:
+      for_matrices: from the tree of dimension numbers, the transformation of the matrices.
+      fallback: the transformation of all other leaves.
+      weight_dimension_numbers: see `dimension_numbers.resolve`.
+    """
+
+    def bind(tree: PyTree) -> optax.GradientTransformationExtraArgs:
+        if is_placeholder(tree):
+            numbers = labels = {}
+        else:
+            resolved = dims.resolve(tree, weight_dimension_numbers)
+            treedef = jax.tree.structure(tree)
+            labels = treedef.unflatten(["fallback" if x is None else "matrix" for x in resolved])
+            numbers = tree_of_numbers(tree, resolved)
+        return optax.partition({"matrix": for_matrices(numbers), "fallback": fallback}, labels)
+
+    def init(params: PyTree) -> Any:
+        if weight_dimension_numbers is None and not is_placeholder(params):
+            dims.warn_of_ambiguous_leaves(params)
+        return bind(params).init(params)
+
+    def update(
+        updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any
+    ) -> tuple[PyTree, Any]:
+        return bind(updates).update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def tree_of_numbers(tree: PyTree, numbers: Sequence[dims.MuonDimensionNumbers | None]) -> PyTree:
+    """Dimension numbers as a tree, ``optax.MaskedNode`` standing for leaves of the fallback."""
+    return jax.tree.structure(tree).unflatten(
+        [optax.MaskedNode() if x is None else x for x in numbers]
+    )
+
+
+def encode_matrices(tree: PyTree, numbers: PyTree) -> PyTree:
+    """Turns leaves into ``[*batch, rows, columns]``; leaves of the fallback become masked nodes."""
+
+    def encode(number: Any, leaf: Any) -> Any:
+        if isinstance(number, optax.MaskedNode):
+            return number
+        return _to_matrix(leaf, number)
+
+    return jax.tree.map(encode, numbers, tree, is_leaf=_is_number)
+
+
+def _is_number(node: Any) -> bool:
+    return isinstance(node, dims.MuonDimensionNumbers | optax.MaskedNode)
+
+
+def as_matrices(
+    inner: optax.GradientTransformation, numbers: PyTree
+) -> optax.GradientTransformationExtraArgs:
+    """Shows leaves to ``inner`` as ``[*batch, rows, columns]``, rows being the reduction axes.
+
+    Args:
+      inner: a transformation of matrices.
+      numbers: a tree of ``MuonDimensionNumbers`` like the parameters.
+    """
+    inner = optax.with_extra_args_support(inner)
+
+    def encode(tree: PyTree) -> PyTree:
+        return encode_matrices(tree, numbers)
+
+    def init(params: PyTree) -> Any:
+        # Only shapes matter to a low-rank state, and `params` may hold nothing but shapes.
+        return inner.init(params if is_placeholder(params) else jax.eval_shape(encode, params))
+
+    def update(
+        updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any
+    ) -> tuple[PyTree, Any]:
+        encoded, state = inner.update(
+            encode(updates), state, None if params is None else encode(params), **extra_args
+        )
+        return jax.tree.map(_from_matrix, updates, numbers, encoded), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _to_matrix(leaf: jax.Array, numbers: dims.MuonDimensionNumbers) -> jax.Array:
+    batch, reduction, output = dims.axes(leaf.shape, numbers)
+    sizes = [math.prod(leaf.shape[axis] for axis in side) for side in (reduction, output)]
+    ordered = leaf.transpose(batch + reduction + output)
+    return ordered.reshape(*ordered.shape[: len(batch)], *sizes)
+
+
+def _from_matrix(
+    like: jax.Array, numbers: dims.MuonDimensionNumbers, matrix: jax.Array
+) -> jax.Array:
+    batch, reduction, output = dims.axes(like.shape, numbers)
+    order = batch + reduction + output
+    ordered = matrix.reshape([like.shape[axis] for axis in order])
+    return ordered.transpose([order.index(axis) for axis in range(like.ndim)])

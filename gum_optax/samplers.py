@@ -1,0 +1,164 @@
+"""Samplers: how many matrices of a stack are full-rank for a period, and which.
+
+A sampler is a function from the number of matrices N of a stack to a `Sampling`; any function of
+that signature plugs into ``low_rank(sampler=...)``. The gradient estimate is unbiased if each
+matrix is drawn with exactly the probability that the sampler states (arXiv 2510.17802).
+
+Example:
+  A sampler that always takes the first matrix of a stack (and is biased, so good for tests alone):
+
+  >>> import jax.numpy as jnp
+  >>> from gum_optax import samplers
+  >>> def first(count):
+  ...     return samplers.Sampling(1, 1 / count, lambda key: jnp.zeros(1, jnp.int32))
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gum_optax import _checks
+
+
+class Sampling(NamedTuple):
+    """How one stack of N matrices is sampled.
+
+    Attributes:
+      slots: number of dense slots that the state holds for the stack.
+      probability: q, the probability that a given matrix is full-rank in a period. At 1 the stack
+        is dense: the base runs on it uncompressed.
+      draw: ``key -> int32[slots]``, the matrix that each slot serves for the period; N stands for
+        an empty slot. No matrix may be given twice.
+    """
+
+    slots: int
+    probability: float
+    draw: Callable[[jax.Array], jax.Array]
+
+
+Sampler = Callable[[int], Sampling]
+
+
+def fixed_size(full_rank_layers: int) -> Sampler:
+    """Draws exactly gamma of the N matrices of a stack, without replacement.
+
+    Each matrix is full-rank with probability exactly ``q = gamma / N``, and the state holds gamma
+    dense slots whatever is drawn.
+
+    Args:
+      full_rank_layers: gamma, an int >= 0, clipped to ``N // 2``. A stack of a single matrix is
+        dense. Zero is `none`.
+
+    Returns:
+      The sampler.
+
+    Raises:
+      TypeError, ValueError: if ``full_rank_layers`` is not an int >= 0.
+
+    Example:
+      >>> from gum_optax import samplers
+      >>> sampling = samplers.fixed_size(2)(8)
+      >>> sampling.slots, sampling.probability
+      (2, 0.25)
+
+    References:
+      Pan et al., arXiv 2510.17802, where q = gamma / N_L.
+    """
+    gamma = _checks.non_negative_int("full_rank_layers", full_rank_layers)
+
+    def sampler(count: int) -> Sampling:
+        if gamma == 0:
+            return none(count)
+        slots = min(gamma, count // 2)
+        if slots == 0:
+            return Sampling(count, 1.0, lambda key: jnp.arange(count, dtype=jnp.int32))
+        return Sampling(
+            slots,
+            slots / count,
+            lambda key: jax.random.permutation(key, count)[:slots].astype(jnp.int32),
+        )
+
+    return sampler
+
+
+def bernoulli(probability: float) -> Sampler:
+    """Draws each matrix independently with the given probability.
+
+    The number drawn is random, so the state holds N dense slots: no memory is saved over full
+    momentum. It is for stacks of a single matrix, as in the paper's counterexample, and for
+    studies.
+
+    Args:
+      probability: q, a number in (0, 1).
+
+    Returns:
+      The sampler.
+
+    Raises:
+      TypeError, ValueError: if ``probability`` is not a number in (0, 1).
+
+    Example:
+      >>> from gum_optax import samplers
+      >>> samplers.bernoulli(0.5)(1).slots
+      1
+
+    References:
+      Pan et al., arXiv 2510.17802, Figure 1.
+    """
+    _checks.hyperparameter("probability", probability)
+    q = float(probability)
+    if not 0.0 < q < 1.0:
+        raise ValueError(
+            f"`probability` must lie strictly between 0 and 1, got {probability!r}; for 0 use "
+            "`samplers.none`, for 1 use the base optimizer without `low_rank`."
+        )
+
+    def sampler(count: int) -> Sampling:
+        def draw(key: jax.Array) -> jax.Array:
+            drawn = jax.random.bernoulli(key, q, (count,))
+            return jnp.where(drawn, jnp.arange(count), count).astype(jnp.int32)
+
+        return Sampling(count, q, draw)
+
+    return sampler
+
+
+def none(count: int) -> Sampling:
+    """Draws nothing: every matrix is low-rank. This is GaLore, and it is biased.
+
+    Args:
+      count: N, the number of matrices in the stack.
+
+    Returns:
+      A `Sampling` without slots.
+
+    Example:
+      >>> from gum_optax import samplers
+      >>> samplers.none(8).slots
+      0
+    """
+    del count
+    return Sampling(0, 0.0, lambda key: jnp.zeros((0,), jnp.int32))
+
+
+def resolve(sampler: Any, count: int) -> Sampling:
+    """Calls a sampler for a stack of ``count`` matrices and checks what it returns."""
+    sampling = _checks.function("sampler", sampler, "(count) -> samplers.Sampling")(count)
+    if not isinstance(sampling, Sampling):
+        raise TypeError(
+            f"`sampler` must return a samplers.Sampling, got {sampling!r} of type "
+            f"{type(sampling).__name__} for a stack of {count} matrices."
+        )
+    if not 0 <= sampling.slots <= count or not 0.0 <= sampling.probability <= 1.0:
+        raise ValueError(
+            f"`sampler` returned {sampling.slots} slots at probability {sampling.probability} for "
+            f"a stack of {count} matrices; slots must lie in [0, {count}], probability in [0, 1]."
+        )
+    if (sampling.slots == 0) != (sampling.probability == 0.0):
+        raise ValueError(
+            f"`sampler` returned {sampling.slots} slots at probability {sampling.probability}: "
+            "matrices that are drawn need slots, and slots need matrices that are drawn."
+        )
+    return sampling
