@@ -482,6 +482,8 @@ def _scale_by_shape(
     """
 
     def scale(update: jax.Array) -> jax.Array:
+        if update.size == 0:
+            return update
         fan_in, fan_out = update.shape[-2:]
         if consistent_rms is None:
             factor = jnp.sqrt(max(1.0, fan_out / fan_in))

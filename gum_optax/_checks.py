@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.core
 import jax.numpy as jnp
+import numpy as np
 
 from gum_optax._typing import Key
 
@@ -52,6 +53,8 @@ def hyperparameter(name: str, value: Any, *, below: float = math.inf) -> None:
     if isinstance(value, jax.core.Tracer):
         return
     try:
+        if isinstance(value, str):
+            raise TypeError
         number = float(value)
     except (TypeError, ValueError):
         raise TypeError(
@@ -93,9 +96,12 @@ def floating_dtype(name: str, value: Any) -> Any:
     """Returns ``value`` as a dtype (None stays None), or raises if it is not a real float."""
     if value is None:
         return None
-    dtype = jnp.dtype(value)
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"`{name}` must be a real floating-point dtype, got {dtype}.")
+    try:
+        dtype = jnp.dtype(value)
+    except TypeError:
+        dtype = None
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"`{name}` must be a real floating-point dtype, got {value!r}.")
     return dtype
 
 
@@ -107,7 +113,7 @@ def key_data(key: Key) -> jax.Array:
     """
     if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.key_data(key)
-    if jnp.ndim(key) == 0:
+    if np.ndim(key) == 0:
         return jax.random.key_data(jax.random.key(_integer("key", key), impl="threefry2x32"))
     data = jnp.asarray(key)
     if data.shape != (2,) or data.dtype != jnp.uint32:

@@ -78,7 +78,8 @@ def low_rank(
       sampler: how matrices are drawn, see `samplers`.
       restart: whether a refresh re-initializes all of the base's state. If False, the states of
         dense slots alone restart (they serve other matrices), and low-rank states go on in the new
-        basis unrotated, as in GaLore.
+        basis unrotated, as in GaLore. A step count that the base shares between matrices, such as
+        Adam's, then goes on too, so restarted slots miss its bias correction.
       momentum_dtype: dtype of the base's state, by default that of the parameters.
       stack_by: ``(path, leaf) -> stack name``; `by_role` or `by_shape` or your own.
       key: an int seed or a threefry key. The draws of a period depend on this key, the period's
@@ -162,7 +163,7 @@ def low_rank(
                     state.basis[stack.name],
                 )
                 if sampling.slots:
-                    slots[stack.name] = sampling.draw(stack_key).astype(jnp.int32)
+                    slots[stack.name] = samplers.draw(sampling, stack_key)
             return basis, slots, (restart_all if restart else restart_slots)(fresh, state.inner)
 
         basis, slots, inner_state = jax.lax.cond(
@@ -170,7 +171,9 @@ def low_rank(
         )
 
         def compress(leaves: list[jax.Array] | None) -> Any:
-            return leaves and {
+            if leaves is None:
+                return None
+            return {
                 stack.name: _codec.compress(
                     stack,
                     _take(leaves, stack),
@@ -182,7 +185,9 @@ def low_rank(
             }
 
         def collect(leaves: list[jax.Array] | None) -> Any:
-            return leaves and {
+            if leaves is None:
+                return None
+            return {
                 stack.name: [leaf.astype(stack.compute_dtype) for leaf in _take(leaves, stack)]
                 for stack in dense
             }
@@ -260,10 +265,10 @@ def _new_basis(
     def one(argument: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         index, matrix_key, previous_basis = argument
         basis = projector(matrix_key, take(index), rank, previous_basis)
-        if basis.shape != previous_basis.shape:
+        if getattr(basis, "shape", None) != previous_basis.shape:
             raise ValueError(
-                f"`projector` returned a basis of shape {basis.shape} for stack `{stack.name}`; "
-                f"expected {previous_basis.shape}, that is [m, r]."
+                f"`projector` returned {basis} for stack `{stack.name}`; expected an orthonormal "
+                f"basis of shape {previous_basis.shape}, that is [m, r]."
             )
         return basis.astype(previous.dtype)
 

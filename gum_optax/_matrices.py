@@ -8,7 +8,7 @@ import jax
 import optax
 
 from gum_optax import dimension_numbers as dims
-from gum_optax._state import is_placeholder
+from gum_optax._state import is_placeholder, keep_dtypes
 from gum_optax._typing import DimensionNumbers, PyTree
 
 
@@ -47,7 +47,9 @@ def partition_matrices(
     def update(
         updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any
     ) -> tuple[PyTree, Any]:
-        return bind(updates).update(updates, state, params, **extra_args)
+        new_updates, new_state = bind(updates).update(updates, state, params, **extra_args)
+        # A fallback or a weight decay may promote; the state must not drift, nor the updates.
+        return keep_dtypes(new_updates, updates), keep_dtypes(new_state, state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

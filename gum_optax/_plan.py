@@ -19,7 +19,7 @@ from gum_optax._matrices import encode_matrices, tree_of_numbers
 from gum_optax._stacks import Stack, by_role, leaves_with_names, path_name
 from gum_optax._typing import PyTree
 
-_NAME_WIDTH = 34  # Keeps the table within 80 columns.
+_TERMINAL = 80
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +72,8 @@ class MemoryPlan:
         header = ("stack", "mode", "count", "shape", "rank", "slots", "state")
         table = [header, *map(_cells, self.rows)]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        widths[0] = min(widths[0], _TERMINAL - sum(widths[1:]) - 2 * len(widths[1:]))
+        table = [(_end_of(name, widths[0]), *cells) for name, *cells in table]
         left = (0, 1)
         lines = [
             "  ".join(
@@ -93,7 +95,7 @@ class MemoryPlan:
         return "\n".join(
             [
                 *lines,
-                f"optimizer state: {'   '.join(totals)}",
+                f"state: {'  '.join(totals)}",
                 f"(parameters {_human(self.parameter_bytes)}; GaLore with Adam at the same rank)",
             ]
         )
@@ -134,7 +136,7 @@ def memory_plan(
       ----------------------------------------------------------------
       */kernel        sampled     16  1024x2816   128      2  52.0 MiB
       counters, keys  shared       -          -     -      -      16 B
-      optimizer state: GUM 52.0 MiB   AdamW 352.0 MiB   Muon 176.0 MiB   GaLore 52.0 MiB
+      state: GUM 52.0 MiB  AdamW 352.0 MiB  Muon 176.0 MiB  GaLore 52.0 MiB
       (parameters 176.0 MiB; GaLore with Adam at the same rank)
     """
     params = _pure(params)
@@ -242,10 +244,21 @@ def _cells(row: PlanRow) -> tuple[str, ...]:
     def optional(value: int | None) -> str:
         return "-" if value is None else str(value)
 
-    name = row.name if len(row.name) <= _NAME_WIDTH else "..." + row.name[3 - _NAME_WIDTH :]
     shape = "x".join(map(str, row.shape)) or "-"
     count = str(row.count) if row.count else "-"
-    return name, row.mode, count, shape, optional(row.rank), optional(row.slots), _human(row.bytes)
+    return (
+        row.name,
+        row.mode,
+        count,
+        shape,
+        optional(row.rank),
+        optional(row.slots),
+        _human(row.bytes),
+    )
+
+
+def _end_of(name: str, width: int) -> str:
+    return name if len(name) <= width else "..." + name[3 - width :]
 
 
 def _human(size: int) -> str:

@@ -57,7 +57,8 @@ def newton_schulz(
     largest = jnp.where(largest > 0, largest, 1)
     wide = wide / largest
     norm = jnp.sqrt(jnp.sum(wide**2, axis=(-2, -1), keepdims=True))
-    wide = wide / (norm + eps / largest)
+    scale = norm + eps / largest
+    wide = wide / jnp.where(scale > 0, scale, 1)
 
     def step(x: jax.Array, abc: jax.Array) -> tuple[jax.Array, None]:
         a, b, c = abc
@@ -71,7 +72,11 @@ def newton_schulz(
 
 def _coefficients(ns_coeffs: Sequence[Any], ns_steps: int) -> np.ndarray:
     steps = _checks.positive_int("ns_steps", ns_steps)
-    coefficients = np.asarray(ns_coeffs, np.float64)
+    coefficients: np.ndarray
+    try:
+        coefficients = np.asarray(ns_coeffs, np.float64)
+    except (TypeError, ValueError):
+        coefficients = np.zeros(0)
     if coefficients.ndim == 1:
         coefficients = np.tile(coefficients, (steps, 1))
     if coefficients.ndim != 2 or coefficients.shape[1] != 3 or not len(coefficients):

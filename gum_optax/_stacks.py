@@ -116,20 +116,26 @@ def find_stacks(tree: PyTree, stack_by: StackBy) -> tuple[Stack, ...]:
 
     Raises:
       ValueError: if a leaf has fewer than two axes.
-      TypeError: if a leaf is not real floating point.
+      TypeError: if a leaf is not real floating point, or the key function returns no str.
     """
     groups: dict[str, dict[tuple[Any, Any], list[int]]] = {}
     for position, (path, leaf) in enumerate(leaves_with_names(tree)):
         _check_matrix(path, leaf)
         if math.prod(leaf.shape) == 0:
             continue
-        kinds = groups.setdefault(stack_by(path, leaf), {})
+        key = stack_by(path, leaf)
+        if not isinstance(key, str):
+            raise TypeError(f"`stack_by` must return a str, got {key!r} for the leaf `{path}`.")
+        kinds = groups.setdefault(key, {})
         kinds.setdefault((leaf.shape, jnp.dtype(leaf.dtype)), []).append(position)
-    return tuple(
-        Stack(_stack_name(key, shape, dtype, list(kinds)), tuple(positions), shape, dtype)
-        for key, kinds in groups.items()
-        for (shape, dtype), positions in kinds.items()
-    )
+    stacks: dict[str, Stack] = {}
+    for key, kinds in groups.items():
+        for (shape, dtype), positions in kinds.items():
+            name = _stack_name(key, shape, dtype, list(kinds))
+            while name in stacks:  # A suffixed name can be another stack's own.
+                name += "'"
+            stacks[name] = Stack(name, tuple(positions), shape, dtype)
+    return tuple(stacks.values())
 
 
 def _stack_name(key: str, shape: tuple[int, ...], dtype: Any, kinds: Sequence[Any]) -> str:

@@ -31,7 +31,7 @@ class LowRankState(NamedTuple):
 
 
 def keep_dtypes(new: PyTree, old: PyTree) -> PyTree:
-    """Rounds a state to the dtypes it had: no drift, and buffers can be donated."""
+    """Rounds a tree to another's dtypes: a state does not drift, and its buffers can be donated."""
     return jax.tree.map(lambda n, o: jnp.asarray(n, jnp.asarray(o).dtype), new, old)
 
 
@@ -59,9 +59,12 @@ def check_fits(expected: LowRankState, state: LowRankState) -> None:
       state: the state that ``update`` was given.
     """
     wanted, got = _shapes(expected), _shapes(state)
-    if wanted == got:
+    paths = [path for path in [*wanted, *got] if wanted.get(path) != got.get(path)]
+    if (state.dense is None) != (expected.dense is None):
+        paths.append(".dense")  # Without leaves, if the base keeps no state.
+    if not paths:
         return
-    path = next(p for p in [*wanted, *got] if wanted.get(p) != got.get(p))
+    path = paths[0]
     raise ValueError(
         "The updates do not fit the optimizer state, which `init` made for other parameters or "
         f"settings: `state{path}` should have shape {wanted.get(path, 'none (absent)')} and has "

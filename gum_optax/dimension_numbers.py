@@ -10,12 +10,14 @@ Example:
   >>> tx = gum_optax.gum(1e-2, weight_dimension_numbers=gum_optax.dimension_numbers.convolutions)
 """
 
+import operator
 import re
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 
 from gum_optax._stacks import leaves_with_names
@@ -28,10 +30,11 @@ _Rule = Callable[[str, Any], MuonDimensionNumbers | None]
 _LAST_TWO = MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
 _TABLES = {
     *("embed", "embedding", "embeddings", "embedder", "unembed", "unembedding", "wte", "wpe"),
-    *("vocab", "head", "logits", "pos", "position", "positional", "positions"),
+    *("emb", "embs", "unemb", "posemb", "lmhead", "vocab", "logits"),
+    *("pos", "position", "positional", "positions"),
 }
 _VECTORS = {
-    *("bias", "biases", "b", "scale", "norm", "norms", "ln"),
+    *("bias", "biases", "scale", "norm", "norms", "ln"),
     *("layernorm", "rmsnorm", "batchnorm"),
 }
 _QUERY_KEY_VALUE = {"query", "key", "value", "q", "k", "v"}
@@ -177,7 +180,7 @@ def warn_of_ambiguous_leaves(params: PyTree) -> None:
     names = [
         f"`{path}` {list(leaf.shape)}"
         for path, leaf in leaves_with_names(params)
-        if len(leaf.shape) > 2 and not _words(path) & (_TABLES | _VECTORS)
+        if len(leaf.shape) > 2 and not _is_named(path)
     ]
     if names:
         warnings.warn(
@@ -186,7 +189,7 @@ def warn_of_ambiguous_leaves(params: PyTree) -> None:
             "Pass `weight_dimension_numbers`, for example "
             "`gum_optax.dimension_numbers.scanned_layers`, `flax_attention` or `convolutions`; "
             "`gum_optax.dimension_numbers.default` keeps them in the fallback without a warning.",
-            stacklevel=4,
+            stacklevel=3,
         )
 
 
@@ -204,7 +207,7 @@ def _apply(rule: _Rule, params: PyTree) -> PyTree:
     """Maps a rule over named leaves; tables and vectors excepted, the default rule comes second."""
 
     def numbers(path: str, leaf: Any) -> MuonDimensionNumbers | None:
-        if _words(path) & (_TABLES | _VECTORS):
+        if _is_named(path):
             return None
         return rule(path, leaf) or _default_rule(path, leaf)
 
@@ -219,10 +222,21 @@ def _default_rule(path: str, leaf: Any) -> MuonDimensionNumbers | None:
     return _LAST_TWO if leaf.ndim == 2 else None
 
 
-def _words(path: str) -> set[str]:
-    """The words of a path, in lower case: ``blocks_0/LayerNorm_1`` has blocks, layer, norm."""
-    spaced = re.sub(r"([a-z0-9])([A-Z])", r"\1 \2", path)
-    return {word.lower() for word in re.findall(r"[A-Za-z]+", spaced)}
+def _is_named(path: str) -> bool:
+    """Whether some part of a path is named like a table or a stack of vectors."""
+    return any(_is_table_or_vector(_words(part)) for part in path.split("/"))
+
+
+def _is_table_or_vector(words: list[str]) -> bool:
+    # `lm_head` is a head, `MultiHeadAttention` is not; `b` and `b_q` are biases, `lora_b` is not.
+    is_head = words[-1:] == ["head"] and "multi" not in words
+    return is_head or words[:1] == ["b"] or not (_TABLES | _VECTORS).isdisjoint(words)
+
+
+def _words(part: str) -> list[str]:
+    """The words of a name, in lower case: ``LayerNorm_1`` has layer and norm."""
+    spaced = re.sub(r"([a-z0-9])([A-Z])", r"\1 \2", part)
+    return [word.lower() for word in re.findall(r"[A-Za-z]+", spaced)]
 
 
 def _check(path: str, leaf: Any, numbers: Any) -> None:
@@ -246,7 +260,7 @@ def _check(path: str, leaf: Any, numbers: Any) -> None:
 
 
 def _normalize(ndim: int, axis: int | Sequence[int]) -> tuple[int, ...]:
-    given = (axis,) if isinstance(axis, int) else tuple(axis)
+    given = tuple(map(operator.index, np.atleast_1d(axis)))
     for a in given:
         if not -ndim <= a < ndim:
             raise ValueError(f"axis {a} is out of range for {ndim} axes")

@@ -117,7 +117,8 @@ def bernoulli(probability: float) -> Sampler:
 
     def sampler(count: int) -> Sampling:
         def draw(key: jax.Array) -> jax.Array:
-            drawn = jax.random.bernoulli(key, q, (count,))
+            # In float32 whatever the x64 flag says: it must not change a draw.
+            drawn = jax.random.uniform(key, (count,), jnp.float32) < q
             return jnp.where(drawn, jnp.arange(count), count).astype(jnp.int32)
 
         return Sampling(count, q, draw)
@@ -151,14 +152,31 @@ def resolve(sampler: Any, count: int) -> Sampling:
             f"`sampler` must return a samplers.Sampling, got {sampling!r} of type "
             f"{type(sampling).__name__} for a stack of {count} matrices."
         )
-    if not 0 <= sampling.slots <= count or not 0.0 <= sampling.probability <= 1.0:
+    slots, q = sampling.slots, sampling.probability
+    if not isinstance(slots, int) or not isinstance(q, int | float) or not callable(sampling.draw):
+        raise TypeError(
+            "`sampler` must return a samplers.Sampling of an int, a float and a function of a key, "
+            f"got {sampling!r} for a stack of {count} matrices."
+        )
+    if not 0 <= slots <= count or not 0.0 <= q <= 1.0:
         raise ValueError(
-            f"`sampler` returned {sampling.slots} slots at probability {sampling.probability} for "
+            f"`sampler` returned {slots} slots at probability {q} for "
             f"a stack of {count} matrices; slots must lie in [0, {count}], probability in [0, 1]."
         )
-    if (sampling.slots == 0) != (sampling.probability == 0.0):
+    if (slots == 0) != (q == 0.0):
         raise ValueError(
-            f"`sampler` returned {sampling.slots} slots at probability {sampling.probability}: "
+            f"`sampler` returned {slots} slots at probability {q}: "
             "matrices that are drawn need slots, and slots need matrices that are drawn."
         )
     return sampling
+
+
+def draw(sampling: Sampling, key: jax.Array) -> jax.Array:
+    """Draws the matrices of a period and checks what the sampler's function returns."""
+    drawn = jnp.asarray(sampling.draw(key))
+    if drawn.shape != (sampling.slots,) or not jnp.issubdtype(drawn.dtype, jnp.integer):
+        raise ValueError(
+            f"`sampler` must draw int32[{sampling.slots}], the matrix of each slot; got shape "
+            f"{drawn.shape} and dtype {drawn.dtype}."
+        )
+    return drawn.astype(jnp.int32)
