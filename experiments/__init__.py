@@ -1,0 +1,1 @@
+"""Experiments with gum_optax: pretraining, a demo, and learning-rate grids."""

@@ -1,0 +1,159 @@
+"""Every option of a training run, with its default: the only place where defaults live."""
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+Optimizer = Literal["gum", "adamw", "muon", "galore", "galore_muon", "golore", "unbiased_adamw"]
+Preset = Literal["tiny", "nano", "60m", "130m", "350m", "1b"]
+
+
+class ConfigError(ValueError):
+    """A mistake of the person who started the run; its text is one line."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Pretrain a LLaMA with GUM or another optimizer, on a CPU or one GPU."""
+
+    run_dir: str = "runs/pretrain"
+    """Directory of this run: config.json, metrics.jsonl, checkpoints, TensorBoard, loss.png."""
+    resume: bool = False
+    """Continue from the last checkpoint in --run-dir, with the numbers of an unbroken run."""
+    seed: int = 0
+    """Seed of the initial weights, of the order of the data, and of the optimizer's draws."""
+
+    preset: Preset = "nano"
+    """Size of the model: tiny (tests), nano (a CPU), or GaLore's 60m, 130m, 350m, 1b."""
+    vocab_size: int | None = None
+    """Tokens in the vocabulary, when the tokenizer is trained here. None: the preset's."""
+    seq_len: int | None = None
+    """Tokens in one training window. None: the preset's."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the forward and backward pass; weights are float32. bfloat16 suits a GPU."""
+
+    corpus: tuple[str, ...] = ("stdlib",)
+    """What to read: stdlib (Python's own library), local text, .jsonl, .parquet or .arrow files or
+    directories of them, or a Hugging Face data set such as allenai/c4:en, streamed."""
+    text_field: str = "text"
+    """Column that holds the text in .jsonl, .parquet, .arrow and Hugging Face data."""
+    tokenizer: str | None = None
+    """A tokenizer.json to load. None: train a byte-level BPE on the training documents."""
+    tokenizer_chars: int = 20_000_000
+    """Characters of training text that the tokenizer is trained on, at most."""
+    max_tokens: int = 100_000_000
+    """Training tokens to take from the corpus, at most; a run that needs more repeats them."""
+    validation_fraction: float = 0.05
+    """Share of the documents held out for validation, chosen by a hash of their text."""
+    cache_dir: str | None = None
+    """Where tokenizers and token files are kept. None: $XDG_CACHE_HOME/gum_optax or
+    ~/.cache/gum_optax."""
+
+    steps: int = 600
+    """Optimizer steps in the whole run."""
+    batch_size: int = 8
+    """Windows in one step."""
+    optimizer: Optimizer = "gum"
+    """Which optimizer: gum, adamw, muon (full rank), galore, galore_muon (biased low rank),
+    golore, unbiased_adamw."""
+    learning_rate: float = 1e-2
+    """Peak learning rate; about 1e-2 suits gum, 3e-3 suits adamw and muon on nano."""
+    fallback_learning_rate: float | None = None
+    """Peak learning rate of AdamW on what is no hidden matrix (embedding, head, norms) under the
+    other optimizers. None: --learning-rate."""
+    warmup: float = 0.1
+    """Share of the steps over which the learning rate rises linearly to its peak."""
+    final_learning_rate: float = 0.1
+    """Learning rate at the end of the cosine decay, as a share of the peak."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of matrices and embeddings."""
+    clip_norm: float = 1.0
+    """Global gradient norm to which larger gradients are scaled down. 0: no clipping."""
+    b2: float = 0.95
+    """Decay of Adam's second moment, wherever Adam is used."""
+    rank: int = 32
+    """Rank of the projection (gum, galore, galore_muon, golore, unbiased_adamw)."""
+    period: int = 100
+    """Steps between two refreshes of the projection, and of the draw of full-rank layers."""
+    full_rank_layers: int = 2
+    """Layers of each role updated at full rank in a period (gum, unbiased_adamw)."""
+    consistent_rms: float = 0.2
+    """Muon-like updates are scaled by this times sqrt(max(m, n)), so that their size is AdamW's."""
+    golore_switch: float = 0.5
+    """Share of the steps after which golore projects at random instead of by SVD."""
+
+    validate_every: int = 100
+    """Steps between two validation losses; the last step is always validated."""
+    validation_batches: int = 20
+    """Batches of held-out windows in one validation loss, at most."""
+    checkpoint_every: int = 100
+    """Steps between two checkpoints; Ctrl-C, kill and the last step save one too."""
+    keep_checkpoints: int = 2
+    """Checkpoints to keep."""
+    log_every: int = 10
+    """Steps between two writes of metrics; every step's loss is recorded."""
+
+
+# Options that may differ between the run that wrote a checkpoint and the one that resumes it:
+# none of them changes a training loss.
+FREE_ON_RESUME = frozenset(
+    {"run_dir", "resume", "cache_dir", "log_every", "validate_every", "validation_batches"}
+    | {"checkpoint_every", "keep_checkpoints"}
+)
+
+_COUNTS = ("vocab_size", "seq_len", "tokenizer_chars", "max_tokens", "steps", "batch_size")
+_PERIODS = ("period", "log_every", "validate_every", "checkpoint_every")
+_AMOUNTS = ("rank", "full_rank_layers", "validation_batches", "keep_checkpoints")
+_RATES = ("learning_rate", "fallback_learning_rate", "consistent_rms")
+_PENALTIES = ("seed", "weight_decay", "clip_norm")
+_SHARES = ("warmup", "final_learning_rate", "golore_switch")
+
+
+def flag(name: str) -> str:
+    """The command-line spelling of a field."""
+    return "--" + name.replace("_", "-")
+
+
+def choose(field: str, value: str, names: Iterable[str]) -> str:
+    """Returns `value` if it is one of `names`; raises `ConfigError` with a suggestion if not."""
+    names = list(names)
+    if value in names:
+        return value
+    near = difflib.get_close_matches(value, names, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(names)}"
+    raise ConfigError(f"{flag(field)}: there is no {value!r}; {hint}")
+
+
+def make_directory(field: str, path: Path) -> None:
+    """Makes a directory with its parents; raises `ConfigError` if that cannot be done."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{flag(field)}: cannot make {path}: {error.strerror}") from error
+
+
+def check(config: Config) -> None:
+    """Raises `ConfigError` naming the first field whose value cannot work."""
+
+    def demand(fields: Iterable[str], holds: Callable[[Any], bool], reason: str) -> None:
+        for field in fields:
+            value = getattr(config, field)
+            if value is not None and not holds(value):
+                raise ConfigError(f"{flag(field)} is {value}; it must be {reason}")
+
+    demand(_COUNTS + _PERIODS + _AMOUNTS, lambda value: value >= 1, "at least 1")
+    demand(_RATES, lambda value: 0 < value < float("inf"), "positive and finite")
+    demand(_PENALTIES, lambda value: 0 <= value < float("inf"), "zero or more, and finite")
+    demand(_SHARES, lambda value: 0 <= value <= 1, "between 0 and 1")
+    demand(("validation_fraction",), lambda value: 0 < value < 1, "above 0 and below 1")
+    demand(("b2",), lambda value: 0 <= value < 1, "at least 0 and below 1")
+    demand(("corpus",), lambda value: len(value) > 0, "at least one file, directory or data set")
+
+
+def first_difference(old: dict, config: Config) -> str | None:
+    """The first field, not free on resume, whose value in `old` differs from `config`'s."""
+    new = dataclasses.asdict(config) | {"corpus": list(config.corpus)}
+    changed = (k for k in new if k not in FREE_ON_RESUME and old.get(k, new[k]) != new[k])
+    return next(changed, None)

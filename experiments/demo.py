@@ -1,0 +1,120 @@
+"""GUM beside AdamW on a small language model, in a few minutes: `python -m experiments.demo`."""
+
+import dataclasses
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiments import cli
+from experiments.config import Config, ConfigError
+from experiments.plots import loss_curves
+from experiments.train import Result, train
+
+PROGRAM = "experiments.demo"
+
+# The best of each in a grid on this model and corpus: python -m experiments.tune.
+LEARNING_RATES = {"gum": 1e-2, "adamw": 3e-3}
+
+
+@dataclasses.dataclass(frozen=True)
+class Demo:
+    """Train a small LLaMA twice, with GUM and with AdamW, and compare loss, memory and time."""
+
+    base: Config = dataclasses.field(
+        default_factory=lambda: Config(run_dir="runs/demo", validate_every=50)
+    )
+    """All other options, as in experiments.pretrain; optimizer and learning rate are the demo's.
+    The directories of both runs are made anew in --base.run-dir."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the demo; returns the exit code."""
+    base = cli.parse(Demo, PROGRAM, arguments).base
+    if base.resume:
+        raise ConfigError("--base.resume: the demo always starts anew")
+    print(introduction(base))
+    results = {}
+    for number, (optimizer, rate) in enumerate(LEARNING_RATES.items(), 1):
+        config = run_config(base, optimizer)
+        shutil.rmtree(config.run_dir, ignore_errors=True)
+        print(f"\n[{number} of {len(LEARNING_RATES)}] {optimizer}, learning rate {rate:g}")
+        results[optimizer] = train(config)
+        if stopped_by := results[optimizer].stopped_by:
+            print(f"{PROGRAM}: stopped after step {results[optimizer].step}; nothing to compare")
+            return 128 + stopped_by
+
+    directory = Path(base.run_dir)
+    curves = {name: result.metrics for name, result in results.items()}
+    title = f"{base.preset} LLaMA on {' '.join(base.corpus)}, seed {base.seed}"
+    picture = loss_curves(curves, directory / "demo.png", title)
+    record = directory / "demo.json"
+    record.write_text(json.dumps(summary(base, results), indent=2) + "\n")
+    print(f"\n{table(results)}\n\n{verdict(results)}\n\nloss curves: {picture}\nnumbers: {record}")
+    return 0
+
+
+def run_config(base: Config, optimizer: str) -> Config:
+    """The configuration of one of the demo's runs."""
+    return dataclasses.replace(
+        base,
+        optimizer=optimizer,
+        learning_rate=LEARNING_RATES[optimizer],
+        run_dir=f"{base.run_dir}/{optimizer}",
+    )
+
+
+def introduction(base: Config) -> str:
+    """What will happen, for someone who watches."""
+    return (
+        f"The same LLaMA ({base.preset}) learns the same text, {' '.join(base.corpus)}, twice: "
+        "once with GUM, once with AdamW.\n"
+        "AdamW keeps two numbers for every weight. GUM keeps a momentum of rank "
+        f"{base.rank} for each hidden matrix,\nand for {base.full_rank_layers} layer(s) of each "
+        f"role, drawn anew every {base.period} steps, what that rank leaves out.\n"
+        "Lower validation loss is better; it is measured on documents that no run trains on.\n"
+        "The first run also prepares the text and compiles: the bar starts to move after that."
+    )
+
+
+def table(results: dict[str, Result]) -> str:
+    """One line per optimizer."""
+    heads = "optimizer", "learning rate", "validation loss", "optimizer state", "s per step"
+    rows = [
+        f"{name:<10}{LEARNING_RATES[name]:>15g}{result.validation_loss:>17.4f}"
+        f"{result.state_bytes:>17,} B{result.seconds_per_step:>12.3f}"
+        for name, result in results.items()
+    ]
+    head = "{:<10}{:>15}{:>17}{:>19}{:>12}".format(*heads)
+    return "\n".join([head, "-" * len(head), *rows])
+
+
+def verdict(results: dict[str, Result]) -> str:
+    """One sentence made from the numbers, whoever wins."""
+    gum, adamw = results["gum"], results["adamw"]
+    gap = gum.validation_loss - adamw.validation_loss
+    return (
+        f"GUM held {gum.state_bytes / adamw.state_bytes:.0%} of AdamW's optimizer state, took "
+        f"{gum.seconds_per_step / adamw.seconds_per_step:.2f} times its time per step, and ended "
+        f"{abs(gap):.4f} nats per token {'above' if gap > 0 else 'below'} its validation loss "
+        f"({'AdamW' if gap > 0 else 'GUM'} is ahead; one seed)."
+    )
+
+
+def summary(base: Config, results: dict[str, Result]) -> dict:
+    """The content of the result file: each run with its description and its numbers."""
+    runs = {}
+    for name, result in results.items():
+        config = run_config(base, name)
+        described = json.loads((Path(config.run_dir) / "config.json").read_text())
+        numbers = result._asdict()
+        records = numbers.pop("metrics")
+        held_out = [r for r in records if "validation_loss" in r]
+        curve = [[r["step"], r["validation_loss"]] for r in held_out]
+        runs[name] = described | numbers | {"curve": curve}
+    return {"seed": base.seed, "runs": runs}
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main, PROGRAM))

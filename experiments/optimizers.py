@@ -1,0 +1,146 @@
+"""The optimizers of the experiments: a table from a name to a function of the configuration.
+
+All of them share the schedule, the clipping and, for whatever is no hidden matrix, the same AdamW,
+so that runs differ in one thing.
+"""
+
+from collections.abc import Callable
+
+import jax
+import optax
+
+import gum_optax
+from experiments.config import Config, choose
+
+Optimizer = optax.GradientTransformation
+
+
+def schedule(config: Config, peak: float | None = None) -> optax.Schedule:
+    """Linear warm-up to the peak learning rate, then cosine decay."""
+    peak = peak or config.learning_rate
+    warmup = round(config.warmup * config.steps)
+    return optax.warmup_cosine_decay_schedule(
+        init_value=peak / (warmup + 1),
+        peak_value=peak,
+        warmup_steps=warmup,
+        decay_steps=max(config.steps, warmup + 1),
+        end_value=peak * config.final_learning_rate,
+    )
+
+
+def gum(config: Config, rate: optax.Schedule) -> Optimizer:
+    """Unbiased low-rank Muon: the paper's method, and the library's subject."""
+    return gum_optax.gum(
+        rate,
+        config.rank,
+        config.period,
+        config.full_rank_layers,
+        weight_decay=config.weight_decay,
+        consistent_rms=config.consistent_rms,
+        fallback=_fallback(config),
+        key=config.seed,
+    )
+
+
+def galore_muon(config: Config, rate: optax.Schedule) -> Optimizer:
+    """Biased low-rank Muon: no layer is ever full-rank."""
+    return gum_optax.gum(
+        rate,
+        config.rank,
+        config.period,
+        sampler=gum_optax.samplers.none,
+        projector=gum_optax.projectors.svd,
+        weight_decay=config.weight_decay,
+        consistent_rms=config.consistent_rms,
+        fallback=_fallback(config),
+        key=config.seed,
+    )
+
+
+def galore(config: Config, rate: optax.Schedule) -> Optimizer:
+    """Adam on projected gradients, biased."""
+    return gum_optax.galore(
+        rate,
+        config.rank,
+        config.period,
+        inner=optax.scale_by_adam(b2=config.b2),
+        weight_decay=config.weight_decay,
+        fallback=_fallback(config),
+        key=config.seed,
+    )
+
+
+def golore(config: Config, rate: optax.Schedule) -> Optimizer:
+    """GaLore that turns to random projections late in the run."""
+    return gum_optax.golore(
+        rate,
+        config.rank,
+        config.period,
+        switch_step=round(config.golore_switch * config.steps),
+        inner=optax.scale_by_adam(b2=config.b2),
+        weight_decay=config.weight_decay,
+        fallback=_fallback(config),
+        key=config.seed,
+    )
+
+
+def unbiased_adamw(config: Config, rate: optax.Schedule) -> Optimizer:
+    """Adam on unbiased compressed gradients."""
+    return gum_optax.unbiased_adamw(
+        rate,
+        config.rank,
+        config.period,
+        config.full_rank_layers,
+        b2=config.b2,
+        weight_decay=config.weight_decay,
+        fallback=_fallback(config),
+        key=config.seed,
+    )
+
+
+def muon(config: Config, rate: optax.Schedule) -> Optimizer:
+    """Full-rank Muon on the hidden matrices, AdamW on the rest."""
+    return optax.contrib.muon(
+        rate,
+        nesterov=False,
+        weight_decay=config.weight_decay,
+        consistent_rms=config.consistent_rms,
+        muon_weight_dimension_numbers=gum_optax.dimension_numbers.default,
+        adam_b2=config.b2,
+        adam_weight_decay=config.weight_decay,
+        adam_learning_rate=schedule(config, config.fallback_learning_rate),
+    )
+
+
+def adamw(config: Config, rate: optax.Schedule) -> Optimizer:
+    """AdamW on everything."""
+    return optax.adamw(rate, b2=config.b2, weight_decay=config.weight_decay, mask=_decayed)
+
+
+OPTIMIZERS: dict[str, Callable[[Config, optax.Schedule], Optimizer]] = {
+    "gum": gum,
+    "adamw": adamw,
+    "muon": muon,
+    "galore": galore,
+    "galore_muon": galore_muon,
+    "golore": golore,
+    "unbiased_adamw": unbiased_adamw,
+}
+
+FULL_RANK = frozenset({"adamw", "muon"})  # nothing is projected; rank and period do nothing
+
+
+def build(config: Config) -> Optimizer:
+    """The optimizer of a run: clipping, then the one that `config` names."""
+    make = OPTIMIZERS[choose("optimizer", config.optimizer, OPTIMIZERS)]
+    optimizer = make(config, schedule(config))
+    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+    return optax.chain(clip, optimizer)
+
+
+def _fallback(config: Config) -> Optimizer:
+    return adamw(config, schedule(config, config.fallback_learning_rate))
+
+
+def _decayed(params: optax.Params) -> optax.Params:
+    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
