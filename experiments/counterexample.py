@@ -1,0 +1,195 @@
+"""The counterexample on which GaLore stands still and GUM converges (the paper's Figure 1).
+
+Minimize ``f(X) = 1/2 ||A X||_F^2 + <B, X>`` over n x n matrices, with ``A = [I_{n-r} 0]`` and
+``B = blockdiag(D, 0)``, from gradients with noise ``xi sigma C``, ``C = blockdiag(0, I_r)`` and
+``xi = +-1`` with equal odds. The noise is larger than the signal and has rank r, so it captures the
+whole rank-r projector; the complement, which GaLore drops, holds all of the signal.
+
+Run it with ``python -m experiments.counterexample``.
+"""
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+
+import gum_optax
+from experiments import cli
+from gum_optax import projectors, samplers
+
+PROGRAM = "experiments.counterexample"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Settings of the counterexample; the problem's sizes are the paper's."""
+
+    n: int = 20
+    """Side of the matrix."""
+    r: int = 12
+    """Rank of the noise, and of the projectors."""
+    sigma: float = 100.0
+    """Scale of the noise; the signal is of order one."""
+    steps: int = 4000
+    """Optimizer steps."""
+    period: int = 20
+    """K: steps between refreshes."""
+    probability: float = 0.5
+    """q: probability that a period is full-rank, for GUM."""
+    seeds: int = 10
+    """Seeds 0, 1, ... decide the problem, the noise and the draws."""
+    out: Path = Path("experiments/results")
+    """Directory of the figure and the JSON file."""
+
+    @property
+    def learning_rate(self) -> float:
+        """The peak, the same for every method: the least that surely reaches, times four.
+
+        An orthogonalized update moves each singular direction by about the learning rate, and the
+        linear decay makes the way ``learning_rate * steps / 2``. The optimum is ``-D``, at most
+        about ``2 sqrt(n - r)`` away in the spectral norm, and GUM moves towards it in a fraction q
+        of steps.
+        """
+        return 4 * 2 * (self.n - self.r) ** 0.5 / (self.probability * self.steps / 2)
+
+
+def methods(config: Config) -> dict[str, Callable[[jax.Array], optax.GradientTransformation]]:
+    """The directions compared, each from a random key, without learning rate."""
+
+    def low_rank_muon(sampler: Any, projector: Any) -> Callable[[jax.Array], Any]:
+        return lambda key: gum_optax.scale_by_gum(
+            config.r, config.period, sampler=sampler, projector=projector, key=key
+        )
+
+    golore = projectors.switch(projectors.svd, projectors.random_orthonormal, config.steps // 2)
+    return {
+        "Muon": lambda key: optax.contrib.scale_by_muon(nesterov=False),
+        "GaLore-Muon": low_rank_muon(samplers.none, projectors.svd),
+        "GoLore-Muon": low_rank_muon(samplers.none, golore),
+        "GUM": low_rank_muon(samplers.bernoulli(config.probability), projectors.svd),
+    }
+
+
+def relative_gap(
+    direction: Callable[[jax.Array], optax.GradientTransformation], config: Config, seed: jax.Array
+) -> jax.Array:
+    """Runs one method on one seed.
+
+    Returns:
+      ``[steps + 1]``: ``(f(X_t) - f*) / (f(X_0) - f*)``, with X_0 = 0 and f* = -1/2 ||D||^2.
+    """
+    signal = config.n - config.r
+    problem_key, noise_key, draw_key = jax.random.split(jax.random.key(seed), 3)
+    d = jax.random.normal(problem_key, (signal, signal))
+    b = jnp.zeros((config.n, config.n)).at[:signal, :signal].set(d)
+    c = jnp.diag(jnp.arange(config.n) >= signal).astype(jnp.float32)
+
+    def f(x: jax.Array) -> jax.Array:
+        return 0.5 * jnp.sum(x[:signal] ** 2) + jnp.sum(b * x)
+
+    def gap(x: Any) -> jax.Array:
+        # f(X) - f* by completing the square: the difference of the two would round to 1e-7.
+        return 0.5 * jnp.sum((x + b)[:signal] ** 2)
+
+    tx = optax.chain(
+        direction(draw_key),
+        optax.scale_by_learning_rate(
+            optax.linear_schedule(config.learning_rate, 0.0, config.steps)
+        ),
+    )
+
+    def step(carry: Any, noise: jax.Array) -> tuple[Any, jax.Array]:
+        x, state = carry
+        updates, state = tx.update(jax.grad(f)(x) + noise * config.sigma * c, state, x)
+        x = optax.apply_updates(x, updates)
+        return (x, state), gap(x)
+
+    x = jnp.zeros((config.n, config.n))
+    signs = jax.random.rademacher(noise_key, (config.steps,), jnp.float32)
+    _, values = jax.lax.scan(step, (x, tx.init(x)), signs)
+    return jnp.concatenate([gap(x)[None], values]) / gap(x)
+
+
+def run(config: Config) -> dict[str, np.ndarray]:
+    """Runs every method on every seed: method -> ``[seeds, steps + 1]`` relative gaps."""
+    seeds = jnp.arange(config.seeds)
+    # lax.map, not vmap: vmap would turn the engine's conditionals into computing both branches.
+    return {
+        name: np.asarray(
+            jax.jit(lambda s, d=direction: jax.lax.map(lambda x: relative_gap(d, config, x), s))(
+                seeds
+            )
+        )
+        for name, direction in methods(config).items()
+    }
+
+
+def plot(gaps: dict[str, np.ndarray], config: Config, path: Path) -> None:
+    """Draws the median over seeds and the band from the least to the largest."""
+    # Okabe and Ito's colours, safe for colour-blind readers; line styles serve black and white.
+    styles = {
+        "Muon": ("#000000", ":"),
+        "GaLore-Muon": ("#D55E00", "--"),
+        "GoLore-Muon": ("#E69F00", "-."),
+        "GUM": ("#0072B2", "-"),
+    }
+    figure, axes = plt.subplots(figsize=(6.4, 4.0), constrained_layout=True)
+    steps = np.arange(config.steps + 1)
+    for name, values in gaps.items():
+        colour, line = styles[name]
+        values = np.maximum(values, 1e-30)  # A gap of exactly zero has no logarithm.
+        axes.plot(steps, np.median(values, 0), line, color=colour, label=name, linewidth=2)
+        axes.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.2, linewidth=0)
+    axes.set(
+        yscale="log",
+        xlabel="step",
+        ylabel="gap to the optimum / gap at the start",
+        xlim=(0, config.steps),
+        ylim=(1e-9, 3),
+    )
+    axes.set_title(
+        f"GaLore stays where it started, GUM converges\nmedian and range over {config.seeds} seeds",
+        fontsize=11,
+    )
+    axes.legend(frameon=False)
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the counterexample and writes ``counterexample.png`` and ``counterexample.json``."""
+    config = cli.parse(Config, PROGRAM, arguments)
+    start = time.perf_counter()
+    gaps = run(config)
+    config.out.mkdir(parents=True, exist_ok=True)
+    plot(gaps, config, config.out / "counterexample.png")
+    result = {
+        "config": {**dataclasses.asdict(config), "out": str(config.out)},
+        "learning_rate": config.learning_rate,
+        "versions": {"jax": jax.__version__, "optax": optax.__version__},
+        "final_relative_gap": {name: values[:, -1].tolist() for name, values in gaps.items()},
+    }
+    (config.out / "counterexample.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(f"{'method':<12}  final gap / gap at the start: median [least, largest]")
+    for name, values in gaps.items():
+        last = values[:, -1]
+        print(f"{name:<12}  {np.median(last):.2e} [{last.min():.2e}, {last.max():.2e}]")
+    print(
+        f"{config.seeds} seeds in {time.perf_counter() - start:.0f} s; "
+        f"figure: {config.out / 'counterexample.png'}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main, PROGRAM))
