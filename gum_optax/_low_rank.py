@@ -1,6 +1,6 @@
 """The engine: a linear codec around any optax transformation."""
 
-from typing import Any, NamedTuple
+from typing import Any
 from zlib import crc32
 
 import jax
@@ -8,28 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gum_optax import _checks, _codec, projectors, samplers
-from gum_optax._codec import Compressed
+from gum_optax import _checks, _codec, _layouts, projectors, samplers
 from gum_optax._injection import injectable
-from gum_optax._stacks import Stack, StackBy, by_role, find_stacks
+from gum_optax._layouts import Layout, find_layouts
+from gum_optax._stacks import Stack, StackBy, by_role
 from gum_optax._state import (
     LowRankState,
     check_fits,
     is_placeholder,
     keep_dtypes,
     placeholder_state,
-    restart_all,
     restart_slots,
 )
 from gum_optax._typing import Key, Projector, PyTree
-
-
-class Layout(NamedTuple):
-    """One compressed stack: its rank r < m and its sampling."""
-
-    stack: Stack
-    rank: int
-    sampling: samplers.Sampling
 
 
 @injectable()
@@ -137,8 +128,8 @@ def low_rank(
                 for stack, _, sampling in layouts
                 if sampling.slots
             },
-            inner=base.init(_zeros_compressed(layouts, momentum_dtype)),
-            dense=base.init(_zeros_dense(dense, momentum_dtype)) if dense else None,
+            inner=base.init(_layouts.zeros_compressed(layouts, momentum_dtype)),
+            dense=base.init(_layouts.zeros_dense(dense, momentum_dtype)) if dense else None,
         )
 
     def update(
@@ -150,69 +141,35 @@ def low_rank(
         layouts, dense = find_layouts(updates, rank, sampler, stack_by)
 
         def refresh() -> tuple[dict[str, jax.Array], dict[str, jax.Array], Any]:
-            fresh = base.init(_zeros_compressed(layouts, momentum_dtype))
-            basis, slots = {}, {}
-            for stack, r, sampling in layouts:
-                stack_key = _period_key(state.key, state.count // period, stack.name)
-                basis[stack.name] = _new_basis(
-                    stack,
-                    _take(leaves, stack),
-                    r,
-                    projectors.resolve(projector, state.count),
-                    jax.random.fold_in(stack_key, 1),
-                    state.basis[stack.name],
-                )
-                if sampling.slots:
-                    slots[stack.name] = samplers.draw(sampling, stack_key)
-            return basis, slots, (restart_all if restart else restart_slots)(fresh, state.inner)
+            fresh = base.init(_layouts.zeros_compressed(layouts, momentum_dtype))
+            return (
+                *_new_period(state, layouts, leaves, projector, period),
+                (keep_dtypes if restart else restart_slots)(fresh, state.inner),
+            )
 
         basis, slots, inner_state = jax.lax.cond(
             state.count % period == 0, refresh, lambda: (state.basis, state.slots, state.inner)
         )
-
-        def compress(leaves: list[jax.Array] | None) -> Any:
-            if leaves is None:
-                return None
-            return {
-                stack.name: _codec.compress(
-                    stack,
-                    _take(leaves, stack),
-                    basis[stack.name],
-                    slots.get(stack.name),
-                    sampling.probability,
-                )
-                for stack, _, sampling in layouts
-            }
-
-        def collect(leaves: list[jax.Array] | None) -> Any:
-            if leaves is None:
-                return None
-            return {
-                stack.name: [leaf.astype(stack.compute_dtype) for leaf in _take(leaves, stack)]
-                for stack in dense
-            }
-
-        results = list(leaves)
         low_updates, inner_state = base.update(
-            compress(leaves), inner_state, compress(parameters), **extra_args
+            _layouts.compress(layouts, leaves, basis, slots),
+            inner_state,
+            _layouts.compress(layouts, parameters, basis, slots),
+            **extra_args,
         )
-        for stack, _, _ in layouts:
-            expanded = _codec.expand(
-                stack,
-                low_updates[stack.name],
-                basis[stack.name],
-                slots.get(stack.name),
-                [leaf.dtype for leaf in _take(leaves, stack)],
-            )
-            _put(results, stack, expanded)
+        new_leaves = _layouts.expand(layouts, low_updates, basis, slots, leaves)
         dense_state = None
         if dense:
             dense_updates, dense_state = base.update(
-                collect(leaves), state.dense, collect(parameters), **extra_args
+                _layouts.collect(dense, leaves),
+                state.dense,
+                _layouts.collect(dense, parameters),
+                **extra_args,
             )
             for stack in dense:
-                _put(results, stack, dense_updates[stack.name])
+                new_leaves |= dict(zip(stack.leaves, dense_updates[stack.name], strict=True))
 
+        # Leaves without entries belong to no stack and stay as they are.
+        results = [new_leaves.get(i, leaf).astype(leaf.dtype) for i, leaf in enumerate(leaves)]
         return jax.tree.unflatten(treedef, results), LowRankState(
             count=jnp.asarray(optax.safe_increment(state.count)),
             key=state.key,
@@ -225,18 +182,28 @@ def low_rank(
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
 
 
-def find_layouts(
-    tree: PyTree, rank: int, sampler: samplers.Sampler, stack_by: StackBy
-) -> tuple[list[Layout], list[Stack]]:
-    """Decides, from shapes alone, which stacks of a tree are compressed and which stay dense."""
-    layouts, dense = [], []
-    for stack in find_stacks(tree, stack_by):
-        sampling = samplers.resolve(sampler, stack.count)
-        if rank < stack.m and sampling.probability < 1.0:
-            layouts.append(Layout(stack, rank, sampling))
-        else:
-            dense.append(stack)
-    return layouts, dense
+def _new_period(
+    state: LowRankState,
+    layouts: list[Layout],
+    leaves: list[jax.Array],
+    projector: Projector | projectors.switch,
+    period: int,
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """The bases of a period, from the gradient of its first step, and the matrices of its slots."""
+    basis, slots = {}, {}
+    for stack, rank, sampling in layouts:
+        key = _period_key(state.key, state.count // period, stack.name)
+        basis[stack.name] = _new_basis(
+            stack,
+            _layouts.take(leaves, stack),
+            rank,
+            projectors.resolve(projector, state.count),
+            jax.random.fold_in(key, 1),
+            state.basis[stack.name],
+        )
+        if sampling.slots:
+            slots[stack.name] = samplers.draw(sampling, key)
+    return basis, slots
 
 
 def _period_key(key: jax.Array, period_index: jax.Array, stack_name: str) -> jax.Array:
@@ -274,35 +241,6 @@ def _new_basis(
 
     keys = jax.random.split(key, stack.count)
     return jax.lax.map(one, (jnp.arange(stack.count), keys, previous))
-
-
-def _zeros_compressed(layouts: list[Layout], dtype: Any) -> dict[str, Compressed]:
-    def zeros(stack: Stack, *shape: int) -> jax.Array:
-        return jnp.zeros(shape, dtype or stack.dtype)
-
-    return {
-        stack.name: Compressed(
-            low=zeros(stack, stack.count, r, stack.n),
-            full=zeros(stack, sampling.slots, stack.m, stack.n) if sampling.slots else None,
-        )
-        for stack, r, sampling in layouts
-    }
-
-
-def _zeros_dense(dense: list[Stack], dtype: Any) -> dict[str, list[jax.Array]]:
-    return {
-        stack.name: [jnp.zeros(stack.shape, dtype or stack.dtype) for _ in stack.leaves]
-        for stack in dense
-    }
-
-
-def _take(leaves: list[jax.Array], stack: Stack) -> list[jax.Array]:
-    return [leaves[i] for i in stack.leaves]
-
-
-def _put(leaves: list[jax.Array], stack: Stack, new: list[jax.Array]) -> None:
-    for i, leaf in zip(stack.leaves, new, strict=True):
-        leaves[i] = leaf.astype(leaves[i].dtype)
 
 
 def _matching_leaves(params: PyTree, leaves: list[jax.Array], treedef: Any) -> list[jax.Array]:

@@ -14,7 +14,7 @@ import optax
 from gum_optax import dimension_numbers as dims
 from gum_optax import samplers
 from gum_optax._alias import galore, gum
-from gum_optax._low_rank import Layout, find_layouts
+from gum_optax._layouts import Layout, find_layouts
 from gum_optax._matrices import encode_matrices, tree_of_numbers
 from gum_optax._stacks import Stack, by_role, leaves_with_names, path_name
 from gum_optax._typing import PyTree

@@ -35,11 +35,6 @@ def keep_dtypes(new: PyTree, old: PyTree) -> PyTree:
     return jax.tree.map(lambda n, o: jnp.asarray(n, jnp.asarray(o).dtype), new, old)
 
 
-def restart_all(fresh: PyTree, old: PyTree) -> PyTree:
-    """A base state as after ``init``, in the dtypes of the old one."""
-    return keep_dtypes(fresh, old)
-
-
 def restart_slots(fresh: PyTree, old: PyTree) -> PyTree:
     """The old base state, but for the dense slots, which serve other matrices from now on."""
 
