@@ -25,7 +25,7 @@ demo: $(STAMP) ## Run the demonstration
 	$(BIN)/python -m experiments.demo $(ARGS)
 
 test: lint ## Run lint, then all tests and documented examples
-	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 lint: $(STAMP) ## Check style, formatting and types
 	$(BIN)/ruff check $(SOURCES)

@@ -1,0 +1,138 @@
+"""What several test files need: shapes, layouts of parameters, runs of an optimizer."""
+
+import functools
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from gum_optax import LowRankState, samplers
+
+# One for each branch of the code that turns tall matrices.
+SHAPES = {"wide": (6, 10), "tall": (10, 6), "square": (8, 8)}
+
+# The same N matrices as separate leaves, as one leaf [L, m, n], as one leaf [L, E, m, n].
+LAYOUTS = ("separate", "stacked", "experts")
+
+# Compiling takes most of the time of a test; machine code need not be fast. XLA's own passes stay.
+QUICK = {"xla_backend_optimization_level": 0}
+
+
+def gradients(seed: int, *shape: int) -> np.ndarray:
+    """Gaussian entries; the last two axes are turned into matrices of a falling spectrum.
+
+    Singular values fall by 0.7 each, so that a subspace of float32 is that of float64.
+    """
+    noise = np.random.default_rng(seed).normal(size=shape)
+    left, _, right = np.linalg.svd(noise, full_matrices=False)
+    return (left * 0.7 ** np.arange(left.shape[-1])) @ right
+
+
+def pack(layout: str, matrices: Any) -> Any:
+    """N matrices ``[N, m, n]`` as a tree; of even N, two experts each."""
+    if layout == "separate":
+        return {"layers": [{"w": matrix} for matrix in matrices]}
+    if layout == "experts":
+        matrices = matrices.reshape(-1, 2 - len(matrices) % 2, *matrices.shape[1:])
+    return {"layers": {"w": matrices}}
+
+
+def unpack(tree: Any) -> np.ndarray:
+    """The matrices ``[N, m, n]`` of a tree, in the order of `pack`."""
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+    return np.concatenate([leaf.reshape(-1, *leaf.shape[-2:]) for leaf in leaves])
+
+
+def stack_name(layout: str) -> str:
+    return "layers/*/w" if layout == "separate" else "layers/w"
+
+
+def table_sampler(slots: int, probability: float, table: Sequence[Sequence[int]]) -> Any:
+    """A user's sampler: one of the listed draws, picked by the key."""
+
+    def draw(key: jax.Array) -> jax.Array:
+        return jnp.asarray(table, jnp.int32)[jax.random.randint(key, (), 0, len(table), jnp.int32)]
+
+    return lambda count: samplers.Sampling(slots, probability, draw)
+
+
+def run(
+    tx: optax.GradientTransformation, trees: Iterable[Any], params: Any = None, state: Any = None
+) -> Iterator[tuple[Any, Any]]:
+    """Yields the updates and the state after each step, jitted."""
+    update = jax.jit(tx.update, compiler_options=QUICK)
+    for tree in trees:
+        state = tx.init(tree) if state is None else state
+        updates, state = update(tree, state, params)
+        yield updates, state
+
+
+def train(tx: optax.GradientTransformation, trees: Iterable[Any], params: Any) -> list[Any]:
+    """The parameters after each step."""
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def step(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state, history = tx.init(params), []
+    for grads in trees:
+        params, state = step(params, state, grads)
+        history.append(params)
+    return history
+
+
+def low_rank_state(state: Any) -> LowRankState:
+    """The engine's state inside that of an alias."""
+    found = [
+        part
+        for part in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, LowRankState))
+        if isinstance(part, LowRankState)
+    ]
+    assert len(found) == 1, f"{len(found)} engine states"
+    return found[0]
+
+
+def drawn(slots: Any, count: int) -> set[int]:
+    """The matrices that are full-rank; ``count`` stands for an empty slot."""
+    return {int(index) for index in np.asarray(slots) if index < count}
+
+
+def described(state: Any) -> list[tuple[str, tuple[int, ...], Any]]:
+    """Path, shape and dtype of each leaf."""
+    return [
+        (jax.tree_util.keystr(path), jnp.shape(leaf), jnp.result_type(leaf))
+        for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]
+    ]
+
+
+def state_bytes(tree: Any) -> int:
+    """Bytes of a tree of arrays, or of their shapes."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def assert_trees_close(actual: Any, expected: Any, tolerance: float) -> None:
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for got, want in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance)
+
+
+def equations(
+    jaxpr: Any, times: int = 1, pick: Callable[[Sequence[Any]], Collection[Any]] = list
+) -> Iterator[tuple[Any, int]]:
+    """All equations of a jaxpr, those inside others too, each with how often it runs.
+
+    Bodies of scans count by their length. Of a conditional, ``pick`` chooses branches to follow.
+    """
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    for equation in jaxpr.eqns:
+        yield equation, times
+        loop = equation.params["length"] if equation.primitive.name == "scan" else 1
+        for name, value in equation.params.items():
+            parts = value if isinstance(value, tuple | list) else [value]
+            bodies = [part for part in parts if hasattr(getattr(part, "jaxpr", part), "eqns")]
+            for body in pick(bodies) if name == "branches" else bodies:
+                yield from equations(body, times * loop, pick)

@@ -1,0 +1,43 @@
+"""What the documents say runs, and agrees with the result files."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from experiments import demo, facts
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "experiments" / "README.md"]
+
+
+@pytest.mark.parametrize("source", BLOCKS, ids=range(len(BLOCKS)))
+def test_readme_code_runs(source):
+    exec(compile(source, "README.md", "exec"), {})
+
+
+def test_readme_has_code():
+    assert len(BLOCKS) >= 2
+
+
+def test_readme_facts_are_those_of_the_result_files():
+    assert facts.table() in README, "paste the output of `python -m experiments.facts`"
+
+
+def test_the_demo_uses_the_best_learning_rates_of_the_grid():
+    for optimizer, rate in demo.LEARNING_RATES.items():
+        assert facts.best_of_grid()[optimizer]["learning_rate"] == rate
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files(page):
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text())
+    missing = [target for target in targets if not (page.parent / target).exists()]
+    assert not missing
+
+
+@pytest.mark.parametrize("command", re.findall(r"`python -m (experiments\.\w+)", README))
+def test_commands_of_the_readme_exist(command):
+    assert (ROOT / (command.replace(".", "/") + ".py")).exists()

@@ -1,0 +1,233 @@
+"""The training program as a person runs it: interrupted, killed, resumed, mistyped."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import typing
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments import optimizers, report, tune
+from experiments.config import Config, ConfigError, Optimizer, Preset, check
+from experiments.model import PRESETS
+
+ROOT = Path(__file__).parents[1]
+STEPS = 60
+OPTIONS = {
+    "preset": "tiny", "steps": STEPS, "batch-size": 4, "rank": 8, "period": 7, "log-every": 1,
+    "checkpoint-every": 10, "validate-every": 25, "validation-batches": 2,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A small corpus, so that preparing it takes no time, and the cache for its tokens."""
+    directory = tmp_path_factory.mktemp("corpus")
+    for i in range(60):
+        (directory / f"{i:02}.txt").write_text(f"document {i}\n" + f"{i * i} is {i} * {i}\n" * 40)
+    return directory
+
+
+def command(text, run_dir, optimizer, *more):
+    options = OPTIONS | {"corpus": text, "cache-dir": text.parent / "cache", "run-dir": run_dir}
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    program = [sys.executable, "-m", "experiments.pretrain", "--optimizer", optimizer]
+    return [*program, *words, *map(str, more)]
+
+
+def start(text, *arguments):
+    compile_once = {
+        "JAX_COMPILATION_CACHE_DIR": str(text.parent / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    }
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"} | compile_once
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command(text, *arguments), cwd=ROOT, env=environment, **pipes)
+
+
+def finish(process):
+    out, error = process.communicate(timeout=300)
+    return process.returncode, out, error
+
+
+def interrupt(process, run_dir, number, after):
+    """Sends a signal once the metrics show step `after`, then waits for the end."""
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and process.poll() is None:
+        records = report.read_metrics(run_dir / "metrics.jsonl")
+        if records and records[-1]["step"] >= after:
+            process.send_signal(number)
+            return finish(process)
+        time.sleep(0.005)
+    pytest.fail(f"the run never reached step {after}: {finish(process)}")
+
+
+def sequence(run_dir):
+    """Everything in the metrics but the wall-clock time, in order."""
+    records = report.read_metrics(run_dir / "metrics.jsonl")
+    return [{k: v for k, v in record.items() if k != "seconds"} for record in records]
+
+
+@pytest.fixture(scope="module")
+def unbroken(text, tmp_path_factory):
+    """An uninterrupted run with GUM: its directory, exit code and output."""
+    run_dir = tmp_path_factory.mktemp("runs") / "unbroken"
+    return run_dir, *finish(start(text, run_dir, "gum"))
+
+
+def test_a_run_leaves_metrics_checkpoints_events_and_a_picture(unbroken):
+    run_dir, code, out, error = unbroken
+    assert (code, error) == (0, "")
+    assert [r["step"] for r in sequence(run_dir) if "loss" in r] == list(range(1, STEPS + 1))
+    assert [r["step"] for r in sequence(run_dir) if "validation_loss" in r] == [25, 50, STEPS]
+    assert (run_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert any(file.stat().st_size > 1000 for file in (run_dir / "tensorboard").glob("*tfevents*"))
+    assert {path.name for path in (run_dir / "checkpoints").iterdir()} == {"50", "60"}
+    described = json.loads((run_dir / "config.json").read_text())
+    assert described["config"]["optimizer"] == "gum"
+    assert described["versions"]["jax"]
+    assert "layers/*/attn/q/kernel" in out  # the memory plan
+    assert "validation loss" in out
+
+
+def test_training_lowers_the_loss(unbroken):
+    losses = [record["loss"] for record in sequence(unbroken[0]) if "loss" in record]
+    assert losses[-1] < losses[0] - 1
+
+
+def test_a_run_broken_by_every_signal_has_the_losses_of_an_unbroken_one(unbroken, text, tmp_path):
+    run_dir = tmp_path / "broken"
+    killed = interrupt(start(text, run_dir, "gum"), run_dir, signal.SIGKILL, after=13)
+    assert killed[0] == -signal.SIGKILL
+    for number, after in ((signal.SIGTERM, 24), (signal.SIGINT, 40)):
+        process = start(text, run_dir, "gum", "--resume")
+        code, out, error = interrupt(process, run_dir, number, after)
+        assert code == 128 + number, error
+        assert f"stopped by {number.name} after step" in out
+        assert out.rstrip().endswith("--resume")
+    code, _, error = finish(start(text, run_dir, "gum", "--resume"))
+    assert (code, error) == (0, "")
+    assert sequence(run_dir) == sequence(unbroken[0])
+
+
+def test_adamw_resumes_exactly_too(text, tmp_path):
+    processes = {name: start(text, tmp_path / name, "adamw") for name in ("whole", "broken")}
+    interrupt(processes["broken"], tmp_path / "broken", signal.SIGTERM, after=5)
+    resumed = finish(start(text, tmp_path / "broken", "adamw", "--resume"))
+    assert (resumed[0], finish(processes["whole"])[0]) == (0, 0)
+    assert sequence(tmp_path / "broken") == sequence(tmp_path / "whole")
+
+
+MISTAKES = {
+    "option": (["--rnk", "3"], "--rnk, 3; did you mean --rank?"),
+    "not a number": (["--rank", "many"], "--rank: invalid literal for int() with base 10: 'many'"),
+    "value": (["--rank", "0"], "--rank is 0; it must be at least 1"),
+    "share": (["--warmup", "1.5"], "--warmup is 1.5; it must be between 0 and 1"),
+    "preset": (["--preset", "60"], "invalid choice '60' for argument '--preset'"),
+    "optimizer": (["--optimizer", "gun"], "invalid choice 'gun' for argument '--optimizer'"),
+    "file": (["--corpus", "nowhere.txt"], "--corpus: there is no file or directory nowhere.txt"),
+    "tokenizer": (["--tokenizer", "no.json"], "--tokenizer: there is no file no.json"),
+    "nothing to resume": (["--resume"], "has no checkpoint; start without --resume"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_and_exit_code_two(mistake, tmp_path, monkeypatch, capfd):
+    arguments, message = MISTAKES[mistake]
+    assert run_main([*arguments, "--run-dir", str(tmp_path / "run")], monkeypatch) == 2
+    out, error = capfd.readouterr()
+    assert error.startswith("experiments.pretrain: error: ")
+    assert message in error
+    assert (error.count("\n"), out) == (1, "")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ([], "already has checkpoints; add --resume"),
+        (["--resume", "--seed", "1"], "--seed is 1, but this run began with 0"),
+        (["--resume", "--rank", "4"], "--rank is 4, but this run began with 8"),
+        (["--resume", "--optimizer", "adamw"], "--optimizer is adamw, but this run began with gum"),
+    ],
+)
+def test_a_run_directory_is_for_one_run(unbroken, text, more, message, monkeypatch, capfd):
+    before = sequence(unbroken[0])
+    arguments = command(text, unbroken[0], "gum", *more)[3:]
+    assert run_main(arguments, monkeypatch) == 2
+    error = capfd.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert sequence(unbroken[0]) == before
+
+
+def test_a_changed_corpus_is_not_resumed(unbroken, text, monkeypatch, capfd):
+    file = text / "00.txt"
+    old = file.read_text()
+    file.write_text("other " + old)
+    try:
+        assert run_main(command(text, unbroken[0], "gum", "--resume")[3:], monkeypatch) == 2
+    finally:
+        file.write_text(old)
+    assert "has changed since this run began" in capfd.readouterr().err
+
+
+def test_help_explains_every_option(monkeypatch, capfd):
+    with pytest.raises(SystemExit, match="0"):
+        run_main(["--help"], monkeypatch)
+    text = capfd.readouterr().out
+    for field in dataclasses.fields(Config):
+        assert "--" + field.name.replace("_", "-") in text
+    assert "Share of the steps over which the learning rate rises" in " ".join(
+        text.replace("│", "").split()
+    )
+
+
+def run_main(arguments, monkeypatch):
+    """The program in this process: the exit code."""
+    from experiments import cli, pretrain
+
+    monkeypatch.setattr(sys, "argv", ["pretrain", *arguments])
+    return cli.run(pretrain.main, pretrain.PROGRAM)
+
+
+def test_the_options_name_every_optimizer_and_preset():
+    assert set(typing.get_args(Optimizer)) == set(optimizers.OPTIMIZERS)
+    assert set(typing.get_args(Preset)) == set(PRESETS)
+
+
+def test_the_schedule_warms_up_and_decays():
+    rate = optimizers.schedule(Config(steps=100, learning_rate=1.0, warmup=0.1))
+    values = np.asarray([rate(step) for step in range(100)])
+    assert 0 < values[0] < values[5] < values[10]
+    assert values.max() == values[10] == 1.0
+    assert np.all(np.diff(values[10:]) < 0)
+    assert 0.1 <= values[99] < 0.11
+
+
+def test_an_unknown_optimizer_is_named():
+    with pytest.raises(ConfigError, match="did you mean 'gum'"):
+        optimizers.build(Config(optimizer="gun"))  # pyright: ignore[reportArgumentType]
+
+
+def test_the_defaults_pass_the_check():
+    check(Config())
+
+
+def test_metrics_survive_a_line_cut_short(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
+    assert report.read_metrics(path) == [{"step": 1, "loss": 2.0}]
+
+
+def test_a_grid_has_every_combination():
+    grid = tune.Grid(optimizers=("gum", "adamw"), learning_rates=(0.1, 0.2), seeds=(0, 1))
+    points = {(c.optimizer, c.learning_rate, c.seed) for c in tune.configurations(grid)}
+    assert len(points) == len({c.run_dir for c in tune.configurations(grid)}) == 8
