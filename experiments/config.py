@@ -59,7 +59,7 @@ class Config:
     """Which optimizer: gum, adamw, muon (full rank), galore, galore_muon (biased low rank),
     golore, unbiased_adamw."""
     learning_rate: float = 1e-2
-    """Peak learning rate; about 1e-2 suits gum, 3e-3 suits adamw and muon on nano."""
+    """Peak learning rate; on nano about 1e-2 suits gum and muon, 1e-3 adamw."""
     fallback_learning_rate: float | None = None
     """Peak learning rate of AdamW on what is no hidden matrix (embedding, head, norms) under the
     other optimizers. None: --learning-rate."""

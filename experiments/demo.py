@@ -15,7 +15,7 @@ from experiments.train import Result, train
 PROGRAM = "experiments.demo"
 
 # The best of each in a grid on this model and corpus: python -m experiments.tune.
-LEARNING_RATES = {"gum": 1e-2, "adamw": 3e-3}
+LEARNING_RATES = {"gum": 1e-2, "adamw": 1e-3}
 
 
 @dataclasses.dataclass(frozen=True)

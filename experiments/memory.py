@@ -1,7 +1,7 @@
 """What optimizers allocate for GaLore's LLaMA presets: `python -m experiments.memory`.
 
-State bytes are exact and come from shapes alone; nothing is allocated. Temporary bytes are XLA's own
-analysis of the compiled update (gradients in, parameters and state donated) on this machine's device.
+State bytes are exact and come from shapes alone; nothing is allocated. Temporary bytes are XLA's
+own analysis of the compiled update (gradients in, parameters and state donated) on this device.
 """
 
 import dataclasses

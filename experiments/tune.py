@@ -23,9 +23,9 @@ PROGRAM = "experiments.tune"
 class Grid:
     """Train with every combination of optimizers, learning rates and seeds."""
 
-    optimizers: tuple[Optimizer, ...] = ("gum", "adamw", "muon", "galore", "galore_muon")
+    optimizers: tuple[Optimizer, ...] = ("gum", "adamw")
     """Optimizers to compare."""
-    learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2)
+    learning_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
     """Peak learning rates."""
     seeds: tuple[int, ...] = (0,)
     """Seeds of weights, data order and draws."""

@@ -1,0 +1,121 @@
+"""The README's table of measured facts, from the result files: `python -m experiments.facts`.
+
+It prints the table. A test compares it with the README, so that the two cannot drift apart.
+"""
+
+import json
+import statistics
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+_HEAD = "| what | measured | command |\n|---|---|---|"
+
+
+def table() -> str:
+    """The whole table in Markdown."""
+    rows = [row for fact in FACTS for row in fact()]
+    return "\n".join([_HEAD, *(f"| {what} | {how} | `{command}` |" for what, how, command in rows)])
+
+
+def counterexample() -> Iterator[tuple[str, str, str]]:
+    """How far each method comes on the paper's counterexample."""
+    result = _read("counterexample.json")
+    gaps = result["final_relative_gap"]
+    worst = max(gaps["GUM"])
+    medians = ", ".join(f"{name} {_power(statistics.median(v))}" for name, v in gaps.items())
+    yield (
+        f"Counterexample: final gap / gap at the start, median of {len(gaps['GUM'])} seeds",
+        f"{medians} (worst seed of GUM {_power(worst)})",
+        "python -m experiments.counterexample",
+    )
+
+
+def memory() -> Iterator[tuple[str, str, str]]:
+    """State and temporaries on GaLore's LLaMA presets."""
+    result = _read("memory.json")
+    rank, gamma = result["config"]["rank"], result["config"]["full_rank_layers"]
+    for preset in ("350m", "1b"):
+        yield (
+            f"Optimizer state, LLaMA {preset}, float32, rank {rank}, gamma {gamma}",
+            _mebibytes(result["state_bytes"][preset]),
+            "python -m experiments.memory",
+        )
+    for preset, sizes in result["temporary_bytes"].items():
+        yield (
+            f"Temporaries of the compiled update, LLaMA {preset}, {result['device']}",
+            _mebibytes(sizes),
+            "python -m experiments.memory",
+        )
+
+
+def grid() -> Iterator[tuple[str, str, str]]:
+    """The best validation loss of each optimizer over the same grid of learning rates."""
+    entries, best = _grid_entries(), best_of_grid()
+    cells = []
+    for name in ("gum", "adamw"):
+        rate = best[name]["learning_rate"]
+        losses = [
+            e["validation_loss"]
+            for e in entries
+            if e["config"]["optimizer"] == name and e["config"]["learning_rate"] == rate
+        ]
+        spread = f"{min(losses):.2f} to {max(losses):.2f} over {len(losses)} seeds"
+        cells.append(f"{name} {statistics.median(losses):.2f} ({spread}, learning rate {rate:g})")
+    steps = best["gum"]["steps"]
+    yield (
+        f"Validation loss of the demo's model after {steps} steps, learning rate from one grid",
+        ", ".join(cells),
+        "python -m experiments.tune",
+    )
+
+
+def demo() -> Iterator[tuple[str, str, str]]:
+    """What the demo printed when its result was committed."""
+    runs = _read("demo.json")["runs"]
+    yield (
+        "The demo: validation loss; optimizer state; seconds per step, 2 CPU cores",
+        "; ".join(
+            f"{name} {run['validation_loss']:.2f}, {run['state_bytes'] / 2**20:.1f} MiB, "
+            f"{run['seconds_per_step']:.2f} s"
+            for name, run in runs.items()
+        ),
+        "make demo",
+    )
+
+
+FACTS: tuple[Callable[[], Iterator[tuple[str, str, str]]], ...] = (
+    counterexample,
+    memory,
+    grid,
+    demo,
+)
+
+
+def best_of_grid() -> dict[str, dict]:
+    """For each optimizer, the configuration with the least validation loss on seed 0."""
+    first = [e for e in _grid_entries() if e["config"]["seed"] == 0]
+    worst_first = sorted(first, key=lambda e: -e["validation_loss"])
+    return {entry["config"]["optimizer"]: entry["config"] for entry in worst_first}
+
+
+def _grid_entries() -> list[dict]:
+    """The runs of the grid, less those that study another learning rate for the fallback."""
+    return [e for e in _read("demo_grid.json") if not e["config"]["fallback_learning_rate"]]
+
+
+def _read(name: str) -> Any:
+    return json.loads((RESULTS / name).read_text())
+
+
+def _mebibytes(sizes: dict[str, int]) -> str:
+    return ", ".join(f"{name} {size / 2**20:.0f} MiB" for name, size in sizes.items())
+
+
+def _power(value: float) -> str:
+    return f"{value:.2g}" if value > 1e-3 or value == 0 else f"{value:.0e}"
+
+
+if __name__ == "__main__":
+    print(table())
