@@ -61,8 +61,8 @@ class Config:
     learning_rate: float = 1e-2
     """Peak learning rate; on nano about 1e-2 suits gum and muon, 1e-3 adamw."""
     fallback_learning_rate: float | None = None
-    """Peak learning rate of AdamW on what is no hidden matrix (embedding, head, norms) under the
-    other optimizers. None: --learning-rate."""
+    """Peak learning rate of AdamW on what is no hidden matrix (embedding, head, norms), under
+    every optimizer. None: --learning-rate."""
     warmup: float = 0.1
     """Share of the steps over which the learning rate rises linearly to its peak."""
     final_learning_rate: float = 0.1

@@ -113,8 +113,11 @@ def muon(config: Config, rate: optax.Schedule) -> Optimizer:
 
 
 def adamw(config: Config, rate: optax.Schedule) -> Optimizer:
-    """AdamW on everything."""
-    return optax.adamw(rate, b2=config.b2, weight_decay=config.weight_decay, mask=_decayed)
+    """AdamW on everything; hidden matrices and the rest may have learning rates of their own."""
+    plain = _plain_adamw(config, rate)
+    if config.fallback_learning_rate is None:
+        return plain
+    return optax.partition({"matrix": plain, "rest": _fallback(config)}, _matrix_or_rest)
 
 
 OPTIMIZERS: dict[str, Callable[[Config, optax.Schedule], Optimizer]] = {
@@ -139,7 +142,16 @@ def build(config: Config) -> Optimizer:
 
 
 def _fallback(config: Config) -> Optimizer:
-    return adamw(config, schedule(config, config.fallback_learning_rate))
+    return _plain_adamw(config, schedule(config, config.fallback_learning_rate))
+
+
+def _plain_adamw(config: Config, rate: optax.Schedule) -> Optimizer:
+    return optax.adamw(rate, b2=config.b2, weight_decay=config.weight_decay, mask=_decayed)
+
+
+def _matrix_or_rest(params: optax.Params) -> optax.Params:
+    numbers = gum_optax.dimension_numbers.default(params)
+    return jax.tree.map(lambda _, number: "rest" if number is None else "matrix", params, numbers)
 
 
 def _decayed(params: optax.Params) -> optax.Params:
