@@ -96,7 +96,10 @@ def _temporaries(tx: optax.GradientTransformation, params: model.Params) -> int:
 
     state = jax.eval_shape(tx.init, params)
     compiled = step.lower(params, state, params).compile()
-    return compiled.memory_analysis().temp_size_in_bytes
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        raise RuntimeError(f"{jax.default_backend()} gives no memory analysis of compiled programs")
+    return analysis.temp_size_in_bytes
 
 
 if __name__ == "__main__":
