@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -94,12 +95,17 @@ def verdict(results: dict[str, Result]) -> str:
     """One sentence made from the numbers, whoever wins."""
     gum, adamw = results["gum"], results["adamw"]
     gap = gum.validation_loss - adamw.validation_loss
-    return (
+    sentence = (
         f"GUM held {gum.state_bytes / adamw.state_bytes:.0%} of AdamW's optimizer state, took "
         f"{gum.seconds_per_step / adamw.seconds_per_step:.2f} times its time per step, and ended "
         f"{abs(gap):.4f} nats per token {'above' if gap > 0 else 'below'} its validation loss "
         f"({'AdamW' if gap > 0 else 'GUM'} is ahead; one seed)."
     )
+    caveat = (
+        "Both use one learning rate for everything; what a second one for embedding and head "
+        "changes is in experiments/LOG.md."
+    )
+    return "\n".join([*textwrap.wrap(sentence, 80), *textwrap.wrap(caveat, 80)])
 
 
 def summary(base: Config, results: dict[str, Result]) -> dict:
