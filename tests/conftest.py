@@ -14,5 +14,8 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("repeatable")
 
+# Enough for a mesh of three axes; what runs on one device uses the first of them.
+jax.config.update("jax_num_cpu_devices", 8)
+
 # Shapes here are tiny, so compiling is nearly all of the time; this halves it.
 jax.config.update("jax_disable_most_optimizations", True)
