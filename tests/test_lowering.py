@@ -1,0 +1,88 @@
+"""The update lowers for TPU and GPU from a machine without them, and runs there by itself."""
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import gum_optax
+from gum_optax import dimension_numbers, projectors
+
+PLATFORMS = ("tpu", "cuda")
+PROJECTORS = {
+    "svd": projectors.svd,
+    "subspace_iteration": projectors.subspace_iteration,
+    "randomized_svd": projectors.randomized_svd,
+    "random_orthonormal": projectors.random_orthonormal,
+    "switch": projectors.switch(projectors.svd, projectors.random_orthonormal, 3),
+}
+
+
+def shapes(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+# Separate and stacked leaves, wide and tall, and a dense stack, in both dtypes.
+MATRICES = {
+    dtype.__name__: {
+        "layers": [{"wide": shapes(4, 6, dtype=dtype)} for _ in range(2)],
+        "stacked": {"tall": shapes(3, 6, 4, dtype=dtype)},
+        "single": shapes(4, 6, dtype=dtype),
+    }
+    for dtype in (jnp.float32, jnp.bfloat16)
+}
+MODEL = MATRICES | {"embedding": shapes(8, 4), "norm": shapes(4)}
+
+
+def assert_lowers(tx: optax.GradientTransformation, params: Any) -> None:
+    """Exports the update, for both platforms at once.
+
+    That fails for an op without a lowering on one of them, and for a custom call that jax does not
+    promise to keep, such as every call into this Python process.
+    """
+    state = jax.eval_shape(tx.init, params)
+    exported = jax.export.export(jax.jit(tx.update), platforms=PLATFORMS)(params, state, params)
+    module = exported.mlir_module()
+    calls = set(re.findall(r"custom_call @(\w+)", module))
+    assert not [name for name in calls if "callback" in name.lower()]
+    assert not re.findall(r"stablehlo\.(?:send|recv|infeed|outfeed)", module)
+    assert not exported.ordered_effects and not exported.unordered_effects
+    # Factorizations are calls into each platform's own library; that of the CPU is in none.
+    assert {name.startswith("cusolver") for name in calls} == {True, False}, calls
+    assert not [name for name in calls if "lapack" in name]
+
+
+@pytest.mark.parametrize("projector", PROJECTORS)
+def test_every_projector(projector):
+    assert_lowers(gum_optax.scale_by_gum(2, 2, 1, projector=PROJECTORS[projector]), MATRICES)
+
+
+def test_low_rank_without_restart():
+    base = optax.scale_by_adam()
+    assert_lowers(gum_optax.low_rank(base, rank=2, period=2, restart=False), MATRICES)
+
+
+def test_gum_with_its_fallback():
+    tx = gum_optax.gum(
+        optax.cosine_decay_schedule(0.1, 10),
+        2,
+        2,
+        1,
+        weight_decay=0.1,
+        weight_dimension_numbers=dimension_numbers.scanned_layers,
+    )
+    assert_lowers(optax.chain(optax.clip_by_global_norm(1.0), tx), MODEL)
+
+
+def test_a_projector_on_the_host_is_refused():
+    """What the tests above rest on: a call into Python does not pass."""
+
+    def on_the_host(key, gradient, rank, previous_basis):
+        like = jax.ShapeDtypeStruct(previous_basis.shape, previous_basis.dtype)
+        return jax.pure_callback(lambda basis: basis, like, previous_basis)
+
+    with pytest.raises(NotImplementedError, match="lowering for python_callback"):
+        assert_lowers(gum_optax.scale_by_gum(2, 2, 1, projector=on_the_host), MATRICES)
