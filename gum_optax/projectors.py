@@ -4,7 +4,7 @@ A projector is a function ``(key, gradient [m, n], rank, previous_basis [m, r]) 
 with m <= n and r = min(rank, m), whose columns are orthonormal and finite for every finite
 gradient, zero included. Any function of that signature plugs into ``low_rank(projector=...)``;
 options of the ones here are set with ``functools.partial``. Before the first refresh the previous
-basis is zero.
+basis is zero; after a refresh from a gradient that is not finite, it need not be finite.
 
 A basis that depends on the gradient and on a random key leaves the estimate unbiased, because
 layers are drawn independently of it (arXiv 2510.17802).
@@ -77,7 +77,8 @@ def subspace_iteration(
       key: for the noise.
       gradient: ``[m, n]``, m <= n, real floating point.
       rank: number of vectors to keep.
-      previous_basis: ``[m, r]``, the start; zero at the first refresh.
+      previous_basis: ``[m, r]``, the start; zero at the first refresh, and taken as zero if it is
+        not finite, as after a gradient that was not.
       iterations: number of power iterations, an int >= 1.
 
     Returns:
@@ -99,6 +100,8 @@ def subspace_iteration(
     iterations = _checks.positive_int("iterations", iterations)
     gradient = _unit_scale(gradient)
     noise = jax.random.normal(key, (gradient.shape[0], _rank(rank, gradient)), gradient.dtype)
+    # A NaN in a gradient may spoil one period; starting from its basis would spoil all later ones.
+    previous_basis = jnp.where(jnp.all(jnp.isfinite(previous_basis)), previous_basis, 0)
     # The noise is all of the start at the first refresh. Later it lets in what the previous
     # basis is orthogonal to: without it, a gradient whose support moved would stay invisible.
     start = previous_basis + 0.01 * noise / jnp.sqrt(gradient.shape[0])
