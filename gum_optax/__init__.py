@@ -14,8 +14,10 @@ from gum_optax._plan import MemoryPlan as MemoryPlan
 from gum_optax._plan import memory_plan as memory_plan
 from gum_optax._polar import newton_schulz as newton_schulz
 from gum_optax._polar import scale_by_polar as scale_by_polar
+from gum_optax._sharding import state_shardings as state_shardings
 from gum_optax._stacks import by_role as by_role
 from gum_optax._stacks import by_shape as by_shape
+from gum_optax._state import STATE_LAYOUT as STATE_LAYOUT
 from gum_optax._state import LowRankState as LowRankState
 
 __version__ = "0.1.0"

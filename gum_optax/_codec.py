@@ -28,7 +28,8 @@ class Compressed(NamedTuple):
     """What the base optimizer sees of one stack.
 
     Attributes:
-      low: ``[N, r, n]``, the projected gradient of every matrix.
+      low: ``[*lead, r, n]``, the projected gradient of every matrix; the leading axes are those of
+        `LowRankState`.basis: ``[N, r, n]`` unless leaves have several batch axes.
       full: ``[slots, m, n]``, the residual gradient of the drawn matrices, zero in empty slots;
         None if the stack has no slots.
     """
@@ -56,13 +57,12 @@ def compress(
     Returns:
       The `Compressed` gradient in the basis's dtype.
     """
-    projected = jnp.concatenate(
+    projected = _join(
+        stack,
         [
-            jnp.einsum("bmr,bmn->brn", part, matrices)
-            for part, matrices in zip(
-                _split(stack, basis), _canonical(stack, leaves, basis.dtype), strict=True
-            )
-        ]
+            jnp.einsum("...mr,...mn->...rn", part, _canonical(stack, leaf.astype(basis.dtype)))
+            for part, leaf in zip(_split(stack, basis), leaves, strict=True)
+        ],
     )
     low = projected / (1.0 - probability)
     if slots is None:
@@ -72,7 +72,8 @@ def compress(
 
     def residual(index: jax.Array) -> jax.Array:
         inside = jnp.minimum(index, stack.count - 1)
-        missing = take(inside) - basis[inside] @ projected[inside]
+        where = jnp.unravel_index(inside, stack.lead)
+        missing = take(inside) - _pick(basis, where) @ _pick(projected, where)
         return jnp.where(index < stack.count, missing, 0.0)
 
     return Compressed(low, jax.lax.map(residual, slots) / probability)
@@ -97,50 +98,35 @@ def expand(
     Returns:
       One update per leaf, ``[*batch, rows, columns]``.
     """
+    full = compressed.full
+
+    def expand_leaf(position: int, basis: jax.Array, low: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        def low_rank() -> jax.Array:
+            return jnp.matmul(basis, low).astype(dtype)
+
+        if full is None or slots is None:
+            return low_rank()
+        if stack.batch:
+            return _overwrite(stack, position, low_rank(), full, slots)
+        serves = slots == position
+        slot_update = full[jnp.argmax(serves)]
+        # One of the two branches is computed.
+        return jax.lax.cond(jnp.any(serves), lambda: slot_update.astype(dtype), low_rank)
+
     parts = zip(_split(stack, basis), _split(stack, compressed.low), dtypes, strict=True)
-    expand_leaf = _expand_matrix if stack.per_leaf == 1 else _expand_batch
-    return [
-        _stored(stack, expand_leaf(part, low, compressed.full, slots, i * stack.per_leaf, dtype))
-        for i, (part, low, dtype) in enumerate(parts)
-    ]
+    return [_canonical(stack, expand_leaf(i, *part)) for i, part in enumerate(parts)]
 
 
-def _expand_matrix(
-    basis: jax.Array,
-    low: jax.Array,
-    full: jax.Array | None,
-    slots: jax.Array | None,
-    position: int,
-    dtype: jnp.dtype,
+def _overwrite(
+    stack: Stack, position: int, update: jax.Array, full: jax.Array, slots: jax.Array
 ) -> jax.Array:
-    """The update ``[1, m, n]`` of a leaf that is one matrix: one of two branches is computed."""
-    if full is None or slots is None:
-        return jnp.matmul(basis, low).astype(dtype)
-    serves = slots == position
-    return jax.lax.cond(
-        jnp.any(serves),
-        lambda: full[jnp.argmax(serves)][None].astype(dtype),
-        lambda: jnp.matmul(basis, low).astype(dtype),
-    )
-
-
-def _expand_batch(
-    basis: jax.Array,
-    low: jax.Array,
-    full: jax.Array | None,
-    slots: jax.Array | None,
-    position: int,
-    dtype: jnp.dtype,
-) -> jax.Array:
-    """The updates ``[b, m, n]`` of a leaf that holds b matrices."""
-    update = jnp.matmul(basis, low).astype(dtype)
-    if full is None or slots is None:
-        return update
-    size = update.shape[0]
-    local = slots - position
-    # Negative indices would count from the end; everything outside this leaf must be dropped.
-    target = jnp.where((local >= 0) & (local < size), local, size)
-    return update.at[target].set(full.astype(dtype), mode="drop")
+    """The updates ``[*batch, m, n]`` of a leaf, with those of the slots that it holds put in."""
+    local = slots - position * stack.per_leaf
+    here = (local >= 0) & (local < stack.per_leaf)
+    first, *others = jnp.unravel_index(jnp.where(here, local, 0), stack.batch)
+    # What this leaf does not hold is sent out of bounds, and dropped there.
+    target = (jnp.where(here, first, stack.batch[0]), *others)
+    return update.at[target].set(full.astype(update.dtype), mode="drop")
 
 
 def gatherer(
@@ -149,30 +135,38 @@ def gatherer(
     """Returns the function ``index -> matrix [m, n]`` for a traced index into a stack."""
 
     def take(index: jax.Array) -> jax.Array:
-        leaf = jax.lax.switch(
-            index // stack.per_leaf,
-            [
-                lambda leaf=leaf: leaf.reshape(-1, *stack.shape[-2:])[index % stack.per_leaf]
-                for leaf in leaves
-            ],
+        where = jnp.unravel_index(index % stack.per_leaf, stack.batch) if stack.batch else ()
+        matrix = jax.lax.switch(
+            index // stack.per_leaf, [lambda leaf=leaf: _pick(leaf, where) for leaf in leaves]
         )
-        return (leaf.T if stack.transposed else leaf).astype(dtype)
+        return _canonical(stack, matrix.astype(dtype))
 
     return take
 
 
-def _canonical(stack: Stack, leaves: Sequence[jax.Array], dtype: jnp.dtype) -> list[jax.Array]:
-    """Views the leaves as batches ``[b, m, n]`` of wide matrices."""
-    batches = [leaf.reshape(-1, *stack.shape[-2:]).astype(dtype) for leaf in leaves]
-    return [batch.mT for batch in batches] if stack.transposed else batches
+def _pick(stacked: jax.Array, where: tuple[jax.Array, ...]) -> jax.Array:
+    """The matrix at a traced position of the leading axes.
+
+    A gather, not a dynamic slice: where a leading axis is sharded, XLA turns a gather into a masked
+    local one and an all-reduce of one matrix, and a dynamic slice into an all-gather of them all.
+    """
+    if not where:
+        return stacked
+    return stacked.at[tuple(index[None] for index in where)].get(mode="promise_in_bounds")[0]
 
 
-def _stored(stack: Stack, matrices: jax.Array) -> jax.Array:
-    """The inverse of `_canonical` for one leaf."""
-    return (matrices.mT if stack.transposed else matrices).reshape(stack.shape)
+def _canonical(stack: Stack, matrices: jax.Array) -> jax.Array:
+    """Turns matrices of leaves into wide ones, and back: ``[..., m, n]``."""
+    return matrices.mT if stack.transposed else matrices
+
+
+def _join(stack: Stack, parts: Sequence[jax.Array]) -> jax.Array:
+    """Joins one array per leaf along the leading axes of the stack."""
+    return parts[0] if stack.lead == stack.batch else jnp.stack(parts)
 
 
 def _split(stack: Stack, stacked: jax.Array) -> list[jax.Array]:
-    """Splits ``[N, ...]`` into one ``[b, ...]`` per leaf."""
-    size = stack.per_leaf
-    return [stacked[i * size : (i + 1) * size] for i in range(len(stack.leaves))]
+    """The inverse of `_join`."""
+    return (
+        [stacked] if stack.lead == stack.batch else [stacked[i] for i in range(len(stack.leaves))]
+    )

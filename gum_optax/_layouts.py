@@ -3,9 +3,8 @@
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
-from gum_optax import _codec, samplers
+from gum_optax import _codec, _mesh, samplers
 from gum_optax._codec import Compressed
 from gum_optax._stacks import Stack, StackBy, find_stacks
 from gum_optax._typing import PyTree
@@ -88,22 +87,23 @@ def collect(dense: list[Stack], leaves: list[jax.Array] | None) -> Any:
 def zeros_compressed(layouts: list[Layout], dtype: Any) -> dict[str, Compressed]:
     """What the base is initialized with: compressed zeros."""
 
-    def zeros(stack: Stack, *shape: int) -> jax.Array:
-        return jnp.zeros(shape, dtype or stack.dtype)
-
-    return {
-        stack.name: Compressed(
-            low=zeros(stack, stack.count, r, stack.n),
-            full=zeros(stack, sampling.slots, stack.m, stack.n) if sampling.slots else None,
+    def zeros(stack: Stack, rank: int, slots: int) -> Compressed:
+        low, full = (*stack.lead, rank, stack.n), (slots, stack.m, stack.n)
+        kind = dtype or stack.dtype
+        return Compressed(
+            low=_mesh.zeros(low, kind, stack.low_sharding),
+            full=_mesh.zeros(full, kind, stack.full_sharding) if slots else None,
         )
-        for stack, r, sampling in layouts
-    }
+
+    return {stack.name: zeros(stack, r, sampling.slots) for stack, r, sampling in layouts}
 
 
 def zeros_dense(dense: list[Stack], dtype: Any) -> dict[str, list[jax.Array]]:
     """What the base of dense stacks is initialized with."""
     return {
-        stack.name: [jnp.zeros(stack.shape, dtype or stack.dtype) for _ in stack.leaves]
+        stack.name: [
+            _mesh.zeros(stack.shape, dtype or stack.dtype, stack.sharding) for _ in stack.leaves
+        ]
         for stack in dense
     }
 

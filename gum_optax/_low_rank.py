@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gum_optax import _checks, _codec, _layouts, projectors, samplers
+from gum_optax import _checks, _codec, _layouts, _mesh, projectors, samplers
 from gum_optax._injection import injectable
 from gum_optax._layouts import Layout, find_layouts
 from gum_optax._stacks import Stack, StackBy, by_role
@@ -120,7 +120,9 @@ def low_rank(
             count=jnp.zeros((), jnp.int32),
             key=jnp.array(seed),
             basis={
-                stack.name: jnp.zeros((stack.count, stack.m, r), stack.compute_dtype)
+                stack.name: _mesh.zeros(
+                    (*stack.lead, stack.m, r), stack.compute_dtype, stack.basis_sharding
+                )
                 for stack, r, _ in layouts
             },
             slots={
@@ -134,6 +136,11 @@ def low_rank(
 
     def update(
         updates: PyTree, state: LowRankState, params: PyTree | None = None, **extra_args: Any
+    ) -> tuple[PyTree, LowRankState]:
+        return _mesh.in_auto_mode(step, updates, state, params, extra_args, like=(updates, state))
+
+    def step(
+        updates: PyTree, state: LowRankState, params: PyTree | None, extra_args: dict[str, Any]
     ) -> tuple[PyTree, LowRankState]:
         check_fits(jax.eval_shape(init, updates), state)
         leaves, treedef = jax.tree.flatten(updates)
@@ -240,7 +247,8 @@ def _new_basis(
         return basis.astype(previous.dtype)
 
     keys = jax.random.split(key, stack.count)
-    return jax.lax.map(one, (jnp.arange(stack.count), keys, previous))
+    flat = previous.reshape(-1, *previous.shape[-2:])
+    return jax.lax.map(one, (jnp.arange(stack.count), keys, flat)).reshape(previous.shape)
 
 
 def _matching_leaves(params: PyTree, leaves: list[jax.Array], treedef: Any) -> list[jax.Array]:

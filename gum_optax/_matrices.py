@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import optax
 
+from gum_optax import _mesh
 from gum_optax import dimension_numbers as dims
 from gum_optax._state import is_placeholder, keep_dtypes
 from gum_optax._typing import DimensionNumbers, PyTree
@@ -61,19 +62,26 @@ def tree_of_numbers(tree: PyTree, numbers: Sequence[dims.MuonDimensionNumbers | 
     )
 
 
-def encode_matrices(tree: PyTree, numbers: PyTree) -> PyTree:
-    """Turns leaves into ``[*batch, rows, columns]``; leaves of the fallback become masked nodes."""
+def describe_matrices(params: PyTree, numbers: PyTree) -> PyTree:
+    """Shapes, dtypes and shardings of what `as_matrices` shows to its transformation.
 
-    def encode(number: Any, leaf: Any) -> Any:
-        if isinstance(number, optax.MaskedNode):
-            return number
-        return _to_matrix(leaf, number)
+    Args:
+      params: arrays or ``ShapeDtypeStruct``s; leaves of the fallback come out as masked nodes.
+      numbers: a tree of ``MuonDimensionNumbers`` and ``MaskedNode``s like the parameters.
+    """
+    return _map_matrices(_describe, numbers, params)
 
-    return jax.tree.map(encode, numbers, tree, is_leaf=_is_number)
 
+def _map_matrices(function: Callable[..., Any], numbers: PyTree, tree: PyTree) -> PyTree:
+    def on_leaf(number: Any, leaf: Any) -> Any:
+        return number if isinstance(number, optax.MaskedNode) else function(leaf, number)
 
-def _is_number(node: Any) -> bool:
-    return isinstance(node, dims.MuonDimensionNumbers | optax.MaskedNode)
+    return jax.tree.map(
+        on_leaf,
+        numbers,
+        tree,
+        is_leaf=lambda x: isinstance(x, dims.MuonDimensionNumbers | optax.MaskedNode),
+    )
 
 
 def as_matrices(
@@ -88,14 +96,19 @@ def as_matrices(
     inner = optax.with_extra_args_support(inner)
 
     def encode(tree: PyTree) -> PyTree:
-        return encode_matrices(tree, numbers)
+        return _map_matrices(_to_matrix, numbers, tree)
 
     def init(params: PyTree) -> Any:
-        # Only shapes matter to a low-rank state, and `params` may hold nothing but shapes.
-        return inner.init(params if is_placeholder(params) else jax.eval_shape(encode, params))
+        # Only shapes and shardings matter to a low-rank state, and `params` may hold nothing else.
+        return inner.init(params if is_placeholder(params) else describe_matrices(params, numbers))
 
     def update(
         updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any
+    ) -> tuple[PyTree, Any]:
+        return _mesh.in_auto_mode(step, updates, state, params, extra_args, like=(updates, state))
+
+    def step(
+        updates: PyTree, state: Any, params: PyTree | None, extra_args: dict[str, Any]
     ) -> tuple[PyTree, Any]:
         encoded, state = inner.update(
             encode(updates), state, None if params is None else encode(params), **extra_args
@@ -110,6 +123,19 @@ def _to_matrix(leaf: jax.Array, numbers: dims.MuonDimensionNumbers) -> jax.Array
     sizes = [math.prod(leaf.shape[axis] for axis in side) for side in (reduction, output)]
     ordered = leaf.transpose(batch + reduction + output)
     return ordered.reshape(*ordered.shape[: len(batch)], *sizes)
+
+
+def _describe(leaf: Any, numbers: dims.MuonDimensionNumbers) -> jax.ShapeDtypeStruct:
+    """Shape, dtype and sharding of `_to_matrix`, of an array or of a description of one."""
+    batch, reduction, output = dims.axes(leaf.shape, numbers)
+    sharding = _mesh.of(leaf)
+    entries = _mesh.axes(sharding, len(leaf.shape)) if sharding else (None,) * len(leaf.shape)
+    shape, spec = [leaf.shape[axis] for axis in batch], [entries[axis] for axis in batch]
+    for side in (reduction, output):
+        sizes = [leaf.shape[axis] for axis in side]
+        shape.append(math.prod(sizes))
+        spec.append(_mesh.merged([entries[axis] for axis in side], sizes))
+    return jax.ShapeDtypeStruct(tuple(shape), leaf.dtype, sharding=_mesh.named(sharding, spec))
 
 
 def _from_matrix(

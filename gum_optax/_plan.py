@@ -15,7 +15,7 @@ from gum_optax import dimension_numbers as dims
 from gum_optax import samplers
 from gum_optax._alias import galore, gum
 from gum_optax._layouts import Layout, find_layouts
-from gum_optax._matrices import encode_matrices, tree_of_numbers
+from gum_optax._matrices import describe_matrices, tree_of_numbers
 from gum_optax._stacks import Stack, by_role, leaves_with_names, path_name
 from gum_optax._typing import PyTree
 
@@ -148,10 +148,8 @@ def memory_plan(
     leaves = jax.tree.leaves(params)
     numbers: Any = dims.resolve(params, settings.get("weight_dimension_numbers"))
     sampler = settings.get("sampler") or samplers.fixed_size(full_rank_layers)
-    encoded = jax.eval_shape(
-        lambda tree: encode_matrices(tree, tree_of_numbers(tree, numbers)), params
-    )
-    layouts, dense = find_layouts(encoded, rank, sampler, settings.get("stack_by", by_role))
+    matrices = describe_matrices(params, tree_of_numbers(params, numbers))
+    layouts, dense = find_layouts(matrices, rank, sampler, settings.get("stack_by", by_role))
     others = {k: v for k, v in settings.items() if k in ("fallback", "momentum_dtype")}
     return MemoryPlan(
         rows=tuple(_rows(params, numbers, layouts, dense, state)),

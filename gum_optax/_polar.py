@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gum_optax import _checks
+from gum_optax import _checks, _mesh
 from gum_optax._codec import Compressed
 
 MUON_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -51,6 +51,14 @@ def newton_schulz(
       Jordan et al., Muon, https://kellerjordan.github.io/posts/muon/
     """
     coefficients = _coefficients(ns_coeffs, ns_steps)
+
+    def polar(x: jax.Array) -> jax.Array:
+        return _newton_schulz(x, coefficients, eps)
+
+    return _mesh.in_auto_mode(polar, x, like=x)
+
+
+def _newton_schulz(x: jax.Array, coefficients: np.ndarray, eps: float | jax.Array) -> jax.Array:
     wide = x.mT if x.shape[-2] > x.shape[-1] else x
     # Scaling by the largest entry first keeps the squares of the norm within the dtype's range.
     largest = jnp.max(jnp.abs(wide), axis=(-2, -1), keepdims=True)
@@ -58,7 +66,7 @@ def newton_schulz(
     wide = wide / largest
     norm = jnp.sqrt(jnp.sum(wide**2, axis=(-2, -1), keepdims=True))
     scale = norm + eps / largest
-    wide = wide / jnp.where(scale > 0, scale, 1)
+    wide = _mesh.gather_rows(wide / jnp.where(scale > 0, scale, 1))
 
     def step(x: jax.Array, abc: jax.Array) -> tuple[jax.Array, None]:
         a, b, c = abc
@@ -67,6 +75,7 @@ def newton_schulz(
 
     # A scan, not an unrolled loop: unrolled, every iterate may stay alive at once.
     wide, _ = jax.lax.scan(step, wide, jnp.asarray(coefficients, wide.dtype))
+    wide = _mesh.gather_rows(wide)
     return wide.mT if x.shape[-2] > x.shape[-1] else wide
 
 
@@ -132,10 +141,12 @@ def scale_by_polar(
             return Compressed(
                 polar(update.low), None if update.full is None else one_by_one(update.full)
             )
-        return one_by_one(update)
+        # A loop over a batch axis that is sharded would gather it.
+        return polar(update) if _mesh.on_mesh(update) else one_by_one(update)
+
+    def apply_all(updates: Any) -> Any:
+        return jax.tree.map(apply, updates, is_leaf=lambda x: isinstance(x, Compressed))
 
     return optax.stateless(
-        lambda updates, params: jax.tree.map(
-            apply, updates, is_leaf=lambda x: isinstance(x, Compressed)
-        )
+        lambda updates, params: _mesh.in_auto_mode(apply_all, updates, like=updates)
     )

@@ -9,7 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
+from gum_optax import _mesh
 from gum_optax._typing import PyTree
 
 StackBy = Callable[[str, Any], str]
@@ -66,17 +68,34 @@ class Stack:
       leaves: positions of its leaves among the tree's flattened leaves.
       shape: a leaf's shape ``[*batch, rows, columns]``.
       dtype: the leaves' dtype.
+      sharding: the leaves' sharding, where it is known.
     """
 
     name: str
     leaves: tuple[int, ...]
     shape: tuple[int, ...]
     dtype: np.dtype
+    sharding: NamedSharding | None = None
+
+    @property
+    def batch(self) -> tuple[int, ...]:
+        """Sizes of a leaf's batch axes."""
+        return self.shape[:-2]
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """Sizes of the leading axes of the stack's state.
+
+        One axis over the leaves, then their batch axes, which stay apart so that each can be
+        sharded as the leaf's is; without the first if the stack is a single leaf with batch axes.
+        """
+        alone = len(self.leaves) == 1 and self.batch
+        return self.batch if alone else (len(self.leaves), *self.batch)
 
     @property
     def per_leaf(self) -> int:
         """Number of matrices in one leaf: the product of its batch axes."""
-        return math.prod(self.shape[:-2])
+        return math.prod(self.batch)
 
     @property
     def count(self) -> int:
@@ -99,6 +118,31 @@ class Stack:
         return max(self.shape[-2:])
 
     @property
+    def basis_sharding(self) -> NamedSharding | None:
+        """That of bases ``[*lead, m, r]``: the leading and the m axis are sharded as the leaves."""
+        return self._inherit("lead", "m", None)
+
+    @property
+    def low_sharding(self) -> NamedSharding | None:
+        """That of low-rank values ``[*lead, r, n]``."""
+        return self._inherit("lead", None, "n")
+
+    @property
+    def full_sharding(self) -> NamedSharding | None:
+        """That of dense slots ``[slots, m, n]``."""
+        return self._inherit(None, "m", "n")
+
+    def _inherit(self, *sides: str | None) -> NamedSharding | None:
+        """The leaves' sharding, for an array with the named sides; None is replicated."""
+        if self.sharding is None:
+            return None
+        *batch, rows, columns = _mesh.axes(self.sharding, len(self.shape))
+        m, n = (columns, rows) if self.transposed else (rows, columns)
+        lead = [None] * (len(self.lead) - len(batch)) + batch
+        entries = {"lead": lead, "m": [m], "n": [n], None: [None]}
+        return _mesh.named(self.sharding, [e for side in sides for e in entries[side]])
+
+    @property
     def compute_dtype(self) -> np.dtype:
         """Float32, or float64 for float64 leaves: a bfloat16 basis is not orthonormal."""
         return jnp.promote_types(self.dtype, jnp.float32)
@@ -119,6 +163,7 @@ def find_stacks(tree: PyTree, stack_by: StackBy) -> tuple[Stack, ...]:
       TypeError: if a leaf is not real floating point, or the key function returns no str.
     """
     groups: dict[str, dict[tuple[Any, Any], list[int]]] = {}
+    leaves = jax.tree.leaves(tree)
     for position, (path, leaf) in enumerate(leaves_with_names(tree)):
         _check_matrix(path, leaf)
         if math.prod(leaf.shape) == 0:
@@ -134,7 +179,8 @@ def find_stacks(tree: PyTree, stack_by: StackBy) -> tuple[Stack, ...]:
             name = _stack_name(key, shape, dtype, list(kinds))
             while name in stacks:  # A suffixed name can be another stack's own.
                 name += "'"
-            stacks[name] = Stack(name, tuple(positions), shape, dtype)
+            sharding = _mesh.common([leaves[position] for position in positions])
+            stacks[name] = Stack(name, tuple(positions), shape, dtype, sharding)
     return tuple(stacks.values())
 
 

@@ -9,6 +9,13 @@ import optax
 from gum_optax._codec import Compressed
 from gum_optax._typing import PyTree
 
+STATE_LAYOUT = 2
+"""Version of the layout of `LowRankState`; a checkpoint of another one does not restore.
+
+1. Matrices of several batch axes had one leading axis in the state.
+2. The leading axes of the state are the batch axes of the leaves.
+"""
+
 
 class LowRankState(NamedTuple):
     """State of `low_rank`: plain arrays in dicts keyed by stack name.
@@ -16,9 +23,10 @@ class LowRankState(NamedTuple):
     Attributes:
       count: ``int32[]``, steps taken.
       key: ``uint32[2]``, threefry key data; the draws are a function of it and of ``count`` alone.
-      basis: stack -> ``[N, m, r]``, float32 (float64 for float64 parameters).
+      basis: stack -> ``[*lead, m, r]``, float32 (float64 for float64 parameters). The leading axes
+        are N separate matrices, or the batch axes of one leaf, or leaves and their batch axes.
       slots: stack -> ``int32[slots]``, the matrix that each dense slot serves; N is an empty slot.
-      inner: the base's state over stack -> ``Compressed(low=[N, r, n], full=[slots, m, n])``.
+      inner: the base's state over stack -> ``Compressed(low=[*lead, r, n], full=[slots, m, n])``.
       dense: the base's state over the leaves of dense stacks, or None if there are none.
     """
 

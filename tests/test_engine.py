@@ -85,6 +85,7 @@ def run(tx: Any, case: Case, gradients: np.ndarray, dtype: Any = np.float64, par
             updates.append(helpers.unpack(update))
             draw = helpers.drawn(state.slots.get(name, []), case.N)
             basis = np.asarray(state.basis[name])
+            basis = basis.reshape(-1, *basis.shape[-2:])  # Experts have an axis of their own.
             assert updates[-1].dtype == basis.dtype == dtype
             if t % case.K == 0:
                 draws.append(draw)

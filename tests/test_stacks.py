@@ -4,6 +4,7 @@
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportIndexIssue=false
 
 import dataclasses
+import math
 import warnings
 
 import jax
@@ -24,7 +25,7 @@ def _array(*shape, dtype=jnp.float32):
 def _stacks(params, **options):
     """Stack name -> number of matrices, for stacks that are compressed."""
     state = gum_optax.low_rank(optax.identity(), rank=2, period=1, **options).init(params)
-    return {name: basis.shape[0] for name, basis in state.basis.items()}
+    return {name: math.prod(basis.shape[:-2]) for name, basis in state.basis.items()}
 
 
 def _step(params, **options):
@@ -223,3 +224,17 @@ def test_zero_size_leaves_do_not_warn():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         gum_optax.gum(0.1).init({"w": jnp.zeros((0, 4))})
+
+
+def test_leading_axes_of_the_state_are_those_of_the_leaves():
+    trees = {
+        (3,): [_array() for _ in range(3)],
+        (5,): {"w": _array(5, 4, 6)},
+        (2, 5): {"w": _array(2, 5, 4, 6)},
+        (3, 5): [_array(5, 4, 6) for _ in range(3)],
+        (2, 1, 5): [_array(1, 5, 4, 6) for _ in range(2)],
+    }
+    for lead, tree in trees.items():
+        state = gum_optax.low_rank(optax.identity(), rank=2, period=1).init(tree)
+        (basis,) = state.basis.values()
+        assert basis.shape == (*lead, 4, 2)

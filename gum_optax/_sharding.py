@@ -1,0 +1,154 @@
+"""Where an optimizer state belongs, from where the parameters are."""
+
+import math
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from gum_optax._stacks import leaves_with_names, path_name
+from gum_optax._typing import PyTree
+
+
+def state_shardings(
+    tx: Any, params: PyTree, param_shardings: PyTree, mesh: Mesh | AbstractMesh | None = None
+) -> PyTree:
+    """The shardings of an optimizer state, for ``jit(tx.init, out_shardings=...)`` and the like.
+
+    What has a parameter's shape is sharded as the parameter. Of the low-rank state of a matrix
+    m x n, bases inherit the sharding of the m axis, low-rank values that of the n axis, dense slots
+    both, and all of them that of batch axes (stacked layers, experts), as far as it is the same for
+    all leaves of a stack. Everything else is replicated.
+
+    ``tx.init`` is traced with the shardings as part of the arrays' types, so this holds for any
+    optax transformation, whatever it is wrapped in; nothing is computed or allocated.
+
+    Args:
+      tx: an ``optax.GradientTransformation``.
+      params: the parameters: arrays, ``ShapeDtypeStruct``s, Flax variables or boxes of them.
+      param_shardings: a tree or prefix tree of ``jax.sharding.NamedSharding`` like ``params``, or
+        of ``PartitionSpec`` with ``mesh``. None is replicated.
+      mesh: the mesh that ``PartitionSpec``s are meant for; by default that of ``jax.set_mesh``.
+
+    Returns:
+      A tree like ``tx.init(params)`` of ``NamedSharding``.
+
+    Raises:
+      TypeError, ValueError: if a spec is no sharding, names an axis that the mesh does not have or
+        uses one twice, has more entries than the parameter has axes, or cuts an axis into parts of
+        unequal size; if shardings are of different meshes; if there is no mesh.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from jax.sharding import PartitionSpec as P
+      >>> import gum_optax
+      >>> mesh = jax.make_mesh((1, 1), ("fsdp", "tensor"))
+      >>> params = {"layers": [{"kernel": jnp.ones((64, 176))} for _ in range(4)]}
+      >>> tx = gum_optax.scale_by_gum(rank=8)
+      >>> shardings = gum_optax.state_shardings(tx, params, P("fsdp", "tensor"), mesh)
+      >>> shardings.basis["layers/*/kernel"].spec
+      P(None, 'fsdp', None)
+      >>> state = jax.jit(tx.init, out_shardings=shardings)(params)
+    """
+    treedef = jax.tree.structure(params)
+    specs = _specs(params, param_shardings)
+    device_mesh = _only_mesh(specs, mesh)
+    typed_mesh = _explicit(device_mesh)
+    typed = [
+        jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_typed(name, leaf, spec, typed_mesh))
+        for (name, leaf), spec in zip(leaves_with_names(params), specs, strict=True)
+    ]
+    with jax.sharding.use_abstract_mesh(typed_mesh):
+        state = jax.eval_shape(tx.init, treedef.unflatten(typed))
+
+    def placed(leaf: Any) -> NamedSharding:
+        entries = list(leaf.sharding.spec) if leaf.sharding else []
+        while entries and entries[-1] is None:  # As jit writes the specs of its results.
+            entries.pop()
+        return NamedSharding(device_mesh, PartitionSpec(*entries))
+
+    return jax.tree.map(placed, state)
+
+
+def _specs(params: PyTree, param_shardings: PyTree) -> list[Any]:
+    """One sharding, spec or None for each leaf of the parameters."""
+    flat = jax.tree_util.tree_flatten_with_path(param_shardings, is_leaf=_is_spec)[0]
+    # Flax containers of equal content can differ in metadata: paths are compared, not structures.
+    if [path_name(path) for path, _ in flat] == [name for name, _ in leaves_with_names(params)]:
+        return [spec for _, spec in flat]
+    try:
+        full = jax.tree.broadcast(param_shardings, params, is_leaf=_is_spec)
+    except ValueError as error:
+        raise ValueError(
+            f"`param_shardings` must be a tree or a prefix tree of `params`: {error}"
+        ) from error
+    # Where a parameter is None, so is its sharding.
+    paired = jax.tree.map(lambda _, spec: _Box(spec), params, full)
+    return [box.spec for box in jax.tree.leaves(paired)]
+
+
+class _Box:
+    """Keeps a spec, or None, a leaf."""
+
+    def __init__(self, spec: Any):
+        self.spec = spec
+
+
+def _is_spec(node: Any) -> bool:
+    return node is None or isinstance(node, PartitionSpec | jax.sharding.Sharding)
+
+
+def _only_mesh(specs: list[Any], mesh: Mesh | AbstractMesh | None) -> Mesh | AbstractMesh:
+    """The one mesh that is meant."""
+    named = {spec.mesh for spec in specs if isinstance(spec, NamedSharding)}
+    meshes = named | ({mesh} if mesh is not None else set())
+    if len(meshes) > 1:
+        raise ValueError(f"`param_shardings` must be of one mesh, got {sorted(map(str, meshes))}.")
+    if meshes:
+        return meshes.pop()
+    current = jax.sharding.get_mesh()
+    if current.empty:
+        raise ValueError(
+            "`mesh` is needed where `param_shardings` holds no NamedSharding and no mesh is set by "
+            "`jax.set_mesh`."
+        )
+    return current
+
+
+def _explicit(mesh: Mesh | AbstractMesh) -> AbstractMesh:
+    """The same mesh with every axis Explicit, so that types carry shardings."""
+    return AbstractMesh(
+        mesh.axis_sizes, mesh.axis_names, axis_types=(AxisType.Explicit,) * len(mesh.axis_names)
+    )
+
+
+def _typed(name: str, leaf: Any, spec: Any, mesh: AbstractMesh) -> NamedSharding:
+    """The sharding of one parameter on a mesh, or an error that names the parameter."""
+    if isinstance(spec, NamedSharding):
+        spec = spec.spec
+    if spec is None:
+        spec = PartitionSpec()
+    if not isinstance(spec, PartitionSpec):
+        raise TypeError(
+            f"`param_shardings` of `{name}` must be a NamedSharding, a PartitionSpec or None, got "
+            f"{spec!r}."
+        )
+    entries = [() if e is None else e if isinstance(e, tuple) else (e,) for e in spec]
+    where = f"`param_shardings` of `{name}` is {spec}"
+    if len(entries) > len(leaf.shape):
+        raise ValueError(f"{where}, which has more entries than its shape {leaf.shape} has axes.")
+    unknown = [axis for entry in entries for axis in entry if axis not in mesh.axis_names]
+    if unknown:
+        raise ValueError(f"{where}, and the mesh has no axis {unknown[0]!r}: {dict(mesh.shape)}.")
+    used = [axis for entry in entries for axis in entry]
+    if len(set(used)) < len(used):
+        raise ValueError(f"{where}, which uses a mesh axis twice.")
+    for size, entry in zip(leaf.shape, entries, strict=False):
+        parts = math.prod(mesh.shape[axis] for axis in entry)
+        if size % parts:
+            raise ValueError(
+                f"{where}, which cuts an axis of {size} into {parts} parts of unequal size; its "
+                f"shape is {leaf.shape} and the mesh is {dict(mesh.shape)}."
+            )
+    return NamedSharding(mesh, spec)
