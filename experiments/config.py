@@ -16,7 +16,7 @@ class ConfigError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Pretrain a LLaMA with GUM or another optimizer, on a CPU or one GPU."""
+    """Pretrain a LLaMA with GUM or another optimizer, on one device or on many."""
 
     run_dir: str = "runs/pretrain"
     """Directory of this run: config.json, metrics.jsonl, checkpoints, TensorBoard, loss.png."""
@@ -95,12 +95,31 @@ class Config:
     log_every: int = 10
     """Steps between two writes of metrics; every step's loss is recorded."""
 
+    mesh: str | None = None
+    """Devices along the axes data (batches), fsdp (batches and weights) and tensor (weights), such
+    as fsdp=4,tensor=2; an axis left out is 1. None: one device."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """How the processes of one run find each other; what is not given, JAX detects."""
+
+    distributed: bool = False
+    """This is one of several processes: of a SLURM or Open MPI job, a TPU pod, a Kubernetes job, or
+    as the next options say."""
+    coordinator_address: str | None = None
+    """Host and port at which the first process listens."""
+    num_processes: int | None = None
+    """Number of processes."""
+    process_id: int | None = None
+    """Number of this process, from 0."""
+
 
 # Options that may differ between the run that wrote a checkpoint and the one that resumes it:
-# none of them changes a training loss.
+# none of them changes a training loss (a mesh only rounds it otherwise).
 FREE_ON_RESUME = frozenset(
     {"run_dir", "resume", "cache_dir", "log_every", "validate_every", "validation_batches"}
-    | {"checkpoint_every", "keep_checkpoints"}
+    | {"checkpoint_every", "keep_checkpoints", "mesh"}
 )
 
 _COUNTS = ("vocab_size", "seq_len", "tokenizer_chars", "max_tokens", "steps", "batch_size")

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -49,6 +49,20 @@ class Windows:
         return np.asarray(self._tokens[start : start + self._seq_len + 1], np.int32)
 
 
+class Rows:
+    """Windows in order, but of each `batch_size` of them only those at `rows`."""
+
+    def __init__(self, order: grain.MapDataset, batch_size: int, rows: Sequence[int]):
+        self._order, self._batch_size, self._rows = order, batch_size, rows
+
+    def __len__(self) -> int:
+        return len(self._order) // self._batch_size * len(self._rows)
+
+    def __getitem__(self, index) -> np.ndarray:
+        batch, row = divmod(int(index), len(self._rows))
+        return np.asarray(self._order[batch * self._batch_size + self._rows[row]])
+
+
 def prepare(config: Config, vocab_size: int) -> Data:
     """The token files of `config`, made now or found in the cache.
 
@@ -72,22 +86,27 @@ def prepare(config: Config, vocab_size: int) -> Data:
     return _open(directory)
 
 
-def training_batches(data: Data, seq_len: int, batch_size: int, seed: int):
-    """An endless iterator of int32 `[batch_size, seq_len + 1]`, shuffled anew in each epoch.
+def training_batches(
+    data: Data, seq_len: int, batch_size: int, seed: int, rows: Sequence[int] | None = None
+):
+    """An endless iterator of int32 `[len(rows), seq_len + 1]`, shuffled anew in each epoch.
 
-    Its `get_state()` and `set_state()` resume it exactly.
+    Its `get_state()` and `set_state()` resume it exactly; the state is the number of batches read,
+    whatever the rows: a process that reads some of them goes on where one that read all stopped.
     """
     windows = _windows(data.train, seq_len, batch_size, "training")
     order = grain.MapDataset.source(windows).shuffle(seed).repeat()
-    batches = order.batch(batch_size, drop_remainder=True)
+    batches = _batches(order, batch_size, rows)
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)))
 
 
-def validation_batches(data: Data, seq_len: int, batch_size: int, limit: int) -> list[np.ndarray]:
-    """At most `limit` full batches of held-out windows, the same at every call."""
+def validation_batches(
+    data: Data, seq_len: int, batch_size: int, limit: int, rows: Sequence[int] | None = None
+) -> list[np.ndarray]:
+    """At most `limit` batches of held-out windows, the same at every call."""
     windows = _windows(data.validation, seq_len, batch_size, "held-out")
-    order = grain.MapDataset.source(windows).shuffle(0).batch(batch_size, drop_remainder=True)
-    return [np.asarray(order[i]) for i in range(min(limit, len(order)))]
+    batches = _batches(grain.MapDataset.source(windows).shuffle(0), batch_size, rows)
+    return [np.asarray(batches[i]) for i in range(min(limit, len(batches)))]
 
 
 def cache_directory(config: Config) -> Path:
@@ -132,6 +151,15 @@ def _windows(tokens: np.ndarray, seq_len: int, batch_size: int, kind: str) -> Wi
             "--validation-fraction, --batch-size or --seq-len"
         )
     return windows
+
+
+def _batches(
+    order: grain.MapDataset, batch_size: int, rows: Sequence[int] | None
+) -> grain.MapDataset:
+    """The given rows of each full batch; all of them if none are given."""
+    if rows is None or len(rows) == batch_size:
+        return order.batch(batch_size, drop_remainder=True)
+    return grain.MapDataset.source(Rows(order, batch_size, rows)).batch(len(rows))
 
 
 def _documents(sources: list[corpora.Source], config: Config) -> Iterator[tuple[str, bool]]:

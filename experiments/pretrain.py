@@ -1,23 +1,43 @@
 """Pretrain a language model: `python -m experiments.pretrain --help`."""
 
+import dataclasses
 import shlex
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
-from experiments import cli
-from experiments.config import Config
+import tyro
+
+from experiments import cli, processes
+from experiments.config import Config, Launch
 from experiments.plots import loss_curves
-from experiments.train import train
+from experiments.train import Result, train
 
 PROGRAM = "experiments.pretrain"
 
 
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """Pretrain a LLaMA with GUM or another optimizer, on one device or on many."""
+
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    launch: Annotated[Launch, tyro.conf.arg(name="")]
+
+
 def main(arguments: Sequence[str]) -> int:
     """Runs or resumes a training run; returns the exit code."""
-    config = cli.parse(Config, PROGRAM, arguments)
-    result = train(config)
+    command = cli.parse(Command, PROGRAM, arguments)
+    processes.join(command.launch)
+    result = train(command.config)
+    if processes.is_first():
+        _conclude(command.config, result, arguments)
+    return 128 + result.stopped_by if result.stopped_by else 0
+
+
+def _conclude(config: Config, result: Result, arguments: Sequence[str]) -> None:
+    """Draws the loss curve and says how the run ended."""
     label = f"{config.optimizer}, {config.learning_rate:g}"
     title = f"{config.preset} on {' '.join(config.corpus)}"
     picture = loss_curves({label: result.metrics}, Path(config.run_dir) / "loss.png", title)
@@ -28,12 +48,11 @@ def main(arguments: Sequence[str]) -> int:
             f"stopped by {name} after step {result.step}, which is saved; continue with:\n"
             f"  python -m {PROGRAM} {shlex.join(again)}"
         )
-        return 128 + result.stopped_by
+        return
     print(
         f"validation loss {result.validation_loss:.4f} after {result.step} steps, "
         f"{result.seconds_per_step:.3f} s each\nloss curve: {picture}"
     )
-    return 0
 
 
 if __name__ == "__main__":

@@ -119,6 +119,20 @@ class Report:
         self._bar.update(steps)
 
 
+class Silence:
+    """The report of a process that leaves reporting to the first one."""
+
+    seconds_per_step = float("nan")
+
+    def __init__(self, *_args: Any, **_options: Any):
+        pass
+
+    def _nothing(self, *_args: Any) -> None:
+        pass
+
+    say = step = flush = validation = restart_clock = close = _nothing
+
+
 def metrics_path(config: Config) -> Path:
     """The metrics file of a run: one JSON object a line."""
     return Path(config.run_dir) / "metrics.jsonl"

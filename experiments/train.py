@@ -2,21 +2,20 @@
 
 import contextlib
 import dataclasses
-import signal
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import gum_optax
-from experiments import checkpoint, data, model, optimizers
+from experiments import checkpoint, data, model, optimizers, processes
+from experiments import mesh as meshes
 from experiments.config import Config, check
-from experiments.report import Report, metrics_path, read_metrics
+from experiments.report import Report, Silence, metrics_path, read_metrics
 
 
 class Result(NamedTuple):
@@ -51,56 +50,75 @@ def train(config: Config, *, show: bool = True) -> Result:
       ConfigError: an option cannot work; the message is one line.
     """
     check(config)
-    arch = model.architecture(config)
+    mesh, arch = meshes.build(config.mesh), model.architecture(config)
+    rows = meshes.rows(mesh, config.batch_size)
+    put = partial(meshes.put, mesh, config.batch_size)
     checkpoint.check_run_directory(config)
-    tokens = data.prepare(config, arch.vocab_size)
+    tokens = processes.in_turn(lambda: data.prepare(config, arch.vocab_size))
+    processes.check_equal("--corpus: the text", tokens.digest)
     arch = dataclasses.replace(arch, vocab_size=tokens.tokenizer.get_vocab_size())
-    batches = data.training_batches(tokens, arch.seq_len, config.batch_size, config.seed)
+    batches = data.training_batches(tokens, arch.seq_len, config.batch_size, config.seed, rows)
     held_out = data.validation_batches(
-        tokens, arch.seq_len, config.batch_size, config.validation_batches
+        tokens, arch.seq_len, config.batch_size, config.validation_batches, rows
     )
     if config.resume:
         checkpoint.check_same_data(config, tokens.digest)
-    else:
+    elif processes.is_first():
         checkpoint.write_description(config, tokens.digest)
 
-    static, state, step_fn = start(config, arch)
+    static, state, step_fn = start(config, arch, mesh)
     evaluate = jax.jit(partial(model.loss, static))
     checkpoints, step = checkpoint.Checkpoints(config), 0
     if config.resume:
         step = checkpoints.latest() or 0
         state, position = checkpoints.restore(step, state)
         batches.set_state(position)
-    report = Report(config, start=step, tokens_per_step=config.batch_size * arch.seq_len, show=show)
-    report.say(_introduction(config, arch, tokens, state))
-    with contextlib.closing(report), contextlib.closing(checkpoints), _signals() as stop:
+    reporter = Report if processes.is_first() else Silence
+    tokens_per_step = config.batch_size * arch.seq_len
+    report = reporter(config, start=step, tokens_per_step=tokens_per_step, show=show)
+    report.say(_introduction(config, arch, tokens, state, mesh))
+    closing = contextlib.closing
+    with closing(report), closing(checkpoints), processes.signals() as stop:
         while step < config.steps and stop.signal is None:
-            state, metrics = step_fn(state, next(batches))
+            state, metrics = step_fn(state, put(next(batches)))
             step += 1
             report.step(step, metrics)
             if _due(step, config.validate_every, config):
                 report.flush()
-                report.validation(step, _mean_loss(evaluate, state.params, held_out))
-            if _due(step, config.checkpoint_every, config) or stop.signal:
+                report.validation(step, _mean_loss(evaluate, state.params, map(put, held_out)))
+            if stop.reached(step) or _due(step, config.checkpoint_every, config):
                 report.flush()
                 checkpoints.save(step, state, batches.get_state())
                 report.restart_clock()
     return _result(config, step, stop.signal, report.seconds_per_step, state)
 
 
-def start(config: Config, arch: model.Architecture) -> tuple[Any, State, Callable]:
+def start(
+    config: Config, arch: model.Architecture, mesh: Mesh | None = None
+) -> tuple[Any, State, Callable]:
     """The static model, the first state, and the compiled `(state, batch) -> (state, metrics)`."""
-    static, params = model.create(arch, dtype=config.dtype, seed=config.seed)
+    create = partial(model.create, arch, dtype=config.dtype, seed=config.seed)
     optimizer = optimizers.build(config)
 
-    @partial(jax.jit, donate_argnums=0)
+    def first() -> tuple[Any, State]:
+        static, params = create()
+        return static, State(params, optimizer.init(params))
+
     def step(state: State, batch_BxL: jax.Array) -> tuple[State, dict[str, jax.Array]]:
         loss, grads = jax.value_and_grad(partial(model.loss, static))(state.params, batch_BxL)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params: Any = optax.apply_updates(state.params, updates)
         return State(params, opt_state), {"loss": loss, "grad_norm": optax.tree.norm(grads)}
 
-    return static, State(params, optimizer.init(params)), step
+    if mesh is None:
+        static, state = first()
+        return static, state, jax.jit(step, donate_argnums=0)
+    _, shapes = jax.eval_shape(create)
+    params = meshes.param_shardings(mesh, shapes)
+    shardings = State(params, gum_optax.state_shardings(optimizer, shapes, params))
+    static, state = jax.jit(first, out_shardings=(None, shardings))()
+    metrics = NamedSharding(mesh, PartitionSpec())
+    return static, state, jax.jit(step, donate_argnums=0, out_shardings=(shardings, metrics))
 
 
 def state_bytes(opt_state: optax.OptState) -> int:
@@ -112,32 +130,13 @@ def _due(step: int, every: int, config: Config) -> bool:
     return step % every == 0 or step == config.steps
 
 
-def _mean_loss(evaluate: Callable, params: model.Params, batches: list[np.ndarray]) -> float:
+def _mean_loss(evaluate: Callable, params: model.Params, batches: Iterable[Any]) -> float:
     return float(np.mean([evaluate(params, batch) for batch in batches]))
 
 
-@contextlib.contextmanager
-def _signals() -> Iterator[SimpleNamespace]:
-    """Notes SIGINT or SIGTERM in `.signal`; a second SIGINT interrupts at once."""
-    stop = SimpleNamespace(signal=None)
-
-    def note(number: int, _frame) -> None:
-        if stop.signal and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        stop.signal = number
-
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
-
-
-def _introduction(config: Config, arch: model.Architecture, tokens: data.Data, state: State) -> str:
+def _introduction(
+    config: Config, arch: model.Architecture, tokens: data.Data, state: State, mesh: Mesh | None
+) -> str:
     epochs = config.steps * config.batch_size * arch.seq_len / len(tokens.train)
     rank, layers = config.rank, config.full_rank_layers
     plan = str(gum_optax.memory_plan(state.params, rank=rank, full_rank_layers=layers))
@@ -153,13 +152,14 @@ def _introduction(config: Config, arch: model.Architecture, tokens: data.Data, s
         f"this run, {config.optimizer}: {state_bytes(state.opt_state) / 2**20:.1f} MiB of "
         f"optimizer state, peak learning rate {config.learning_rate:g}, "
         f"on {jax.devices()[0].device_kind}"
+        + (f"\n{meshes.describe(mesh, state.params)}" if mesh else "")
     )
 
 
 def _result(
     config: Config, step: int, stopped_by: int | None, seconds_per_step: float, state: State
 ) -> Result:
-    metrics = read_metrics(metrics_path(config))
+    metrics = read_metrics(metrics_path(config)) if processes.is_first() else []
     losses = [record["validation_loss"] for record in metrics if "validation_loss" in record]
     return Result(
         step=step,
