@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from gum_optax import _checks, projectors, samplers
-from gum_optax._injection import injectable
+from gum_optax._injection import handing_over, injectable
 from gum_optax._low_rank import low_rank
 from gum_optax._matrices import as_matrices, partition_matrices
 from gum_optax._polar import MUON_COEFFICIENTS, scale_by_polar
@@ -95,20 +95,25 @@ def scale_by_gum(
       Pan et al., Unbiased Gradient Low-Rank Projection, arXiv 2510.17802.
     """
     _checks.hyperparameter("beta", beta, below=1.0)
-    base = optax.chain(
-        optax.trace(decay=beta, nesterov=nesterov), scale_by_polar(ns_coeffs, ns_steps, eps)
-    )
-    return low_rank(
-        base,
-        rank=rank,
-        period=period,
-        projector=projector,
-        sampler=samplers.fixed_size(full_rank_layers) if sampler is None else sampler,
-        restart=restart,
-        momentum_dtype=momentum_dtype,
-        stack_by=stack_by,
-        key=key,
-    )
+
+    def base(beta: float | jax.Array, eps: float | jax.Array) -> optax.GradientTransformation:
+        momentum = optax.trace(decay=beta, nesterov=nesterov)
+        return optax.chain(momentum, scale_by_polar(ns_coeffs, ns_steps, eps))
+
+    def engine(base: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+        return low_rank(
+            base,
+            rank=rank,
+            period=period,
+            projector=projector,
+            sampler=samplers.fixed_size(full_rank_layers) if sampler is None else sampler,
+            restart=restart,
+            momentum_dtype=momentum_dtype,
+            stack_by=stack_by,
+            key=key,
+        )
+
+    return handing_over(engine, base, beta=beta, eps=eps)
 
 
 @injectable("learning_rate", "beta", "eps", "weight_decay", "consistent_rms")
@@ -423,19 +428,22 @@ def unbiased_adamw(
         fallback = optax.adamw(
             learning_rate, b1, b2, eps, weight_decay=weight_decay, mask=weight_decay_mask
         )
-    direction = low_rank(
-        optax.scale_by_adam(b1, b2, eps),
-        rank=rank,
-        period=period,
-        projector=projector,
-        sampler=samplers.fixed_size(full_rank_layers) if sampler is None else sampler,
-        restart=restart,
-        momentum_dtype=momentum_dtype,
-        stack_by=stack_by,
-        key=key,
-    )
+
+    def engine(base: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+        return low_rank(
+            base,
+            rank=rank,
+            period=period,
+            projector=projector,
+            sampler=samplers.fixed_size(full_rank_layers) if sampler is None else sampler,
+            restart=restart,
+            momentum_dtype=momentum_dtype,
+            stack_by=stack_by,
+            key=key,
+        )
+
     return _optimizer(
-        direction,
+        handing_over(engine, optax.scale_by_adam, b1=b1, b2=b2, eps=eps),
         learning_rate,
         weight_decay,
         weight_decay_mask,

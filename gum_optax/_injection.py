@@ -15,6 +15,10 @@ import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
+import optax
+
+from gum_optax._typing import PyTree
+
 _Factory = TypeVar("_Factory", bound=Callable[..., Any])
 
 
@@ -52,6 +56,44 @@ def injectable(*names: str) -> Callable[[_Factory], _Factory]:
         return unboxing  # type: ignore[return-value]
 
     return decorate
+
+
+def handing_over(
+    wrap: Callable[[optax.GradientTransformation], optax.GradientTransformationExtraArgs],
+    make_base: Callable[..., optax.GradientTransformation],
+    **hyperparameters: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """``wrap(make_base(**hyperparameters))``, which hands the hyperparameters over at each update.
+
+    An injected hyperparameter is a traced array. On Explicit mesh axes its type names the mesh, and
+    the engine changes that of all that it computes with (see `_mesh.in_auto_mode`): of what it is
+    handed, not of what a base closes over.
+    """
+
+    def init(params: PyTree) -> Any:
+        return make_base(**hyperparameters).init(params)
+
+    def update(
+        updates: PyTree,
+        state: Any,
+        params: PyTree | None = None,
+        *,
+        base_hyperparameters: dict[str, Any],
+        **extra_args: Any,
+    ) -> tuple[PyTree, Any]:
+        del extra_args
+        return make_base(**base_hyperparameters).update(updates, state, params)
+
+    wrapped = wrap(optax.GradientTransformationExtraArgs(init, update))
+
+    def wrapped_update(
+        updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any
+    ) -> tuple[PyTree, Any]:
+        return wrapped.update(
+            updates, state, params, base_hyperparameters=hyperparameters, **extra_args
+        )
+
+    return optax.GradientTransformationExtraArgs(wrapped.init, wrapped_update)
 
 
 def _unbox(value: Any) -> Any:

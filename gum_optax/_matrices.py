@@ -96,7 +96,14 @@ def as_matrices(
     inner = optax.with_extra_args_support(inner)
 
     def encode(tree: PyTree) -> PyTree:
-        return _map_matrices(_to_matrix, numbers, tree)
+        return _mesh.in_auto_mode(
+            lambda tree: _map_matrices(_to_matrix, numbers, tree),
+            tree,
+            like=describe_matrices(tree, numbers),
+        )
+
+    def decode(like: PyTree, matrices: PyTree) -> PyTree:
+        return jax.tree.map(_from_matrix, like, numbers, matrices)
 
     def init(params: PyTree) -> Any:
         # Only shapes and shardings matter to a low-rank state, and `params` may hold nothing else.
@@ -105,15 +112,10 @@ def as_matrices(
     def update(
         updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any
     ) -> tuple[PyTree, Any]:
-        return _mesh.in_auto_mode(step, updates, state, params, extra_args, like=(updates, state))
-
-    def step(
-        updates: PyTree, state: Any, params: PyTree | None, extra_args: dict[str, Any]
-    ) -> tuple[PyTree, Any]:
         encoded, state = inner.update(
             encode(updates), state, None if params is None else encode(params), **extra_args
         )
-        return jax.tree.map(_from_matrix, updates, numbers, encoded), state
+        return _mesh.in_auto_mode(decode, updates, encoded, like=updates), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -93,7 +93,8 @@ def in_auto_mode(function: Callable[..., Any], *args: PyTree, like: PyTree) -> A
     Args:
       function: takes trees, and returns a tree of arrays.
       *args: its arguments; leaves that are not arrays reach it as they are.
-      like: a tree like its result, whose shardings the result gets on Explicit axes.
+      like: a tree of arrays or their descriptions like its result, whose shardings the result gets
+        on Explicit axes.
     """
     leaves, treedef = jax.tree.flatten(args)
     arrays = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)}
@@ -106,8 +107,11 @@ def in_auto_mode(function: Callable[..., Any], *args: PyTree, like: PyTree) -> A
         all_leaves = [arrays.get(i, leaf) for i, leaf in enumerate(leaves)]
         return function(*jax.tree.unflatten(treedef, all_leaves))
 
-    specs = jax.tree.map(lambda leaf: NamedSharding(mesh, jax.typeof(leaf).sharding.spec), like)
-    return jax.sharding.auto_axes(call, out_sharding=specs)(arrays)
+    def sharding(leaf: Any) -> NamedSharding:
+        known = of(leaf)
+        return NamedSharding(mesh, known.spec if known else PartitionSpec())
+
+    return jax.sharding.auto_axes(call, out_sharding=jax.tree.map(sharding, like))(arrays)
 
 
 def _explicit(mesh: Any) -> bool:

@@ -18,7 +18,7 @@ SHAPES = {"wide": (6, 10), "tall": (10, 6), "square": (8, 8)}
 LAYOUTS = ("separate", "stacked", "experts")
 
 # Compiling takes most of the time of a test; machine code need not be fast. XLA's own passes stay.
-QUICK = {"xla_backend_optimization_level": 0}
+QUICK: dict[str, Any] = {"xla_backend_optimization_level": 0}
 
 
 def gradients(seed: int, *shape: int) -> np.ndarray:
