@@ -1,11 +1,12 @@
 """What the documents say runs, and agrees with the result files."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 
-from experiments import demo, facts
+from experiments import demo, facts, sharding
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -24,6 +25,12 @@ def test_readme_has_code():
 
 def test_readme_facts_are_those_of_the_result_files():
     assert facts.table() in README, "paste the output of `python -m experiments.facts`"
+
+
+def test_readme_collectives_are_those_of_the_result_file():
+    rows = json.loads((ROOT / "experiments/results/sharding.json").read_text())["rows"]
+    assert sharding.table([row for row in rows if row["mesh"] != "data=8"]) in README
+    assert not any(row["collectives"] for row in rows if row["mesh"] == "data=8")
 
 
 def test_the_demo_uses_the_best_learning_rates_of_the_grid():
