@@ -104,14 +104,16 @@ def expand(
         def low_rank() -> jax.Array:
             return jnp.matmul(basis, low).astype(dtype)
 
-        if full is None or slots is None:
+        dense = full
+        if dense is None or slots is None:
             return low_rank()
         if stack.batch:
-            return _overwrite(stack, position, low_rank(), full, slots)
+            return _overwrite(stack, position, low_rank(), dense, slots)
         serves = slots == position
-        slot_update = full[jnp.argmax(serves)]
         # One of the two branches is computed.
-        return jax.lax.cond(jnp.any(serves), lambda: slot_update.astype(dtype), low_rank)
+        return jax.lax.cond(
+            jnp.any(serves), lambda: dense[jnp.argmax(serves)].astype(dtype), low_rank
+        )
 
     parts = zip(_split(stack, basis), _split(stack, compressed.low), dtypes, strict=True)
     return [_canonical(stack, expand_leaf(i, *part)) for i, part in enumerate(parts)]

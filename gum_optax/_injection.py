@@ -84,7 +84,8 @@ def handing_over(
         del extra_args
         return make_base(**base_hyperparameters).update(updates, state, params)
 
-    wrapped = wrap(optax.GradientTransformationExtraArgs(init, update))
+    base: Any = optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
+    wrapped = wrap(base)
 
     def wrapped_update(
         updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any
