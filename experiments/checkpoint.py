@@ -1,19 +1,27 @@
 """A run directory: what may be resumed, and the checkpoints to resume from."""
 
+import contextlib
 import dataclasses
-import importlib.metadata
 import json
+import logging
 import os
-import platform
+import re
+import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
-from experiments.config import Config, ConfigError, first_difference, flag, make_directory
+import gum_optax
+from experiments import compatibility
+from experiments.config import Config, ConfigError, make_directory
 
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers", "numpy")
+
+class StorageError(ConfigError):
+    """The disk failed the run; its text is one line that names the last good checkpoint."""
 
 
 class Checkpoints:
@@ -25,31 +33,81 @@ class Checkpoints:
 
     def __init__(self, config: Config):
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=config.keep_checkpoints, enable_async_checkpointing=False
+            max_to_keep=config.keep_checkpoints,
+            cleanup_tmp_directories=True,
+            enable_async_checkpointing=False,
         )
-        self._manager = ocp.CheckpointManager(_directory(config).absolute(), options=options)
+        self._config, self._directory = config, _directory(config).absolute()
+        # Known from the start, so that a new process can look into an old checkpoint.
+        handlers = {"state": ocp.StandardCheckpointHandler(), "data": ocp.JsonCheckpointHandler()}
+        self._manager = ocp.CheckpointManager(
+            self._directory, options=options, item_handlers=handlers
+        )
 
     def latest(self) -> int | None:
         """The step of the newest complete checkpoint."""
         return self._manager.latest_step()
 
     def save(self, step: int, state: Any, data: dict) -> None:
-        """Writes a checkpoint, which appears under its name only when complete."""
+        """Writes a checkpoint, which appears under its name only when complete.
+
+        Raises:
+          StorageError: it could not be written; earlier ones are as they were.
+        """
         if self.latest() == step:
             return
         arguments = ocp.args.Composite(
             state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data)
         )
-        self._manager.save(step, args=arguments)
+        description = compatibility.describe(self._config, state)
+        try:
+            with _told_once():
+                self._manager.save(step, args=arguments, custom_metadata=description)
+        except Exception as error:  # from the file system, TensorStore or Orbax
+            raise StorageError(
+                f"--run-dir: cannot write checkpoint {step} to {self._directory}: "
+                f"{_reason(error)}; {last_good(self._config)}"
+            ) from error
 
     def restore(self, step: int, state: Any) -> tuple[Any, dict]:
-        """The training state (of the structure of `state`) and data position saved at `step`."""
+        """The training state (of the structure of `state`) and data position saved at `step`.
+
+        Raises:
+          ConfigError: the checkpoint is of another run, or damaged.
+        """
         shapes = jax.tree.map(_shape, state)
         arguments = ocp.args.Composite(
             state=ocp.args.StandardRestore(shapes), data=ocp.args.JsonRestore()
         )
-        restored = self._manager.restore(step, args=arguments)
+        with self._damage_named(step):
+            description = self.description(step)
+            compatibility.check_description(description, self._config)
+            compatibility.check_arrays(self._manager.item_metadata(step)["state"].tree, shapes)
+            restored = self._manager.restore(step, args=arguments)
+            compatibility.check_content(description, restored["state"])
         return restored["state"], restored["data"]
+
+    def description(self, step: int) -> dict:
+        """What a checkpoint says about itself, see `compatibility.describe`."""
+        description: Any = self._manager.metadata(step).custom_metadata
+        if not description:
+            raise ValueError("it does not say what run it is of")
+        return description
+
+    @contextlib.contextmanager
+    def _damage_named(self, step: int) -> Iterator[None]:
+        try:
+            with _told_once():
+                yield
+        except ConfigError:
+            raise
+        except Exception as error:  # of many types, from JSON, TensorStore or Orbax
+            earlier = [other for other in self._manager.all_steps() if other < step]
+            instead = f"remove it to continue from step {max(earlier)}" if earlier else "no other"
+            raise ConfigError(
+                f"--resume: the checkpoint {self._directory / str(step)} is damaged: "
+                f"{_reason(error)}; {instead}"
+            ) from error
 
     def close(self) -> None:
         """Waits for the manager's threads."""
@@ -58,7 +116,7 @@ class Checkpoints:
 
 def check_run_directory(config: Config) -> None:
     """Raises `ConfigError` if this run may not start, or not resume, in its directory."""
-    saved = any(path.name.isdigit() for path in _directory(config).glob("*"))
+    saved = _complete(config)
     if saved and not config.resume:
         raise ConfigError(
             f"--run-dir: {config.run_dir} already has checkpoints; add --resume to continue it, "
@@ -67,7 +125,7 @@ def check_run_directory(config: Config) -> None:
     if config.resume and not saved:
         raise ConfigError(f"--resume: {config.run_dir} has no checkpoint; start without --resume")
     if config.resume:
-        _check_same_run(config)
+        compatibility.check_same_run(_load(config)["config"], config)
 
 
 def check_same_data(config: Config, digest: str) -> None:
@@ -80,11 +138,11 @@ def check_same_data(config: Config, digest: str) -> None:
 
 def describe(config: Config, digest: str) -> dict:
     """What identifies a run: its configuration, its data, the versions and the machine."""
-    versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
     return {
         "config": dataclasses.asdict(config),
         "data_digest": digest,
-        "versions": versions | {"python": platform.python_version()},
+        "state_layout": gum_optax.STATE_LAYOUT,
+        "versions": compatibility.versions(),
         "device": jax.devices()[0].device_kind,
         "cores": os.cpu_count(),
     }
@@ -97,13 +155,53 @@ def write_description(config: Config, digest: str) -> None:
     _description(config).write_text(text + "\n")
 
 
-def _check_same_run(config: Config) -> None:
-    old = _load(config)["config"]
-    if field := first_difference(old, config):
-        raise ConfigError(
-            f"--resume: {flag(field)} is {getattr(config, field)}, but this run began with "
-            f"{old[field]}; give the same value, or choose another --run-dir"
-        )
+def last_good(config: Config) -> str:
+    """A phrase that names the newest complete checkpoint."""
+    steps = _complete(config)
+    return (
+        f"the last good checkpoint is step {max(steps)}" if steps else "there is no checkpoint yet"
+    )
+
+
+@contextlib.contextmanager
+def storage_faults(config: Config) -> Iterator[None]:
+    """Turns an `OSError` of a run, such as that of a full disk, into a `StorageError`."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"--run-dir: cannot write {error.filename or config.run_dir}: {_reason(error)}; "
+            f"{last_good(config)}"
+        ) from error
+
+
+def _complete(config: Config) -> list[int]:
+    """The steps of complete checkpoints: only these have a bare number for a name."""
+    return [int(path.name) for path in _directory(config).glob("*") if path.name.isdigit()]
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, in a few words."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = " ".join(str(error).split())
+    system = re.search(r"([^:]+) \[os_error_code", text)  # in TensorStore's long messages
+    return system.group(1).strip() if system else text[:200] or type(error).__name__
+
+
+@contextlib.contextmanager
+def _told_once() -> Iterator[None]:
+    """Keeps Orbax's threads from printing the traceback of an error that is raised here too.
+
+    After an error they stay silent: what they gave up goes on failing for a while.
+    """
+    logger = logging.getLogger("absl")
+    before = logger.level, threading.excepthook, sys.unraisablehook
+    logger.setLevel(logging.CRITICAL)
+    threading.excepthook = sys.unraisablehook = lambda _: None
+    yield
+    logger.setLevel(before[0])
+    _, threading.excepthook, sys.unraisablehook = before
 
 
 def _load(config: Config) -> dict:

@@ -4,11 +4,13 @@ The token files are made once and kept in a cache directory under a name that is
 they depend on. Training reads them through `grain`, whose iterator state goes into checkpoints.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,10 +21,11 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from experiments import corpus as corpora
+from experiments import sealed
 from experiments.config import Config, ConfigError, make_directory
 
 END = "<|endoftext|>"
-_FORMAT = 1  # raise when the content of the token files changes meaning
+_FORMAT = 2  # raise when the content of the token files changes meaning
 
 
 class Data(NamedTuple):
@@ -81,8 +84,9 @@ def prepare(config: Config, vocab_size: int) -> Data:
     ]
     name = hashlib.blake2b(json.dumps(spec).encode(), digest_size=12).hexdigest()
     directory = cache_directory(config) / name
-    if not directory.exists():
-        _build(directory, config, sources, tokenizer, vocab_size)
+    if not sealed.is_intact(directory):
+        with _writing(directory):
+            _build(directory, config, sources, tokenizer, vocab_size)
     return _open(directory)
 
 
@@ -183,15 +187,27 @@ def _build(
         if tokenizer is None:
             texts = (text for text, held_out in _documents(sources, config) if not held_out)
             tokenizer = train_tokenizer(_take(texts, config.tokenizer_chars), vocab_size)
-        tokenizer.save(str(scratch / "tokenizer.json"))
+        (scratch / "tokenizer.json").write_text(tokenizer.to_str(pretty=True))
         digest = _tokenize(_documents(sources, config), tokenizer, config.max_tokens, scratch)
         (scratch / "digest").write_text(digest)
+        sealed.seal(scratch)
         _publish(scratch, directory)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def _writing(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"--cache-dir: cannot write {directory}: {error.strerror}") from error
+
+
 def _publish(scratch: Path, directory: Path) -> None:
+    if directory.exists() and not sealed.is_intact(directory):
+        print(f"the tokens in {directory} were damaged and are made again", file=sys.stderr)
+        shutil.rmtree(directory)
     try:
         os.rename(scratch, directory)
     except OSError:

@@ -69,8 +69,9 @@ def _refusal(example: Example, error: Exception) -> str:
     """The kind of a clear error; any other is raised again."""
     file = traceback.extract_tb(error.__traceback__)[-1].filename
     clear = isinstance(error, TypeError | ValueError) and "gum_optax" in Path(file).parts
-    named = example.flaw if example.flaw in BAD_OPTIONS else "flawed|changing"
-    if example.flaw is None or not clear or not re.search(rf"`.*({named}).*`", str(error)):
+    named = {OTHER_GRADIENTS: "params|state.*"} | {name: name for name in BAD_OPTIONS}
+    named = named.get(example.flaw or "", "flawed")
+    if example.flaw is None or not clear or not re.search(rf"`({named})`", str(error)):
         raise AssertionError(f"not a clear error for {example.flaw}: {error!r}") from error
     return f"refused with {type(error).__name__}"
 

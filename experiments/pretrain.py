@@ -10,7 +10,7 @@ from typing import Annotated
 
 import tyro
 
-from experiments import cli, processes
+from experiments import checkpoint, cli, processes
 from experiments.config import Config, Launch
 from experiments.plots import loss_curves
 from experiments.train import Result, train
@@ -30,9 +30,10 @@ def main(arguments: Sequence[str]) -> int:
     """Runs or resumes a training run; returns the exit code."""
     command = cli.parse(Command, PROGRAM, arguments)
     processes.join(command.launch)
-    result = train(command.config)
-    if processes.is_first():
-        _conclude(command.config, result, arguments)
+    with checkpoint.storage_faults(command.config):
+        result = train(command.config)
+        if processes.is_first():
+            _conclude(command.config, result, arguments)
     return 128 + result.stopped_by if result.stopped_by else 0
 
 

@@ -9,11 +9,14 @@ from typing import Any
 
 import jax
 import numpy as np
-import tensorboardX
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto import event_pb2
 from tqdm import tqdm
 
 from experiments.config import Config
 
+_events: Any = event_pb2  # generated code, whose names a type checker does not see
 _BAR = "{desc} |{bar:24}| {n_fmt}/{total_fmt} steps{postfix} [{elapsed}, {remaining} left]"
 
 
@@ -29,9 +32,7 @@ class Report:
         self._config, self._tokens, self._show = config, tokens_per_step, show
         self._path = metrics_path(config)
         self._elapsed = _keep_until(self._path, start)
-        self._board = tensorboardX.SummaryWriter(
-            str(Path(config.run_dir) / "tensorboard"), purge_step=start + 1 if start else None
-        )
+        self._board = Board(Path(config.run_dir) / "tensorboard", start)
         self._bar = tqdm(
             desc=config.optimizer, total=config.steps, initial=start, bar_format=_BAR,
             disable=None if show else True, file=sys.stderr,
@@ -117,6 +118,32 @@ class Report:
         rate = steps * self._tokens / seconds
         self._bar.set_postfix_str(f"loss {self._loss:.3f}, {rate:,.0f} tokens/s", refresh=False)
         self._bar.update(steps)
+
+
+class Board:
+    """TensorBoard events, written at once.
+
+    `tensorboardX.SummaryWriter` writes them in a thread; on a full disk that thread dies, and the
+    run then waits for it forever.
+    """
+
+    def __init__(self, directory: Path, start: int):
+        directory.mkdir(parents=True, exist_ok=True)
+        self._writer = EventsWriter(str(directory / "events"))
+        if start:  # what was written of later steps is of a run that was interrupted
+            self._add(start + 1, session_log=_events.SessionLog(status=_events.SessionLog.START))
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        self._add(step, summary=summary.scalar(name, value))
+
+    def flush(self) -> None:
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+    def _add(self, step: int, **content: Any) -> None:
+        self._writer.write_event(_events.Event(wall_time=time.time(), step=step, **content))
 
 
 class Silence:

@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import gum_optax
-from experiments import checkpoint, data, model, optimizers, processes
+from experiments import checkpoint, compatibility, data, model, optimizers, processes
 from experiments import mesh as meshes
 from experiments.config import Config, check
 from experiments.report import Report, Silence, metrics_path, read_metrics
@@ -77,6 +77,8 @@ def train(config: Config, *, show: bool = True) -> Result:
     tokens_per_step = config.batch_size * arch.seq_len
     report = reporter(config, start=step, tokens_per_step=tokens_per_step, show=show)
     report.say(_introduction(config, arch, tokens, state, mesh))
+    if config.resume and (note := compatibility.other_versions(checkpoints.description(step))):
+        report.say(note)
     closing = contextlib.closing
     with closing(report), closing(checkpoints), processes.signals() as stop:
         while step < config.steps and stop.signal is None:
