@@ -3,6 +3,7 @@
 A run without a mesh has None in its place: everything is on one device, nothing is moved.
 """
 
+import contextlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -50,6 +51,11 @@ def build(text: str | None) -> Mesh | None:
     if (wanted := math.prod(sizes)) != count:
         raise ConfigError(f"--mesh: {text} is for {wanted} devices, but there are {count}")
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def use(mesh: Mesh | None) -> contextlib.AbstractContextManager:
+    """The context to trace steps in: the optimizer, not the compiler alone, then knows the mesh."""
+    return jax.set_mesh(mesh) if mesh else contextlib.nullcontext()
 
 
 def param_shardings(mesh: Mesh, params: Any) -> Any:

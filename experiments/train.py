@@ -50,7 +50,13 @@ def train(config: Config, *, show: bool = True) -> Result:
       ConfigError: an option cannot work; the message is one line.
     """
     check(config)
-    mesh, arch = meshes.build(config.mesh), model.architecture(config)
+    mesh = meshes.build(config.mesh)
+    with meshes.use(mesh):
+        return _train(config, mesh, show)
+
+
+def _train(config: Config, mesh: Mesh | None, show: bool) -> Result:
+    arch = model.architecture(config)
     rows = meshes.rows(mesh, config.batch_size)
     put = partial(meshes.put, mesh, config.batch_size)
     checkpoint.check_run_directory(config)

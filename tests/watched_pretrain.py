@@ -1,0 +1,47 @@
+"""The training program, which also writes what each process sees of the optimizer's state.
+
+It is run by `test_multi_process.py`, with a model that compiles sooner than the smallest preset.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments import checkpoint, cli, model, pretrain
+from tests.helpers import low_rank_state
+
+# With rank 16 the attention's q and o are sampled; all other matrices, 16 wide, are dense.
+SMALL = model.Architecture(32, 16, 2, 4, 2, vocab_size=320, seq_len=32)
+
+
+def view(array: jax.Array) -> np.ndarray:
+    """The array as this process's devices hold it; zero where they hold nothing."""
+    seen = np.zeros(array.shape, array.dtype)
+    for shard in array.addressable_shards:
+        seen[shard.index] = shard.data
+    return seen
+
+
+class Watched(checkpoint.Checkpoints):
+    """Checkpoints with one more file for each process."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self._directory = Path(config.run_dir)
+
+    def save(self, step, state, data):
+        super().save(step, state, data)
+        engine = low_rank_state(state.opt_state)
+        views: Any = {"key": view(engine.key)}
+        views |= {f"slots {name}": view(slots) for name, slots in engine.slots.items()}
+        views |= {f"basis {name}": view(basis) for name, basis in engine.basis.items()}
+        np.savez(self._directory / f"step{step}-process{jax.process_index()}.npz", **views)
+
+
+if __name__ == "__main__":
+    model.PRESETS["tiny"] = SMALL
+    checkpoint.Checkpoints = Watched
+    sys.exit(cli.run(pretrain.main, pretrain.PROGRAM))
