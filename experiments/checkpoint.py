@@ -191,17 +191,15 @@ def _reason(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _told_once() -> Iterator[None]:
-    """Keeps Orbax's threads from printing the traceback of an error that is raised here too.
+    """Keeps Orbax's threads and tasks from reporting an error that is raised here too.
 
     After an error they stay silent: what they gave up goes on failing for a while.
     """
-    logger = logging.getLogger("absl")
-    before = logger.level, threading.excepthook, sys.unraisablehook
-    logger.setLevel(logging.CRITICAL)
+    before = logging.root.manager.disable, threading.excepthook, sys.unraisablehook
+    logging.disable(logging.CRITICAL)
     threading.excepthook = sys.unraisablehook = lambda _: None
     yield
-    logger.setLevel(before[0])
-    _, threading.excepthook, sys.unraisablehook = before
+    logging.root.manager.disable, threading.excepthook, sys.unraisablehook = before
 
 
 def _load(config: Config) -> dict:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import logging
 import os
 import resource
 import shutil
@@ -39,6 +40,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 @pytest.fixture(autouse=True)
 def hooks(monkeypatch):
     """`Checkpoints` silences its threads after an error, for good."""
+    monkeypatch.setattr(logging.root.manager, "disable", logging.root.manager.disable)
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     monkeypatch.setattr(threading, "excepthook", threading.excepthook)
 

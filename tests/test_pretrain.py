@@ -2,91 +2,61 @@
 
 import dataclasses
 import json
-import os
 import signal
-import subprocess
 import sys
-import time
 import typing
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from experiments import optimizers, report, tune
+from experiments import kills, optimizers, report, tune
 from experiments.config import Config, ConfigError, Optimizer, Preset, check
 from experiments.model import PRESETS
 
-ROOT = Path(__file__).parents[1]
 STEPS = 60
 OPTIONS = {
-    "preset": "tiny", "steps": STEPS, "batch-size": 4, "rank": 8, "period": 7, "log-every": 1,
-    "checkpoint-every": 10, "validate-every": 25, "validation-batches": 2,
+    "preset": "tiny", "steps": STEPS, "batch_size": 4, "rank": 8, "period": 7, "log_every": 1,
+    "checkpoint_every": 10, "validate_every": 25, "validation_batches": 2,
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    """A small corpus, so that preparing it takes no time, and the cache for its tokens."""
-    directory = tmp_path_factory.mktemp("corpus")
-    for i in range(60):
-        (directory / f"{i:02}.txt").write_text(f"document {i}\n" + f"{i * i} is {i} * {i}\n" * 40)
-    return directory
+    """A small corpus; beside it the cache of its tokens."""
+    return kills.write_corpus(tmp_path_factory.mktemp("training") / "corpus")
+
+
+def options(text, run_dir, optimizer, **more):
+    places = {"corpus": text, "cache_dir": text.parent / "cache", "run_dir": run_dir}
+    return OPTIONS | places | {"optimizer": optimizer} | more
 
 
 def command(text, run_dir, optimizer, *more):
-    options = OPTIONS | {"corpus": text, "cache-dir": text.parent / "cache", "run-dir": run_dir}
-    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    program = [sys.executable, "-m", "experiments.pretrain", "--optimizer", optimizer]
-    return [*program, *words, *map(str, more)]
+    return [*kills.command(options(text, run_dir, optimizer)), *map(str, more)]
 
 
-def start(text, *arguments):
-    compile_once = {
-        "JAX_COMPILATION_CACHE_DIR": str(text.parent / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    }
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"} | compile_once
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command(text, *arguments), cwd=ROOT, env=environment, **pipes)
-
-
-def finish(process):
-    out, error = process.communicate(timeout=300)
-    return process.returncode, out, error
+def start(text, run_dir, optimizer, **more):
+    # One directory of machine code for all test files: they train the same small model.
+    return kills.start(options(text, run_dir, optimizer, **more), text.parents[1] / "compiled")
 
 
 def interrupt(process, run_dir, number, after):
     """Sends a signal once the metrics show step `after`, then waits for the end."""
-    deadline = time.monotonic() + 240
-    while time.monotonic() < deadline and process.poll() is None:
-        records = report.read_metrics(run_dir / "metrics.jsonl")
-        if records and records[-1]["step"] >= after:
-            process.send_signal(number)
-            return finish(process)
-        time.sleep(0.005)
-    pytest.fail(f"the run never reached step {after}: {finish(process)}")
-
-
-def sequence(run_dir):
-    """Everything in the metrics but the wall-clock time, in order."""
-    records = report.read_metrics(run_dir / "metrics.jsonl")
-    return [{k: v for k, v in record.items() if k != "seconds"} for record in records]
+    return kills.interrupt(process, number, lambda: kills.steps_done(run_dir) >= after)
 
 
 @pytest.fixture(scope="module")
 def unbroken(text, tmp_path_factory):
     """An uninterrupted run with GUM: its directory, exit code and output."""
     run_dir = tmp_path_factory.mktemp("runs") / "unbroken"
-    return run_dir, *finish(start(text, run_dir, "gum"))
+    return run_dir, *kills.finish(start(text, run_dir, "gum"))
 
 
 def test_a_run_leaves_metrics_checkpoints_events_and_a_picture(unbroken):
     run_dir, code, out, error = unbroken
     assert (code, error) == (0, "")
-    assert [r["step"] for r in sequence(run_dir) if "loss" in r] == list(range(1, STEPS + 1))
-    assert [r["step"] for r in sequence(run_dir) if "validation_loss" in r] == [25, 50, STEPS]
+    assert [r["step"] for r in kills.sequence(run_dir) if "loss" in r] == list(range(1, STEPS + 1))
+    assert [r["step"] for r in kills.sequence(run_dir) if "validation_loss" in r] == [25, 50, STEPS]
     assert (run_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert any(file.stat().st_size > 1000 for file in (run_dir / "tensorboard").glob("*tfevents*"))
     assert {path.name for path in (run_dir / "checkpoints").iterdir()} == {"50", "60"}
@@ -98,7 +68,7 @@ def test_a_run_leaves_metrics_checkpoints_events_and_a_picture(unbroken):
 
 
 def test_training_lowers_the_loss(unbroken):
-    losses = [record["loss"] for record in sequence(unbroken[0]) if "loss" in record]
+    losses = [record["loss"] for record in kills.sequence(unbroken[0]) if "loss" in record]
     assert losses[-1] < losses[0] - 1
 
 
@@ -107,22 +77,22 @@ def test_a_run_broken_by_every_signal_has_the_losses_of_an_unbroken_one(unbroken
     killed = interrupt(start(text, run_dir, "gum"), run_dir, signal.SIGKILL, after=13)
     assert killed[0] == -signal.SIGKILL
     for number, after in ((signal.SIGTERM, 24), (signal.SIGINT, 40)):
-        process = start(text, run_dir, "gum", "--resume")
+        process = start(text, run_dir, "gum", resume=True)
         code, out, error = interrupt(process, run_dir, number, after)
         assert code == 128 + number, error
         assert f"stopped by {number.name} after step" in out
         assert out.rstrip().endswith("--resume")
-    code, _, error = finish(start(text, run_dir, "gum", "--resume"))
+    code, _, error = kills.finish(start(text, run_dir, "gum", resume=True))
     assert (code, error) == (0, "")
-    assert sequence(run_dir) == sequence(unbroken[0])
+    assert kills.sequence(run_dir) == kills.sequence(unbroken[0])
 
 
 def test_adamw_resumes_exactly_too(text, tmp_path):
     processes = {name: start(text, tmp_path / name, "adamw") for name in ("whole", "broken")}
     interrupt(processes["broken"], tmp_path / "broken", signal.SIGTERM, after=5)
-    resumed = finish(start(text, tmp_path / "broken", "adamw", "--resume"))
-    assert (resumed[0], finish(processes["whole"])[0]) == (0, 0)
-    assert sequence(tmp_path / "broken") == sequence(tmp_path / "whole")
+    resumed = kills.finish(start(text, tmp_path / "broken", "adamw", resume=True))
+    assert (resumed[0], kills.finish(processes["whole"])[0]) == (0, 0)
+    assert kills.sequence(tmp_path / "broken") == kills.sequence(tmp_path / "whole")
 
 
 MISTAKES = {
@@ -159,13 +129,13 @@ def test_a_mistake_is_one_line_and_exit_code_two(mistake, tmp_path, monkeypatch,
     ],
 )
 def test_a_run_directory_is_for_one_run(unbroken, text, more, message, monkeypatch, capfd):
-    before = sequence(unbroken[0])
+    before = kills.sequence(unbroken[0])
     arguments = command(text, unbroken[0], "gum", *more)[3:]
     assert run_main(arguments, monkeypatch) == 2
     error = capfd.readouterr().err
     assert message in error
     assert error.count("\n") == 1
-    assert sequence(unbroken[0]) == before
+    assert kills.sequence(unbroken[0]) == before
 
 
 def test_a_changed_corpus_is_not_resumed(unbroken, text, monkeypatch, capfd):
