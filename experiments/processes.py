@@ -87,9 +87,15 @@ class Stop:
 
 
 @contextlib.contextmanager
-def signals() -> Iterator[Stop]:
-    """Lets SIGINT and SIGTERM end the run after a step; a second SIGINT interrupts at once."""
+def signals(step: int) -> Iterator[Stop]:
+    """Lets SIGINT and SIGTERM end the run after a step; a second SIGINT interrupts at once.
+
+    Args:
+      step: the steps done so far. The service chooses the step after the last that it heard of, and
+        would choose one long gone if a resumed run were stopped while its first step compiles.
+    """
     stop, handlers = Stop(), {}
+    stop.reached(step)
 
     def note(number: int, _frame) -> None:
         if stop.signal and number == signal.SIGINT:

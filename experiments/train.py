@@ -86,7 +86,7 @@ def _train(config: Config, mesh: Mesh | None, show: bool) -> Result:
     if config.resume and (note := compatibility.other_versions(checkpoints.description(step))):
         report.say(note)
     closing = contextlib.closing
-    with closing(report), closing(checkpoints), processes.signals() as stop:
+    with closing(report), closing(checkpoints), processes.signals(step) as stop:
         while step < config.steps and stop.signal is None:
             state, metrics = step_fn(state, put(next(batches)))
             step += 1

@@ -18,8 +18,8 @@ SMALL = model.Architecture(32, 16, 2, 4, 2, vocab_size=320, seq_len=32)
 
 
 def view(array: jax.Array) -> np.ndarray:
-    """The array as this process's devices hold it; zero where they hold nothing."""
-    seen = np.zeros(array.shape, array.dtype)
+    """The array as this process's devices hold it; NaN where they hold nothing."""
+    seen = np.full(array.shape, np.nan)
     for shard in array.addressable_shards:
         seen[shard.index] = shard.data
     return seen
