@@ -4,7 +4,7 @@ from experiments import soak
 
 
 def test_a_few_hundred_steps_are_steady():
-    result = soak.soak(soak.Config(steps=600, period=3, samples=60))
+    result = soak.soak(soak.Config(steps=300, period=3, samples=30))
     # Memory of a process that other tests share says nothing over so few steps.
     assert soak.is_steady(result | {"kilobytes per 1000 steps": 0.0}), result
     first, last = result["loss, first and last sample"]
