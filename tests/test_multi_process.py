@@ -27,7 +27,7 @@ OPTIONS = {
 }  # fmt: skip
 PATIENCE = 300  # seconds
 
-# Processes add up what devices contribute in another order (float32), and Newton-Schulz amplifies it
+# Processes add up what devices contribute in another order (float32); Newton-Schulz amplifies that
 # where a gradient is nearly singular: 1.3e-5 was measured on this text of random words, 5e-4 on one
 # that repeats itself.
 ROUNDING = 5e-5
