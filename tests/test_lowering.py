@@ -4,7 +4,6 @@ import re
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 import pytest
 
@@ -21,18 +20,18 @@ PROJECTORS = {
 }
 
 
-def shapes(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+def shapes(*shape: int, dtype: str = "float32") -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
 # Separate and stacked leaves, wide and tall, and a dense stack, in both dtypes.
 MATRICES = {
-    dtype.__name__: {
+    dtype: {
         "layers": [{"wide": shapes(4, 6, dtype=dtype)} for _ in range(2)],
         "stacked": {"tall": shapes(3, 6, 4, dtype=dtype)},
         "single": shapes(4, 6, dtype=dtype),
     }
-    for dtype in (jnp.float32, jnp.bfloat16)
+    for dtype in ("float32", "bfloat16")
 }
 MODEL = MATRICES | {"embedding": shapes(8, 4), "norm": shapes(4)}
 
