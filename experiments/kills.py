@@ -29,6 +29,11 @@ from experiments.report import read_metrics
 
 PROGRAM = "experiments.kills"
 ROOT = Path(__file__).parents[1]
+# A run of seconds. Where these are equal, so is the machine code, which is kept.
+SMALL: dict[str, Any] = {
+    "preset": "tiny", "steps": 60, "batch_size": 4, "rank": 8, "period": 7, "log_every": 1,
+    "checkpoint_every": 10, "validate_every": 25, "validation_batches": 2,
+}  # fmt: skip
 _PATIENCE = 240  # seconds
 
 
@@ -187,10 +192,9 @@ def main(arguments: Sequence[str]) -> int:
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
         base = Path(scratch)
-        options = {
+        options = SMALL | {
             "corpus": write_corpus(base / "corpus"), "cache_dir": base / "cache",
-            "preset": "tiny", "batch_size": 4, "rank": 8, "period": 7, "log_every": 1,
-            "validate_every": 25, "validation_batches": 2, "optimizer": config.optimizer,
+            "optimizer": config.optimizer,
             "steps": config.steps, "checkpoint_every": config.checkpoint_every,
         }  # fmt: skip
         code, _, error = finish(start(options | {"run_dir": base / "whole"}, base / "compiled"))

@@ -27,12 +27,6 @@ from experiments.checkpoint import Checkpoints, StorageError, check_run_director
 from experiments.config import Config, ConfigError
 from experiments.report import Report
 
-OPTIONS = {
-    "preset": "tiny", "steps": 16, "batch_size": 4, "rank": 8, "period": 7, "log_every": 1,
-    "checkpoint_every": 4, "validate_every": 8, "validation_batches": 2,
-}  # fmt: skip
-
-
 # What Orbax gave up goes on failing for a while after an error, in its threads.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
@@ -54,7 +48,7 @@ def base(tmp_path_factory):
 
 def options(base: Path, name: str, **more: Any) -> dict[str, Any]:
     places = {"corpus": base / "corpus", "cache_dir": base / "cache", "run_dir": base / name}
-    return OPTIONS | places | more
+    return kills.SMALL | places | {"optimizer": "gum"} | more
 
 
 def wait_until(process: Any, holds: Callable[[], bool]) -> None:
@@ -78,7 +72,7 @@ def test_a_run_through_a_full_disk_and_a_kill_while_writing(base):
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (20_000, 20_000))
     code, _, error = kills.finish(process)
     assert (code, error.count("\n")) == (2, 1), error
-    assert "cannot write checkpoint 4 to" in error
+    assert "cannot write checkpoint 10 to" in error
     assert error.endswith("File too large; there is no checkpoint yet\n")
     with pytest.raises(ConfigError, match="has no checkpoint; start without --resume"):
         check_run_directory(Config(run_dir=str(run_dir), resume=True))
@@ -91,13 +85,13 @@ def test_a_run_through_a_full_disk_and_a_kill_while_writing(base):
     assert code == -signal.SIGKILL
     assert kills.being_written(run_dir), "the kill came after the writing"
     lost = kills.steps_done(run_dir) - kills.newest_complete(run_dir)
-    assert 0 < lost <= OPTIONS["checkpoint_every"]
+    assert 0 < lost <= kills.SMALL["checkpoint_every"]
 
     resumed, whole = start(base, "broken", resume=True), start(base, "whole")
     for code, _, error in map(kills.finish, (resumed, whole)):
         assert (code, error) == (0, "")
     assert not kills.being_written(run_dir), "what was torn is cleared away"
-    assert kills.differences(base / "whole", run_dir, OPTIONS["steps"]) == []
+    assert kills.differences(base / "whole", run_dir, kills.SMALL["steps"]) == []
 
 
 # Other runs ---------------------------------------------------------------------------------------

@@ -13,11 +13,7 @@ from experiments import kills, optimizers, report, tune
 from experiments.config import Config, ConfigError, Optimizer, Preset, check
 from experiments.model import PRESETS
 
-STEPS = 60
-OPTIONS = {
-    "preset": "tiny", "steps": STEPS, "batch_size": 4, "rank": 8, "period": 7, "log_every": 1,
-    "checkpoint_every": 10, "validate_every": 25, "validation_batches": 2,
-}  # fmt: skip
+STEPS = kills.SMALL["steps"]
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +24,7 @@ def text(tmp_path_factory):
 
 def options(text, run_dir, optimizer, **more):
     places = {"corpus": text, "cache_dir": text.parent / "cache", "run_dir": run_dir}
-    return OPTIONS | places | {"optimizer": optimizer} | more
+    return kills.SMALL | places | {"optimizer": optimizer} | more
 
 
 def command(text, run_dir, optimizer, *more):
