@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import optax
 
 from gum_optax import _mesh
 from gum_optax import dimension_numbers as dims
+from gum_optax._stacks import is_box
 from gum_optax._state import is_placeholder, keep_dtypes
 from gum_optax._typing import DimensionNumbers, PyTree
 
@@ -22,7 +24,8 @@ def partition_matrices(
 
     Labels are worked out at every call (they depend on shapes and paths alone), because a tree of
     labels made at ``init`` does not fit where containers differ between ``init`` and ``update``, as
-    under Flax NNX.
+    under Flax NNX. A leaf in a box is masked with its box: an NNX variable that holds a masked node
+    has the metadata of an array and no shape, and ``nnx.eval_shape`` fails on it.
 
     Args:
       for_matrices: from the tree of dimension numbers, the transformation of the matrices.
@@ -35,7 +38,7 @@ def partition_matrices(
             numbers = labels = {}
         else:
             resolved = dims.resolve(tree, weight_dimension_numbers)
-            treedef = jax.tree.structure(tree)
+            treedef = jax.tree.structure(tree, is_leaf=is_box)
             labels = treedef.unflatten(["fallback" if x is None else "matrix" for x in resolved])
             numbers = tree_of_numbers(tree, resolved)
         return optax.partition({"matrix": for_matrices(numbers), "fallback": fallback}, labels)
@@ -57,7 +60,7 @@ def partition_matrices(
 
 def tree_of_numbers(tree: PyTree, numbers: Sequence[dims.MuonDimensionNumbers | None]) -> PyTree:
     """Dimension numbers as a tree, ``optax.MaskedNode`` standing for leaves of the fallback."""
-    return jax.tree.structure(tree).unflatten(
+    return jax.tree.structure(tree, is_leaf=is_box).unflatten(
         [optax.MaskedNode() if x is None else x for x in numbers]
     )
 
@@ -72,14 +75,18 @@ def describe_matrices(params: PyTree, numbers: PyTree) -> PyTree:
     return _map_matrices(_describe, numbers, params)
 
 
-def _map_matrices(function: Callable[..., Any], numbers: PyTree, tree: PyTree) -> PyTree:
-    def on_leaf(number: Any, leaf: Any) -> Any:
-        return number if isinstance(number, optax.MaskedNode) else function(leaf, number)
+def _map_matrices(function: Callable[..., Any], numbers: PyTree, *trees: PyTree) -> PyTree:
+    """``function(numbers, *leaves)`` on each matrix; the trees may hold them in boxes."""
+
+    def on_leaf(number: Any, *boxes: Any) -> Any:
+        if isinstance(number, optax.MaskedNode):
+            return number
+        return jax.tree.map(partial(function, number), *boxes)
 
     return jax.tree.map(
         on_leaf,
         numbers,
-        tree,
+        *trees,
         is_leaf=lambda x: isinstance(x, dims.MuonDimensionNumbers | optax.MaskedNode),
     )
 
@@ -103,7 +110,7 @@ def as_matrices(
         )
 
     def decode(like: PyTree, matrices: PyTree) -> PyTree:
-        return jax.tree.map(_from_matrix, like, numbers, matrices)
+        return _map_matrices(_from_matrix, numbers, like, matrices)
 
     def init(params: PyTree) -> Any:
         # Only shapes and shardings matter to a low-rank state, and `params` may hold nothing else.
@@ -120,14 +127,14 @@ def as_matrices(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _to_matrix(leaf: jax.Array, numbers: dims.MuonDimensionNumbers) -> jax.Array:
+def _to_matrix(numbers: dims.MuonDimensionNumbers, leaf: jax.Array) -> jax.Array:
     batch, reduction, output = dims.axes(leaf.shape, numbers)
     sizes = [math.prod(leaf.shape[axis] for axis in side) for side in (reduction, output)]
     ordered = leaf.transpose(batch + reduction + output)
     return ordered.reshape(*ordered.shape[: len(batch)], *sizes)
 
 
-def _describe(leaf: Any, numbers: dims.MuonDimensionNumbers) -> jax.ShapeDtypeStruct:
+def _describe(numbers: dims.MuonDimensionNumbers, leaf: Any) -> jax.ShapeDtypeStruct:
     """Shape, dtype and sharding of `_to_matrix`, of an array or of a description of one."""
     batch, reduction, output = dims.axes(leaf.shape, numbers)
     sharding = _mesh.of(leaf)
@@ -141,7 +148,7 @@ def _describe(leaf: Any, numbers: dims.MuonDimensionNumbers) -> jax.ShapeDtypeSt
 
 
 def _from_matrix(
-    like: jax.Array, numbers: dims.MuonDimensionNumbers, matrix: jax.Array
+    numbers: dims.MuonDimensionNumbers, like: jax.Array, matrix: jax.Array
 ) -> jax.Array:
     batch, reduction, output = dims.axes(like.shape, numbers)
     order = batch + reduction + output

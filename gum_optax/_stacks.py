@@ -214,9 +214,22 @@ def leaves_with_names(tree: PyTree) -> list[tuple[str, Any]]:
     return [(path_name(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]]
 
 
+def is_box(node: Any) -> bool:
+    """Whether a node is such a container of one array."""
+    children = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)[0]
+    if len(children) != 1:
+        return False
+    [(path, child)] = children
+    return bool(path) and _opens_box(path[-1]) and jax.tree_util.all_leaves([child])
+
+
+def _opens_box(entry: Any) -> bool:
+    return getattr(entry, "name", None) in ("value", "raw_value")
+
+
 def path_name(path: Sequence[Any]) -> str:
     """The parts of a key path, joined by ``/``."""
-    if path and getattr(path[-1], "name", None) in ("value", "raw_value"):
+    if path and _opens_box(path[-1]):
         path = path[:-1]
     return "/".join(map(_entry_name, path)) or "param"
 
