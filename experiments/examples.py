@@ -144,9 +144,7 @@ def examples(draw: Callable) -> Example:
     elif flaw in BAD_LEAVES:
         tree |= {"flawed": BAD_LEAVES[flaw]}
     options |= BAD_OPTIONS.get(flaw or "", {})
-    # Equal leaves of two dtypes are two stacks, known by the dtypes of their gradients too.
-    one_dtype = len({leaf.dtype for leaf in jax.tree.leaves(tree)}) == 1
-    size, other_dtype = draw(st.sampled_from(SIZES)), one_dtype and draw(st.booleans())
+    size, other_dtype = draw(st.sampled_from(SIZES)), draw(st.booleans())
     return Example(name, options, tree, size, other_dtype, flaw)
 
 

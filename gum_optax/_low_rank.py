@@ -57,6 +57,11 @@ def low_rank(
 
     The base is given compressed parameters if it is given any, so decoupled weight decay inside the
     base is an unbiased estimate of itself; for exact weight decay chain it after ``low_rank``.
+
+    A matrix whose gradient is not finite has updates that are not finite until the next refresh;
+    other matrices are not touched. A dense stack, and everything with ``restart=False``, stays so.
+    ``optax.apply_if_finite`` around the whole skips such steps.
+
     Numbers reach the base in float32 (float64 for float64 leaves), and its state keeps the dtypes
     of ``init``.
 
@@ -142,10 +147,11 @@ def low_rank(
     def step(
         updates: PyTree, state: LowRankState, params: PyTree | None, extra_args: dict[str, Any]
     ) -> tuple[PyTree, LowRankState]:
-        check_fits(jax.eval_shape(init, updates), state)
         leaves, treedef = jax.tree.flatten(updates)
         parameters = None if params is None else _matching_leaves(params, leaves, treedef)
-        layouts, dense = find_layouts(updates, rank, sampler, stack_by)
+        like_init = treedef.unflatten(_as_at_init(leaves, parameters))
+        check_fits(jax.eval_shape(init, like_init), state)
+        layouts, dense = find_layouts(like_init, rank, sampler, stack_by)
 
         def refresh() -> tuple[dict[str, jax.Array], dict[str, jax.Array], Any]:
             fresh = base.init(_layouts.zeros_compressed(layouts, momentum_dtype))
@@ -249,6 +255,16 @@ def _new_basis(
     keys = jax.random.split(key, stack.count)
     flat = previous.reshape(-1, *previous.shape[-2:])
     return jax.lax.map(one, (jnp.arange(stack.count), keys, flat)).reshape(previous.shape)
+
+
+def _as_at_init(leaves: list[jax.Array], parameters: list[jax.Array] | None) -> list[Any]:
+    """Leaves as ``init`` saw them: dtypes tell stacks apart, and gradients may have others."""
+
+    def describe(gradient: Any, parameter: Any) -> jax.ShapeDtypeStruct:
+        floating = jnp.issubdtype(gradient.dtype, jnp.floating)
+        return jax.ShapeDtypeStruct(gradient.shape, (parameter if floating else gradient).dtype)
+
+    return list(map(describe, leaves, leaves if parameters is None else parameters))
 
 
 def _matching_leaves(params: PyTree, leaves: list[jax.Array], treedef: Any) -> list[jax.Array]:
