@@ -69,9 +69,7 @@ def handing_over(
     the engine changes that of all that it computes with (see `_mesh.in_auto_mode`): of what it is
     handed, not of what a base closes over.
     """
-
-    def init(params: PyTree) -> Any:
-        return make_base(**hyperparameters).init(params)
+    init = make_base(**hyperparameters).init  # made at once, so that bad values raise at once
 
     def update(
         updates: PyTree,
