@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -185,8 +186,8 @@ def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = " ".join(str(error).split())
-    system = re.search(r"([^:]+) \[os_error_code", text)  # in TensorStore's long messages
-    return system.group(1).strip() if system else text[:200] or type(error).__name__
+    system = re.search(r"os_error_code='(\d+)'", text)  # in TensorStore's long messages
+    return os.strerror(int(system[1])) if system else text[:200] or type(error).__name__
 
 
 @contextlib.contextmanager
@@ -198,6 +199,7 @@ def _told_once() -> Iterator[None]:
     before = logging.root.manager.disable, threading.excepthook, sys.unraisablehook
     logging.disable(logging.CRITICAL)
     threading.excepthook = sys.unraisablehook = lambda _: None
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     yield
     logging.root.manager.disable, threading.excepthook, sys.unraisablehook = before
 
