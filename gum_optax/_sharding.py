@@ -48,7 +48,7 @@ def state_shardings(
       >>> tx = gum_optax.scale_by_gum(rank=8)
       >>> shardings = gum_optax.state_shardings(tx, params, P("fsdp", "tensor"), mesh)
       >>> shardings.basis["layers/*/kernel"].spec
-      P(None, 'fsdp', None)
+      P(None, 'fsdp')
       >>> state = jax.jit(tx.init, out_shardings=shardings)(params)
     """
     treedef = jax.tree.structure(params)

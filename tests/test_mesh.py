@@ -19,7 +19,7 @@ from tests.helpers import low_rank_state
 from tests.watched_pretrain import SMALL
 
 STEPS, BATCH = 9, 8
-MESHES = ("data=8", "fsdp=8", "data=2,fsdp=2,tensor=2")
+MESHES = ("fsdp=8", "data=2,fsdp=2,tensor=2")
 
 
 def config(optimizer: Any, text: str | None, **more: Any) -> Config:
@@ -61,7 +61,7 @@ def run(optimizer: str, text: str | None) -> Run:
     return Run(state, step, losses + more, kept)
 
 
-CASES = [*(("gum", text) for text in MESHES), ("adamw", MESHES[-1])]
+CASES = [("gum", text) for text in MESHES]
 
 
 @pytest.mark.parametrize(("optimizer", "text"), CASES)
@@ -104,9 +104,8 @@ def same_place(leaf: jax.Array, sharding: jax.sharding.Sharding) -> None:
 # An eighth, and with a data axis of two a quarter, but for norms, counters and, of the state's
 # [r, n] and [m, r] arrays, those whose long axis is that which the mesh does not divide.
 SHARES = [
-    ("data=8", "gum", 1.0),
     ("fsdp=8", "gum", 0.17),
-    *((MESHES[-1], o, 0.28) for o in ("gum", "adamw")),
+    (MESHES[-1], "gum", 0.28),
 ]
 
 

@@ -1,12 +1,14 @@
 """Random trees, types and settings: nothing crashes unclearly, nothing drifts, the law holds."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 
 from experiments import examples, fuzz
 from gum_optax import by_role, projectors, samplers
 
 
+# `python -m experiments.fuzz` runs many more.
+@settings(max_examples=15)
 @given(example=examples.examples())
 def test_a_random_example(example):
     fuzz.check(example)
