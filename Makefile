@@ -16,7 +16,7 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2
 STAMP := $(VENV)/.installed-$(VERSION)-$(or $(notdir $(CONSTRAINTS)),newest)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean
+.PHONY: help demo test slow lint format clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -24,8 +24,11 @@ help: ## Show this list
 demo: $(STAMP) ## Run the demonstration
 	$(BIN)/python -m experiments.demo $(ARGS)
 
-test: lint ## Run lint, then all tests and documented examples
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+test: lint ## Run lint, then the tests and documented examples
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m 'not slow' $(ARGS)
+
+slow: $(STAMP) ## Run the tests that `make test` leaves out: several processes, kills, full disks
+	$(BIN)/python -m pytest -m slow $(ARGS)
 
 lint: $(STAMP) ## Check style, formatting and types
 	$(BIN)/ruff check $(SOURCES)

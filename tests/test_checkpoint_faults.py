@@ -64,6 +64,7 @@ def start(base: Path, name: str, **more: Any):
 # Whole runs ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_through_a_full_disk_and_a_kill_while_writing(base):
     """Its end is that of a run left alone, to the bit; what was torn is never loaded."""
     run_dir = base / "broken"

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from flax import linen as nn
 from flax.training.train_state import TrainState
 from jax.sharding import AxisType
@@ -151,6 +152,7 @@ def _assert_sharded(state):
     assert kernel.sharding.shard_shape(kernel.shape) == (WIDTH // 2, WIDTH // 4)
 
 
+@pytest.mark.slow
 def test_the_example_learns():
     losses = flax_linen.train(steps=60)
     assert losses[-1] < 0.7 * losses[0]

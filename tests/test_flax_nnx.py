@@ -222,6 +222,7 @@ def _assert_sharded(model, optimizer):
     assert moments["layers"][0]["up"]["bias"].sharding.spec == P("tensor")
 
 
+@pytest.mark.slow
 def test_the_example_learns():
     losses = flax_nnx.train(steps=60)
     assert losses[-1] < 0.7 * losses[0]

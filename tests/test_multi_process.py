@@ -145,13 +145,15 @@ def views(run_dir: Path, step: int) -> list[dict[str, np.ndarray]]:
     return [dict(np.load(path)) for path in sorted(run_dir.glob(f"step{step}-process*.npz"))]
 
 
-@pytest.mark.parametrize("count", ["two", "four"])
+@pytest.mark.parametrize("count", ["two", pytest.param("four", marks=pytest.mark.slow)])
 def test_several_processes_have_the_losses_of_one(count, one_process, request):
     assert_same_losses(request.getfixturevalue(f"{count}_processes"), one_process)
     assert values(one_process, "loss")[STEPS] < values(one_process, "loss")[1] - 0.3
 
 
-@pytest.mark.parametrize(("count", "number"), [("two", 2), ("four", 4)])
+@pytest.mark.parametrize(
+    ("count", "number"), [("two", 2), pytest.param("four", 4, marks=pytest.mark.slow)]
+)
 def test_all_processes_draw_the_same(count, number, one_process, request):
     run_dir = request.getfixturevalue(f"{count}_processes")
     draws = []
@@ -174,11 +176,13 @@ def test_only_the_first_process_writes_and_prints(two_processes):
     first, second = ((two_processes / f"output{i}.txt").read_text() for i in range(2))
     assert "mesh data=2, fsdp=2, tensor=2; 2 process(es)" in first
     assert "validation loss" in first
-    others = [line for line in second.splitlines() if not line.startswith("[Gloo]")]
-    assert others == []
+    # Gloo's own lines come from several threads, and are sometimes mixed up.
+    for word in ("mesh", "parameters", "tokens", "loss", "step", "curve", "%|"):
+        assert word not in second
     assert len(list((two_processes / "tensorboard").iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_a_killed_job_goes_on_and_what_it_saved_suits_one_process(base, one_process, two_processes):
     """`kill -9` of one process, then SIGTERM to one: the job goes on, and at last on one device."""
     rng = random.Random(0)

@@ -83,6 +83,7 @@ def test_a_run_broken_by_every_signal_has_the_losses_of_an_unbroken_one(unbroken
     assert kills.sequence(run_dir) == kills.sequence(unbroken[0])
 
 
+@pytest.mark.slow
 def test_adamw_resumes_exactly_too(text, tmp_path):
     processes = {name: start(text, tmp_path / name, "adamw") for name in ("whole", "broken")}
     interrupt(processes["broken"], tmp_path / "broken", signal.SIGTERM, after=5)
