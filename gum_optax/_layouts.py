@@ -3,8 +3,9 @@
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
-from gum_optax import _codec, _mesh, samplers
+from gum_optax import _codec, samplers
 from gum_optax._codec import Compressed
 from gum_optax._stacks import Stack, StackBy, find_stacks
 from gum_optax._typing import PyTree
@@ -91,8 +92,8 @@ def zeros_compressed(layouts: list[Layout], dtype: Any) -> dict[str, Compressed]
         low, full = (*stack.lead, rank, stack.n), (slots, stack.m, stack.n)
         kind = dtype or stack.dtype
         return Compressed(
-            low=_mesh.zeros(low, kind, stack.low_sharding),
-            full=_mesh.zeros(full, kind, stack.full_sharding) if slots else None,
+            low=jnp.zeros(low, kind, device=stack.low_sharding),
+            full=jnp.zeros(full, kind, device=stack.full_sharding) if slots else None,
         )
 
     return {stack.name: zeros(stack, r, sampling.slots) for stack, r, sampling in layouts}
@@ -102,7 +103,8 @@ def zeros_dense(dense: list[Stack], dtype: Any) -> dict[str, list[jax.Array]]:
     """What the base of dense stacks is initialized with."""
     return {
         stack.name: [
-            _mesh.zeros(stack.shape, dtype or stack.dtype, stack.sharding) for _ in stack.leaves
+            jnp.zeros(stack.shape, dtype or stack.dtype, device=stack.sharding)
+            for _ in stack.leaves
         ]
         for stack in dense
     }

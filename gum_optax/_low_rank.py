@@ -125,8 +125,8 @@ def low_rank(
             count=jnp.zeros((), jnp.int32),
             key=jnp.array(seed),
             basis={
-                stack.name: _mesh.zeros(
-                    (*stack.lead, stack.m, r), stack.compute_dtype, stack.basis_sharding
+                stack.name: jnp.zeros(
+                    (*stack.lead, stack.m, r), stack.compute_dtype, device=stack.basis_sharding
                 )
                 for stack, r, _ in layouts
             },

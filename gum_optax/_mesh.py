@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.core
-import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from gum_optax._typing import PyTree
@@ -61,11 +60,6 @@ def merged(entries: Axes, sizes: Sequence[int]) -> Any:
     """
     long = [entry for entry, size in zip(entries, sizes, strict=True) if size > 1]
     return long[0] if long and not any(long[1:]) else None
-
-
-def zeros(shape: Sequence[int], dtype: Any, sharding: NamedSharding | None) -> jax.Array:
-    """Zeros, placed as ``sharding`` says if it is known."""
-    return jnp.zeros(shape, dtype, device=sharding)
 
 
 def on_mesh(array: jax.Array) -> bool:

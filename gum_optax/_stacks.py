@@ -163,8 +163,8 @@ def find_stacks(tree: PyTree, stack_by: StackBy) -> tuple[Stack, ...]:
       TypeError: if a leaf is not real floating point, or the key function returns no str.
     """
     groups: dict[str, dict[tuple[Any, Any], list[int]]] = {}
-    leaves = jax.tree.leaves(tree)
-    for position, (path, leaf) in enumerate(leaves_with_names(tree)):
+    named = leaves_with_names(tree)
+    for position, (path, leaf) in enumerate(named):
         _check_matrix(path, leaf)
         if math.prod(leaf.shape) == 0:
             continue
@@ -179,7 +179,7 @@ def find_stacks(tree: PyTree, stack_by: StackBy) -> tuple[Stack, ...]:
             name = _stack_name(key, shape, dtype, list(kinds))
             while name in stacks:  # A suffixed name can be another stack's own.
                 name += "'"
-            sharding = _mesh.common([leaves[position] for position in positions])
+            sharding = _mesh.common([named[position][1] for position in positions])
             stacks[name] = Stack(name, tuple(positions), shape, dtype, sharding)
     return tuple(stacks.values())
 
