@@ -21,6 +21,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from gum_optax import _mesh
 from gum_optax._stacks import Stack
 
 
@@ -85,8 +86,9 @@ def expand(
     basis: jax.Array,
     slots: jax.Array | None,
     dtypes: Sequence[jnp.dtype],
+    after: jax.Array | None = None,
 ) -> list[jax.Array]:
-    """Expands a compressed update to the leaves of one stack.
+    """Expands a compressed update to the leaves of one stack, one leaf after the other.
 
     Args:
       stack: the stack.
@@ -94,29 +96,47 @@ def expand(
       basis: ``[N, m, r]``.
       slots: ``int32[slots]`` or None.
       dtypes: dtype of each leaf's update.
+      after: an update that comes before those of this stack, see `_in_turn`.
 
     Returns:
       One update per leaf, ``[*batch, rows, columns]``.
     """
     full = compressed.full
+    lows = _split(stack, compressed.low)
+    updates: list[jax.Array] = []
+    for position, (part, dtype) in enumerate(zip(_split(stack, basis), dtypes, strict=True)):
+        update = jnp.matmul(part, _in_turn(lows[position], after)).astype(dtype)
+        if full is not None and slots is not None:
+            if stack.batch:
+                update = _overwrite(stack, position, update, full, slots)
+            else:
+                serves = slots == position
+                # Not a `cond`: it costs a round trip to the host on a GPU, and XLA's CPU
+                # backend gives each one's inside memory of its own.
+                dense = full[jnp.argmax(serves)].astype(dtype)
+                update = jnp.where(jnp.any(serves), dense, update)
+        after = _canonical(stack, update)
+        updates.append(after)
+    return updates
 
-    def expand_leaf(position: int, basis: jax.Array, low: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        def low_rank() -> jax.Array:
-            return jnp.matmul(basis, low).astype(dtype)
 
-        dense = full
-        if dense is None or slots is None:
-            return low_rank()
-        if stack.batch:
-            return _overwrite(stack, position, low_rank(), dense, slots)
-        serves = slots == position
-        # One of the two branches is computed.
-        return jax.lax.cond(
-            jnp.any(serves), lambda: dense[jnp.argmax(serves)].astype(dtype), low_rank
-        )
+def _in_turn(value: jax.Array, after: jax.Array | None) -> jax.Array:
+    """``value``, which on CPUs is not ready before ``after`` is.
 
-    parts = zip(_split(stack, basis), _split(stack, compressed.low), dtypes, strict=True)
-    return [_canonical(stack, expand_leaf(i, *part)) for i, part in enumerate(parts)]
+    XLA's CPU backend schedules breadth first: left to itself it expands all updates before the
+    first is applied, and holds as many bytes of them as there are parameters. An
+    ``optimization_barrier`` is gone by then. Other backends schedule for memory themselves.
+    """
+    if after is None or _mesh.on_mesh(value):
+        return value
+
+    def wait(value: jax.Array, after: jax.Array) -> jax.Array:
+        first = after[(0,) * after.ndim]
+        # Always one, which XLA cannot know.
+        one = jnp.maximum((first == first).astype(value.dtype), 1)
+        return value * one
+
+    return jax.lax.platform_dependent(value, after, cpu=wait, default=lambda value, after: value)
 
 
 def _overwrite(

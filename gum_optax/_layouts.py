@@ -63,6 +63,7 @@ def expand(
 ) -> dict[int, Any]:
     """The updates of compressed leaves, by their positions."""
     expanded: dict[int, Any] = {}
+    last = None
     for stack, _, _ in layouts:
         updates = _codec.expand(
             stack,
@@ -70,7 +71,9 @@ def expand(
             basis[stack.name],
             slots.get(stack.name),
             [leaf.dtype for leaf in take(leaves, stack)],
+            last,
         )
+        last = updates[-1]
         expanded |= dict(zip(stack.leaves, updates, strict=True))
     return expanded
 

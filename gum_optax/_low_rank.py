@@ -1,5 +1,6 @@
 """The engine: a linear codec around any optax transformation."""
 
+from functools import partial
 from typing import Any
 from zlib import crc32
 
@@ -153,16 +154,17 @@ def low_rank(
         check_fits(jax.eval_shape(init, like_init), state)
         layouts, dense = find_layouts(like_init, rank, sampler, stack_by)
 
-        def refresh() -> tuple[dict[str, jax.Array], dict[str, jax.Array], Any]:
-            fresh = base.init(_layouts.zeros_compressed(layouts, momentum_dtype))
-            return (
-                *_new_period(state, layouts, leaves, projector, period),
-                (keep_dtypes if restart else restart_slots)(fresh, state.inner),
-            )
-
-        basis, slots, inner_state = jax.lax.cond(
-            state.count % period == 0, refresh, lambda: (state.basis, state.slots, state.inner)
+        due = state.count % period == 0
+        basis, slots = jax.lax.cond(
+            due,
+            lambda: _new_period(state, layouts, leaves, projector, period),
+            lambda: (state.basis, state.slots),
         )
+        fresh = base.init(_layouts.zeros_compressed(layouts, momentum_dtype))
+        restarted = (keep_dtypes if restart else restart_slots)(fresh, state.inner)
+        # Chosen entry by entry, which XLA fuses with the base's update of its momentum; through the
+        # `cond` above, every momentum would be copied at every step.
+        inner_state = jax.tree.map(partial(jnp.where, due), restarted, state.inner)
         low_updates, inner_state = base.update(
             _layouts.compress(layouts, leaves, basis, slots),
             inner_state,

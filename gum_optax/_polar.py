@@ -13,6 +13,8 @@ from gum_optax._codec import Compressed
 
 MUON_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
+_GRAM_ASPECT = 4  # n / m from which steps run on Gram matrices; measured faster there on CPUs
+
 
 def newton_schulz(
     x: jax.Array,
@@ -67,6 +69,14 @@ def _newton_schulz(x: jax.Array, coefficients: np.ndarray, eps: float | jax.Arra
     norm = jnp.sqrt(jnp.sum(wide**2, axis=(-2, -1), keepdims=True))
     scale = norm + eps / largest
     wide = _mesh.gather_rows(wide / jnp.where(scale > 0, scale, 1))
+    m, n = wide.shape[-2:]
+    iterate = _in_gram_space if n >= _GRAM_ASPECT * m else _directly
+    wide = _mesh.gather_rows(iterate(wide, coefficients))
+    return wide.mT if x.shape[-2] > x.shape[-1] else wide
+
+
+def _directly(x: jax.Array, coefficients: np.ndarray) -> jax.Array:
+    """The iteration as it is written: 2 m^2 n + m^3 multiplications a step."""
 
     def step(x: jax.Array, abc: jax.Array) -> tuple[jax.Array, None]:
         a, b, c = abc
@@ -74,9 +84,34 @@ def _newton_schulz(x: jax.Array, coefficients: np.ndarray, eps: float | jax.Arra
         return a * x + (b * gram + c * (gram @ gram)) @ x, None
 
     # A scan, not an unrolled loop: unrolled, every iterate may stay alive at once.
-    wide, _ = jax.lax.scan(step, wide, jnp.asarray(coefficients, wide.dtype))
-    wide = _mesh.gather_rows(wide)
-    return wide.mT if x.shape[-2] > x.shape[-1] else wide
+    return jax.lax.scan(step, x, jnp.asarray(coefficients, x.dtype))[0]
+
+
+def _in_gram_space(x: jax.Array, coefficients: np.ndarray) -> jax.Array:
+    """The iteration on m x m matrices, for n much larger than m: n is touched twice in three steps.
+
+    An iterate is a polynomial of the first Gram matrix times the start, and so is its own Gram
+    matrix. That squares singular values, so rounding grows; a new Gram matrix every three steps
+    keeps the error near that of `_directly` (five steps in float32, spectral norm, measured: 1.6e-5
+    and 1.3e-5 at most; without, 5e-4). The polynomial is kept as ``scale * I + rest`` and its
+    products at full precision, since what it cancels may be large.
+    """
+    eye = jnp.eye(x.shape[-2], dtype=x.dtype)
+    for block in np.split(coefficients, range(3, len(coefficients), 3)):
+        gram, scale, rest = _dot(x, x.mT), 1.0, jnp.zeros_like(eye)
+        for step, (a, b, c) in enumerate(block.tolist()):
+            factor = b * gram + c * _dot(gram, gram)
+            rest = a * rest + scale * factor + (_dot(factor, rest) if step else 0)
+            scale = a * scale
+            if step < len(block) - 1:
+                factor += a * eye
+                gram = _dot(factor, _dot(gram, factor))
+        x = scale * x + rest @ x
+    return x
+
+
+def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
 
 def _coefficients(ns_coeffs: Sequence[Any], ns_steps: int) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Memory and work: what the state holds, what a step computes, what the plan says."""
 
+import functools
 import math
 
 import jax
@@ -263,3 +264,22 @@ def test_table_of_a_large_model_fits_80_columns():
     layer = {"self_attention": {"query_projection": {"kernel": (4096, 14336), "bias": (14336,)}}}
     plan = gum_optax.memory_plan(abstract({f"layers_{i}": layer for i in range(100)}))
     assert_is_a_table_of(plan)
+
+
+def test_updates_of_separate_leaves_are_not_alive_all_at_once():
+    """XLA's CPU backend would expand all of them before it applies the first: 1.1 times the bytes.
+
+    Measured: 0.33 of the parameters' bytes, of which a part does not grow with the layers.
+    """
+    tree = [jax.ShapeDtypeStruct((128, 512), jnp.float32)] * 24
+    tx = gum_optax.scale_by_gum(rank=8)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    lowered = step.lower(tree, jax.eval_shape(tx.init, tree), tree)
+    analysis = lowered.compile(helpers.QUICK).memory_analysis()
+    assert analysis is not None
+    assert analysis.temp_size_in_bytes < 0.5 * helpers.state_bytes(tree)

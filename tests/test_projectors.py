@@ -106,6 +106,16 @@ def test_basis_is_orthonormal_in_float64(name):
         assert _departure(basis) < 1e-14  # measured 1.3e-15
 
 
+@pytest.mark.parametrize(("kind", "cholesky"), [("gaussian", True), ("zero", False)])
+def test_householder_is_for_where_cholesky_fails(monkeypatch, kind, cholesky):
+    """Cholesky does what it can, several times as fast: spoil the other and see who notices."""
+    monkeypatch.setattr(projectors.jnp.linalg, "qr", lambda x: (jnp.full_like(x, jnp.nan), None))
+    gradient = jnp.asarray(GRADIENTS[kind](40, 60), jnp.float32)
+    project = jax.jit(functools.partial(projectors.subspace_iteration, rank=6))
+    basis = project(jax.random.key(0), gradient, previous_basis=jnp.zeros((40, 6)))
+    assert bool(jnp.isfinite(basis).all()) == cholesky
+
+
 def test_svd_is_the_top_subspace():
     gradient = _gaussian(20, 33)
     expected = np.linalg.svd(gradient)[0][:, :6]
