@@ -6,7 +6,6 @@ timed by turns in one process, on random gradients, without the backward pass.
 """
 
 import dataclasses
-import json
 import statistics
 import sys
 import time
@@ -19,7 +18,7 @@ import jax.numpy as jnp
 import optax
 
 import gum_optax
-from experiments import cli
+from experiments import cli, record
 
 PROGRAM = "experiments.accumulation"
 
@@ -54,15 +53,7 @@ def main(arguments: Sequence[str]) -> int:
     config = cli.parse(Config, PROGRAM, arguments)
     seconds = {step: _compare(config, period) for step, period in PERIODS.items()}
     ratios = {step: times["MultiSteps"] / times["sum first"] for step, times in seconds.items()}
-    result = {
-        "config": {**dataclasses.asdict(config), "out": str(config.out)},
-        "versions": {"jax": jax.__version__, "optax": optax.__version__},
-        "device": jax.devices()[0].device_kind,
-        "median_seconds": seconds,
-        "ratio": ratios,
-    }
-    config.out.parent.mkdir(parents=True, exist_ok=True)
-    config.out.write_text(json.dumps(result, indent=1) + "\n")
+    record.write(config.out, config, median_seconds=seconds, ratio=ratios)
     for step, times in seconds.items():
         cells = ", ".join(f"{way} {1000 * value:.1f} ms" for way, value in times.items())
         print(f"{step:<9} {cells}, ratio {ratios[step]:.1f}")

@@ -9,7 +9,6 @@ Run it with ``python -m experiments.counterexample``.
 """
 
 import dataclasses
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -23,7 +22,7 @@ import numpy as np
 import optax
 
 import gum_optax
-from experiments import cli
+from experiments import cli, record
 from gum_optax import projectors, samplers
 
 PROGRAM = "experiments.counterexample"
@@ -173,13 +172,12 @@ def main(arguments: Sequence[str]) -> int:
     gaps = run(config)
     config.out.mkdir(parents=True, exist_ok=True)
     plot(gaps, config, config.out / "counterexample.png")
-    result = {
-        "config": {**dataclasses.asdict(config), "out": str(config.out)},
-        "learning_rate": config.learning_rate,
-        "versions": {"jax": jax.__version__, "optax": optax.__version__},
-        "final_relative_gap": {name: values[:, -1].tolist() for name, values in gaps.items()},
-    }
-    (config.out / "counterexample.json").write_text(json.dumps(result, indent=1) + "\n")
+    record.write(
+        config.out / "counterexample.json",
+        config,
+        learning_rate=config.learning_rate,
+        final_relative_gap={name: values[:, -1].tolist() for name, values in gaps.items()},
+    )
     print(f"{'method':<12}  final gap / gap at the start: median [least, largest]")
     for name, values in gaps.items():
         last = values[:, -1]

@@ -10,6 +10,10 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+COMPILED = "benchmarks/compiled.json"
+_NAMES = {"adamw": "AdamW", "optax muon": "Muon", "galore": "GaLore", "gum": "GUM"} | {
+    "optax galore": "optax GaLore"
+}
 _HEAD = "| what | measured | command |\n|---|---|---|"
 
 
@@ -34,19 +38,22 @@ def counterexample() -> Iterator[tuple[str, str, str]]:
 
 def memory() -> Iterator[tuple[str, str, str]]:
     """State and temporaries on GaLore's LLaMA presets."""
-    result = _read("memory.json")
+    if not (RESULTS / COMPILED).exists():
+        return
+    result = _read(COMPILED)
     rank, gamma = result["config"]["rank"], result["config"]["full_rank_layers"]
+    command = "python -m experiments.benchmarks --studies compiled"
     for preset in ("350m", "1b"):
         yield (
             f"Optimizer state, LLaMA {preset}, float32, rank {rank}, gamma {gamma}",
-            _mebibytes(result["state_bytes"][preset]),
-            "python -m experiments.memory",
+            _mebibytes(result["state_bytes"][preset]["separate"]),
+            command,
         )
-    for preset, sizes in result["temporary_bytes"].items():
+    for preset in ("60m", "1b"):
         yield (
-            f"Temporaries of the compiled update, LLaMA {preset}, {result['device']}",
-            _mebibytes(sizes),
-            "python -m experiments.memory",
+            f"Temporaries of the compiled update, LLaMA {preset}, {result['device']['platform']}",
+            _mebibytes(result["temporary_bytes"][preset]["separate"]),
+            command,
         )
 
 
@@ -110,7 +117,9 @@ def _read(name: str) -> Any:
 
 
 def _mebibytes(sizes: dict[str, int]) -> str:
-    return ", ".join(f"{name} {size / 2**20:.0f} MiB" for name, size in sizes.items())
+    return ", ".join(
+        f"{_NAMES.get(name, name)} {size / 2**20:.0f} MiB" for name, size in sizes.items()
+    )
 
 
 def _power(value: float) -> str:

@@ -6,7 +6,6 @@ the gradients' structure, shapes and dtypes and are finite, the state keeps its 
 """
 
 import dataclasses
-import json
 import re
 import sys
 import time
@@ -23,7 +22,7 @@ import numpy as np
 import optax
 
 import gum_optax
-from experiments import cli
+from experiments import cli, record
 from experiments.examples import (
     BAD_OPTIONS,
     ENGINES,
@@ -190,15 +189,12 @@ def main(arguments: Sequence[str]) -> int:
     config = cli.parse(Config, PROGRAM, arguments)
     began = time.perf_counter()
     counts = count_checks(config)
-    result = {
-        "config": dataclasses.asdict(config) | {"out": str(config.out)},
-        "versions": {"jax": jax.__version__, "optax": optax.__version__},
-        "device": jax.devices()[0].device_kind,
-        "counts": dict(sorted(counts.items())),
-        "seconds": round(time.perf_counter() - began),
-    }
-    config.out.parent.mkdir(parents=True, exist_ok=True)
-    config.out.write_text(json.dumps(result, indent=1) + "\n")
+    result = record.write(
+        config.out,
+        config,
+        counts=dict(sorted(counts.items())),
+        seconds=round(time.perf_counter() - began),
+    )
     print("\n".join(f"{count:>8,}  {name}" for name, count in result["counts"].items()))
     return 0
 

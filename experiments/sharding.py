@@ -5,7 +5,6 @@ The devices are eight parts of the CPU, whose program XLA partitions as it does 
 """
 
 import dataclasses
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -17,7 +16,8 @@ import jax.numpy as jnp
 import optax
 
 import gum_optax
-from experiments import cli, memory, mesh
+from experiments import cli, mesh, record
+from experiments.benchmarks import trees
 from experiments.collectives import Collective, collectives, total_bytes
 from gum_optax import dimension_numbers
 
@@ -43,14 +43,7 @@ class Config:
 def main(arguments: Sequence[str]) -> int:
     """Prints a table and writes it."""
     config = cli.parse(Config, PROGRAM, arguments)
-    result = {
-        "config": {**dataclasses.asdict(config), "out": str(config.out)},
-        "versions": {"jax": jax.__version__, "optax": optax.__version__},
-        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "rows": rows(config),
-    }
-    config.out.parent.mkdir(parents=True, exist_ok=True)
-    config.out.write_text(json.dumps(result, indent=1) + "\n")
+    result = record.write(config.out, config, rows=rows(config))
     print(table(result["rows"]))
     return 0
 
@@ -65,7 +58,7 @@ def rows(config: Config) -> list[dict[str, Any]]:
         "optax Muon": (muon, 1),
         "AdamW": (optax.adamw(1e-3), 1),
     }
-    params = memory.parameter_shapes(config.preset)
+    params = trees.separate(config.preset)
     return [
         {"mesh": text, "step": name} | summary(sent(tx, count, params, text), params)
         for text in config.meshes

@@ -1,7 +1,6 @@
 """Many small steps under jit, watched for what grows: `python -m experiments.soak`."""
 
 import dataclasses
-import json
 import os
 import resource
 import sys
@@ -16,7 +15,7 @@ import numpy as np
 import optax
 
 import gum_optax
-from experiments import cli, compatibility
+from experiments import cli, record
 
 PROGRAM = "experiments.soak"
 
@@ -40,13 +39,7 @@ class Config:
 def main(arguments: Sequence[str]) -> int:
     """Prints and writes what was seen; exit code 1 if something grew or broke."""
     config = cli.parse(Config, PROGRAM, arguments)
-    result = {
-        "config": dataclasses.asdict(config) | {"out": str(config.out)},
-        "versions": compatibility.versions(),
-        "device": jax.devices()[0].device_kind,
-    } | soak(config)
-    config.out.parent.mkdir(parents=True, exist_ok=True)
-    config.out.write_text(json.dumps(result, indent=1) + "\n")
+    result = record.write(config.out, config, **soak(config))
     print(
         f"{config.steps} steps in {result['seconds']} s: {result['compilations']} compilation, "
         f"state bytes {result['state bytes']}, {result['steps not finite']} steps not finite, "

@@ -1,0 +1,1 @@
+"""What GUM costs beside other optimizers: `python -m experiments.benchmarks`."""

@@ -1,0 +1,85 @@
+"""The optimizers that are compared: a table from a name to a function that makes one.
+
+Each is `(rank, full_rank_layers, period, layout) -> transformation`, at one learning rate; all give
+embeddings, heads and norms to AdamW. None stands for an optimizer that cannot take the layout.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import optax
+
+import gum_optax
+from gum_optax import dimension_numbers, projectors
+
+LEARNING_RATE = 1e-3
+NUMBERS = {"separate": dimension_numbers.default, "stacked": dimension_numbers.scanned_layers}
+NOT_STACKED = "projects 2-D leaves only"
+
+Optimizer = optax.GradientTransformation
+Contender = Callable[[int, int, int, str], Optimizer | None]
+
+
+def gum(
+    rank: int,
+    full_rank_layers: int,
+    period: int,
+    layout: str,
+    projector: projectors.Projector = projectors.subspace_iteration,
+) -> Optimizer:
+    """The library's subject."""
+    return gum_optax.gum(
+        LEARNING_RATE,
+        rank,
+        period,
+        full_rank_layers,
+        projector=projector,
+        weight_dimension_numbers=NUMBERS[layout],
+    )
+
+
+def adamw(rank: int, full_rank_layers: int, period: int, layout: str) -> Optimizer:
+    """Two moments of everything."""
+    del rank, full_rank_layers, period, layout
+    return optax.adamw(LEARNING_RATE)
+
+
+def muon(rank: int, full_rank_layers: int, period: int, layout: str) -> Optimizer:
+    """Newton-Schulz on every hidden matrix, at full rank."""
+    del rank, full_rank_layers, period
+    return optax.contrib.muon(LEARNING_RATE, muon_weight_dimension_numbers=NUMBERS[layout])
+
+
+def optax_galore(rank: int, full_rank_layers: int, period: int, layout: str) -> Optimizer | None:
+    """optax's GaLore, which by itself would project embeddings and heads too."""
+    del full_rank_layers
+    if layout == "stacked":
+        return None
+    projected = optax.contrib.galore(LEARNING_RATE, rank, period)
+    rest = optax.adamw(LEARNING_RATE)
+    return optax.partition({"matrix": projected, "rest": rest}, _matrix_or_rest)
+
+
+def galore(rank: int, full_rank_layers: int, period: int, layout: str) -> Optimizer:
+    """This library's GaLore, which projects by SVD."""
+    del full_rank_layers
+    return gum_optax.galore(LEARNING_RATE, rank, period, weight_dimension_numbers=NUMBERS[layout])
+
+
+TABLE: dict[str, Contender] = {
+    "gum": gum,
+    "adamw": adamw,
+    "optax muon": muon,
+    "optax galore": optax_galore,
+    "galore": galore,
+}
+
+gum_svd = partial(gum, projector=projectors.svd)
+
+REFRESHING = frozenset({"gum", "gum, svd", "optax galore", "galore"})  # the others have no period
+
+
+def _matrix_or_rest(params: optax.Params) -> optax.Params:
+    numbers = dimension_numbers.default(params)
+    return jax.tree.map(lambda _, number: "rest" if number is None else "matrix", params, numbers)

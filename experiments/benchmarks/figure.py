@@ -1,0 +1,140 @@
+"""The figure of the benchmarks, drawn from the results that exist."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.ticker import NullLocator
+
+from experiments.benchmarks import contenders, step
+from experiments.plots import COLOURS
+
+_MARKERS = "os^Dv*P"
+_NAMES = (*contenders.TABLE, "parameters")
+_IN_TRAINING = {"muon": "optax muon"}
+_COLUMNS = 2
+_INCHES = (4.2, 3.4)  # of one panel: two side by side are legible at half the width of a page
+_GIB = 2**30
+
+
+def draw(results: Path, path: Path) -> Path | None:
+    """Draws a panel for each result in a directory; returns the PNG, or None if there is none."""
+    found = {name: results / f"{name}.json" for name in PANELS}
+    content = {name: json.loads(file.read_text()) for name, file in found.items() if file.exists()}
+    if (timed := step.stored(results))["pairs"]:
+        content = {"step": timed} | content
+    panels = [(panel, content[name]) for name in content for panel in PANELS[name]]
+    if not panels:
+        return None
+    rows = -(-len(panels) // _COLUMNS)
+    size = (_INCHES[0] * _COLUMNS, _INCHES[1] * rows)
+    figure, axes = plt.subplots(rows, _COLUMNS, figsize=size, layout="constrained", squeeze=False)
+    for each, (panel, result) in zip(axes.flat, panels, strict=False):
+        panel(each, result)
+        each.grid(alpha=0.3)
+    for empty in axes.flat[len(panels) :]:
+        empty.set_axis_off()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path
+
+
+def _update(axes: Axes, result: dict[str, Any]) -> None:
+    pairs = [p for p in result["pairs"] if p["layout"] == "separate" and "note" not in p]
+    pairs = [p for p in pairs if p["other"] != "gum, svd"]
+    for name in dict.fromkeys(p["other"] for p in pairs):
+        ratios = {p["preset"]: p["amortized_ratio"] for p in pairs if p["other"] == name}
+        _line(axes, list(ratios), list(ratios.values()), name, name)
+    axes.axhline(1, color="black", linewidth=1, linestyle=":")
+    axes.set(xlabel="LLaMA", ylabel="seconds, GUM / other", yscale="log")
+    _numbers(axes.yaxis)
+    _finish(axes, "An update, refreshes spread over their period")
+
+
+def _state(axes: Axes, result: dict[str, Any]) -> None:
+    sizes = {p: layouts["separate"] for p, layouts in result["state_bytes"].items()
+             if "separate" in layouts}  # fmt: skip
+    for name in dict.fromkeys(name for each in sizes.values() for name in each):
+        known = {preset: each[name] / _GIB for preset, each in sizes.items() if name in each}
+        _line(axes, list(known), list(known.values()), name, name)
+    axes.set(xlabel="LLaMA", ylabel="GiB", yscale="log")
+    _finish(axes, "Optimizer state")
+
+
+def _growth(axes: Axes, result: dict[str, Any]) -> None:
+    rows = result["growth"]
+    for name, layout in dict.fromkeys((r["contender"], r["layout"]) for r in rows):
+        mine = [r for r in rows if (r["contender"], r["layout"]) == (name, layout)]
+        seconds = [r["trace_seconds"] + r["compile_seconds"] for r in mine]
+        line = "--" if layout == "stacked" else "-"
+        _line(axes, [r["depth"] for r in mine], seconds, f"{name}, {layout}", name, line)
+    axes.set(xlabel="layers", ylabel="seconds", xscale="log", yscale="log")
+    _numbers(axes.xaxis, sorted({r["depth"] for r in rows}))
+    _finish(axes, "Tracing and compiling")
+
+
+def _sweep(axes: Axes, result: dict[str, Any]) -> None:
+    rows = result["rank"]
+    ranks = [row["rank"] for row in rows]
+    _line(axes, ranks, [1000 * row["plain"]["median"] for row in rows], "plain step")
+    _line(axes, ranks, [1000 * row["refresh"]["median"] for row in rows], "refresh")
+    _line(axes, ranks, [1000 * row["amortized_seconds"] for row in rows], "amortized")
+    preset = result["config"]["sweep_preset"]
+    axes.set(xlabel="rank", ylabel="milliseconds", xscale="log", yscale="log")
+    _numbers(axes.xaxis, ranks)
+    _finish(axes, f"GUM's update, {preset}")
+
+
+def _training(axes: Axes, result: dict[str, Any]) -> None:
+    medians = result["medians"]
+    rates = [each["amortized_tokens_per_second"] for each in medians.values()]
+    colours = [COLOURS[_NAMES.index(_IN_TRAINING.get(name, name))] for name in medians]
+    bars = axes.bar(list(medians), rates, color=colours)
+    axes.bar_label(bars, [f"{each['peak_bytes'] / _GIB:.2f} GiB" for each in medians.values()])
+    axes.set(ylabel="tokens per second", ylim=(0, 1.15 * max(rates)))
+    axes.set_title(f"Training {result['config']['training_preset']} (peak memory)")
+
+
+def _projectors(axes: Axes, result: dict[str, Any]) -> None:
+    rows = result["by_step"]
+    steps = [row["step"] for row in rows]
+    _line(axes, steps, [row["median"] for row in rows], "median matrix")
+    _line(axes, steps, [row["min"] for row in rows], "worst matrix")
+    axes.set(xlabel="step of the refresh", ylabel="energy / best subspace's")
+    _finish(axes, f"Bases, rank {result['config']['projector_rank']}")
+
+
+PANELS: dict[str, tuple[Callable[[Axes, dict[str, Any]], None], ...]] = {
+    "step": (_update,),
+    "compiled": (_state, _growth),
+    "sweep": (_sweep,),
+    "training": (_training,),
+    "projectors": (_projectors,),
+}
+
+
+def _line(axes: Axes, x: Any, y: Any, label: str, name: str = "", line: str = "-") -> None:
+    """Draws a line; an optimizer's `name` has its colour and marker in every panel."""
+    i = _NAMES.index(name) if name else len(axes.get_lines())
+    axes.plot(x, y, line, color=COLOURS[i], marker=_MARKERS[i], label=label)
+
+
+def _numbers(axis: Axis, ticks: Sequence[int] | None = None) -> None:
+    """Writes a logarithmic axis in plain numbers."""
+    axis.set_major_formatter("{x:g}")
+    if ticks is None:
+        axis.set_minor_formatter("{x:g}")
+        axis.set_tick_params(which="minor", labelsize="x-small")
+    else:
+        axis.set_ticks(ticks)
+        axis.set_minor_locator(NullLocator())
+
+
+def _finish(axes: Axes, title: str) -> None:
+    axes.set_title(title)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize="small", frameon=False)

@@ -1,0 +1,108 @@
+"""The least time of a plain step on this device: the bytes it must move, the FLOPs it must do."""
+
+import statistics
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import gum_optax
+from experiments.benchmarks import contenders, timing, trees
+
+_NS_STEPS = 5
+_REPEATS = 5
+
+
+def copy_bandwidth(elements: int = 2**26) -> float:
+    """Bytes per second of `x + 1` in place over a large array: read and written."""
+    x = jnp.zeros(elements, jnp.float32)
+    add = jax.jit(lambda x: x + 1, donate_argnums=0)
+
+    def step() -> None:
+        nonlocal x
+        x = add(x).block_until_ready()
+
+    return 2 * 4 * elements / _median(step)
+
+
+def matmul_rate(side: int = 2048) -> float:
+    """FLOP per second of float32 products, at the default precision, which the optimizers use."""
+    # An accelerator would spend a single product's time on starting it.
+    products = 2 if jax.default_backend() == "cpu" else 64
+    x = jax.random.normal(jax.random.key(0), (side, side)) / side**0.5
+
+    @jax.jit
+    def multiply(x: jax.Array) -> jax.Array:
+        return jax.lax.fori_loop(0, products, lambda _, y: y @ x, x)
+
+    return products * 2 * side**3 / _median(lambda: jax.block_until_ready(multiply(x)))
+
+
+def count(name: str, tree: Any, rank: int, gamma: int) -> tuple[int, int]:
+    """Bytes and FLOPs of a contender's plain step, elementwise work not counted.
+
+    Gradients are read, parameters and states read and written, and bases read.
+    """
+    layout = "stacked" if _is_stacked(tree) else "separate"
+    optimizer = contenders.TABLE[name](rank, gamma, 1, layout)
+    if optimizer is None:
+        raise ValueError(f"{name} {contenders.NOT_STACKED}")
+    state = jax.eval_shape(optimizer.init, tree)
+    moved = 3 * trees.size(tree) + 2 * trees.size(state) - trees.size(_bases(state))
+    plan = gum_optax.memory_plan(
+        tree,
+        rank=rank,
+        full_rank_layers=gamma,
+        weight_dimension_numbers=contenders.NUMBERS[layout],
+    )
+    stacks = (row for row in plan.rows if row.mode in ("sampled", "dense"))
+    return moved, sum(_flops(name, row, rank) for row in stacks)
+
+
+def seconds(moved: int, flops: int, bandwidth: float, rate: float) -> float:
+    """The time that the slower of the two takes."""
+    return max(moved / bandwidth, flops / rate)
+
+
+def newton_schulz(a: int, b: int) -> int:
+    """FLOPs of Newton-Schulz on an a x b matrix, directly or on its Gram matrix."""
+    a, b = sorted((a, b))
+    direct = _NS_STEPS * (4 * a**2 * b + 2 * a**3)
+    gram = 4 * a**2 * b + 17 * 2 * a**3
+    return min(direct, gram)
+
+
+def _flops(name: str, stack: Any, rank: int) -> int:
+    m, n = sorted(stack.shape)
+    if name == "optax muon":
+        return stack.count * newton_schulz(m, n)
+    project = stack.count * 4 * m * n * rank  # P'G, and P times what comes of it
+    if name in ("galore", "optax galore"):
+        return project if rank < m else 0
+    if name != "gum":
+        return 0
+    if stack.mode == "dense":
+        return stack.count * newton_schulz(m, n)
+    # A drawn matrix has P (P'G), of its residual, in place of the product that expands.
+    slots = stack.slots or 0
+    low = (stack.count - slots) * newton_schulz(rank, n)
+    return project + low + slots * newton_schulz(m, n)
+
+
+def _bases(state: Any) -> list[Any]:
+    kinds = (gum_optax.LowRankState, optax.contrib.GaLoreState)
+    parts = jax.tree.leaves(state, is_leaf=lambda part: isinstance(part, kinds))
+    return [
+        part.basis if isinstance(part, gum_optax.LowRankState) else part.projector
+        for part in parts
+        if isinstance(part, kinds)
+    ]
+
+
+def _is_stacked(tree: Any) -> bool:
+    return any(leaf.ndim > 2 for leaf in jax.tree.leaves(tree))
+
+
+def _median(step: Any) -> float:
+    return statistics.median(timing.by_turns({"step": step}, _REPEATS)["step"])

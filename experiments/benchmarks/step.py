@@ -1,0 +1,179 @@
+"""Seconds of an update: GUM and each contender by turns, plain steps and refreshes apart.
+
+Both keep a state, and share the parameters: each donates them and hands the new ones to the next.
+Compiled with a period of two, every even step is a refresh and every odd one plain.
+"""
+
+import gc
+import json
+import statistics
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+
+from experiments import record
+from experiments.benchmarks import contenders, floors, tables, timing, trees
+from experiments.benchmarks.settings import Config
+
+_ALTERNATING = 2
+
+
+def run(config: Config) -> None:
+    """Times every pair, writes a file for each tree, prints a table."""
+    rates = {"bytes_per_second": floors.copy_bandwidth(), "flops_per_second": floors.matmul_rate()}
+    for preset in config.presets:
+        for layout in config.layouts:
+            tree = {"preset": preset, "layout": layout}
+            found = list(_pairs(config, preset, layout))
+            record.write(
+                config.out / "step" / f"{preset}-{layout}.json",
+                config,
+                rates=rates,
+                pairs=[tree | pair for pair in found],
+                costs=[tree | c for c in _contenders(config, preset, layout, found, rates)],
+            )
+    _show(**stored(config.out))
+
+
+def stored(out: Path) -> dict[str, list[dict[str, Any]]]:
+    """The pairs and the costs of all trees that have been timed, in the order of their sizes."""
+    files = [out / "step" / f"{p}-{k}.json" for p in trees.SHAPES for k in trees.LAYOUTS]
+    found = [json.loads(file.read_text()) for file in files if file.exists()]
+    return {key: [row for each in found for row in each[key]] for key in ("pairs", "costs")}
+
+
+def jitted(tx: contenders.Optimizer) -> Any:
+    """The compiled `(params, state, grads) -> (params, state)`, in place."""
+
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def step(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
+def stepper(tx: contenders.Optimizer, shared: dict[str, Any]) -> Callable[[], None]:
+    """A step that takes `shared["params"]` and `shared["grads"]` and leaves new parameters."""
+    step = jitted(tx)
+    state = jax.jit(tx.init)(shared["params"])
+
+    def call() -> None:
+        nonlocal state
+        shared["params"], state = step(shared["params"], state, shared["grads"])
+        jax.block_until_ready((shared["params"], state))
+
+    return call
+
+
+def alternating(
+    optimizers: dict[str, contenders.Optimizer], tree: Any, config: Config
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Seconds of plain and of refresh steps of optimizers of period two, by turns."""
+    shared = {
+        "params": trees.random(tree, config.seed),
+        "grads": trees.random(tree, config.seed + 1),
+    }
+    steps = {name: stepper(tx, shared) for name, tx in optimizers.items()}
+    # Every optimizer that refreshes is called twice in a turn, so refreshes stay at even steps.
+    turns = {(name, "refresh"): s for name, s in steps.items() if name not in _PERIODLESS}
+    turns |= {(name, "plain"): s for name, s in steps.items()}
+    seconds = timing.by_turns({"|".join(turn): s for turn, s in turns.items()}, config.repeats)
+    plain = {name: seconds[f"{name}|plain"] for name in steps}
+    return plain, {n: seconds[f"{n}|refresh"] for n in steps if f"{n}|refresh" in seconds}
+
+
+def compare(
+    plain: dict[str, list[float]], refresh: dict[str, list[float]], other: str, period: int
+) -> dict[str, Any]:
+    """What GUM and another cost, and their ratios."""
+    gum = timing.costs(plain["gum"], refresh["gum"], period)
+    theirs = timing.costs(plain[other], refresh.get(other), period)
+    result = {
+        "other": other,
+        "gum_costs": gum,
+        "other_costs": theirs,
+        "plain_ratio": timing.ratio(plain["gum"], plain[other]),
+        "amortized_ratio": gum["amortized_seconds"] / theirs["amortized_seconds"],
+    }
+    if other == "gum, svd":
+        result["svd_refresh_ratio"] = timing.ratio(
+            _extra(plain[other], refresh[other]), _extra(plain["gum"], refresh["gum"])
+        )
+    return result
+
+
+_PERIODLESS = frozenset(contenders.TABLE) - contenders.REFRESHING
+
+
+def _pairs(config: Config, preset: str, layout: str) -> Iterator[dict[str, Any]]:
+    make = {name: contenders.TABLE[name] for name in config.contenders}
+    if config.svd:
+        make["gum, svd"] = contenders.gum_svd
+    for name, contender in make.items():
+        arguments = (config.rank, config.full_rank_layers, _ALTERNATING, layout)
+        other = contender(*arguments)
+        if other is None:
+            yield {"other": name, "note": contenders.NOT_STACKED}
+            continue
+        pair = {"gum": contenders.gum(*arguments), name: other}
+        plain, refresh = alternating(pair, trees.LAYOUTS[layout](preset), config)
+        yield compare(plain, refresh, name, config.period)
+        print(f"timed {preset} {layout}: gum and {name}", flush=True)
+        gc.collect()  # The pair's states go before the next one's come.
+
+
+def _contenders(
+    config: Config, preset: str, layout: str, pairs: list[dict[str, Any]], rates: dict[str, float]
+) -> Iterator[dict[str, Any]]:
+    """Bytes, FLOPs and measured time over the least time of each optimizer in the pairs."""
+    timed = {p["other"]: p["other_costs"]["plain"]["median"] for p in pairs if "note" not in p}
+    timed.pop("gum, svd", None)
+    ours = [p["gum_costs"]["plain"]["median"] for p in pairs if "note" not in p]
+    if ours:
+        timed = {"gum": statistics.median(ours)} | timed
+    tree = trees.LAYOUTS[layout](preset)
+    for name, measured in timed.items():
+        arguments = (config.rank, config.full_rank_layers, config.period, layout)
+        optimizer = contenders.TABLE[name](*arguments)
+        assert optimizer is not None
+        moved, flops = floors.count(name, tree, config.rank, config.full_rank_layers)
+        floor = floors.seconds(moved, flops, rates["bytes_per_second"], rates["flops_per_second"])
+        yield {
+            "contender": name,
+            "state_bytes": trees.size(jax.eval_shape(optimizer.init, tree)),
+            "floor": {"bytes": moved, "flops": flops, "seconds": floor},
+            "plain_seconds": measured,
+            "measured_over_floor": measured / floor,
+        }
+
+
+def _extra(plain: list[float], refresh: list[float]) -> list[float]:
+    """What refreshes take beyond the plain steps of the same turns."""
+    return [b - a for a, b in zip(plain, refresh, strict=True)]
+
+
+def _show(pairs: list[dict[str, Any]], costs: list[dict[str, Any]]) -> None:
+    tables.show(
+        "Seconds of an update: GUM over another, by turns",
+        ("preset", "layout", "other", "plain", "least", "largest", "amortized", "refresh/plain"),
+        (
+            (p["preset"], p["layout"], p["other"], *p["plain_ratio"].values(), p["amortized_ratio"],
+             p["gum_costs"]["refresh_over_plain"])
+            for p in pairs
+            if "note" not in p
+        ),
+    )  # fmt: skip
+    tables.show(
+        "Plain steps beside the least that the device needs",
+        ("preset", "layout", "optimizer", "state MiB", "ms", "floor ms", "measured/floor"),
+        (
+            (c["preset"], c["layout"], c["contender"], c["state_bytes"] / 2**20,
+             1000 * c["plain_seconds"], 1000 * c["floor"]["seconds"], c["measured_over_floor"])
+            for c in costs
+        ),
+    )  # fmt: skip

@@ -1,0 +1,56 @@
+"""What GUM's settings cost: seconds of its update against rank, gamma and period, by turns."""
+
+import statistics
+from typing import Any
+
+from experiments import record
+from experiments.benchmarks import contenders, tables, timing, trees
+from experiments.benchmarks.settings import Config
+from experiments.benchmarks.step import alternating
+
+
+def run(config: Config) -> None:
+    """Times all settings in turn, writes `sweep.json`, prints a table."""
+    default = (config.rank, config.full_rank_layers)
+    by_rank = {rank: (rank, config.full_rank_layers) for rank in config.ranks}
+    by_gamma = {gamma: (config.rank, gamma) for gamma in config.gammas}
+    # A dict, not a set: each once, in an order that does not change.
+    settings = dict.fromkeys([default, *by_rank.values(), *by_gamma.values()])
+    optimizers = {str(s): contenders.gum(*s, 2, "separate") for s in settings}
+    plain, refresh = alternating(optimizers, trees.separate(config.sweep_preset), config)
+    costs = {name: timing.costs(plain[name], refresh[name], config.period) for name in optimizers}
+    results = {
+        "rank": [{"rank": r} | costs[str(setting)] for r, setting in by_rank.items()],
+        "gamma": [{"gamma": g} | costs[str(setting)] for g, setting in by_gamma.items()],
+        "period": by_period(plain[str(default)], refresh[str(default)], config.periods),
+    }
+    record.write(config.out / "sweep.json", config, **results)
+    _show(results)
+
+
+def by_period(
+    plain: list[float], refresh: list[float], periods: tuple[int, ...]
+) -> list[dict[str, Any]]:
+    """Mean seconds of a step by period, from the same two measured steps."""
+    medians = statistics.median(plain), statistics.median(refresh)
+    return [
+        {"period": period, "amortized_seconds": timing.amortized(*medians, period)}
+        for period in periods
+    ]
+
+
+def _show(results: dict[str, list[dict[str, Any]]]) -> None:
+    for name, rows in results.items():
+        tables.show(
+            f"Milliseconds of GUM's update against {name}",
+            (name, "plain", "refresh", "amortized"),
+            (
+                (
+                    row[name],
+                    1000 * row["plain"]["median"] if "plain" in row else None,
+                    1000 * row["refresh"]["median"] if "refresh" in row else None,
+                    1000 * row["amortized_seconds"],
+                )
+                for row in rows
+            ),
+        )

@@ -1,0 +1,207 @@
+"""Seconds and memory of the whole training step, each optimizer in processes of its own.
+
+The processes take turns. `python -m experiments.benchmarks.training` is one of them: it trains on
+random tokens and prints one line of JSON.
+
+On CPUs `peak_bytes` is the peak of the steps less what the process held before them, the model and
+its state apart: compiling takes hundreds of MiB, more for one optimizer than for another, and a
+run of any length does it once. `process_peak_bytes` has it all.
+"""
+
+import ctypes
+import dataclasses
+import gc
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments import cli, model, record, train
+from experiments.benchmarks import tables, timing, trees
+from experiments.benchmarks.settings import Config
+from experiments.config import Config as Run
+from experiments.config import Optimizer, Preset
+
+PROGRAM = "experiments.benchmarks.training"
+OPTIMIZERS: tuple[Optimizer, ...] = ("gum", "adamw", "muon")
+
+_ROOT = Path(__file__).parents[2]
+_SKIPPED = 2  # compilation, and what the first steps leave to be set up
+
+
+@dataclasses.dataclass(frozen=True)
+class Worker:
+    """Take a few training steps on random tokens and print what they cost."""
+
+    optimizer: Optimizer = "gum"
+    """Which optimizer, as in experiments.pretrain."""
+    preset: Preset = "60m"
+    """Size of the model."""
+    batch_size: int = 8
+    """Windows in one step."""
+    seq_len: int = 256
+    """Tokens in one window."""
+    steps: int = 12
+    """Steps."""
+    rank: int = 128
+    """Rank of GUM."""
+    full_rank_layers: int = 2
+    """Gamma: full-rank layers of each role in a period."""
+    every: int = 4
+    """Steps between two refreshes: few, so that few steps have both kinds."""
+    seed: int = 0
+    """Seed of weights and tokens."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The process of one optimizer."""
+    print(json.dumps(measure(cli.parse(Worker, PROGRAM, arguments))))
+    return 0
+
+
+def run(config: Config, work: Callable[[Worker], dict[str, Any]] | None = None) -> None:
+    """Runs the processes by turns, writes `training.json`, prints a table.
+
+    Args:
+      config: the options.
+      work: measures one run; by default in a new process.
+    """
+    work = work or _in_process
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in OPTIMIZERS}
+    for turn in range(config.rounds):
+        for name in OPTIMIZERS:
+            runs[name].append(work(_worker(config, name)))
+            print(f"trained with {name}, round {turn + 1} of {config.rounds}", flush=True)
+    results = compare(runs, config.period)
+    record.write(config.out / "training.json", config, runs=runs, **results)
+    tables.show(
+        f"Steps of {config.training_preset}, {config.batch_size} x {config.seq_len} random tokens",
+        ("optimizer", "tokens/s", "amortized", "refresh s", "peak MiB", "state MiB"),
+        (
+            (name, *(median[key] for key in ("tokens_per_second", "amortized_tokens_per_second",
+             "refresh_seconds")), median["peak_bytes"] / 2**20, median["state_bytes"] / 2**20)
+            for name, median in results["medians"].items()
+        ),
+    )  # fmt: skip
+    print(f"tokens/s of gum over adamw: {results['gum_over_adamw']}")
+    print(f"less peak memory over less state: {results['saved_peak_over_saved_state']:.2f}")
+
+
+def compare(runs: dict[str, list[dict[str, Any]]], period: int) -> dict[str, Any]:
+    """Medians of each optimizer's runs, and GUM's beside AdamW's."""
+    runs = {name: [_amortize(each, period) for each in found] for name, found in runs.items()}
+    medians = {name: _medians(found) for name, found in runs.items()}
+    gum, adamw = medians["gum"], medians["adamw"]
+    saved = adamw["state_bytes"] - gum["state_bytes"]
+    return {
+        "medians": medians,
+        "gum_over_adamw": _ratio(runs, "tokens_per_second"),
+        "gum_over_adamw_amortized": _ratio(runs, "amortized_tokens_per_second"),
+        "saved_peak_over_saved_state": (adamw["peak_bytes"] - gum["peak_bytes"]) / saved,
+    }
+
+
+def measure(worker: Worker) -> dict[str, Any]:
+    """Takes the steps of one run, each until its results are there."""
+    settings = Run(
+        preset=worker.preset, optimizer=worker.optimizer, batch_size=worker.batch_size,
+        seq_len=worker.seq_len, steps=worker.steps, rank=worker.rank, period=worker.every,
+        full_rank_layers=worker.full_rank_layers, seed=worker.seed,
+    )  # fmt: skip
+    arch = model.architecture(settings)
+    _, state, step = train.start(settings, arch)
+    generator = np.random.default_rng(worker.seed)
+    shape = (worker.batch_size, worker.seq_len + 1)
+    seconds, settled, process_peak = [], 0, 0
+    for number in range(worker.steps):
+        if number == _SKIPPED:
+            process_peak = _status("VmHWM")
+            settled = _settle() - trees.size(state)
+        batch = generator.integers(arch.vocab_size, size=shape, dtype=np.int32)
+        start = time.perf_counter()
+        state, _ = jax.block_until_ready(step(state, batch))
+        seconds.append(time.perf_counter() - start)
+    plain, refresh = _by_kind(worker, seconds)
+    return {
+        "plain_seconds": statistics.median(plain),
+        "refresh_seconds": statistics.median(refresh) if refresh else None,
+        "tokens_per_second": worker.batch_size * worker.seq_len / statistics.median(plain),
+        "peak_bytes": _device_peak() or _status("VmHWM") - settled,
+        "process_peak_bytes": max(process_peak, _status("VmHWM")),
+        "state_bytes": train.state_bytes(state.opt_state),
+    }
+
+
+def _device_peak() -> int | None:
+    """The most bytes that an accelerator's arrays have taken; None on CPUs."""
+    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
+def _settle() -> int:
+    """Gives back what compiling left and forgets the peak so far; returns the resident bytes."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
+def _status(name: str) -> int:
+    """Resident bytes of this process, VmRSS now or VmHWM at most.
+
+    Not `getrusage`, whose peak begins on Linux with that of the process that started this one.
+    """
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(name)))
+
+
+def _by_kind(worker: Worker, seconds: list[float]) -> tuple[list[float], list[float]]:
+    """Seconds of plain steps and of refreshes, less those of the first steps."""
+    later = list(enumerate(seconds))[_SKIPPED:]
+    if worker.optimizer != "gum":
+        return [s for _, s in later], []
+    plain = [s for i, s in later if i % worker.every]
+    return plain, [s for i, s in later if not i % worker.every]
+
+
+def _worker(config: Config, optimizer: Optimizer) -> Worker:
+    preset: Any = config.training_preset
+    return Worker(
+        optimizer=optimizer, preset=preset, batch_size=config.batch_size, seq_len=config.seq_len,
+        steps=config.training_steps, rank=config.rank, full_rank_layers=config.full_rank_layers,
+        seed=config.seed,
+    )  # fmt: skip
+
+
+def _in_process(worker: Worker) -> dict[str, Any]:
+    options = [f"--{k.replace('_', '-')}={v}" for k, v in dataclasses.asdict(worker).items()]
+    command = [sys.executable, "-m", PROGRAM, *options]
+    done = subprocess.run(command, cwd=_ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _amortize(run: dict[str, Any], period: int) -> dict[str, Any]:
+    plain, refresh = run["plain_seconds"], run["refresh_seconds"]
+    seconds = timing.amortized(plain, refresh, period) if refresh else plain
+    return run | {"amortized_tokens_per_second": run["tokens_per_second"] * plain / seconds}
+
+
+def _medians(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        name: None if runs[0][name] is None else statistics.median(run[name] for run in runs)
+        for name in runs[0]
+    }
+
+
+def _ratio(runs: dict[str, list[dict[str, Any]]], key: str) -> dict[str, float]:
+    return timing.ratio([run[key] for run in runs["gum"]], [run[key] for run in runs["adamw"]])
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main, PROGRAM))
