@@ -1,6 +1,6 @@
-"""The README's table of measured facts, from the result files: `python -m experiments.facts`.
+"""The README's tables of measured facts, from the result files: `python -m experiments.facts`.
 
-It prints the table. A test compares it with the README, so that the two cannot drift apart.
+It prints them. A test compares them with the README, so that the two cannot drift apart.
 """
 
 import json
@@ -9,11 +9,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from experiments.benchmarks import step
+
 RESULTS = Path(__file__).parent / "results"
 COMPILED = "benchmarks/compiled.json"
 _NAMES = {"adamw": "AdamW", "optax muon": "Muon", "galore": "GaLore", "gum": "GUM"} | {
     "optax galore": "optax GaLore"
 }
+_PERFORMANCE_HEAD = (
+    "| LLaMA | GUM, plain step | / optax Muon | / AdamW | / optax GaLore | refresh / plain "
+    "| refreshes' share | SVD refresh / ours | / floor |\n|---|---|---|---|---|---|---|---|---|"
+)
 _HEAD = "| what | measured | command |\n|---|---|---|"
 
 
@@ -21,6 +27,37 @@ def table() -> str:
     """The whole table in Markdown."""
     rows = [row for fact in FACTS for row in fact()]
     return "\n".join([_HEAD, *(f"| {what} | {how} | `{command}` |" for what, how, command in rows)])
+
+
+def performance() -> str:
+    """Seconds of GUM's update beside others', for every tree that was timed."""
+    timed = step.stored(RESULTS / "benchmarks")
+    floors = {
+        (c["preset"], c["layout"]): c["measured_over_floor"]
+        for c in timed["costs"]
+        if c["contender"] == "gum"
+    }
+    rows = [
+        f"| {preset}, {layout} | " + " | ".join(_cells(timed["pairs"], preset, layout)) + " | "
+        f"{over_floor:.2f} |"
+        for (preset, layout), over_floor in floors.items()
+    ]
+    return "\n".join([_PERFORMANCE_HEAD, *rows])
+
+
+def _cells(pairs: list[dict[str, Any]], preset: str, layout: str) -> Iterator[str]:
+    found = {p["other"]: p for p in pairs if (p["preset"], p["layout"]) == (preset, layout)}
+    ours = [p["gum_costs"] for p in found.values() if "note" not in p]
+    yield f"{1000 * statistics.median(each['plain']['median'] for each in ours):.0f} ms"
+    for other in ("optax muon", "adamw", "optax galore"):
+        ratio = found.get(other, {}).get("plain_ratio")
+        yield (
+            f"{ratio['of_medians']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})" if ratio else ""
+        )
+    yield f"{statistics.median(each['refresh_over_plain'] for each in ours):.1f}"
+    yield f"{100 * statistics.median(each['refresh_share'] for each in ours):.1f} %"
+    svd = found.get("gum, svd", {}).get("svd_refresh_ratio")
+    yield f"{svd['of_medians']:.0f}" if svd else ""
 
 
 def counterexample() -> Iterator[tuple[str, str, str]]:
@@ -38,8 +75,6 @@ def counterexample() -> Iterator[tuple[str, str, str]]:
 
 def memory() -> Iterator[tuple[str, str, str]]:
     """State and temporaries on GaLore's LLaMA presets."""
-    if not (RESULTS / COMPILED).exists():
-        return
     result = _read(COMPILED)
     rank, gamma = result["config"]["rank"], result["config"]["full_rank_layers"]
     command = "python -m experiments.benchmarks --studies compiled"
@@ -127,4 +162,4 @@ def _power(value: float) -> str:
 
 
 if __name__ == "__main__":
-    print(table())
+    print(table(), performance(), sep="\n\n")

@@ -1,6 +1,7 @@
 """Optimizers as compositions of the engine."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -100,19 +101,17 @@ def scale_by_gum(
         momentum = optax.trace(decay=beta, nesterov=nesterov)
         return optax.chain(momentum, scale_by_polar(ns_coeffs, ns_steps, eps))
 
-    def engine(base: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-        return low_rank(
-            base,
-            rank=rank,
-            period=period,
-            projector=projector,
-            sampler=samplers.fixed_size(full_rank_layers) if sampler is None else sampler,
-            restart=restart,
-            momentum_dtype=momentum_dtype,
-            stack_by=stack_by,
-            key=key,
-        )
-
+    engine = partial(
+        low_rank,
+        rank=rank,
+        period=period,
+        projector=projector,
+        sampler=samplers.fixed_size(full_rank_layers) if sampler is None else sampler,
+        restart=restart,
+        momentum_dtype=momentum_dtype,
+        stack_by=stack_by,
+        key=key,
+    )
     return handing_over(engine, base, beta=beta, eps=eps)
 
 
@@ -429,19 +428,17 @@ def unbiased_adamw(
             learning_rate, b1, b2, eps, weight_decay=weight_decay, mask=weight_decay_mask
         )
 
-    def engine(base: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-        return low_rank(
-            base,
-            rank=rank,
-            period=period,
-            projector=projector,
-            sampler=samplers.fixed_size(full_rank_layers) if sampler is None else sampler,
-            restart=restart,
-            momentum_dtype=momentum_dtype,
-            stack_by=stack_by,
-            key=key,
-        )
-
+    engine = partial(
+        low_rank,
+        rank=rank,
+        period=period,
+        projector=projector,
+        sampler=samplers.fixed_size(full_rank_layers) if sampler is None else sampler,
+        restart=restart,
+        momentum_dtype=momentum_dtype,
+        stack_by=stack_by,
+        key=key,
+    )
     return _optimizer(
         handing_over(engine, optax.scale_by_adam, b1=b1, b2=b2, eps=eps),
         learning_rate,

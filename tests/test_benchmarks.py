@@ -167,6 +167,7 @@ def test_the_first_steps_of_a_worker_do_not_count():
     assert training._by_kind(adamw, seconds) == ([1.0, 7.0, 2.0], [])
 
 
+@pytest.mark.slow
 def test_projectors(config, tmp_path):
     text = kills.write_corpus(tmp_path / "corpus")
     projectors.run(small(config, corpus=(str(text),), cache_dir=str(tmp_path / "cache")))

@@ -8,7 +8,7 @@ from gum_optax import by_role, projectors, samplers
 
 
 # `python -m experiments.fuzz` runs many more.
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(example=examples.examples())
 def test_a_random_example(example):
     fuzz.check(example)
