@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-Optimizer = Literal["gum", "adamw", "muon", "galore", "galore_muon", "golore", "unbiased_adamw"]
+Optimizer = Literal[
+    "gum", "gum_svd", "adamw", "muon", "galore", "galore_muon", "golore", "unbiased_adamw"
+]
 Preset = Literal["tiny", "nano", "60m", "130m", "350m", "1b"]
 
 

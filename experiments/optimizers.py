@@ -5,6 +5,7 @@ so that runs differ in one thing.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import optax
@@ -30,30 +31,18 @@ def schedule(config: Config, peak: float | None = None) -> optax.Schedule:
 
 def gum(config: Config, rate: optax.Schedule) -> Optimizer:
     """Unbiased low-rank Muon: the paper's method, and the library's subject."""
-    return gum_optax.gum(
-        rate,
-        config.rank,
-        config.period,
-        config.full_rank_layers,
-        weight_decay=config.weight_decay,
-        consistent_rms=config.consistent_rms,
-        fallback=_fallback(config),
-        key=config.seed,
-    )
+    return _low_rank_muon(config, rate)
+
+
+def gum_svd(config: Config, rate: optax.Schedule) -> Optimizer:
+    """GUM with the exact projector, to hold the default one against."""
+    return _low_rank_muon(config, rate, projector=gum_optax.projectors.svd)
 
 
 def galore_muon(config: Config, rate: optax.Schedule) -> Optimizer:
     """Biased low-rank Muon: no layer is ever full-rank."""
-    return gum_optax.gum(
-        rate,
-        config.rank,
-        config.period,
-        sampler=gum_optax.samplers.none,
-        projector=gum_optax.projectors.svd,
-        weight_decay=config.weight_decay,
-        consistent_rms=config.consistent_rms,
-        fallback=_fallback(config),
-        key=config.seed,
+    return _low_rank_muon(
+        config, rate, projector=gum_optax.projectors.svd, sampler=gum_optax.samplers.none
     )
 
 
@@ -122,6 +111,7 @@ def adamw(config: Config, rate: optax.Schedule) -> Optimizer:
 
 OPTIMIZERS: dict[str, Callable[[Config, optax.Schedule], Optimizer]] = {
     "gum": gum,
+    "gum_svd": gum_svd,
     "adamw": adamw,
     "muon": muon,
     "galore": galore,
@@ -139,6 +129,20 @@ def build(config: Config) -> Optimizer:
     optimizer = make(config, schedule(config))
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     return optax.chain(clip, optimizer)
+
+
+def _low_rank_muon(config: Config, rate: optax.Schedule, **parts: Any) -> Optimizer:
+    return gum_optax.gum(
+        rate,
+        config.rank,
+        config.period,
+        config.full_rank_layers,
+        weight_decay=config.weight_decay,
+        consistent_rms=config.consistent_rms,
+        fallback=_fallback(config),
+        key=config.seed,
+        **parts,
+    )
 
 
 def _fallback(config: Config) -> Optimizer:

@@ -77,7 +77,15 @@ def compress(
         missing = take(inside) - _pick(basis, where) @ _pick(projected, where)
         return jnp.where(index < stack.count, missing, 0.0)
 
-    return Compressed(low, jax.lax.map(residual, slots) / probability)
+    # Not a `map`: that starts from zeros, which XLA's CPU backend makes when the program starts and
+    # keeps while gradients are computed. These wait for the slots, and so for the gradients.
+    start = jnp.broadcast_to(
+        slots[0].astype(basis.dtype), (len(slots), *basis.shape[-2:-1], low.shape[-1])
+    )
+    full = jax.lax.fori_loop(
+        0, len(slots), lambda slot, full: full.at[slot].set(residual(slots[slot])), start
+    )
+    return Compressed(low, full / probability)
 
 
 def expand(

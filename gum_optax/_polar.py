@@ -165,11 +165,17 @@ def scale_by_polar(
 
     def one_by_one(x: jax.Array) -> jax.Array:
         """For full-size matrices: temporaries of one at a time, and empty slots cost nothing."""
+
+        def in_place(i: jax.Array, matrices: jax.Array) -> jax.Array:
+            matrix = matrices[i]
+            return matrices.at[i].set(
+                jax.lax.cond(jnp.any(matrix != 0), polar, jnp.zeros_like, matrix)
+            )
+
+        if x.size == 0:
+            return x
         matrices = x.reshape(-1, *x.shape[-2:])
-        each = jax.lax.map(
-            lambda x: jax.lax.cond(jnp.any(x != 0), polar, jnp.zeros_like, x), matrices
-        )
-        return each.reshape(x.shape)
+        return jax.lax.fori_loop(0, len(matrices), in_place, matrices).reshape(x.shape)
 
     def apply(update: Any) -> Any:
         if isinstance(update, Compressed):

@@ -140,6 +140,7 @@ def test_training(config):
             "refresh_seconds": 4.0 if worker.optimizer == "gum" else None,
             "tokens_per_second": 8 / seconds,
             "peak_bytes": 100 * int(seconds == 1.0) + 1000,
+            "program_bytes": 50 * int(seconds == 1.0) + 1000,
             "state_bytes": 50 * int(seconds == 1.0) + 10,
         }
 
@@ -148,6 +149,7 @@ def test_training(config):
     assert result["gum_over_adamw"]["of_medians"] == 0.5
     assert result["gum_over_adamw_amortized"]["of_medians"] == pytest.approx(1 / 3)
     assert result["saved_peak_over_saved_state"] == 2
+    assert result["saved_program_over_saved_state"] == 1
     assert set(result["runs"]) == set(training.OPTIMIZERS)
 
 
@@ -158,6 +160,7 @@ def test_a_training_worker():
     assert all(value > 0 for value in measured.values())
     assert measured["tokens_per_second"] == pytest.approx(8 / measured["plain_seconds"])
     assert measured["state_bytes"] < measured["peak_bytes"] < measured["process_peak_bytes"]
+    assert measured["state_bytes"] < measured["program_bytes"]
 
 
 def test_the_first_steps_of_a_worker_do_not_count():
