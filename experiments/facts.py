@@ -127,9 +127,78 @@ def demo() -> Iterator[tuple[str, str, str]]:
     )
 
 
+def compilation() -> Iterator[tuple[str, str, str]]:
+    """How compiling GUM's update grows with the layers."""
+    result = _read(COMPILED)
+    for layout in ("separate", "stacked"):
+        cells = (
+            f"{row['depth']} layers {row['trace_seconds'] + row['compile_seconds']:.0f} s"
+            for row in result["growth"]
+            if (row["contender"], row["layout"]) == ("gum", layout)
+        )
+        yield (
+            f"Tracing and compiling GUM's update, widths of {result['config']['depth_preset']}, "
+            f"layers {layout}",
+            ", ".join(cells),
+            "python -m experiments.benchmarks --studies compiled",
+        )
+
+
+def training() -> Iterator[tuple[str, str, str]]:
+    """Whole training steps, and what they hold."""
+    result = _read("benchmarks/training.json")
+    config = result["config"]
+    yield (
+        f"Training {config['training_preset']} with {config['batch_size']} x {config['seq_len']} "
+        "tokens a step: tokens per second; bytes that the compiled step holds",
+        "; ".join(
+            f"{name} {each['amortized_tokens_per_second']:.0f}, "
+            f"{each['program_bytes'] / 2**20:.0f} MiB"
+            for name, each in result["medians"].items()
+        ),
+        "python -m experiments.benchmarks --studies training",
+    )
+
+
+def projector() -> Iterator[tuple[str, str, str]]:
+    """What the default projector's bases catch."""
+    result = _read("benchmarks/projectors.json")
+    rows, config = result["by_step"], result["config"]
+    yield (
+        f"Energy that GUM's bases catch over the SVD's, {rows[0]['matrices']} matrices at "
+        f"{len(rows)} refreshes of a run of {config['projector_preset']}",
+        f"worst {min(row['min'] for row in rows):.4f}, at the first refresh "
+        f"{rows[0]['min']:.4f}; least median {min(row['median'] for row in rows):.4f}",
+        "python -m experiments.benchmarks --studies projectors",
+    )
+
+
+def curves() -> Iterator[tuple[str, str, str]]:
+    """Validation losses with the default projector and with SVD, by seed."""
+    entries = _read("projector_curves.json")
+    losses = {
+        name: [e["validation_loss"] for e in entries if e["config"]["optimizer"] == name]
+        for name in ("gum", "gum_svd")
+    }
+    steps, seeds = entries[0]["config"]["steps"], len(losses["gum"])
+    yield (
+        f"Validation loss after {steps} steps of the demo's model, {seeds} seeds",
+        "; ".join(
+            f"{name} {statistics.mean(values):.3f} (standard deviation "
+            f"{statistics.stdev(values):.3f})"
+            for name, values in zip(("default projector", "SVD"), losses.values(), strict=True)
+        ),
+        "python -m experiments.tune --optimizers gum gum_svd ...",
+    )
+
+
 FACTS: tuple[Callable[[], Iterator[tuple[str, str, str]]], ...] = (
     counterexample,
     memory,
+    compilation,
+    training,
+    projector,
+    curves,
     grid,
     demo,
 )

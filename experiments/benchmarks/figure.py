@@ -50,8 +50,8 @@ def _update(axes: Axes, result: dict[str, Any]) -> None:
         ratios = {p["preset"]: p["amortized_ratio"] for p in pairs if p["other"] == name}
         _line(axes, list(ratios), list(ratios.values()), name, name)
     axes.axhline(1, color="black", linewidth=1, linestyle=":")
-    axes.set(xlabel="LLaMA", ylabel="seconds, GUM / other", yscale="log")
-    _numbers(axes.yaxis)
+    axes.set(xlabel="LLaMA", ylabel="seconds, GUM / other", yscale="log", ylim=(0.05, 20))
+    _numbers(axes.yaxis, (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20))
     _finish(axes, "An update, refreshes spread over their period")
 
 
@@ -84,7 +84,7 @@ def _sweep(axes: Axes, result: dict[str, Any]) -> None:
     _line(axes, ranks, [1000 * row["refresh"]["median"] for row in rows], "refresh")
     _line(axes, ranks, [1000 * row["amortized_seconds"] for row in rows], "amortized")
     preset = result["config"]["sweep_preset"]
-    axes.set(xlabel="rank", ylabel="milliseconds", xscale="log", yscale="log")
+    axes.set(xlabel="rank", ylabel="milliseconds", xscale="log", ylim=(0, None))
     _numbers(axes.xaxis, ranks)
     _finish(axes, f"GUM's update, {preset}")
 
@@ -94,9 +94,9 @@ def _training(axes: Axes, result: dict[str, Any]) -> None:
     rates = [each["amortized_tokens_per_second"] for each in medians.values()]
     colours = [COLOURS[_NAMES.index(_IN_TRAINING.get(name, name))] for name in medians]
     bars = axes.bar(list(medians), rates, color=colours)
-    axes.bar_label(bars, [f"{each['peak_bytes'] / _GIB:.2f} GiB" for each in medians.values()])
+    axes.bar_label(bars, [f"{each['program_bytes'] / _GIB:.2f} GiB" for each in medians.values()])
     axes.set(ylabel="tokens per second", ylim=(0, 1.15 * max(rates)))
-    axes.set_title(f"Training {result['config']['training_preset']} (peak memory)")
+    axes.set_title(f"Training {result['config']['training_preset']} (memory of the program)")
 
 
 def _projectors(axes: Axes, result: dict[str, Any]) -> None:
@@ -123,15 +123,11 @@ def _line(axes: Axes, x: Any, y: Any, label: str, name: str = "", line: str = "-
     axes.plot(x, y, line, color=COLOURS[i], marker=_MARKERS[i], label=label)
 
 
-def _numbers(axis: Axis, ticks: Sequence[int] | None = None) -> None:
+def _numbers(axis: Axis, ticks: Sequence[float]) -> None:
     """Writes a logarithmic axis in plain numbers."""
     axis.set_major_formatter("{x:g}")
-    if ticks is None:
-        axis.set_minor_formatter("{x:g}")
-        axis.set_tick_params(which="minor", labelsize="x-small")
-    else:
-        axis.set_ticks(ticks)
-        axis.set_minor_locator(NullLocator())
+    axis.set_ticks(ticks)
+    axis.set_minor_locator(NullLocator())
 
 
 def _finish(axes: Axes, title: str) -> None:
