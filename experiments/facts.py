@@ -156,7 +156,8 @@ def training() -> Iterator[tuple[str, str, str]]:
             f"{each['program_bytes'] / 2**20:.0f} MiB"
             for name, each in result["medians"].items()
         ),
-        "python -m experiments.benchmarks --studies training",
+        "python -m experiments.benchmarks --studies training "
+        f"--batch-size {config['batch_size']} --rounds {config['rounds']}",
     )
 
 

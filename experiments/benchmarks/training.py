@@ -120,7 +120,8 @@ def measure(worker: Worker) -> dict[str, Any]:
         full_rank_layers=worker.full_rank_layers, seed=worker.seed,
     )  # fmt: skip
     arch = model.architecture(settings)
-    _, state, step = train.start(settings, arch)
+    started: Any = train.start(settings, arch)
+    _, state, step = started
     generator = np.random.default_rng(worker.seed)
     shape = (worker.batch_size, worker.seq_len + 1)
     step = step.lower(state, np.zeros(shape, np.int32)).compile()
