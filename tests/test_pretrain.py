@@ -68,6 +68,7 @@ def test_training_lowers_the_loss(unbroken):
     assert losses[-1] < losses[0] - 1
 
 
+@pytest.mark.slow
 def test_a_run_broken_by_every_signal_has_the_losses_of_an_unbroken_one(unbroken, text, tmp_path):
     run_dir = tmp_path / "broken"
     killed = interrupt(start(text, run_dir, "gum"), run_dir, signal.SIGKILL, after=13)

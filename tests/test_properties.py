@@ -8,7 +8,7 @@ from gum_optax import by_role, projectors, samplers
 
 
 # `python -m experiments.fuzz` runs many more.
-@settings(max_examples=10)
+@settings(max_examples=8)
 @given(example=examples.examples())
 def test_a_random_example(example):
     fuzz.check(example)
@@ -24,6 +24,7 @@ def an_example(**changes):
     return examples.Example(**(parts | {"size": "ordinary", "other_dtype": False} | changes))
 
 
+@pytest.mark.slow
 def test_the_check_notices_what_is_wrong(monkeypatch):
     assert fuzz.check(an_example(flaw=None))["checks of the law, by leaf"] == 4
     with pytest.raises(AssertionError, match="rank passed unnoticed"):

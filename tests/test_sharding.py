@@ -94,7 +94,10 @@ NOT_RUN = (
 )
 # Explicit mode runs the same engine; a case for each way in which a type can carry a sharding.
 EXPLICIT = ("fsdp x tensor", "layers x fsdp", "experts x fsdp", "separate layers of experts")
-RUNS = [(name, "Auto") for name in CASES if name not in NOT_RUN]
+AUTO = [(name, "Auto") for name in CASES if name not in NOT_RUN]
+# In both modes, and so once by `make test` and once by `make slow`.
+TWICE = {(name, "Auto") for name in EXPLICIT}
+RUNS = [pytest.param(*run, marks=[pytest.mark.slow] if run in TWICE else []) for run in AUTO]
 RUNS += [(name, "Explicit") for name in EXPLICIT]
 
 every_case = pytest.mark.parametrize("name", CASES)

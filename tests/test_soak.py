@@ -1,8 +1,11 @@
 """Steps by the hundred: nothing grows, is compiled again or stops being finite."""
 
+import pytest
+
 from experiments import soak
 
 
+@pytest.mark.slow
 def test_a_few_hundred_steps_are_steady():
     result = soak.soak(soak.Config(steps=300, period=3, samples=30))
     # Memory of a process that other tests share says nothing over so few steps.

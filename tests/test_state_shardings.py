@@ -88,7 +88,12 @@ OPTIMIZERS = {
 }
 
 # In Explicit mode, the default; Auto mode has fewer ways to fail, and each run compiles twice.
-RUNS = [(name, "Explicit") for name in OPTIMIZERS] + [("galore", "Auto")]
+# Of the others each part is tested alone, by `make test`.
+QUICK_RUNS = {("gum, injected, on a schedule", "Explicit"), ("galore", "Auto")}
+RUNS = [
+    pytest.param(*run, marks=[] if run in QUICK_RUNS else pytest.mark.slow)
+    for run in [*((name, "Explicit") for name in OPTIMIZERS), ("galore", "Auto")]
+]
 
 
 def three_steps(tx: Any, params: Any, state: Any, place: Any) -> tuple[Any, Any]:

@@ -70,11 +70,11 @@ def _growth(axes: Axes, result: dict[str, Any]) -> None:
     for name, layout in dict.fromkeys((r["contender"], r["layout"]) for r in rows):
         mine = [r for r in rows if (r["contender"], r["layout"]) == (name, layout)]
         seconds = [r["trace_seconds"] + r["compile_seconds"] for r in mine]
-        line = "--" if layout == "stacked" else "-"
-        _line(axes, [r["depth"] for r in mine], seconds, f"{name}, {layout}", name, line)
+        line, label = ("--", "_") if layout == "stacked" else ("-", name)
+        _line(axes, [r["depth"] for r in mine], seconds, label, name, line)
     axes.set(xlabel="layers", ylabel="seconds", xscale="log", yscale="log")
     _numbers(axes.xaxis, sorted({r["depth"] for r in rows}))
-    _finish(axes, "Tracing and compiling")
+    _finish(axes, "Tracing and compiling (dashed: stacked layers)")
 
 
 def _sweep(axes: Axes, result: dict[str, Any]) -> None:
