@@ -257,19 +257,19 @@ def _power_iterations(gradient: jax.Array, start: jax.Array, iterations: int) ->
     largest = _largest(gradient)
 
     def iterate(orthonormalize: Callable[[jax.Array], jax.Array]) -> jax.Array:
-        def once(_: Any, rows: jax.Array) -> jax.Array:
+        rows = start.T
+        for _ in range(iterations):
             # Tensor cores may round these two: the basis is random anyway, the energy it captures
             # was measured equal to four digits with bfloat16 operands.
             rows = orthonormalize(jnp.matmul(rows / largest, gradient))
-            return orthonormalize(jnp.matmul(rows / largest, gradient.T))
-
-        # A loop, not unrolled: this is compiled for every stack, and twice.
-        return jax.lax.fori_loop(0, iterations, once, start.T)
+            rows = orthonormalize(jnp.matmul(rows / largest, gradient.T))
+        return rows
 
     # Cholesky is several times as fast as Householder reflections on CPUs, and on accelerators
     # nearly all of it is matrix products; but it can fail on gradients of a rank below r.
     fast = iterate(partial(_orthonormal_rows, shift=1e-6))
-    fast = jax.lax.fori_loop(0, 2, lambda _, rows: _orthonormal_rows(rows, shift=0.0), fast)
+    for _ in range(2):
+        fast = _orthonormal_rows(fast, shift=0.0)
     departure = jnp.max(jnp.abs(_dot(fast, fast.T) - jnp.eye(len(fast), dtype=fast.dtype)))
     tolerance = 4 * jnp.finfo(fast.dtype).eps * gradient.shape[0] ** 0.5
     slow = partial(iterate, lambda rows: jnp.linalg.qr(rows.T)[0].T)
