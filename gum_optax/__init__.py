@@ -3,12 +3,12 @@
 from gum_optax import dimension_numbers as dimension_numbers
 from gum_optax import projectors as projectors
 from gum_optax import samplers as samplers
-from gum_optax._alias import galore as galore
-from gum_optax._alias import golore as golore
-from gum_optax._alias import gum as gum
-from gum_optax._alias import scale_by_gum as scale_by_gum
-from gum_optax._alias import unbiased_adamw as unbiased_adamw
+from gum_optax._adam import galore as galore
+from gum_optax._adam import golore as golore
+from gum_optax._adam import unbiased_adamw as unbiased_adamw
 from gum_optax._codec import Compressed as Compressed
+from gum_optax._gum import gum as gum
+from gum_optax._gum import scale_by_gum as scale_by_gum
 from gum_optax._low_rank import low_rank as low_rank
 from gum_optax._plan import MemoryPlan as MemoryPlan
 from gum_optax._plan import memory_plan as memory_plan

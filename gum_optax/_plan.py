@@ -13,7 +13,8 @@ import optax
 
 from gum_optax import dimension_numbers as dims
 from gum_optax import samplers
-from gum_optax._alias import galore, gum
+from gum_optax._adam import galore
+from gum_optax._gum import gum
 from gum_optax._layouts import Layout, find_layouts
 from gum_optax._matrices import describe_matrices, tree_of_numbers
 from gum_optax._stacks import Stack, by_role, leaves_with_names, path_name

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gum_optax import _checks, _mesh
+from gum_optax import _checks, _mesh, _products
 from gum_optax._codec import Compressed
 
 MUON_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -98,20 +98,16 @@ def _in_gram_space(x: jax.Array, coefficients: np.ndarray) -> jax.Array:
     """
     eye = jnp.eye(x.shape[-2], dtype=x.dtype)
     for block in np.split(coefficients, range(3, len(coefficients), 3)):
-        gram, scale, rest = _dot(x, x.mT), 1.0, jnp.zeros_like(eye)
+        gram, scale, rest = _products.exact(x, x.mT), 1.0, jnp.zeros_like(eye)
         for step, (a, b, c) in enumerate(block.tolist()):
-            factor = b * gram + c * _dot(gram, gram)
-            rest = a * rest + scale * factor + (_dot(factor, rest) if step else 0)
+            factor = b * gram + c * _products.exact(gram, gram)
+            rest = a * rest + scale * factor + (_products.exact(factor, rest) if step else 0)
             scale = a * scale
             if step < len(block) - 1:
                 factor += a * eye
-                gram = _dot(factor, _dot(gram, factor))
+                gram = _products.exact(factor, _products.exact(gram, factor))
         x = scale * x + rest @ x
     return x
-
-
-def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
 
 def _coefficients(ns_coeffs: Sequence[Any], ns_steps: int) -> np.ndarray:

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gum_optax import _checks
+from gum_optax import _checks, _products
 from gum_optax._typing import Projector
 
 _SIGNATURE = "(key, gradient, rank, previous_basis) -> basis"
@@ -153,8 +153,8 @@ def randomized_svd(
     width = min(_rank(rank, gradient) + oversampling, gradient.shape[0])
     sketch = jax.random.normal(key, (gradient.shape[0], width), gradient.dtype)
     wide = _power_iterations(gradient, sketch, iterations)
-    small, _, _ = jnp.linalg.svd(_dot(wide.T, gradient), full_matrices=False)
-    return _dot(wide, small[:, : _rank(rank, gradient)])
+    small, _, _ = jnp.linalg.svd(_products.exact(wide.T, gradient), full_matrices=False)
+    return _products.exact(wide, small[:, : _rank(rank, gradient)])
 
 
 def random_orthonormal(
@@ -270,7 +270,9 @@ def _power_iterations(gradient: jax.Array, start: jax.Array, iterations: int) ->
     fast = iterate(partial(_orthonormal_rows, shift=1e-6))
     for _ in range(2):
         fast = _orthonormal_rows(fast, shift=0.0)
-    departure = jnp.max(jnp.abs(_dot(fast, fast.T) - jnp.eye(len(fast), dtype=fast.dtype)))
+    departure = jnp.max(
+        jnp.abs(_products.exact(fast, fast.T) - jnp.eye(len(fast), dtype=fast.dtype))
+    )
     tolerance = 4 * jnp.finfo(fast.dtype).eps * gradient.shape[0] ** 0.5
     slow = partial(iterate, lambda rows: jnp.linalg.qr(rows.T)[0].T)
     return jax.lax.cond(departure <= tolerance, lambda: fast, slow).T
@@ -286,15 +288,10 @@ def _orthonormal_rows(x: jax.Array, shift: float) -> jax.Array:
     References:
       Fukaya et al., Shifted Cholesky QR, arXiv 1809.11085.
     """
-    gram = _dot(x, x.T)
+    gram = _products.exact(x, x.T)
     eye = jnp.eye(len(x), dtype=x.dtype)
     lift = shift * jnp.trace(gram) + jnp.finfo(x.dtype).tiny
     lower = jnp.linalg.cholesky(gram + lift * eye)
     # The inverse of a small matrix and a product, which are faster than solving for all columns.
     inverse = jax.lax.linalg.triangular_solve(lower, eye, left_side=True, lower=True)
-    return _dot(inverse, x)
-
-
-def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    # Full precision: TPU and GPU defaults round float32 operands to 8 to 11 bits.
-    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+    return _products.exact(inverse, x)
