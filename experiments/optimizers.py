@@ -53,9 +53,7 @@ def galore(config: Config, rate: optax.Schedule) -> Optimizer:
         config.rank,
         config.period,
         inner=optax.scale_by_adam(b2=config.b2),
-        weight_decay=config.weight_decay,
-        fallback=_fallback(config),
-        key=config.seed,
+        **_shared(config),
     )
 
 
@@ -67,9 +65,7 @@ def golore(config: Config, rate: optax.Schedule) -> Optimizer:
         config.period,
         switch_step=round(config.golore_switch * config.steps),
         inner=optax.scale_by_adam(b2=config.b2),
-        weight_decay=config.weight_decay,
-        fallback=_fallback(config),
-        key=config.seed,
+        **_shared(config),
     )
 
 
@@ -81,9 +77,7 @@ def unbiased_adamw(config: Config, rate: optax.Schedule) -> Optimizer:
         config.period,
         config.full_rank_layers,
         b2=config.b2,
-        weight_decay=config.weight_decay,
-        fallback=_fallback(config),
-        key=config.seed,
+        **_shared(config),
     )
 
 
@@ -137,12 +131,19 @@ def _low_rank_muon(config: Config, rate: optax.Schedule, **parts: Any) -> Optimi
         config.rank,
         config.period,
         config.full_rank_layers,
-        weight_decay=config.weight_decay,
         consistent_rms=config.consistent_rms,
-        fallback=_fallback(config),
-        key=config.seed,
+        **_shared(config),
         **parts,
     )
+
+
+def _shared(config: Config) -> dict[str, Any]:
+    """What every low-rank optimizer is given."""
+    return {
+        "weight_decay": config.weight_decay,
+        "fallback": _fallback(config),
+        "key": config.seed,
+    }
 
 
 def _fallback(config: Config) -> Optimizer:
