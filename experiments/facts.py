@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments.benchmarks import step
+from experiments.benchmarks import training as whole_steps
+from experiments.config import flag
 
 RESULTS = Path(__file__).parent / "results"
 COMPILED = "benchmarks/compiled.json"
@@ -19,6 +21,10 @@ _NAMES = {"adamw": "AdamW", "optax muon": "Muon", "galore": "GaLore", "gum": "GU
 _PERFORMANCE_HEAD = (
     "| LLaMA | GUM, plain step | / optax Muon | / AdamW | / optax GaLore | refresh / plain "
     "| refreshes' share | SVD refresh / ours | / floor |\n|---|---|---|---|---|---|---|---|---|"
+)
+_CURVES_COMMAND = (
+    "python -m experiments.tune --optimizers gum gum_svd --learning-rates 1e-2 --seeds 0 1 2 "
+    "--base.steps 300 --base.period 50 --out experiments/results/projector_curves.json"
 )
 _HEAD = "| what | measured | command |\n|---|---|---|"
 
@@ -144,21 +150,34 @@ def compilation() -> Iterator[tuple[str, str, str]]:
         )
 
 
+def sweep() -> Iterator[tuple[str, str, str]]:
+    """What GUM's settings cost."""
+    result = _read("benchmarks/sweep.json")
+    for name in ("gamma", "rank"):
+        yield (
+            f"Milliseconds of GUM's plain step on {result['config']['sweep_preset']}, by {name}",
+            ", ".join(f"{row[name]}: {1000 * row['plain']['median']:.0f}" for row in result[name]),
+            "python -m experiments.benchmarks --studies sweep",
+        )
+
+
 def training() -> Iterator[tuple[str, str, str]]:
     """Whole training steps, and what they hold."""
-    result = _read("benchmarks/training.json")
-    config = result["config"]
-    yield (
-        f"Training {config['training_preset']} with {config['batch_size']} x {config['seq_len']} "
-        "tokens a step: tokens per second; bytes that the compiled step holds",
-        "; ".join(
-            f"{name} {each['amortized_tokens_per_second']:.0f}, "
-            f"{each['program_bytes'] / 2**20:.0f} MiB"
-            for name, each in result["medians"].items()
-        ),
-        "python -m experiments.benchmarks --studies training "
-        f"--batch-size {config['batch_size']} --rounds {config['rounds']}",
-    )
+    for result in whole_steps.stored(RESULTS / "benchmarks"):
+        config = result["config"]
+        options = ("batch_size", "rounds", "training_steps")
+        yield (
+            f"Training {config['training_preset']} with {config['batch_size']} x "
+            f"{config['seq_len']} tokens a step: tokens per second; bytes that the compiled step "
+            "holds",
+            "; ".join(
+                f"{name} {each['amortized_tokens_per_second']:.0f}, "
+                f"{each['program_bytes'] / 2**20:.0f} MiB"
+                for name, each in result["medians"].items()
+            ),
+            "python -m experiments.benchmarks --studies training "
+            + " ".join(f"{flag(name)} {config[name]}" for name in options),
+        )
 
 
 def projector() -> Iterator[tuple[str, str, str]]:
@@ -189,7 +208,7 @@ def curves() -> Iterator[tuple[str, str, str]]:
             f"{statistics.stdev(values):.3f})"
             for name, values in zip(("default projector", "SVD"), losses.values(), strict=True)
         ),
-        "python -m experiments.tune --optimizers gum gum_svd ...",
+        _CURVES_COMMAND,
     )
 
 
@@ -197,6 +216,7 @@ FACTS: tuple[Callable[[], Iterator[tuple[str, str, str]]], ...] = (
     counterexample,
     memory,
     compilation,
+    sweep,
     training,
     projector,
     curves,

@@ -23,7 +23,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from experiments import cli, compatibility
+from experiments import cli, record
 from experiments.config import flag
 from experiments.report import read_metrics
 
@@ -206,10 +206,7 @@ def main(arguments: Sequence[str]) -> int:
         different = differences(base / "whole", base / "killed", config.steps)
         arrays = len(saved(base / "whole", config.steps)[0])
     lost = [kill["killed after step"] - kill["newest complete"] for kill in kills]
-    result = {
-        "config": dataclasses.asdict(config) | {"out": str(config.out)},
-        "versions": compatibility.versions(),
-        "device": jax.devices()[0].device_kind,
+    results: dict[str, Any] = {
         "kills": kills,
         "kills while a checkpoint was written": sum(bool(k["checkpoints torn"]) for k in kills),
         "steps lost at most": max(lost),
@@ -217,8 +214,7 @@ def main(arguments: Sequence[str]) -> int:
         "differences": different,
         "seconds": round(time.perf_counter() - began),
     }
-    config.out.parent.mkdir(parents=True, exist_ok=True)
-    config.out.write_text(json.dumps(result, indent=1) + "\n")
+    record.write(config.out, config, **results)
     print(f"{len(kills)} kills, {arrays} arrays; different at the end: {different or 'nothing'}")
     return 1 if different else 0
 

@@ -1,20 +1,16 @@
 """Result files that say what they rest on: configuration, versions, device and commit."""
 
 import dataclasses
-import importlib.metadata
 import json
 import os
-import platform
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import jax
 
-import gum_optax
+from experiments import compatibility
 from experiments.config import make_directory
-
-_PACKAGES = ("jax", "jaxlib", "optax")
 
 
 def write(path: Path, config: Any, **results: Any) -> dict[str, Any]:
@@ -30,7 +26,7 @@ def write(path: Path, config: Any, **results: Any) -> dict[str, Any]:
     """
     content = {
         "config": _settings(config),
-        "versions": versions(),
+        "versions": compatibility.versions(),
         "device": device(),
         "commit": commit(),
         **results,
@@ -38,12 +34,6 @@ def write(path: Path, config: Any, **results: Any) -> dict[str, Any]:
     make_directory("out", path.parent)
     path.write_text(json.dumps(content, indent=1) + "\n")
     return content
-
-
-def versions() -> dict[str, str]:
-    """The versions of what the numbers depend on."""
-    installed = {name: importlib.metadata.version(name) for name in _PACKAGES}
-    return {"python": platform.python_version(), "gum_optax": gum_optax.__version__, **installed}
 
 
 def device() -> dict[str, Any]:

@@ -145,7 +145,7 @@ def test_training(config):
         }
 
     training.run(small(config, period=2), work)
-    result = read(config, "training")
+    result = training.stored(config.out)[0]
     assert result["gum_over_adamw"]["of_medians"] == 0.5
     assert result["gum_over_adamw_amortized"]["of_medians"] == pytest.approx(1 / 3)
     assert result["saved_peak_over_saved_state"] == 2
@@ -197,6 +197,11 @@ def test_the_figure_shows_what_there_is(config):
     record.write(config.out / "sweep.json", config, rank=rows)
     pair = {"preset": "tiny", "layout": "separate", "other": "adamw", "amortized_ratio": 2.0}
     record.write(config.out / "step" / "tiny-separate.json", config, pairs=[pair], costs=[])
+    medians = {
+        name: {"program_bytes": 1, "amortized_tokens_per_second": 2.0}
+        for name in training.OPTIMIZERS
+    }
+    record.write(config.out / "training" / "tiny-1x8.json", config, medians=medians)
     assert figure.draw(config.out, picture) == picture
     assert picture.stat().st_size > 1000
 
@@ -317,7 +322,7 @@ def test_main_runs_the_studies_that_are_named(tmp_path, monkeypatch, capsys):
 def test_a_record_says_what_it_rests_on(tmp_path):
     written = record.write(tmp_path / "new" / "x.json", TINY, answer=[1, 2])
     assert json.loads((tmp_path / "new" / "x.json").read_text()) == json.loads(json.dumps(written))
-    assert set(written["versions"]) == {"python", "jax", "jaxlib", "optax", "gum_optax"}
+    assert {"python", "jax", "jaxlib", "optax", "gum_optax"} <= set(written["versions"])
     assert {"platform", "device_kind", "devices", "cpus", "cpu_model"} <= set(written["device"])
     assert written["answer"] == [1, 2]
 

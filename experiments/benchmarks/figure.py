@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.ticker import NullLocator
 
-from experiments.benchmarks import contenders, step
+from experiments.benchmarks import contenders, step, training
 from experiments.plots import COLOURS
 
 _MARKERS = "os^Dv*P"
@@ -27,6 +27,8 @@ def draw(results: Path, path: Path) -> Path | None:
     content = {name: json.loads(file.read_text()) for name, file in found.items() if file.exists()}
     if (timed := step.stored(results))["pairs"]:
         content = {"step": timed} | content
+    if trained := training.stored(results):
+        content["training"] = trained
     panels = [(panel, content[name]) for name in content for panel in PANELS[name]]
     if not panels:
         return None
@@ -89,14 +91,21 @@ def _sweep(axes: Axes, result: dict[str, Any]) -> None:
     _finish(axes, f"GUM's update, {preset}")
 
 
-def _training(axes: Axes, result: dict[str, Any]) -> None:
-    medians = result["medians"]
-    rates = [each["amortized_tokens_per_second"] for each in medians.values()]
-    colours = [COLOURS[_NAMES.index(_IN_TRAINING.get(name, name))] for name in medians]
-    bars = axes.bar(list(medians), rates, color=colours)
-    axes.bar_label(bars, [f"{each['program_bytes'] / _GIB:.2f} GiB" for each in medians.values()])
-    axes.set(ylabel="tokens per second", ylim=(0, 1.15 * max(rates)))
-    axes.set_title(f"Training {result['config']['training_preset']} (memory of the program)")
+def _training(axes: Axes, results: list[dict[str, Any]]) -> None:
+    names = list(results[0]["medians"])
+    width = 0.8 / len(names)
+    for i, name in enumerate(names):
+        medians = [result["medians"][name] for result in results]
+        heights = [each["amortized_tokens_per_second"] for each in medians]
+        places = [x + (i - (len(names) - 1) / 2) * width for x in range(len(results))]
+        colour = COLOURS[_NAMES.index(_IN_TRAINING.get(name, name))]
+        bars = axes.bar(places, heights, 0.95 * width, color=colour, label=name)
+        axes.bar_label(bars, [f"{each['program_bytes'] / _GIB:.2f}" for each in medians])
+    configs = [result["config"] for result in results]
+    axes.set_xticks(range(len(configs)), [f"{c['batch_size']} x {c['seq_len']}" for c in configs])
+    axes.set(xlabel="tokens in a step", ylabel="tokens per second")
+    axes.margins(y=0.15)
+    _finish(axes, f"Training {configs[0]['training_preset']} (GiB of the program)")
 
 
 def _projectors(axes: Axes, result: dict[str, Any]) -> None:
@@ -108,7 +117,7 @@ def _projectors(axes: Axes, result: dict[str, Any]) -> None:
     _finish(axes, f"Bases, rank {result['config']['projector_rank']}")
 
 
-PANELS: dict[str, tuple[Callable[[Axes, dict[str, Any]], None], ...]] = {
+PANELS: dict[str, tuple[Callable[[Axes, Any], None], ...]] = {
     "step": (_update,),
     "compiled": (_state, _growth),
     "sweep": (_sweep,),

@@ -68,7 +68,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def run(config: Config, work: Callable[[Worker], dict[str, Any]] | None = None) -> None:
-    """Runs the processes by turns, writes `training.json`, prints a table.
+    """Runs the processes by turns, writes a file for this batch, prints a table.
 
     Args:
       config: the options.
@@ -81,7 +81,8 @@ def run(config: Config, work: Callable[[Worker], dict[str, Any]] | None = None) 
             runs[name].append(work(_worker(config, name)))
             print(f"trained with {name}, round {turn + 1} of {config.rounds}", flush=True)
     results = compare(runs, config.period)
-    record.write(config.out / "training.json", config, runs=runs, **results)
+    name = f"{config.training_preset}-{config.batch_size}x{config.seq_len}.json"
+    record.write(config.out / "training" / name, config, runs=runs, **results)
     tables.show(
         f"Steps of {config.training_preset}, {config.batch_size} x {config.seq_len} random tokens",
         ("optimizer", "tokens/s", "amortized", "refresh s", "program MiB", "peak MiB", "state MiB"),
@@ -93,8 +94,14 @@ def run(config: Config, work: Callable[[Worker], dict[str, Any]] | None = None) 
         ),
     )  # fmt: skip
     print(f"tokens/s of gum over adamw: {results['gum_over_adamw']}")
-    for name in ("program", "peak"):
-        print(f"less {name} over less state: {results[f'saved_{name}_over_saved_state']:.2f}")
+    for kind in ("program", "peak"):
+        print(f"less {kind} over less state: {results[f'saved_{kind}_over_saved_state']:.2f}")
+
+
+def stored(out: Path) -> list[dict[str, Any]]:
+    """The results of all batches that have been measured, the smallest first."""
+    found = [json.loads(file.read_text()) for file in (out / "training").glob("*.json")]
+    return sorted(found, key=lambda result: result["config"]["batch_size"])
 
 
 def compare(runs: dict[str, list[dict[str, Any]]], period: int) -> dict[str, Any]:
