@@ -2,6 +2,7 @@
 
 from gum_optax import dimension_numbers as dimension_numbers
 from gum_optax import projectors as projectors
+from gum_optax import restarts as restarts
 from gum_optax import samplers as samplers
 from gum_optax._adam import galore as galore
 from gum_optax._adam import golore as golore

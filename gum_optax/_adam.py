@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import optax
 
-from gum_optax import _checks, projectors, samplers
+from gum_optax import _checks, projectors, restarts, samplers
 from gum_optax._injection import injectable
 from gum_optax._low_rank import low_rank
 from gum_optax._optimizer import Mask, optimizer, sampled
@@ -171,7 +171,7 @@ def unbiased_adamw(
     fallback: optax.GradientTransformation | None = None,
     projector: Projector | projectors.switch = projectors.subspace_iteration,
     sampler: samplers.Sampler | None = None,
-    restart: bool = True,
+    restart: bool | restarts.Restart = True,
     momentum_dtype: Any = None,
     stack_by: StackBy = by_role,
     key: Key = 0,
@@ -192,7 +192,7 @@ def unbiased_adamw(
       fallback: the optimizer of everything else, by default ``optax.adamw`` with these arguments.
       projector: how a basis comes from a gradient, see `projectors`.
       sampler: overrides ``full_rank_layers``, see `samplers`.
-      restart: whether moments restart at each refresh.
+      restart: whether moments restart at each refresh, or a function, see `restarts`.
       momentum_dtype: dtype of the moments, by default that of the parameters.
       stack_by: ``(path, leaf) -> stack name``, see `by_role`.
       key: an int seed or a threefry key.

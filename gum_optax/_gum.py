@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gum_optax import _checks, projectors, samplers
+from gum_optax import _checks, projectors, restarts, samplers
 from gum_optax._injection import injectable
 from gum_optax._optimizer import Mask, optimizer, sampled
 from gum_optax._polar import MUON_COEFFICIENTS, scale_by_polar
@@ -28,7 +28,7 @@ def scale_by_gum(
     eps: float | jax.Array = 1e-8,
     projector: Projector | projectors.switch = projectors.subspace_iteration,
     sampler: samplers.Sampler | None = None,
-    restart: bool = True,
+    restart: bool | restarts.Restart = True,
     momentum_dtype: Any = None,
     stack_by: StackBy = by_role,
     key: Key = 0,
@@ -63,7 +63,7 @@ def scale_by_gum(
       eps: added to the norm before Newton-Schulz.
       projector: how a basis comes from a gradient, see `projectors`.
       sampler: overrides ``full_rank_layers``, see `samplers`; `samplers.none` gives GaLore-Muon.
-      restart: whether momentum restarts at each refresh, see `low_rank`.
+      restart: whether momentum restarts at each refresh, or a function, see `restarts`.
       momentum_dtype: dtype of the momentum, by default that of the parameters.
       stack_by: ``(path, leaf) -> stack name``, see `by_role`.
       key: an int seed or a threefry key.
@@ -131,7 +131,7 @@ def gum(
     fallback: optax.GradientTransformation | None = None,
     projector: Projector | projectors.switch = projectors.subspace_iteration,
     sampler: samplers.Sampler | None = None,
-    restart: bool = True,
+    restart: bool | restarts.Restart = True,
     momentum_dtype: Any = None,
     stack_by: StackBy = by_role,
     key: Key = 0,
@@ -166,7 +166,7 @@ def gum(
         weight_decay=0)``.
       projector: how a basis comes from a gradient, see `projectors`.
       sampler: overrides ``full_rank_layers``, see `samplers`.
-      restart: whether momentum restarts at each refresh.
+      restart: whether momentum restarts at each refresh, or a function, see `restarts`.
       momentum_dtype: dtype of the momentum, by default that of the parameters.
       stack_by: ``(path, leaf) -> stack name``, see `by_role`.
       key: an int seed or a threefry key.

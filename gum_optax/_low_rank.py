@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gum_optax import _checks, _codec, _layouts, _mesh, projectors, samplers
+from gum_optax import _checks, _codec, _layouts, _mesh, projectors, restarts, samplers
 from gum_optax._injection import injectable
 from gum_optax._layouts import Layout, find_layouts
 from gum_optax._stacks import Stack, StackBy, by_role
@@ -19,7 +19,6 @@ from gum_optax._state import (
     is_placeholder,
     keep_dtypes,
     placeholder_state,
-    restart_slots,
 )
 from gum_optax._typing import Key, Projector, PyTree
 
@@ -32,7 +31,7 @@ def low_rank(
     period: int,
     projector: Projector | projectors.switch = projectors.subspace_iteration,
     sampler: samplers.Sampler = samplers.fixed_size(2),
-    restart: bool = True,
+    restart: bool | restarts.Restart = True,
     momentum_dtype: Any = None,
     stack_by: StackBy = by_role,
     key: Key = 0,
@@ -60,7 +59,7 @@ def low_rank(
     base is an unbiased estimate of itself; for exact weight decay chain it after ``low_rank``.
 
     A matrix whose gradient is not finite has updates that are not finite until the next refresh;
-    other matrices are not touched. A dense stack, and everything with ``restart=False``, stays so.
+    other matrices are not touched. A dense stack, and what a restart carries over, stays so.
     ``optax.apply_if_finite`` around the whole skips such steps.
 
     Numbers reach the base in float32 (float64 for float64 leaves), and its state keeps the dtypes
@@ -73,10 +72,11 @@ def low_rank(
       period: steps between refreshes of bases and draws, an int >= 1. Step 0 is a refresh.
       projector: how a basis comes from a gradient, see `projectors`.
       sampler: how matrices are drawn, see `samplers`.
-      restart: whether a refresh re-initializes all of the base's state. If False, the states of
-        dense slots alone restart (they serve other matrices), and low-rank states go on in the new
-        basis unrotated, as in GaLore. A step count that the base shares between matrices, such as
-        Adam's, then goes on too, so restarted slots miss its bias correction.
+      restart: what becomes of the base's state at a refresh. True: it starts anew. False: the
+        states of dense slots alone do (they serve other matrices), and low-rank states go on in the
+        new basis unrotated, as in GaLore. A step count that the base shares between matrices, such
+        as Adam's, then goes on too, so restarted slots miss its bias correction. Or a function, see
+        `restarts`; `restarts.rotate` carries low-rank momentum into the new basis.
       momentum_dtype: dtype of the base's state, by default that of the parameters.
       stack_by: ``(path, leaf) -> stack name``; `by_role` or `by_shape` or your own.
       key: an int seed or a threefry key. The draws of a period depend on this key, the period's
@@ -113,6 +113,7 @@ def low_rank(
     period = _checks.positive_int("period", period)
     projectors.check(projector)
     _checks.function("sampler", sampler, "(count) -> samplers.Sampling")
+    restart = restarts.resolve(restart)
     _checks.function("stack_by", stack_by, "(path, leaf) -> name")
     momentum_dtype = _checks.floating_dtype("momentum_dtype", momentum_dtype)
     seed = _checks.key_data(key)
@@ -161,7 +162,7 @@ def low_rank(
             lambda: (state.basis, state.slots),
         )
         fresh = base.init(_layouts.zeros_compressed(layouts, momentum_dtype))
-        restarted = (keep_dtypes if restart else restart_slots)(fresh, state.inner)
+        restarted = keep_dtypes(restart(fresh, state.inner, state.basis, basis), state.inner)
         # Chosen entry by entry, which XLA fuses with the base's update of its momentum; through the
         # `cond` above, every momentum would be copied at every step.
         inner_state = jax.tree.map(partial(jnp.where, due), restarted, state.inner)

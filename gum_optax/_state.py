@@ -1,4 +1,4 @@
-"""The engine's state: its layout, its dtypes, its restarts."""
+"""The engine's state: its layout and its dtypes."""
 
 from typing import Any, NamedTuple
 
@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gum_optax._codec import Compressed
 from gum_optax._typing import PyTree
 
 STATE_LAYOUT = 2
@@ -41,17 +40,6 @@ class LowRankState(NamedTuple):
 def keep_dtypes(new: PyTree, old: PyTree) -> PyTree:
     """Rounds a tree to another's dtypes: a state does not drift, and its buffers can be donated."""
     return jax.tree.map(lambda n, o: jnp.asarray(n, jnp.asarray(o).dtype), new, old)
-
-
-def restart_slots(fresh: PyTree, old: PyTree) -> PyTree:
-    """The old base state, but for the dense slots, which serve other matrices from now on."""
-
-    def merge(new: Any, kept: Any) -> Any:
-        return Compressed(kept.low, new.full) if isinstance(kept, Compressed) else kept
-
-    return jax.tree.map(
-        merge, keep_dtypes(fresh, old), old, is_leaf=lambda x: isinstance(x, Compressed)
-    )
 
 
 def check_fits(expected: LowRankState, state: LowRankState) -> None:

@@ -77,6 +77,7 @@ def low_rank(
     draws: Sequence[Collection[int]],
     bases: Sequence[Matrices] | None = None,
     restart: bool = True,
+    rotate: bool = False,
 ) -> list[list[Matrix]]:
     """Unbiased low-rank projection of N matrices, sampled together.
 
@@ -89,6 +90,7 @@ def low_rank(
       draws: ``draws[p]``, the matrices that are full-rank in period p.
       bases: ``bases[p][i]``, or None for the top left singular vectors at the refresh.
       restart: whether a refresh restarts the states of low-rank matrices too.
+      rotate: whether a state that goes on, a momentum, is brought into the new basis.
 
     Returns:
       ``updates[t][i]``.
@@ -96,9 +98,8 @@ def low_rank(
     N = len(gradients[0])
     if gradients[0][0].shape[0] > gradients[0][0].shape[1]:
         flipped = [[G.T for G in G_t] for G_t in gradients]
-        turned = low_rank(
-            base, flipped, rank=rank, K=K, q=q, draws=draws, bases=bases, restart=restart
-        )
+        options = {"rank": rank, "K": K, "q": q, "restart": restart, "rotate": rotate}
+        turned = low_rank(base, flipped, draws=draws, bases=bases, **options)
         return [[U.T for U in U_t] for U_t in turned]
 
     P: list[Matrix] = []
@@ -108,9 +109,12 @@ def low_rank(
     for t, G_t in enumerate(gradients):
         p = t // K
         if t % K == 0:
+            old = P
             P = [top_left_singular_vectors(G, rank) for G in G_t]
             P = P if bases is None else list(bases[p])
             low = [None] * N if restart else low
+            if rotate and p:
+                low = [P[i].T @ old[i] @ low[i] for i in range(N)]
             full = [None] * N
         U_t = []
         for i, G in enumerate(G_t):

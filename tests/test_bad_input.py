@@ -13,7 +13,7 @@ import optax
 import pytest
 
 import gum_optax
-from gum_optax import projectors, samplers
+from gum_optax import projectors, restarts, samplers
 
 NAN, INF = float("nan"), float("inf")
 MuonDims = optax.contrib.MuonDimensionNumbers
@@ -367,3 +367,17 @@ def test_numbers_of_other_libraries_are_numbers(value):
 )
 def test_equal_keys_in_any_form(key):
     np.testing.assert_array_equal(low_rank(key=key).init(PARAMS).key, [0, 7])
+
+
+@pytest.mark.parametrize("factory", [low_rank, scale_by_gum, gum, unbiased_adamw])
+@pytest.mark.parametrize("value", [None, 1, "rotate"])
+def test_restart(factory, value):
+    with pytest.raises(TypeError, match=r"`restart` must be True, False or a function"):
+        factory(restart=value)
+
+
+def test_second_moments_are_not_rotated():
+    tx = gum_optax.unbiased_adamw(1e-3, rank=2, restart=restarts.rotate)
+    params = {"layers": [{"w": jnp.ones((4, 6))}] * 4}
+    with pytest.raises(ValueError, match=r"cannot carry the second moment `.*nu"):
+        tx.update(params, tx.init(params), params)

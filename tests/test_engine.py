@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import gum_optax
-from gum_optax import projectors, samplers
+from gum_optax import projectors, restarts, samplers
 from tests import helpers, reference
 
 PERIODS = 3
@@ -189,6 +189,29 @@ def test_without_restart_low_rank_states_go_on_and_slots_restart(case, base):
 
     assert_close(updates, expected(restart=False), FLOAT64)
     assert np.abs(updates - expected(restart=True)).max() > 0.1, "the two must be told apart"
+
+
+@pytest.mark.parametrize("case", [SEPARATE, STACKED, EXPERTS], ids=label)
+def test_rotated_momentum_goes_on_in_the_new_basis(case):
+    gradients = gradients_of(case)
+    tx = gum_optax.low_rank(
+        MUON,
+        rank=case.rank,
+        period=case.K,
+        sampler=samplers.fixed_size(case.gamma),
+        restart=restarts.rotate,
+        key=KEY,
+    )
+    updates, draws, bases = run(tx, case, gradients)
+
+    def expected(*, rotate: bool) -> np.ndarray:
+        sizes = {"rank": case.rank, "K": case.K, "q": case.q, "draws": draws, "bases": bases}
+        base = reference.momentum_polar(BETA)
+        found = reference.low_rank(base, gradients, restart=False, rotate=rotate, **sizes)
+        return np.asarray(found)
+
+    assert_close(updates, expected(rotate=True), FLOAT64)
+    assert np.abs(updates - expected(rotate=False)).max() > 0.1, "the two must be told apart"
 
 
 TABLE = ([4, 0], [5, 5], [2, 5], [1, 3], [5, 2])  # 5 is an empty slot.
