@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 Optimizer = Literal[
-    "gum", "gum_svd", "adamw", "muon", "galore", "galore_muon", "golore", "unbiased_adamw"
+    "gum", "adamw", "muon", "galore", "galore_muon", "golore", "golore_muon", "unbiased_adamw"
 ]
+Projector = Literal["subspace_iteration", "svd", "randomized_svd", "random_orthonormal"]
 Preset = Literal["tiny", "nano", "60m", "130m", "350m", "1b"]
 
 
@@ -58,8 +59,8 @@ class Config:
     batch_size: int = 8
     """Windows in one step."""
     optimizer: Optimizer = "gum"
-    """Which optimizer: gum, adamw, muon (full rank), galore, galore_muon (biased low rank),
-    golore, unbiased_adamw."""
+    """Which optimizer: gum, adamw, muon (full rank), galore, galore_muon (biased low rank), golore,
+    golore_muon (biased, random projections late in the run), unbiased_adamw."""
     learning_rate: float = 1e-2
     """Peak learning rate; on nano about 1e-2 suits gum and muon, 1e-3 adamw."""
     fallback_learning_rate: float | None = None
@@ -81,10 +82,20 @@ class Config:
     """Steps between two refreshes of the projection, and of the draw of full-rank layers."""
     full_rank_layers: int = 2
     """Layers of each role updated at full rank in a period (gum, unbiased_adamw)."""
-    consistent_rms: float = 0.2
-    """Muon-like updates are scaled by this times sqrt(max(m, n)), so that their size is AdamW's."""
+    projector: Projector | None = None
+    """How bases come from gradients (gum, unbiased_adamw, galore, galore_muon). None: gum and
+    unbiased_adamw use subspace_iteration, the others svd."""
+    sampler: Literal["fixed_size", "bernoulli"] = "fixed_size"
+    """gum: draws --full-rank-layers of each role, or each layer by itself, as many on average."""
+    restart: Literal["everything", "slots", "rotate"] = "everything"
+    """gum: what restarts at a refresh; slots and rotate carry low-rank momentum over."""
+    draw_seed: int | None = None
+    """Seed of the optimizer's draws alone. None: --seed."""
+    consistent_rms: float | None = 0.2
+    """Muon-like updates are scaled by this times sqrt(max(m, n)), so that their size is AdamW's.
+    None: by sqrt(max(1, n / m)) as in Muon, which wants a larger learning rate."""
     golore_switch: float = 0.5
-    """Share of the steps after which golore projects at random instead of by SVD."""
+    """Share of the steps after which golore and golore_muon project at random instead of by SVD."""
 
     validate_every: int = 100
     """Steps between two validation losses; the last step is always validated."""
@@ -126,10 +137,16 @@ FREE_ON_RESUME = frozenset(
 
 _COUNTS = ("vocab_size", "seq_len", "tokenizer_chars", "max_tokens", "steps", "batch_size")
 _PERIODS = ("period", "log_every", "validate_every", "checkpoint_every")
-_AMOUNTS = ("rank", "full_rank_layers", "validation_batches", "keep_checkpoints")
+_AMOUNTS = ("rank", "validation_batches", "keep_checkpoints")
 _RATES = ("learning_rate", "fallback_learning_rate", "consistent_rms")
-_PENALTIES = ("seed", "weight_decay", "clip_norm")
+_PENALTIES = ("seed", "draw_seed", "full_rank_layers", "weight_decay", "clip_norm")
 _SHARES = ("warmup", "final_learning_rate", "golore_switch")
+# Variants of some optimizers, and those that have them.
+_USERS = {
+    "projector": ("gum", "unbiased_adamw", "galore", "galore_muon"),
+    "sampler": ("gum",),
+    "restart": ("gum",),
+}
 
 
 def flag(name: str) -> str:
@@ -170,6 +187,10 @@ def check(config: Config) -> None:
     demand(_SHARES, lambda value: 0 <= value <= 1, "between 0 and 1")
     demand(("validation_fraction",), lambda value: 0 < value < 1, "above 0 and below 1")
     demand(("b2",), lambda value: 0 <= value < 1, "at least 0 and below 1")
+    for field, users in _USERS.items():
+        unset = getattr(config, field) == getattr(Config, field)
+        if not unset and config.optimizer not in users:
+            raise ConfigError(f"{flag(field)} has no effect on {config.optimizer}")
     demand(("corpus",), lambda value: len(value) > 0, "at least one file, directory or data set")
 
 

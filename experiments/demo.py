@@ -115,7 +115,7 @@ def summary(base: Config, results: dict[str, Result]) -> dict:
         config = run_config(base, name)
         described = json.loads((Path(config.run_dir) / "config.json").read_text())
         numbers = result._asdict()
-        records = numbers.pop("metrics")
+        records, _ = numbers.pop("metrics"), numbers.pop("params")
         held_out = [r for r in records if "validation_loss" in r]
         curve = [[r["step"], r["validation_loss"]] for r in held_out]
         runs[name] = described | numbers | {"curve": curve}

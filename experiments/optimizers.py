@@ -12,6 +12,7 @@ import optax
 
 import gum_optax
 from experiments.config import Config, choose
+from experiments.model import architecture
 
 Optimizer = optax.GradientTransformation
 
@@ -31,18 +32,26 @@ def schedule(config: Config, peak: float | None = None) -> optax.Schedule:
 
 def gum(config: Config, rate: optax.Schedule) -> Optimizer:
     """Unbiased low-rank Muon: the paper's method, and the library's subject."""
-    return _low_rank_muon(config, rate)
-
-
-def gum_svd(config: Config, rate: optax.Schedule) -> Optimizer:
-    """GUM with the exact projector, to hold the default one against."""
-    return _low_rank_muon(config, rate, projector=gum_optax.projectors.svd)
+    return _low_rank_muon(
+        config,
+        rate,
+        projector=_projector(config, "subspace_iteration"),
+        sampler=_sampler(config),
+        restart=getattr(gum_optax.restarts, config.restart),
+    )
 
 
 def galore_muon(config: Config, rate: optax.Schedule) -> Optimizer:
     """Biased low-rank Muon: no layer is ever full-rank."""
     return _low_rank_muon(
-        config, rate, projector=gum_optax.projectors.svd, sampler=gum_optax.samplers.none
+        config, rate, projector=_projector(config, "svd"), sampler=gum_optax.samplers.none
+    )
+
+
+def golore_muon(config: Config, rate: optax.Schedule) -> Optimizer:
+    """Biased low-rank Muon that turns to random projections late in the run."""
+    return _low_rank_muon(
+        config, rate, projector=_late_random(config), sampler=gum_optax.samplers.none
     )
 
 
@@ -53,6 +62,7 @@ def galore(config: Config, rate: optax.Schedule) -> Optimizer:
         config.rank,
         config.period,
         inner=optax.scale_by_adam(b2=config.b2),
+        projector=_projector(config, "svd"),
         **_shared(config),
     )
 
@@ -63,7 +73,7 @@ def golore(config: Config, rate: optax.Schedule) -> Optimizer:
         rate,
         config.rank,
         config.period,
-        switch_step=round(config.golore_switch * config.steps),
+        switch_step=_switch_step(config),
         inner=optax.scale_by_adam(b2=config.b2),
         **_shared(config),
     )
@@ -77,6 +87,7 @@ def unbiased_adamw(config: Config, rate: optax.Schedule) -> Optimizer:
         config.period,
         config.full_rank_layers,
         b2=config.b2,
+        projector=_projector(config, "subspace_iteration"),
         **_shared(config),
     )
 
@@ -105,12 +116,12 @@ def adamw(config: Config, rate: optax.Schedule) -> Optimizer:
 
 OPTIMIZERS: dict[str, Callable[[Config, optax.Schedule], Optimizer]] = {
     "gum": gum,
-    "gum_svd": gum_svd,
     "adamw": adamw,
     "muon": muon,
     "galore": galore,
     "galore_muon": galore_muon,
     "golore": golore,
+    "golore_muon": golore_muon,
     "unbiased_adamw": unbiased_adamw,
 }
 
@@ -142,8 +153,28 @@ def _shared(config: Config) -> dict[str, Any]:
     return {
         "weight_decay": config.weight_decay,
         "fallback": _fallback(config),
-        "key": config.seed,
+        "key": config.seed if config.draw_seed is None else config.draw_seed,
     }
+
+
+def _projector(config: Config, own: str) -> gum_optax.projectors.Projector:
+    return getattr(gum_optax.projectors, config.projector or own)
+
+
+def _late_random(config: Config) -> gum_optax.projectors.switch:
+    projectors = gum_optax.projectors
+    return projectors.switch(projectors.svd, projectors.random_orthonormal, _switch_step(config))
+
+
+def _switch_step(config: Config) -> int:
+    return round(config.golore_switch * config.steps)
+
+
+def _sampler(config: Config) -> gum_optax.samplers.Sampler | None:
+    """None: as many as `full_rank_layers` of each role."""
+    if config.sampler == "fixed_size":
+        return None
+    return gum_optax.samplers.bernoulli(config.full_rank_layers / architecture(config).layers)
 
 
 def _fallback(config: Config) -> Optimizer:

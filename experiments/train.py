@@ -19,7 +19,7 @@ from experiments.report import Report, Silence, metrics_path, read_metrics
 
 
 class Result(NamedTuple):
-    """Outcome of a run. `stopped_by` is the signal that ended it early, if one did."""
+    """Outcome of a run, with its last weights. `stopped_by` is the signal that ended it, if any."""
 
     step: int
     stopped_by: int | None
@@ -28,6 +28,7 @@ class Result(NamedTuple):
     state_bytes: int
     parameters: int
     metrics: list[dict]
+    params: model.Params
 
 
 class State(NamedTuple):
@@ -177,4 +178,5 @@ def _result(
         state_bytes=state_bytes(state.opt_state),
         parameters=model.parameter_count(state.params),
         metrics=metrics,
+        params=state.params,
     )

@@ -5,16 +5,12 @@ grid may be stopped at any time and continued by the same command.
 """
 
 import dataclasses
-import json
-import os
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments import cli
-from experiments.config import FREE_ON_RESUME, Config, Optimizer
-from experiments.train import Result, train
+from experiments import cli, runs
+from experiments.config import Config, Optimizer
 
 PROGRAM = "experiments.tune"
 
@@ -31,6 +27,8 @@ class Grid:
     """Seeds of weights, data order and draws."""
     out: str = "experiments/results/demo_grid.json"
     """The JSON file to write or add to."""
+    jobs: int = 1
+    """Runs that train at a time, each on its share of the cores."""
     base: Config = dataclasses.field(
         default_factory=lambda: Config(run_dir="runs/tune", checkpoint_every=1_000_000)
     )
@@ -40,51 +38,21 @@ class Grid:
 def main(arguments: Sequence[str]) -> int:
     """Runs what is missing from the grid and prints a table; returns the exit code."""
     grid = cli.parse(Grid, PROGRAM, arguments)
-    out = Path(grid.out)
-    entries = json.loads(out.read_text()) if out.exists() else []
-    for config in configurations(grid):
-        if any(entry["config"] == _identity(config) for entry in entries):
-            continue
-        rate, seed = config.learning_rate, config.seed
-        print(f"\n== {config.optimizer}, learning rate {rate:g}, seed {seed}")
-        shutil.rmtree(config.run_dir, ignore_errors=True)
-        result = train(config)
-        if result.stopped_by:
-            return 128 + result.stopped_by
-        entries.append(entry_of(config, result))
-        _write(out, entries)
+    entries = runs.complete(configurations(grid), Path(grid.out), jobs=grid.jobs)
     print("\n" + table(entries))
     return 0
 
 
 def configurations(grid: Grid) -> list[Config]:
     """One configuration for each point of the grid."""
-    return [
-        dataclasses.replace(
-            grid.base,
-            optimizer=optimizer,
-            learning_rate=rate,
-            seed=seed,
-            run_dir=f"{grid.base.run_dir}/{optimizer}-{rate:g}-{seed}",
-        )
+    points = [
+        dataclasses.replace(grid.base, optimizer=optimizer, learning_rate=rate, seed=seed)
         for seed in grid.seeds
         for optimizer in grid.optimizers
         for rate in grid.learning_rates
     ]
-
-
-def entry_of(config: Config, result: Result) -> dict:
-    """What the result file keeps of a run."""
-    described = json.loads((Path(config.run_dir) / "config.json").read_text())
-    held_out = [record for record in result.metrics if "validation_loss" in record]
-    return described | {
-        "config": _identity(config),
-        "validation_loss": result.validation_loss,
-        "curve": [[record["step"], record["validation_loss"]] for record in held_out],
-        "seconds_per_step": result.seconds_per_step,
-        "state_bytes": result.state_bytes,
-        "parameters": result.parameters,
-    }
+    home = grid.base.run_dir
+    return [dataclasses.replace(p, run_dir=runs.directory(home, p)) for p in points]
 
 
 def table(entries: list[dict]) -> str:
@@ -97,20 +65,6 @@ def table(entries: list[dict]) -> str:
     ]
     heads = "optimizer", "learning rate", "seed", "validation loss", "state bytes", "s per step"
     return "\n".join(["{:<15}{:>14}{:>6}{:>17}{:>13}{:>12}".format(*heads), *rows])
-
-
-def _identity(config: Config) -> dict:
-    """The options that decide a run's numbers, as JSON would give them back."""
-    fields = dataclasses.asdict(config).items()
-    free = FREE_ON_RESUME - {"validation_batches"}
-    return json.loads(json.dumps({name: value for name, value in fields if name not in free}))
-
-
-def _write(path: Path, entries: list[dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(".scratch")
-    scratch.write_text(json.dumps(entries, indent=1) + "\n")
-    os.replace(scratch, path)
 
 
 if __name__ == "__main__":

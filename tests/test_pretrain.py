@@ -9,7 +9,7 @@ import typing
 import numpy as np
 import pytest
 
-from experiments import kills, optimizers, report, tune
+from experiments import kills, optimizers, report
 from experiments.config import Config, ConfigError, Optimizer, Preset, check
 from experiments.model import PRESETS
 
@@ -193,9 +193,3 @@ def test_metrics_survive_a_line_cut_short(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
     assert report.read_metrics(path) == [{"step": 1, "loss": 2.0}]
-
-
-def test_a_grid_has_every_combination():
-    grid = tune.Grid(optimizers=("gum", "adamw"), learning_rates=(0.1, 0.2), seeds=(0, 1))
-    points = {(c.optimizer, c.learning_rate, c.seed) for c in tune.configurations(grid)}
-    assert len(points) == len({c.run_dir for c in tune.configurations(grid)}) == 8
