@@ -10,8 +10,8 @@ from typing import Any
 
 import jax
 
-from experiments import record
-from experiments.benchmarks import contenders, tables, trees
+from experiments import record, tables
+from experiments.benchmarks import contenders, trees
 from experiments.benchmarks.settings import Config
 from experiments.benchmarks.step import jitted
 

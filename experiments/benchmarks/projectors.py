@@ -14,8 +14,7 @@ import jax
 import numpy as np
 
 import gum_optax
-from experiments import data, model, record, train
-from experiments.benchmarks import tables
+from experiments import data, model, record, tables, train
 from experiments.benchmarks.settings import Config
 from experiments.config import Config as Run
 

@@ -15,8 +15,8 @@ from typing import Any
 import jax
 import optax
 
-from experiments import record
-from experiments.benchmarks import contenders, floors, tables, timing, trees
+from experiments import record, tables
+from experiments.benchmarks import contenders, floors, timing, trees
 from experiments.benchmarks.settings import Config
 
 _ALTERNATING = 2

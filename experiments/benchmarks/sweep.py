@@ -3,8 +3,8 @@
 import statistics
 from typing import Any
 
-from experiments import record
-from experiments.benchmarks import contenders, tables, timing, trees
+from experiments import record, tables
+from experiments.benchmarks import contenders, timing, trees
 from experiments.benchmarks.settings import Config
 from experiments.benchmarks.step import alternating
 

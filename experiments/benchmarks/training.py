@@ -24,8 +24,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import cli, model, record, train
-from experiments.benchmarks import tables, timing, trees
+from experiments import cli, model, record, tables, train
+from experiments.benchmarks import timing, trees
 from experiments.benchmarks.settings import Config
 from experiments.config import Config as Run
 from experiments.config import Optimizer, Preset

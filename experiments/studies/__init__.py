@@ -1,0 +1,1 @@
+"""The studies: each compares runs or gradients, and writes a result file and a figure."""

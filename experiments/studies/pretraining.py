@@ -1,0 +1,204 @@
+"""Each optimizer at its best learning rate: `python -m experiments.studies.pretraining`.
+
+Every optimizer has the same grid of learning rates for the hidden matrices, on the first corpus and
+one seed; embedding, head and norms have AdamW's, the same for all. Then the best is run on several
+seeds, and with the same learning rate on the other corpora. Runs that the result file holds are not
+repeated. GaLore's own sizes, on a machine that can hold them:
+
+    python -m experiments.studies.pretraining --corpora allenai/c4:en --base.preset 60m \\
+        --base.max-tokens 1100000000 --base.batch-size 512 --base.steps 10000 --base.rank 128 \\
+        --base.period 200 --base.dtype bfloat16 --jobs 1
+"""
+
+import dataclasses
+import statistics
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from experiments import cli, runs, tables
+from experiments.config import Config as Run
+from experiments.config import Optimizer
+from experiments.plots import COLOURS
+from experiments.studies import weights
+
+PROGRAM = "experiments.studies.pretraining"
+OPTIMIZERS: tuple[Optimizer, ...] = (
+    "gum", "adamw", "muon", "galore", "galore_muon", "golore_muon", "unbiased_adamw"
+)  # fmt: skip
+NAMES = {
+    "gum": "GUM", "adamw": "AdamW", "muon": "Muon", "galore": "GaLore",
+    "galore_muon": "GaLore-Muon", "golore_muon": "GoLore-Muon", "unbiased_adamw": "unbiased AdamW",
+}  # fmt: skip
+SMALL = Run(
+    run_dir="runs/studies", steps=400, period=50, fallback_learning_rate=1e-2,
+    validate_every=40, validation_batches=16, checkpoint_every=1_000_000, log_every=100,
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Tune every optimizer on the same grid, then compare them on several seeds and corpora."""
+
+    optimizers: tuple[Optimizer, ...] = OPTIMIZERS
+    """Optimizers to compare."""
+    learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2)
+    """The grid, for hidden matrices."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of weights, data order and draws; the grid uses the first."""
+    corpora: tuple[str, ...] = ("stdlib", "runs/sotu")
+    """What to read, each on its own; the grid uses the first."""
+    out: Path = Path("experiments/results/studies/pretraining.json")
+    """Result file; the figure is beside it."""
+    jobs: int = 2
+    """Runs that train at a time, each on its share of the cores."""
+    base: Run = dataclasses.field(default_factory=lambda: SMALL)
+    """All other options of a run, as in experiments.pretrain."""
+
+
+def grid(config: Config) -> list[Run]:
+    """Every optimizer at every learning rate."""
+    return [
+        point(config, optimizer, rate)
+        for rate in config.learning_rates
+        for optimizer in config.optimizers
+    ]
+
+
+def finals(config: Config, best: dict[str, float], corpus: str) -> list[Run]:
+    """Every optimizer at its best learning rate, with every seed."""
+    return [
+        point(config, optimizer, best[optimizer], seed, corpus)
+        for seed in config.seeds
+        for optimizer in config.optimizers
+    ]
+
+
+def point(
+    config: Config,
+    optimizer: Optimizer,
+    rate: float,
+    seed: int | None = None,
+    corpus: str | None = None,
+) -> Run:
+    """One run; by default with the first seed on the first corpus."""
+    run = dataclasses.replace(
+        config.base,
+        optimizer=optimizer,
+        learning_rate=rate,
+        seed=config.seeds[0] if seed is None else seed,
+        corpus=(corpus or config.corpora[0],),
+    )
+    return dataclasses.replace(run, run_dir=runs.directory(config.base.run_dir, run))
+
+
+def best_rates(entries: Iterable[runs.Entry]) -> dict[str, float]:
+    """By optimizer, the learning rate of the least validation loss; a run that diverged loses."""
+    finite = [e for e in entries if np.isfinite(e["validation_loss"])]
+    ordered = sorted(finite, key=lambda entry: -entry["validation_loss"])
+    return {e["config"]["optimizer"]: e["config"]["learning_rate"] for e in ordered}
+
+
+def steps_to(curve: Sequence[Sequence[float]], loss: float) -> float | None:
+    """The step at which a validation curve first comes down to a loss, between two by a line."""
+    for (step, value), (later, next_value) in zip([[0, np.inf], *curve], curve, strict=False):
+        if next_value <= loss:
+            share = (value - loss) / (value - next_value) if np.isfinite(value) else 1.0
+            return step + share * (later - step)
+    return None
+
+
+def compare(entries: Sequence[runs.Entry]) -> list[dict[str, Any]]:
+    """One row for each optimizer, over its seeds; AdamW's mean final loss is what others reach."""
+    names = dict.fromkeys(entry["config"]["optimizer"] for entry in entries)
+    of = {n: [e for e in entries if e["config"]["optimizer"] == n] for n in names}
+    goal = statistics.mean(e["validation_loss"] for e in of["adamw"]) if "adamw" in of else -np.inf
+    return [_row(name, found, goal) for name, found in of.items()]
+
+
+def _row(optimizer: str, entries: Sequence[runs.Entry], goal: float) -> dict[str, Any]:
+    losses = [entry["validation_loss"] for entry in entries]
+    config = entries[0]["config"]
+    reached = [steps_to(entry["curve"], goal) for entry in entries]
+    seconds = statistics.median(entry["seconds_per_step"] for entry in entries)
+    everyone = [steps for steps in reached if steps is not None]
+    steps = statistics.mean(everyone) if len(everyone) == len(reached) else None
+    return {
+        "optimizer": optimizer,
+        "learning_rate": config["learning_rate"],
+        "loss": statistics.mean(losses),
+        "deviation": statistics.stdev(losses) if len(losses) > 1 else 0.0,
+        "state_bytes": entries[0]["state_bytes"],
+        "seconds_per_step": seconds,
+        "steps_to_adamw": steps,
+        "seconds_to_adamw": None if steps is None else steps * seconds,
+    }
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs what is missing, prints tables, draws the figure; returns the exit code."""
+    config = cli.parse(Config, PROGRAM, arguments)
+    options: dict[str, Any] = {"jobs": config.jobs, "measure": weights.measure}
+    tuned = runs.complete(grid(config), config.out, **options)
+    best = best_rates(tuned)
+    found = {
+        corpus: runs.complete(finals(config, best, corpus), config.out, **options)
+        for corpus in config.corpora
+    }
+    show(config, tuned, found)
+    print(f"\nresults: {config.out}; figure: {draw(config, found)}")
+    return 0
+
+
+def show(config: Config, tuned: Sequence[runs.Entry], found: dict[str, list[runs.Entry]]) -> None:
+    """Prints the grid, and for each corpus the comparison."""
+    losses = {
+        (e["config"]["optimizer"], e["config"]["learning_rate"]): e["validation_loss"]
+        for e in tuned
+    }
+    tables.show(
+        f"Validation loss by learning rate of the hidden matrices, {config.corpora[0]}",
+        ("optimizer", *(f"{rate:g}" for rate in config.learning_rates)),
+        ((o, *(losses[o, rate] for rate in config.learning_rates)) for o in config.optimizers),
+    )
+    for corpus, entries in found.items():
+        tables.show(
+            f"{corpus}: {config.base.steps} steps, {len(config.seeds)} seeds",
+            ("optimizer", "rate", "loss", "deviation", "state MiB", "s/step", "steps to AdamW's"),
+            (
+                (row["optimizer"], row["learning_rate"], row["loss"], row["deviation"],
+                 row["state_bytes"] / 2**20, row["seconds_per_step"], row["steps_to_adamw"])
+                for row in compare(entries)
+            ),
+        )  # fmt: skip
+
+
+def draw(config: Config, found: dict[str, list[runs.Entry]]) -> Path:
+    """Draws, for each corpus, validation losses over steps, mean and range over seeds."""
+    figure, axes = plt.subplots(
+        1, len(found), figsize=(4.6 * len(found), 4.0), layout="constrained", squeeze=False
+    )
+    for each, (corpus, entries) in zip(axes[0], found.items(), strict=True):
+        for i, optimizer in enumerate(config.optimizers):
+            curves = [e["curve"] for e in entries if e["config"]["optimizer"] == optimizer]
+            steps = [step for step, _ in curves[0]]
+            values = np.array([[loss for _, loss in curve] for curve in curves])
+            each.plot(steps, values.mean(0), color=COLOURS[i], label=NAMES[optimizer])
+            each.fill_between(
+                steps, values.min(0), values.max(0), color=COLOURS[i], alpha=0.2, linewidth=0
+            )
+        each.set(xlabel="step", ylabel="validation loss (nats per token)", title=Path(corpus).name)
+        each.grid(alpha=0.3)
+    axes[0][0].legend(frameon=False, fontsize="small")
+    path = config.out.with_suffix(".png")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main, PROGRAM))
