@@ -11,6 +11,7 @@ repeated. GaLore's own sizes, on a machine that can hold them:
 """
 
 import dataclasses
+import json
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
@@ -22,7 +23,7 @@ import numpy as np
 
 from experiments import cli, runs, tables
 from experiments.config import Config as Run
-from experiments.config import Optimizer
+from experiments.config import ConfigError, Optimizer, flag
 from experiments.plots import COLOURS
 from experiments.studies import weights
 
@@ -101,6 +102,20 @@ def best_rates(entries: Iterable[runs.Entry]) -> dict[str, float]:
     finite = [e for e in entries if np.isfinite(e["validation_loss"])]
     ordered = sorted(finite, key=lambda entry: -entry["validation_loss"])
     return {e["config"]["optimizer"]: e["config"]["learning_rate"] for e in ordered}
+
+
+def stored(path: Path, option: str) -> tuple[list[runs.Entry], dict[str, float]]:
+    """The runs on the first corpus that the result file holds, and the best learning rates.
+
+    Raises:
+      ConfigError: there is no such file; the message names the option that says which.
+    """
+    if not path.exists():
+        raise ConfigError(f"{flag(option)}: there is no {path}; run `python -m {PROGRAM}` first")
+    entries: list[runs.Entry] = json.loads(path.read_text())
+    first = [e for e in entries if e["config"]["corpus"] == entries[0]["config"]["corpus"]]
+    tuned = [e for e in first if e["config"]["seed"] == first[0]["config"]["seed"]]
+    return first, best_rates(tuned)
 
 
 def steps_to(curve: Sequence[Sequence[float]], loss: float) -> float | None:

@@ -1,0 +1,161 @@
+"""What each setting of GUM is worth: `python -m experiments.studies.ablations`.
+
+One thing is changed at a time, at GUM's learning rate from `experiments.studies.pretraining`; the
+biased methods beside it have theirs, and another scale of updates has a grid of its own. All seeds
+of one setting see the same weights, data and order as those of another.
+"""
+
+import dataclasses
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+from experiments import cli, runs, tables
+from experiments.config import Config as Run
+from experiments.plots import COLOURS
+from experiments.studies import pretraining
+
+PROGRAM = "experiments.studies.ablations"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Change one setting of GUM at a time."""
+
+    gammas: tuple[int, ...] = (0, 1, 2, 4)
+    """Numbers of full-rank layers of each role; half of nano's eight layers is the most."""
+    periods: tuple[int, ...] = (10, 50, 200, 1000)
+    """Steps between refreshes; a period longer than the run refreshes once."""
+    ranks: tuple[int, ...] = (4, 8, 16, 32, 64, 128)
+    """Ranks; at the full rank (nano: 128) GUM is Muon."""
+    raw_rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2)
+    """Learning rates of updates that are scaled as in Muon, not to AdamW's size."""
+    galore_periods: tuple[int, ...] = (20, 50, 200)
+    """Periods of biased GaLore-Muon."""
+    seeds: tuple[int, ...] = (0, 1)
+    """Seeds of weights, data order and draws."""
+    pretraining: Path = Path("experiments/results/studies/pretraining.json")
+    """Result file of experiments.studies.pretraining, for the learning rates."""
+    out: Path = Path("experiments/results/studies/ablations.json")
+    """Result file; the figure is beside it."""
+    jobs: int = 2
+    """Runs that train at a time, each on its share of the cores."""
+    base: Run = dataclasses.field(default_factory=lambda: pretraining.SMALL)
+    """All other options of a run; what is not changed has these values."""
+
+
+# Panel -> label of a setting -> the options that it changes.
+Panels = dict[str, dict[str, dict[str, Any]]]
+
+
+def panels(config: Config, rates: dict[str, float]) -> Panels:
+    """The settings to compare; among those of each panel is the default."""
+    biased = {"optimizer": "galore_muon", "learning_rate": rates["galore_muon"]}
+    return {
+        "full-rank layers (gamma)": {str(g): _gamma(g) for g in config.gammas},
+        "period K": {str(k): {"period": k} for k in config.periods},
+        "rank": {str(r): {"rank": r} for r in config.ranks},
+        "momentum at a refresh": {
+            "restarts": {}, "carried": {"restart": "slots"}, "rotated": {"restart": "rotate"},
+        },
+        "projector": {
+            "default": {}, "SVD": {"projector": "svd"},
+            "random": {"projector": "random_orthonormal"},
+        },
+        "sampling": {"fixed size": {}, "Bernoulli": {"sampler": "bernoulli"}},
+        "scale of updates": {"matched": {}} | {
+            f"raw, {rate:g}": {"consistent_rms": None, "learning_rate": rate}
+            for rate in config.raw_rates
+        },
+        "staleness or bias": {
+            f"GaLore, {k}": biased | {"period": k} for k in config.galore_periods
+        } | {f"GUM, {k}": {"period": k} for k in config.periods if k <= 200},
+    }  # fmt: skip
+
+
+def _gamma(gamma: int) -> dict[str, Any]:
+    return {"full_rank_layers": gamma}
+
+
+def configurations(config: Config, rates: dict[str, float], changes: dict[str, Any]) -> list[Run]:
+    """The runs of one setting, one for each seed."""
+    options = {"optimizer": "gum", "learning_rate": rates["gum"]} | changes
+    points = [dataclasses.replace(config.base, **options, seed=seed) for seed in config.seeds]
+    return [dataclasses.replace(p, run_dir=runs.directory(config.base.run_dir, p)) for p in points]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs what is missing, prints a table, draws the figure; returns the exit code."""
+    config = cli.parse(Config, PROGRAM, arguments)
+    _, rates = pretraining.stored(config.pretraining, "pretraining")
+    settings = [c for panel in panels(config, rates).values() for c in panel.values()]
+    each = [configurations(config, rates, changes) for changes in settings]
+    by_seed = [point for points in zip(*each, strict=True) for point in points]
+    runs.complete(by_seed, config.out, jobs=config.jobs)  # all settings before the next seed
+    found = {
+        title: {
+            label: summary(runs.complete(configurations(config, rates, changes), config.out))
+            for label, changes in panel.items()
+        }
+        for title, panel in panels(config, rates).items()
+    }
+    for title, rows in found.items():
+        tables.show(
+            title,
+            ("setting", "loss", "least", "largest", "state MiB", "s/step"),
+            ((label, row["loss"], row["least"], row["largest"], row["state_bytes"] / 2**20,
+              row["seconds_per_step"]) for label, row in rows.items()),
+        )  # fmt: skip
+    print(f"\nresults: {config.out}; figure: {draw(config, found)}")
+    return 0
+
+
+def summary(entries: Sequence[runs.Entry]) -> dict[str, Any]:
+    """Mean and range of the last validation loss over seeds; bytes and seconds."""
+    losses = [entry["validation_loss"] for entry in entries]
+    return {
+        "loss": statistics.mean(losses),
+        "least": min(losses),
+        "largest": max(losses),
+        "state_bytes": entries[0]["state_bytes"],
+        "seconds_per_step": statistics.median(e["seconds_per_step"] for e in entries),
+    }
+
+
+def draw(config: Config, found: dict[str, dict[str, dict[str, Any]]]) -> Path:
+    """Draws a panel for each setting: mean and range over seeds, and the default as a line."""
+    rows = -(-len(found) // 2)
+    size = (8.4, 2.9 * rows)
+    figure, axes = plt.subplots(rows, 2, figsize=size, layout="constrained", sharey=True)
+    default = found["momentum at a refresh"]["restarts"]
+    for each, (title, settings) in zip(axes.flat, found.items(), strict=False):
+        _panel(each, title, settings, default)
+    for row in axes:
+        row[0].set_ylabel("validation loss")
+    path = config.out.with_suffix(".png")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path
+
+
+def _panel(axes: Axes, title: str, settings: dict[str, Any], default: dict[str, Any]) -> None:
+    axes.axhline(default["loss"], color=COLOURS[-1], linewidth=1, linestyle=":")
+    axes.axhspan(default["least"], default["largest"], color=COLOURS[-1], alpha=0.1, linewidth=0)
+    places = range(len(settings))
+    means = [row["loss"] for row in settings.values()]
+    below = [row["loss"] - row["least"] for row in settings.values()]
+    above = [row["largest"] - row["loss"] for row in settings.values()]
+    axes.errorbar(places, means, yerr=(below, above), fmt="o", color=COLOURS[0], capsize=3)
+    axes.set_xticks(places, settings, fontsize="small")
+    axes.margins(x=0.15)
+    axes.set_title(title, fontsize="medium")
+    axes.grid(alpha=0.3)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main, PROGRAM))

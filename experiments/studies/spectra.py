@@ -1,0 +1,131 @@
+"""What kind of weights each optimizer leaves: `python -m experiments.studies.spectra`.
+
+The paper explains GUM's gains by weights of a higher stable rank, ``||W||_F^2 / ||W||_2^2``. The
+runs are those of `experiments.studies.pretraining` on its first corpus, each optimizer at its best
+learning rate; they must have been run.
+"""
+
+import dataclasses
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+
+from experiments import cli, record, runs, tables
+from experiments.config import ConfigError, Optimizer
+from experiments.plots import COLOURS
+from experiments.studies import pretraining
+
+PROGRAM = "experiments.studies.spectra"
+KINDS = ("q", "k", "v", "o", "gate", "up", "down")
+_MARKERS = "os^Dv*P"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Compare the singular values of trained weights."""
+
+    optimizers: tuple[Optimizer, ...] = ("adamw", "muon", "galore", "galore_muon", "gum")
+    """Optimizers to compare."""
+    pretraining: Path = Path("experiments/results/studies/pretraining.json")
+    """Result file of experiments.studies.pretraining."""
+    out: Path = Path("experiments/results/studies/spectra.json")
+    """Result file; the figure is beside it."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Compares, prints a table, writes the results and the figure; returns the exit code."""
+    config = cli.parse(Config, PROGRAM, arguments)
+    found = {o: compare(entries) for o, entries in finals(config).items()}
+    record.write(config.out, config, optimizers=found)
+    tables.show(
+        "Stable rank of trained weights, mean over layers and seeds",
+        ("optimizer", "validation loss", "seeds", *KINDS),
+        (
+            (o, each["validation_loss"], each["seeds"],
+             *(each["stable_rank"][kind]["mean"] for kind in KINDS))
+            for o, each in found.items()
+        ),
+    )  # fmt: skip
+    print(f"\nresults: {config.out}; figure: {draw(config, found)}")
+    return 0
+
+
+def finals(config: Config) -> dict[str, list[runs.Entry]]:
+    """By optimizer, its runs at its best learning rate.
+
+    Raises:
+      ConfigError: there is no result file, or it lacks an optimizer.
+    """
+    first, best = pretraining.stored(config.pretraining, "pretraining")
+    for optimizer in config.optimizers:
+        if optimizer not in best:
+            raise ConfigError(f"--optimizers: {config.pretraining} has no run of {optimizer}")
+    return {
+        o: [
+            e for e in first
+            if (e["config"]["optimizer"], e["config"]["learning_rate"]) == (o, best[o])
+        ]
+        for o in config.optimizers
+    }  # fmt: skip
+
+
+def compare(entries: Sequence[runs.Entry]) -> dict[str, Any]:
+    """Stable ranks by kind, and the mean distribution of singular values, of one optimizer."""
+    quantiles = [s["quantiles"] for entry in entries for s in entry["spectra"].values()]
+    return {
+        "validation_loss": statistics.mean(entry["validation_loss"] for entry in entries),
+        "seeds": len(entries),
+        "stable_rank": {kind: _stable_rank(entries, kind) for kind in KINDS},
+        "quantiles": np.mean(quantiles, axis=0).tolist(),
+    }
+
+
+def _stable_rank(entries: Sequence[runs.Entry], kind: str) -> dict[str, float]:
+    """Mean over layers and seeds, and the deviation between seeds."""
+    means = [
+        statistics.mean(
+            s["stable_rank"] for n, s in entry["spectra"].items() if n.endswith(f"/{kind}/kernel")
+        )
+        for entry in entries
+    ]
+    deviation = statistics.stdev(means) if len(means) > 1 else 0.0
+    return {"mean": statistics.mean(means), "deviation": deviation}
+
+
+def draw(config: Config, found: dict[str, dict[str, Any]]) -> Path:
+    """Draws stable ranks by kind of matrix, and the distribution of singular values."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.2, 4.0), layout="constrained")
+    for i, (optimizer, each) in enumerate(found.items()):
+        _ranks(left, each, pretraining.NAMES[optimizer], i, len(found))
+        place = np.linspace(0, 1, len(each["quantiles"]))
+        right.plot(place, each["quantiles"], color=COLOURS[i], marker=_MARKERS[i], markersize=4)
+    left.set_xticks(range(len(KINDS)), KINDS)
+    left.set(xlabel="kind of matrix", ylabel="stable rank of the weights", ylim=(0, None))
+    left.legend(frameon=False, fontsize="small")
+    right.set(xlabel="quantile", ylabel="singular value / the largest", ylim=(0, 1))
+    right.set_title("mean over all matrices", fontsize="medium")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    path = config.out.with_suffix(".png")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path
+
+
+def _ranks(axes: Axes, each: dict[str, Any], name: str, i: int, count: int) -> None:
+    places = [kind + 0.6 * ((i + 0.5) / count - 0.5) for kind in range(len(KINDS))]
+    ranks = each["stable_rank"].values()
+    axes.errorbar(
+        places, [r["mean"] for r in ranks], yerr=[r["deviation"] for r in ranks],
+        fmt=_MARKERS[i], color=COLOURS[i], label=name, capsize=2,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main, PROGRAM))

@@ -1,0 +1,170 @@
+"""The studies that compare training runs: what they run, what they make of it."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from experiments import optimizers, runs
+from experiments.config import Config as Run
+from experiments.config import ConfigError, check
+from experiments.studies import ablations, draws, pretraining, spectra, weights
+from experiments.train import Result
+
+
+def entry(config, loss=None):
+    """What a run of `config` might leave: the nearer its rate is to 3e-3, the better."""
+    if loss is None:
+        loss = 4 + abs(np.log10(config.learning_rate / 3e-3)) + config.seed / 100
+    matrices = {f"layers/{i}/mlp/{kind}/kernel": np.eye(3) for i, kind in enumerate(spectra.KINDS)}
+    return {
+        "config": runs.identity(config),
+        "validation_loss": loss,
+        "curve": [[200, loss + 1], [400, loss]],
+        "seconds_per_step": 0.5,
+        "state_bytes": 2**20,
+        "spectra": {name: weights.spectrum(matrix) for name, matrix in matrices.items()},
+    }
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Instead of training: the sets of configurations that were asked for."""
+    asked = []
+
+    def complete(configs, out, **options):
+        asked.append(list(configs))
+        kept = json.loads(out.read_text()) if out.exists() else []
+        known = [each["config"] for each in kept]
+        kept += [entry(c) for c in dict.fromkeys(configs) if runs.identity(c) not in known]
+        out.write_text(json.dumps(kept))
+        return [entry(config) for config in configs]
+
+    monkeypatch.setattr(runs, "complete", complete)
+    return asked
+
+
+@pytest.fixture
+def tuned(trained, tmp_path, capsys):
+    """The result file of the pretraining study."""
+    path = tmp_path / "pretraining.json"
+    assert pretraining.main(["--out", str(path)]) == 0
+    assert "stdlib: 400 steps, 3 seeds" in capsys.readouterr().out
+    return path
+
+
+def test_pretraining_tunes_each_on_one_grid_and_repeats_the_best(trained, tuned):
+    grid, first, second = trained
+    assert {(c.optimizer, c.learning_rate, c.seed, c.corpus) for c in grid} == {
+        (o, rate, 0, ("stdlib",))
+        for o in pretraining.OPTIMIZERS
+        for rate in (1e-3, 3e-3, 1e-2, 3e-2)
+    }
+    for corpus, configs in (("stdlib", first), ("runs/sotu", second)):
+        assert {(c.optimizer, c.seed) for c in configs} == {
+            (o, seed) for o in pretraining.OPTIMIZERS for seed in (0, 1, 2)
+        }
+        assert {(c.learning_rate, c.corpus) for c in configs} == {(3e-3, (corpus,))}
+    everyone = [*grid, *first, *second]
+    assert len({c.run_dir for c in everyone}) == len(set(everyone))
+    assert tuned.with_suffix(".png").stat().st_size > 1000
+
+
+def test_all_that_differs_between_optimizers_is_the_optimizer_and_its_rate(trained, tuned):
+    options = [
+        {k: v for k, v in runs.identity(c).items() if k not in {"optimizer", "learning_rate"}}
+        for c in trained[0]
+    ]
+    assert all(each == options[0] for each in options)
+
+
+def test_a_run_that_diverged_is_never_the_best():
+    run = Run(optimizer="gum")
+    losses = {1e-3: 5.0, 3e-3: float("nan"), 1e-2: 4.0, 3e-2: float("inf")}
+    entries = [entry(dataclasses.replace(run, learning_rate=r), v) for r, v in losses.items()]
+    assert pretraining.best_rates(entries) == {"gum": 1e-2}
+
+
+STEPS_TO = {7.5: 10, 7: 10, 6: 15, 5: 20, 4.9: None}  # before the first point nothing is known
+
+
+@pytest.mark.parametrize(("loss", "step"), STEPS_TO.items())
+def test_steps_to_a_loss(loss, step):
+    assert pretraining.steps_to([[10, 7.0], [20, 5.0]], loss) == step
+
+
+def test_rows_of_a_comparison():
+    entries = [
+        entry(dataclasses.replace(run, seed=seed), loss + seed)
+        for seed in (0, 1)
+        for run, loss in ((Run(optimizer="gum"), 3.0), (Run(optimizer="adamw"), 4.0))
+    ]
+    gum, adamw = pretraining.compare(entries)
+    assert (gum["loss"], gum["deviation"]) == (3.5, pytest.approx(0.5**0.5))
+    # AdamW ends at 4.5; GUM's curves come down from 4 to 3 and from 5 to 4 between 200 and 400.
+    assert gum["steps_to_adamw"] == pytest.approx((200 + 300) / 2)
+    assert gum["seconds_to_adamw"] == pytest.approx(125)
+    assert adamw["steps_to_adamw"] is None  # not by all of its seeds
+
+
+def test_ablations_change_one_thing_at_a_time(trained, tuned, tmp_path):
+    out = tmp_path / "ablations.json"
+    assert ablations.main(["--pretraining", str(tuned), "--out", str(out)]) == 0
+    assert out.with_suffix(".png").stat().st_size > 1000
+    config = ablations.Config()
+    default = dataclasses.replace(config.base, learning_rate=3e-3)
+    settings = ablations.panels(config, {"gum": 3e-3, "galore_muon": 1e-2})
+    for title, panel in settings.items():
+        identities = [
+            [runs.identity(c) for c in ablations.configurations(config, {"gum": 3e-3}, changes)]
+            for changes in panel.values()
+        ]
+        assert runs.identity(default) in [first for first, _ in identities], title
+        assert len({json.dumps(each) for each in identities}) == len(panel), title
+    asked = trained[3]
+    assert [c.seed for c in asked] == sorted(c.seed for c in asked)
+    for run in asked:
+        check(run)
+        optimizers.build(run)
+
+
+def test_draws_differ_in_nothing_else(trained, tuned, tmp_path, capsys):
+    out = tmp_path / "draws.json"
+    assert draws.main(["--pretraining", str(tuned), "--out", str(out)]) == 0
+    assert {(c.seed, c.draw_seed, c.full_rank_layers) for c in trained[-1]} == {
+        (0, draw, gamma) for draw in range(4) for gamma in (0, 1, 2, 4)
+    }
+    assert "over 4 draws" in capsys.readouterr().out
+
+
+def test_spectra_of_the_best_runs(trained, tuned, tmp_path):
+    out = tmp_path / "spectra.json"
+    assert spectra.main(["--pretraining", str(tuned), "--out", str(out)]) == 0
+    found = json.loads(out.read_text())["optimizers"]
+    assert list(found) == list(spectra.Config.optimizers)
+    assert found["gum"]["seeds"] == 3  # on the first corpus
+    assert found["gum"]["stable_rank"]["q"] == {"mean": 3, "deviation": 0}
+    assert found["gum"]["quantiles"] == pytest.approx([1] * 17)
+    with pytest.raises(ConfigError, match="no run of golore"):
+        spectra.main(["--optimizers", "golore", "--pretraining", str(tuned)])
+
+
+@pytest.mark.parametrize("study", [ablations, draws, spectra])
+def test_studies_say_what_they_need(study, tmp_path):
+    with pytest.raises(ConfigError, match=r"--pretraining: there is no .* run `python -m"):
+        study.main(["--pretraining", str(tmp_path / "none.json")])
+
+
+def test_a_spectrum():
+    found = weights.spectrum(np.diag([4.0, 2.0, 0.0]))
+    assert found["stable_rank"] == pytest.approx(20 / 16) and found["norm"] == 4
+    assert (found["quantiles"][0], found["quantiles"][8], found["quantiles"][-1]) == (0, 0.5, 1)
+
+
+def test_hidden_matrices_are_measured():
+    layer = {"attn": {"q": {"kernel": np.eye(4)}}, "norm": {"scale": np.ones(4)}}
+    params = {"embed": {"embedding": np.eye(4)}, "layers": {0: layer, 1: layer}}
+    result = Result(1, None, 1.0, 1.0, 1, 1, [], params)
+    found = weights.measure(result)["spectra"]
+    assert list(found) == ["0/attn/q/kernel", "1/attn/q/kernel"]
