@@ -17,7 +17,7 @@ import optax
 import pytest
 
 import gum_optax
-from gum_optax import dimension_numbers, samplers
+from gum_optax import dimension_numbers, restarts, samplers
 
 PERIOD = 2
 STRUCTURE: dict[str, Any] = {"rank": 2, "period": PERIOD}
@@ -45,7 +45,7 @@ BASES: dict[str, Any] = {
     "trace": (lambda: optax.trace(0.9), {}),
     "adam": (optax.scale_by_adam, {}),
     "adamw": (lambda: optax.adamw(0.1, weight_decay=0.1), {"restart": False}),
-    "nesterov": (lambda: optax.sgd(0.1, momentum=0.9, nesterov=True), {"restart": False}),
+    "nesterov": (lambda: optax.sgd(0.1, momentum=0.9, nesterov=True), {"restart": restarts.rotate}),
 }
 
 
