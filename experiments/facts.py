@@ -12,6 +12,7 @@ from typing import Any
 from experiments.benchmarks import step
 from experiments.benchmarks import training as whole_steps
 from experiments.config import flag
+from experiments.studies import pretraining as comparison
 
 RESULTS = Path(__file__).parent / "results"
 COMPILED = "benchmarks/compiled.json"
@@ -49,6 +50,25 @@ def performance() -> str:
         for (preset, layout), over_floor in floors.items()
     ]
     return "\n".join([_PERFORMANCE_HEAD, *rows])
+
+
+def pretraining() -> str:
+    """Each optimizer at its best learning rate, on each corpus."""
+    _, finals = comparison.stored(RESULTS / "studies/pretraining.json", "pretraining")
+    rows = {c: {r["optimizer"]: r for r in comparison.compare(es)} for c, es in finals.items()}
+    reference = next(iter(rows))
+    head = ["optimizer", "learning rate", "state", *(Path(c).name for c in rows)]
+    head += ["steps to AdamW's loss", "time per step"]
+    adamw = rows[reference]["adamw"]
+    lines = [head, ["---"] * len(head)]
+    for name, row in sorted(rows[reference].items(), key=lambda item: item[1]["loss"]):
+        losses = [f"{r[name]['loss']:.3f} ({r[name]['deviation']:.3f})" for r in rows.values()]
+        steps = "" if row["steps_to_adamw"] is None else f"{row['steps_to_adamw']:.0f}"
+        time = f"{row['seconds_per_step'] / adamw['seconds_per_step']:.2f}"
+        state = f"{row['state_bytes'] / 2**20:.1f} MiB"
+        rate = f"{row['learning_rate']:g}"
+        lines.append([comparison.NAMES[name], rate, state, *losses, steps, time])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _cells(pairs: list[dict[str, Any]], preset: str, layout: str) -> Iterator[str]:
@@ -252,4 +272,4 @@ def _power(value: float) -> str:
 
 
 if __name__ == "__main__":
-    print(table(), performance(), sep="\n\n")
+    print(table(), performance(), pretraining(), sep="\n\n")

@@ -92,7 +92,7 @@ def configurations(config: Config, rates: dict[str, float], changes: dict[str, A
 def main(arguments: Sequence[str]) -> int:
     """Runs what is missing, prints a table, draws the figure; returns the exit code."""
     config = cli.parse(Config, PROGRAM, arguments)
-    _, rates = pretraining.stored(config.pretraining, "pretraining")
+    rates, _ = pretraining.stored(config.pretraining, "pretraining")
     settings = [c for panel in panels(config, rates).values() for c in panel.values()]
     each = [configurations(config, rates, changes) for changes in settings]
     by_seed = [point for points in zip(*each, strict=True) for point in points]

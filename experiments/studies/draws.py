@@ -53,7 +53,7 @@ def configurations(config: Config, rate: float, gamma: int) -> list[Run]:
 def main(arguments: Sequence[str]) -> int:
     """Runs what is missing, prints a table, draws the figure; returns the exit code."""
     config = cli.parse(Config, PROGRAM, arguments)
-    _, rates = pretraining.stored(config.pretraining, "pretraining")
+    rates, _ = pretraining.stored(config.pretraining, "pretraining")
     every = [c for gamma in config.gammas for c in configurations(config, rates["gum"], gamma)]
     entries = runs.complete(every, config.out, jobs=config.jobs)
     losses = {

@@ -104,8 +104,8 @@ def best_rates(entries: Iterable[runs.Entry]) -> dict[str, float]:
     return {e["config"]["optimizer"]: e["config"]["learning_rate"] for e in ordered}
 
 
-def stored(path: Path, option: str) -> tuple[list[runs.Entry], dict[str, float]]:
-    """The runs on the first corpus that the result file holds, and the best learning rates.
+def stored(path: Path, option: str) -> tuple[dict[str, float], dict[str, list[runs.Entry]]]:
+    """What the result file holds: the best learning rates, and by corpus the runs with them.
 
     Raises:
       ConfigError: there is no such file; the message names the option that says which.
@@ -113,9 +113,15 @@ def stored(path: Path, option: str) -> tuple[list[runs.Entry], dict[str, float]]
     if not path.exists():
         raise ConfigError(f"{flag(option)}: there is no {path}; run `python -m {PROGRAM}` first")
     entries: list[runs.Entry] = json.loads(path.read_text())
-    first = [e for e in entries if e["config"]["corpus"] == entries[0]["config"]["corpus"]]
-    tuned = [e for e in first if e["config"]["seed"] == first[0]["config"]["seed"]]
-    return first, best_rates(tuned)
+    first = entries[0]["config"]
+    alike = ("corpus", "seed")
+    best = best_rates(e for e in entries if all(e["config"][k] == first[k] for k in alike))
+    finals: dict[str, list[runs.Entry]] = {}
+    for entry in entries:
+        config = entry["config"]
+        if config["learning_rate"] == best[config["optimizer"]]:
+            finals.setdefault(" ".join(config["corpus"]), []).append(entry)
+    return best, finals
 
 
 def steps_to(curve: Sequence[Sequence[float]], loss: float) -> float | None:

@@ -62,17 +62,12 @@ def finals(config: Config) -> dict[str, list[runs.Entry]]:
     Raises:
       ConfigError: there is no result file, or it lacks an optimizer.
     """
-    first, best = pretraining.stored(config.pretraining, "pretraining")
+    best, by_corpus = pretraining.stored(config.pretraining, "pretraining")
+    first = next(iter(by_corpus.values()))
     for optimizer in config.optimizers:
         if optimizer not in best:
             raise ConfigError(f"--optimizers: {config.pretraining} has no run of {optimizer}")
-    return {
-        o: [
-            e for e in first
-            if (e["config"]["optimizer"], e["config"]["learning_rate"]) == (o, best[o])
-        ]
-        for o in config.optimizers
-    }  # fmt: skip
+    return {o: [e for e in first if e["config"]["optimizer"] == o] for o in config.optimizers}
 
 
 def compare(entries: Sequence[runs.Entry]) -> dict[str, Any]:
