@@ -65,7 +65,9 @@ def commit() -> str | None:
 
 
 def _settings(config: Any) -> dict[str, Any]:
+    """The options but `out`: where a result lies decides nothing, and may be a private path."""
     fields = dataclasses.asdict(config)
+    fields.pop("out", None)
     return {name: str(v) if isinstance(v, Path) else v for name, v in fields.items()}
 
 
