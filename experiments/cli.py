@@ -14,8 +14,14 @@ from experiments.config import ConfigError
 T = TypeVar("T")
 
 
-def parse(kind: type[T], program: str, arguments: Sequence[str]) -> T:
+def parse(kind: type[T], program: str, arguments: Sequence[str], default: T | None = None) -> T:
     """Reads `arguments` into the dataclass `kind`, whose field docstrings are the help text.
+
+    Args:
+      kind: the dataclass.
+      program: the module, for messages.
+      arguments: the command line.
+      default: what options have that are not given; None: the defaults of the fields.
 
     Raises:
       ConfigError: an option or a value is not known; the parser's text in one line.
@@ -23,7 +29,10 @@ def parse(kind: type[T], program: str, arguments: Sequence[str]) -> T:
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors), _wide(not {"-h", "--help"} & set(arguments)):
-            return tyro.cli(kind, prog=f"python -m {program}", args=arguments)
+            prog = f"python -m {program}"
+            if default is None:
+                return tyro.cli(kind, prog=prog, args=arguments)
+            return tyro.cli(kind, prog=prog, args=arguments, default=default)
     except SystemExit as end:
         if not end.code:
             raise

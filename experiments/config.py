@@ -11,6 +11,7 @@ Optimizer = Literal[
 ]
 Projector = Literal["subspace_iteration", "svd", "randomized_svd", "random_orthonormal"]
 Preset = Literal["tiny", "nano", "60m", "130m", "350m", "1b"]
+Recipe = Literal["60m", "130m", "350m", "1b"]
 
 
 class ConfigError(ValueError):
@@ -28,6 +29,9 @@ class Config:
     seed: int = 0
     """Seed of the initial weights, of the order of the data, and of the optimizer's draws."""
 
+    recipe: Recipe | None = None
+    """Defaults of all other options as in GaLore's C4 experiments with this model; what is given
+    beside it goes before."""
     preset: Preset = "nano"
     """Size of the model: tiny (tests), nano (a CPU), or GaLore's 60m, 130m, 350m, 1b."""
     vocab_size: int | None = None
@@ -132,7 +136,7 @@ class Launch:
 # none of them changes a training loss (a mesh only rounds it otherwise).
 FREE_ON_RESUME = frozenset(
     {"run_dir", "resume", "cache_dir", "log_every", "validate_every", "validation_batches"}
-    | {"checkpoint_every", "keep_checkpoints", "mesh"}
+    | {"checkpoint_every", "keep_checkpoints", "mesh", "recipe"}
 )
 
 _COUNTS = ("vocab_size", "seq_len", "tokenizer_chars", "max_tokens", "steps", "batch_size")

@@ -13,6 +13,7 @@ import tyro
 from experiments import checkpoint, cli, processes
 from experiments.config import Config, Launch
 from experiments.plots import loss_curves
+from experiments.recipes import RECIPES
 from experiments.train import Result, train
 
 PROGRAM = "experiments.pretrain"
@@ -29,6 +30,9 @@ class Command:
 def main(arguments: Sequence[str]) -> int:
     """Runs or resumes a training run; returns the exit code."""
     command = cli.parse(Command, PROGRAM, arguments)
+    if recipe := command.config.recipe:
+        default = Command(RECIPES[recipe], Launch())
+        command = cli.parse(Command, PROGRAM, arguments, default)
     processes.join(command.launch)
     with checkpoint.storage_faults(command.config):
         result = train(command.config)

@@ -9,9 +9,11 @@ import typing
 import numpy as np
 import pytest
 
-from experiments import kills, optimizers, report
+from experiments import kills, optimizers, pretrain, report
 from experiments.config import Config, ConfigError, Optimizer, Preset, check
 from experiments.model import PRESETS
+from experiments.recipes import RECIPES
+from experiments.train import Result
 
 STEPS = kills.SMALL["steps"]
 
@@ -193,3 +195,32 @@ def test_metrics_survive_a_line_cut_short(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
     assert report.read_metrics(path) == [{"step": 1, "loss": 2.0}]
+
+
+# Billions of tokens, and ranks.
+C4 = {"60m": (1.1, 128), "130m": (2.2, 256), "350m": (6.4, 256), "1b": (13.1, 512)}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_are_those_of_the_c4_experiments(name):
+    tokens, rank = C4[name]
+    recipe = RECIPES[name]
+    check(recipe)
+    assert (recipe.preset, recipe.rank, recipe.corpus) == (name, rank, ("allenai/c4:en",))
+    assert recipe.steps * 512 * 256 == pytest.approx(tokens * 1e9, rel=1e-4)
+    assert (recipe.batch_size, recipe.seq_len, recipe.warmup) == (512, 256, 0.1)
+    assert recipe.max_tokens == round(tokens * 1e9)
+
+
+def test_options_go_before_the_recipe(monkeypatch, tmp_path):
+    asked = []
+
+    def stopped(config):
+        asked.append(config)
+        return Result(1, signal.SIGTERM, 1.0, 1.0, 1, 1, [], {})
+
+    monkeypatch.setattr(pretrain, "train", stopped)
+    options = ["--recipe", "130m", "--rank", "64", "--corpus", "notes", "--run-dir", str(tmp_path)]
+    assert pretrain.main(options) == 128 + signal.SIGTERM
+    changed = {"rank": 64, "corpus": ("notes",), "run_dir": str(tmp_path)}
+    assert asked == [dataclasses.replace(RECIPES["130m"], **changed)]

@@ -5,9 +5,8 @@ one seed; embedding, head and norms have AdamW's, the same for all. Then the bes
 seeds, and with the same learning rate on the other corpora. Runs that the result file holds are not
 repeated. GaLore's own sizes, on a machine that can hold them:
 
-    python -m experiments.studies.pretraining --corpora allenai/c4:en --base.preset 60m \\
-        --base.max-tokens 1100000000 --base.batch-size 512 --base.steps 10000 --base.rank 128 \\
-        --base.period 200 --base.dtype bfloat16 --jobs 1
+    python -m experiments.studies.pretraining --base.recipe 60m --jobs 1 \\
+        --out experiments/results/studies/pretraining-60m.json
 """
 
 import dataclasses
@@ -25,6 +24,7 @@ from experiments import cli, runs, tables
 from experiments.config import Config as Run
 from experiments.config import ConfigError, Optimizer, flag
 from experiments.plots import COLOURS
+from experiments.recipes import RECIPES
 from experiments.studies import weights
 
 PROGRAM = "experiments.studies.pretraining"
@@ -163,6 +163,10 @@ def _row(optimizer: str, entries: Sequence[runs.Entry], goal: float) -> dict[str
 def main(arguments: Sequence[str]) -> int:
     """Runs what is missing, prints tables, draws the figure; returns the exit code."""
     config = cli.parse(Config, PROGRAM, arguments)
+    if recipe := config.base.recipe:
+        base = RECIPES[recipe]
+        default = Config(corpora=base.corpus, base=base)
+        config = cli.parse(Config, PROGRAM, arguments, default)
     options: dict[str, Any] = {"jobs": config.jobs, "measure": weights.measure}
     tuned = runs.complete(grid(config), config.out, **options)
     best = best_rates(tuned)
