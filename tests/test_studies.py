@@ -59,7 +59,7 @@ def test_pretraining_tunes_each_on_one_grid_and_repeats_the_best(trained, tuned)
     assert {(c.optimizer, c.learning_rate, c.seed, c.corpus) for c in grid} == {
         (o, rate, 0, ("stdlib",))
         for o in pretraining.OPTIMIZERS
-        for rate in (1e-3, 3e-3, 1e-2, 3e-2)
+        for rate in (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
     }
     for corpus, configs in (("stdlib", first), ("runs/sotu", second)):
         assert {(c.optimizer, c.seed) for c in configs} == {

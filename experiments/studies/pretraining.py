@@ -47,7 +47,7 @@ class Config:
 
     optimizers: tuple[Optimizer, ...] = OPTIMIZERS
     """Optimizers to compare."""
-    learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2)
+    learning_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
     """The grid, for hidden matrices."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of weights, data order and draws; the grid uses the first."""
