@@ -69,12 +69,12 @@ def panels(config: Config, rates: dict[str, float]) -> Panels:
         },
         "sampling": {"fixed size": {}, "Bernoulli": {"sampler": "bernoulli"}},
         "scale of updates": {"matched": {}} | {
-            f"raw, {rate:g}": {"consistent_rms": None, "learning_rate": rate}
+            f"raw {rate:g}": {"consistent_rms": None, "learning_rate": rate}
             for rate in config.raw_rates
         },
         "staleness or bias": {
-            f"GaLore, {k}": biased | {"period": k} for k in config.galore_periods
-        } | {f"GUM, {k}": {"period": k} for k in config.periods if k <= 200},
+            f"GaLore {k}": biased | {"period": k} for k in config.galore_periods
+        } | {f"GUM {k}": {"period": k} for k in config.periods if k <= 200},
     }  # fmt: skip
 
 
@@ -151,7 +151,7 @@ def _panel(axes: Axes, title: str, settings: dict[str, Any], default: dict[str, 
     below = [row["loss"] - row["least"] for row in settings.values()]
     above = [row["largest"] - row["loss"] for row in settings.values()]
     axes.errorbar(places, means, yerr=(below, above), fmt="o", color=COLOURS[0], capsize=3)
-    axes.set_xticks(places, settings, fontsize="small")
+    axes.set_xticks(places, [label.replace(" ", "\n") for label in settings], fontsize="small")
     axes.margins(x=0.15)
     axes.set_title(title, fontsize="medium")
     axes.grid(alpha=0.3)
