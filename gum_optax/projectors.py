@@ -265,25 +265,31 @@ def _power_iterations(gradient: jax.Array, start: jax.Array, iterations: int) ->
             rows = orthonormalize(jnp.matmul(rows / largest, gradient.T))
         return rows
 
+    def twice(rows: jax.Array) -> jax.Array:
+        # After the first time, weak directions are still far below one; the next product would
+        # weaken them again, and soon they would be lost in rounding.
+        return _orthonormal_rows(_orthonormal_rows(rows, shift=1e-6), shift=1e-7)
+
     # Cholesky is several times as fast as Householder reflections on CPUs, and on accelerators
     # nearly all of it is matrix products; but it can fail on gradients of a rank below r.
-    fast = iterate(partial(_orthonormal_rows, shift=1e-6))
+    fast = iterate(twice)
     for _ in range(2):
         fast = _orthonormal_rows(fast, shift=0.0)
-    departure = jnp.max(
-        jnp.abs(_products.exact(fast, fast.T) - jnp.eye(len(fast), dtype=fast.dtype))
-    )
+    eye = jnp.eye(len(fast), dtype=fast.dtype)
     tolerance = 4 * jnp.finfo(fast.dtype).eps * gradient.shape[0] ** 0.5
+    # Not `max(...) <= tolerance`: XLA's CPU backend passes over NaNs in a maximum.
+    succeeded = jnp.all(jnp.abs(_products.exact(fast, fast.T) - eye) <= tolerance)
     slow = partial(iterate, lambda rows: jnp.linalg.qr(rows.T)[0].T)
-    return jax.lax.cond(departure <= tolerance, lambda: fast, slow).T
+    return jax.lax.cond(succeeded, lambda: fast, slow).T
 
 
 def _orthonormal_rows(x: jax.Array, shift: float) -> jax.Array:
     """``L^-1 X`` with ``L L' = X X' + shift * trace(X X') I``.
 
     The shift keeps what rounding may have made indefinite positive definite. Rows span the same
-    space, and are orthonormal where singular values are well above the shift's root; twice more
-    without shift makes them so to rounding.
+    space, and are orthonormal where singular values are well above the shift's root; where they are
+    not, again with a smaller shift brings them nearer, and twice without makes them orthonormal to
+    rounding.
 
     References:
       Fukaya et al., Shifted Cholesky QR, arXiv 1809.11085.
