@@ -12,6 +12,7 @@ import dataclasses
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,9 @@ class Config:
     n: int = 20
     """Side of the matrix."""
     r: int = 12
-    """Rank of the noise, and of the projectors."""
+    """Rank of the noise."""
+    rank: int | None = None
+    """Rank of the projectors. None: that of the noise."""
     sigma: float = 100.0
     """Scale of the noise; the signal is of order one."""
     steps: int = 4000
@@ -48,6 +51,11 @@ class Config:
     """Seeds 0, 1, ... decide the problem, the noise and the draws."""
     out: Path = Path("experiments/results")
     """Directory of the figure and the JSON file."""
+
+    @property
+    def projector_rank(self) -> int:
+        """Columns of every basis."""
+        return self.r if self.rank is None else self.rank
 
     @property
     def learning_rate(self) -> float:
@@ -66,7 +74,7 @@ def methods(config: Config) -> dict[str, Callable[[jax.Array], optax.GradientTra
 
     def low_rank_muon(sampler: Any, projector: Any) -> Callable[[jax.Array], Any]:
         return lambda key: gum_optax.scale_by_gum(
-            config.r, config.period, sampler=sampler, projector=projector, key=key
+            config.projector_rank, config.period, sampler=sampler, projector=projector, key=key
         )
 
     golore = projectors.switch(projectors.svd, projectors.random_orthonormal, config.steps // 2)
@@ -120,16 +128,16 @@ def relative_gap(
 
 def run(config: Config) -> dict[str, np.ndarray]:
     """Runs every method on every seed: method -> ``[seeds, steps + 1]`` relative gaps."""
-    seeds = jnp.arange(config.seeds)
+    return {name: relative_gaps(direction, config) for name, direction in methods(config).items()}
+
+
+def relative_gaps(
+    direction: Callable[[jax.Array], optax.GradientTransformation], config: Config
+) -> np.ndarray:
+    """Runs one method on every seed: ``[seeds, steps + 1]``."""
     # lax.map, not vmap: vmap would turn the engine's conditionals into computing both branches.
-    return {
-        name: np.asarray(
-            jax.jit(lambda s, d=direction: jax.lax.map(lambda x: relative_gap(d, config, x), s))(
-                seeds
-            )
-        )
-        for name, direction in methods(config).items()
-    }
+    every = jax.jit(partial(jax.lax.map, partial(relative_gap, direction, config)))
+    return np.asarray(every(jnp.arange(config.seeds)))
 
 
 def plot(gaps: dict[str, np.ndarray], config: Config, path: Path) -> None:

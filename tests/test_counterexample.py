@@ -70,3 +70,11 @@ def test_writes_figure_and_result(tmp_path, capsys):
     assert written["config"]["steps"] == 20
     assert set(written["final_relative_gap"]) == {"Muon", "GaLore-Muon", "GoLore-Muon", "GUM"}
     assert "GUM" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("rank", "moves"), [(None, False), (8, False), (16, True)])
+def test_galore_moves_where_the_projector_is_wider_than_the_noise(rank, moves):
+    config = Config(steps=300, seeds=1, rank=rank)
+    galore = counterexample.methods(config)["GaLore-Muon"]
+    gap = counterexample.relative_gaps(galore, config)[0, -1]
+    assert gap < 0.5 if moves else gap > 0.999

@@ -35,6 +35,7 @@ NAMES = {
     "gum": "GUM", "adamw": "AdamW", "muon": "Muon", "galore": "GaLore",
     "galore_muon": "GaLore-Muon", "golore_muon": "GoLore-Muon", "unbiased_adamw": "unbiased AdamW",
 }  # fmt: skip
+_MARKERS = "os^Dv*P"
 SMALL = Run(
     run_dir="runs/studies", steps=400, period=50, fallback_learning_rate=1e-2,
     validate_every=40, validation_batches=16, checkpoint_every=1_000_000, log_every=100,
@@ -203,20 +204,22 @@ def show(config: Config, tuned: Sequence[runs.Entry], found: dict[str, list[runs
 
 
 def draw(config: Config, found: dict[str, list[runs.Entry]]) -> Path:
-    """Draws, for each corpus, validation losses over steps, mean and range over seeds."""
+    """Draws, for each corpus, last losses over bytes of state: mean and range over seeds."""
     figure, axes = plt.subplots(
         1, len(found), figsize=(4.6 * len(found), 4.0), layout="constrained", squeeze=False
     )
     for each, (corpus, entries) in zip(axes[0], found.items(), strict=True):
         for i, optimizer in enumerate(config.optimizers):
-            curves = [e["curve"] for e in entries if e["config"]["optimizer"] == optimizer]
-            steps = [step for step, _ in curves[0]]
-            values = np.array([[loss for _, loss in curve] for curve in curves])
-            each.plot(steps, values.mean(0), color=COLOURS[i], label=NAMES[optimizer])
-            each.fill_between(
-                steps, values.min(0), values.max(0), color=COLOURS[i], alpha=0.2, linewidth=0
-            )
-        each.set(xlabel="step", ylabel="validation loss (nats per token)", title=Path(corpus).name)
+            mine = [e for e in entries if e["config"]["optimizer"] == optimizer]
+            losses = [e["validation_loss"] for e in mine]
+            mean = statistics.mean(losses)
+            each.errorbar(
+                mine[0]["state_bytes"] / 2**20, mean,
+                yerr=[[mean - min(losses)], [max(losses) - mean]],
+                fmt=_MARKERS[i], color=COLOURS[i], capsize=3, label=NAMES[optimizer],
+            )  # fmt: skip
+        each.set(xlabel="optimizer state (MiB)", ylabel="validation loss (nats per token)")
+        each.set_title(Path(corpus).name)
         each.grid(alpha=0.3)
     axes[0][0].legend(frameon=False, fontsize="small")
     path = config.out.with_suffix(".png")

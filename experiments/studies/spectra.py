@@ -14,15 +14,14 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.axes import Axes
 
 from experiments import cli, record, runs, tables
 from experiments.config import ConfigError, Optimizer
+from experiments.gradients import KINDS
 from experiments.plots import COLOURS
 from experiments.studies import pretraining
 
 PROGRAM = "experiments.studies.spectra"
-KINDS = ("q", "k", "v", "o", "gate", "up", "down")
 _MARKERS = "os^Dv*P"
 
 
@@ -97,9 +96,16 @@ def draw(config: Config, found: dict[str, dict[str, Any]]) -> Path:
     """Draws stable ranks by kind of matrix, and the distribution of singular values."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.2, 4.0), layout="constrained")
     for i, (optimizer, each) in enumerate(found.items()):
-        _ranks(left, each, pretraining.NAMES[optimizer], i, len(found))
-        place = np.linspace(0, 1, len(each["quantiles"]))
-        right.plot(place, each["quantiles"], color=COLOURS[i], marker=_MARKERS[i], markersize=4)
+        places = [kind + 0.6 * ((i + 0.5) / len(found) - 0.5) for kind in range(len(KINDS))]
+        number = list(pretraining.NAMES).index(optimizer)  # its colour is that of the other figure
+        style: dict[str, Any] = {"color": COLOURS[number], "marker": _MARKERS[number]}
+        ranks = each["stable_rank"].values()
+        left.errorbar(
+            places, [rank["mean"] for rank in ranks], yerr=[rank["deviation"] for rank in ranks],
+            linestyle="", label=pretraining.NAMES[optimizer], capsize=2, **style,
+        )  # fmt: skip
+        quantiles = each["quantiles"]
+        right.plot(np.linspace(0, 1, len(quantiles)), quantiles, markersize=4, **style)
     left.set_xticks(range(len(KINDS)), KINDS)
     left.set(xlabel="kind of matrix", ylabel="stable rank of the weights", ylim=(0, None))
     left.legend(frameon=False, fontsize="small")
@@ -111,15 +117,6 @@ def draw(config: Config, found: dict[str, dict[str, Any]]) -> Path:
     figure.savefig(path, dpi=150)
     plt.close(figure)
     return path
-
-
-def _ranks(axes: Axes, each: dict[str, Any], name: str, i: int, count: int) -> None:
-    places = [kind + 0.6 * ((i + 0.5) / count - 0.5) for kind in range(len(KINDS))]
-    ranks = each["stable_rank"].values()
-    axes.errorbar(
-        places, [r["mean"] for r in ranks], yerr=[r["deviation"] for r in ranks],
-        fmt=_MARKERS[i], color=COLOURS[i], label=name, capsize=2,
-    )  # fmt: skip
 
 
 if __name__ == "__main__":

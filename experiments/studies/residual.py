@@ -1,0 +1,231 @@
+"""What bases miss of later gradients (Figure 4): `python -m experiments.studies.residual`.
+
+The residual ``||G - P P'G||_F / ||G||_F`` against the steps since the refresh that P comes from. It
+has three reasons, which are told apart: P has few columns (what the best basis of each step's own
+gradient leaves), it fits the noise of one batch (what it leaves of other batches at the weights of
+the refresh), and it grows old. A bias is what it leaves of the full gradient, the mean over all
+batches: that is estimated too.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+
+from experiments import cli, gradients, record, tables
+from experiments.config import Config as Run
+from experiments.config import ConfigError
+from experiments.gradients import KINDS, ByKind, Moment
+from experiments.plots import COLOURS
+
+PROGRAM = "experiments.studies.residual"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Measure what bases miss of later gradients, along a run of GUM."""
+
+    offsets: tuple[int, ...] = (0, 1, 2, 5, 10, 20, 50, 100, 150, 199)
+    """Steps after each refresh at which its bases are compared with the gradient."""
+    others: int = 16
+    """Further batches at the same weights, for what depends on the batch and what does not."""
+    out: Path = Path("experiments/results/studies/residual.json")
+    """Result file; the figure is beside it."""
+    base: Run = dataclasses.field(default_factory=lambda: gradients.RUN)
+    """The run, as in experiments.pretrain."""
+
+
+# Curve -> kind -> [refreshes, offsets, layers]
+Values = dict[str, ByKind]
+
+# Curve -> label, colour, line
+_STYLES = {
+    "svd": ("SVD", COLOURS[1], "s--"),
+    "default": ("default projector", COLOURS[0], "o-"),
+    "full gradient": ("default, full gradient", COLOURS[2], "^-"),
+    "fresh": ("SVD of the step itself", COLOURS[3], "v-"),
+    "random": ("random subspace", COLOURS[6], ":"),
+}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Trains and measures, prints tables, writes results and figure; returns the exit code."""
+    config = cli.parse(Config, PROGRAM, arguments)
+    values = measured(config)
+    starts = range(0, config.base.steps, config.base.period)
+    record.write(config.out, config, refreshes=list(starts), curves=summary(values))
+    for i, start in enumerate(starts):
+        tables.show(
+            f"Residual, mean over all matrices, steps after the refresh at {start}",
+            ("curve", *map(str, config.offsets)),
+            ((curve, *overall(by_kind)[0][i].tolist()) for curve, by_kind in values.items()),
+        )
+    print(f"\nresults: {config.out}; figure: {draw(config, values)}")
+    return 0
+
+
+def measured(config: Config) -> Values:
+    """Trains; the residuals of all matrices at all refreshes and offsets.
+
+    Raises:
+      ConfigError: the steps do not fit into the run, or there are too few batches.
+    """
+    if config.others < 2:
+        raise ConfigError(f"--others is {config.others}; noise is what differs between two or more")
+    steps = gradients.since_refresh(config.base, config.offsets)
+    svd: ByKind = {}
+    found: list[Values] = []
+    for moment in gradients.along(config.base, steps, config.others):
+        if moment.step % config.base.period == 0:
+            svd = own_bases(moment)
+        found.append(residuals(moment, svd))
+    return {
+        curve: {kind: _periods(config, found, curve, kind) for kind in KINDS} for curve in found[0]
+    }
+
+
+def _periods(config: Config, found: list[Values], curve: str, kind: str) -> np.ndarray:
+    """``[refreshes, offsets, layers]`` of one curve and kind, from its values at each step."""
+    rows = np.array([each[curve][kind] for each in found])
+    return rows.reshape(-1, len(config.offsets), rows.shape[-1])
+
+
+def own_bases(moment: Moment) -> ByKind:
+    """The SVD's bases of a step's own gradients, of the rank that the run has."""
+    return {
+        kind: gradients.best_bases(moment.gradients[kind], bases.shape[-1])
+        for kind, bases in moment.bases.items()
+    }
+
+
+def residuals(moment: Moment, svd: ByKind) -> Values:
+    """By curve and kind, the numbers of each layer; `svd` are the SVD's bases at the refresh."""
+    fresh = own_bases(moment)
+    found = {}
+    for kind in KINDS:
+        own, bases = moment.gradients[kind], moment.bases[kind]
+        others = np.stack([each[kind] for each in moment.others])
+        layers, m, rank = bases.shape
+        found[kind] = {
+            "svd": relative(own, svd[kind]),
+            "default": relative(own, bases),
+            "other batches": relative(others, bases).mean(0),
+            "full gradient": np.full(layers, full_gradient(others, bases)),
+            "fresh": relative(own, fresh[kind]),
+            "random": np.full(layers, (1 - rank / m) ** 0.5),  # in the mean square
+            "noise": noise(others),
+        }
+    return {curve: {kind: found[kind][curve] for kind in KINDS} for curve in found[KINDS[0]]}
+
+
+def relative(G: np.ndarray, P: np.ndarray) -> np.ndarray:
+    """``||G - P P'G||_F / ||G||_F`` of each matrix."""
+    return np.sqrt(gradients.squares(gradients.residual(G, P)) / gradients.squares(G))
+
+
+def full_gradient(samples: np.ndarray, P: np.ndarray) -> float:
+    """The relative residual of the mean that samples ``[batches, layers, m, n]`` scatter around.
+
+    Of all layers together, each scaled to samples of norm one: in a single layer the mean may be a
+    hundredth of the noise.
+    """
+    norms = gradients.squares(samples).mean(0)
+    missed = np.sum(without_noise(gradients.residual(samples, P)) / norms)
+    present = np.sum(without_noise(samples) / norms)
+    return float(np.clip(missed / present, 0, 1)) ** 0.5
+
+
+def noise(samples: np.ndarray) -> np.ndarray:
+    """The share of a sample's squared norm that is not its mean's."""
+    return 1 - without_noise(samples) / gradients.squares(samples).mean(0)
+
+
+def without_noise(samples: np.ndarray) -> np.ndarray:
+    """``||E G||^2``, estimated without bias: the mean of ``<G_a, G_b>`` over pairs of samples."""
+    count = len(samples)
+    pairs = gradients.squares(samples.sum(0)) - gradients.squares(samples).sum(0)
+    return pairs / (count * (count - 1))
+
+
+def overall(by_kind: ByKind) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation over the matrices of all kinds: ``[refreshes, offsets]``."""
+    every = np.concatenate([by_kind[kind] for kind in KINDS], axis=-1)
+    return every.mean(-1), every.std(-1)
+
+
+def summary(values: Values) -> dict[str, Any]:
+    """By curve and kind, mean and standard deviation over layers: ``[refreshes][offsets]``."""
+    return {
+        curve: {
+            kind: {
+                "mean": layers.mean(-1).round(4).tolist(),
+                "deviation": layers.std(-1).round(4).tolist(),
+            }
+            for kind, layers in by_kind.items()
+        }
+        for curve, by_kind in values.items()
+    }
+
+
+def draw(config: Config, values: Values) -> Path:
+    """Draws a panel for each refresh, over all matrices, and one for the kinds at the last."""
+    starts = range(0, config.base.steps, config.base.period)
+    rows = len(starts) // 2 + 1
+    figure, axes = plt.subplots(
+        rows, 2, figsize=(8.6, 3.6 * rows), layout="constrained", sharey=True, squeeze=False
+    )
+    for i, (each, start) in enumerate(zip(axes.flat, starts, strict=False)):
+        _refresh(each, config, values, i)
+        each.set_title(f"refresh at step {start}: mean and deviation", fontsize="medium")
+    _kinds(axes.flat[len(starts)], config, values["default"])
+    axes.flat[len(starts)].set_title(
+        f"default projector, refresh at step {starts[-1]}", fontsize="medium"
+    )
+    for each in axes.flat[: len(starts) + 1]:
+        each.set_xscale("symlog", linthresh=1, linscale=0.4)
+        each.set_xticks(config.offsets, config.offsets, fontsize="small")
+        each.set(xlabel="steps since the refresh", ylim=(0, 1))
+        each.grid(alpha=0.3)
+    for empty in axes.flat[len(starts) + 1 :]:
+        empty.set_axis_off()
+    for row in axes:
+        row[0].set_ylabel("residual / gradient")
+    path = config.out.with_suffix(".png")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path
+
+
+def _refresh(axes: Axes, config: Config, values: Values, i: int) -> None:
+    for curve, (label, colour, line) in _STYLES.items():
+        mean, deviation = (each[i] for each in overall(values[curve]))
+        axes.plot(config.offsets, mean, line, color=colour, label=label, markersize=4)
+        if curve == "default":
+            axes.fill_between(
+                config.offsets, mean - deviation, mean + deviation, color=colour, alpha=0.15,
+                linewidth=0,
+            )  # fmt: skip
+    other = overall(values["other batches"])[0][i, 0]
+    axes.plot(
+        0, other, "*", color=COLOURS[4], markersize=14, label="default, other batches, same weights"
+    )
+    if i == 0:
+        axes.legend(frameon=False, fontsize="x-small", ncols=2, loc="upper left")
+
+
+def _kinds(axes: Axes, config: Config, by_kind: ByKind) -> None:
+    for kind, colour, marker in zip(KINDS, COLOURS, "os^Dv*P", strict=True):
+        axes.plot(
+            config.offsets, by_kind[kind][-1].mean(-1), color=colour, marker=marker, label=kind,
+            markersize=4,
+        )  # fmt: skip
+    axes.legend(frameon=False, fontsize="x-small", ncols=4)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main, PROGRAM))

@@ -1,0 +1,300 @@
+"""The variance that the draws add to a gradient: `python -m experiments.studies.variance`.
+
+With low-rank part ``S_i = P_i P_i' G_i`` and residual ``R_i = G_i - S_i``, the estimate of a matrix
+is ``S_i / (1 - q_i)`` or, with probability ``q_i``, ``R_i / q_i``. The parts are orthogonal, so
+
+    E ||estimate_i - G_i||^2 = ||S_i||^2 / (1 - q_i) + ||R_i||^2 / q_i - ||G_i||^2,
+
+and the sum over a stack of N matrices is the same however their draws depend on each other. The
+library draws all with ``q = gamma / N``. Importance sampling gives each a ``q_i`` of its own, with
+the same sum and so the same expected memory. It has to choose them once in a period, from norms
+that grow old; what it would gain with the norms of each step itself is its bound.
+"""
+
+import dataclasses
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+
+from experiments import cli, gradients, record, tables
+from experiments.config import Config as Run
+from experiments.config import ConfigError
+from experiments.gradients import KINDS, Moment
+from experiments.model import architecture
+from experiments.plots import COLOURS
+
+PROGRAM = "experiments.studies.variance"
+# Bounds of a probability: 1/q and 1/(1-q), which weigh what norms did not foresee, are at most 20.
+LEAST, MOST = 0.05, 0.95
+# Whose norms a rule knows: those of the refresh, with the batch that the bases come from; those of
+# the next recorded step, with another batch; or each later step's own, which nobody knows before.
+KNOWN = {"refresh": slice(0, 1), "next": slice(1, 2), "step": slice(2, None)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Compute the variance of GUM's estimate of gradients along a run."""
+
+    gammas: tuple[int, ...] = (1, 2, 4)
+    """Full-rank layers of each role, on average."""
+    shown: int = 2
+    """Gamma at which the figure compares ways to sample."""
+    offsets: tuple[int, ...] = (0, 1, 2, 5, 10, 20, 50, 100, 150, 199)
+    """Steps after each refresh whose norms are recorded; those from the third on are compared."""
+    out: Path = Path("experiments/results/studies/variance.json")
+    """Result file; the figure is beside it."""
+    base: Run = dataclasses.field(default_factory=lambda: gradients.RUN)
+    """The run, as in experiments.pretrain."""
+
+
+class Norms(NamedTuple):
+    """``||S_i||^2`` and ``||R_i||^2``, ``[refreshes, offsets, kinds, layers]`` each."""
+
+    low: np.ndarray
+    residual: np.ndarray
+
+    @property
+    def gradient(self) -> np.ndarray:
+        """``||G_i||^2``: the two parts are orthogonal."""
+        return self.low + self.residual
+
+
+# (||S_i||^2, ||R_i||^2, sum of probabilities) -> the probability of each matrix, on the last axis
+Rule = Callable[[np.ndarray, np.ndarray, float], np.ndarray]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Trains and computes, prints tables, writes results and figure; returns the exit code."""
+    config = cli.parse(Config, PROGRAM, arguments)
+    check(config)
+    steps = gradients.since_refresh(config.base, config.offsets)
+    norms = together(config, map(squares, gradients.along(config.base, steps)))
+    overviews = {gamma: overview(norms, gamma) for gamma in config.gammas}
+    rules = {gamma: comparison(norms, gamma) for gamma in config.gammas}
+    residual = dict(zip(KINDS, np.moveaxis(missed(norms), -1, 0).round(4).tolist(), strict=True))
+    record.write(config.out, config, residual=residual, equal=overviews, rules=rules)
+    show(overviews, rules)
+    print(f"\nresults: {config.out}; figure: {draw(config, norms, rules[config.shown])}")
+    return 0
+
+
+def check(config: Config) -> None:
+    """Raises `ConfigError` naming the first field whose value cannot work."""
+    layers = architecture(config.base).layers
+    for gamma in config.gammas:
+        if not 1 <= gamma < layers:
+            raise ConfigError(f"--gammas: {gamma} is not between 1 and {layers - 1}, of {layers}")
+    if config.shown not in config.gammas:
+        raise ConfigError(f"--shown is {config.shown}; it must be one of --gammas")
+    if len(config.offsets) < 3:
+        raise ConfigError(f"--offsets has {len(config.offsets)}; the third is the first to compare")
+
+
+def squares(moment: Moment) -> Norms:
+    """The squared norms of one step: ``[kinds, layers]``."""
+    found = []
+    for kind in KINDS:
+        G = moment.gradients[kind]
+        R = gradients.residual(G, moment.bases[kind])
+        found.append((gradients.squares(G - R), gradients.squares(R)))
+    return Norms(*map(np.array, zip(*found, strict=True)))
+
+
+def together(config: Config, steps: Iterable[Norms]) -> Norms:
+    """Those of all recorded steps, a row for each refresh."""
+    shape = (-1, len(config.offsets))
+    parts = map(np.array, zip(*steps, strict=True))
+    return Norms(*(part.reshape(*shape, *part.shape[1:]) for part in parts))
+
+
+def variance(low: np.ndarray, residual: np.ndarray, q: np.ndarray | float) -> np.ndarray:
+    """``E ||estimate - G||^2`` of matrices with ``||S||^2 = low`` and ``||R||^2 = residual``."""
+    return low / (1 - q) + residual / q - (low + residual)
+
+
+def equal(low: np.ndarray, residual: np.ndarray, total: float) -> np.ndarray:
+    """The library's rule: the same probability for all."""
+    del residual
+    return np.full(low.shape, total / low.shape[-1])
+
+
+def proportional(low: np.ndarray, residual: np.ndarray, total: float) -> np.ndarray:
+    """Proportional to the residual's norm, within bounds."""
+    del low
+    norm = np.sqrt(residual)
+    # At this factor all probabilities are at their upper bound.
+    largest = MOST / norm.min(-1, keepdims=True)
+
+    def drawn(factor: np.ndarray) -> np.ndarray:
+        return np.clip(factor * norm, LEAST, MOST)
+
+    return drawn(_root(lambda factor: total - _sum(drawn(factor)), 0 * largest, largest))
+
+
+def optimal(low: np.ndarray, residual: np.ndarray, total: float) -> np.ndarray:
+    """The least total variance, within bounds.
+
+    Where the sum of variances is least under ``sum q_i = total``, their derivatives by all ``q_i``
+    that are not at a bound are equal: ``||R_i||^2 / q_i^2 - ||S_i||^2 / (1 - q_i)^2 = price``. This
+    falls in ``q_i``, so a price decides all probabilities, and their sum falls in the price.
+    """
+
+    def saved(q: np.ndarray) -> np.ndarray:
+        return residual / q**2 - low / (1 - q) ** 2
+
+    def drawn(price: np.ndarray) -> np.ndarray:
+        least, most = np.full(low.shape, LEAST), np.full(low.shape, MOST)
+        return _root(lambda q: saved(q) - price, least, most)
+
+    dearest = saved(np.full(low.shape, LEAST)).max(-1, keepdims=True)
+    cheapest = saved(np.full(low.shape, MOST)).min(-1, keepdims=True)
+    return drawn(_root(lambda price: _sum(drawn(price)) - total, cheapest, dearest))
+
+
+RULES: dict[str, Rule] = {"proportional": proportional, "optimal": optimal}
+
+
+def _root(f: Callable[[np.ndarray], np.ndarray], a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Where falling functions cross zero between `a` and `b`, by bisection; else the nearer end."""
+    for _ in range(40):
+        middle = (a + b) / 2
+        a, b = np.where(f(middle) > 0, middle, a), np.where(f(middle) > 0, b, middle)
+    return (a + b) / 2
+
+
+def _sum(q: np.ndarray) -> np.ndarray:
+    return q.sum(-1, keepdims=True)
+
+
+def missed(norms: Norms) -> np.ndarray:
+    """``||R|| / ||G||`` of whole stacks."""
+    return np.sqrt(norms.residual.sum(-1) / norms.gradient.sum(-1))
+
+
+def relative(norms: Norms, q: np.ndarray) -> np.ndarray:
+    """``E ||estimate - G||^2 / ||G||^2`` of whole stacks."""
+    return variance(*norms, q).sum(-1) / norms.gradient.sum(-1)
+
+
+def overview(norms: Norms, gamma: int) -> dict[str, float]:
+    """With equal probabilities: relative variance over all stacks and compared steps."""
+    now = known(norms, "step")
+    values = relative(now, equal(*now, gamma))
+    return {
+        "probability": gamma / now.low.shape[-1],
+        "least": float(values.min()),
+        "mean": float(values.mean()),
+        "largest": float(values.max()),
+    }
+
+
+# Weighing -> rule and whose norms it knows -> kind -> relative variance
+Comparison = dict[str, dict[str, dict[str, float]]]
+
+
+def comparison(norms: Norms, gamma: int) -> Comparison:
+    """Relative variance by rule, mean over all compared steps.
+
+    As it is, large gradients count most. By its own norm every matrix counts alike, as for a base
+    that removes scale, such as Muon's.
+    """
+    alike = Norms(*(part / norms.gradient for part in norms))
+    return {"as it is": _by_rule(norms, gamma), "by own norm": _by_rule(alike, gamma)}
+
+
+def _by_rule(norms: Norms, gamma: int) -> dict[str, dict[str, float]]:
+    now = known(norms, "step")
+    chosen = {"equal": equal(*now, gamma)} | {
+        f"{name}, {whose}": rule(*known(norms, whose), gamma)
+        for name, rule in RULES.items()
+        for whose in KNOWN
+    }
+    return {
+        name: dict(zip(KINDS, relative(now, q).mean((0, 1)).tolist(), strict=True))
+        for name, q in chosen.items()
+    }
+
+
+def known(norms: Norms, whose: str) -> Norms:
+    """What a rule knows, see `KNOWN`."""
+    return Norms(*(part[:, KNOWN[whose]] for part in norms))
+
+
+def show(overviews: dict[int, dict[str, float]], rules: dict[int, Comparison]) -> None:
+    """Prints the variance by gamma, and what rules make of it."""
+    tables.show(
+        "Variance over ||G||^2, equal probabilities, over kinds and steps",
+        ("gamma", "q", "least", "mean", "largest"),
+        ((str(gamma), *row.values()) for gamma, row in overviews.items()),
+    )
+    for gamma, weighings in rules.items():
+        for weighing, rows in weighings.items():
+            tables.show(
+                f"Variance by rule, gamma {gamma}, {weighing}",
+                ("rule and its norms", *KINDS, "mean"),
+                (
+                    (name, *row.values(), statistics.mean(row.values()))
+                    for name, row in rows.items()
+                ),
+            )
+
+
+def draw(config: Config, norms: Norms, rules: Comparison) -> Path:
+    """Draws the variance over the residual, and what importance sampling makes of it."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8.6, 4.0), layout="constrained")
+    _by_residual(left, config, known(norms, "step"))
+    _by_kind(right, config, rules)
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    path = config.out.with_suffix(".png")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path
+
+
+def _by_residual(axes: Axes, config: Config, norms: Norms) -> None:
+    grid = np.linspace(0, 1, 101)
+    for gamma, colour, marker in zip(config.gammas, COLOURS, "os^Dv*P", strict=False):
+        q = gamma / norms.low.shape[-1]
+        variances = relative(norms, equal(*norms, gamma))
+        axes.plot(grid, variance(1 - grid**2, grid**2, q), color=colour, linewidth=1)
+        label = f"gamma {gamma} (q = {q:g})"
+        axes.plot(
+            missed(norms).ravel(), variances.ravel(), marker,
+            color=colour, markersize=3, alpha=0.5, label=label,
+        )  # fmt: skip
+    axes.plot(grid, grid**2, ":", color=COLOURS[-1], label="low rank alone: squared bias")
+    axes.set(xlabel="residual / gradient", ylabel="squared error / squared gradient", xlim=(0, 1))
+    axes.set_title("The residual decides (dots: stacks and steps)", fontsize="medium")
+    axes.legend(frameon=False, fontsize="small")
+
+
+def _by_kind(axes: Axes, config: Config, rules: Comparison) -> None:
+    curves = {
+        "norms of the refresh": ("as it is", "optimal, refresh"),
+        "norms of the next step": ("as it is", "optimal, next"),
+        "each step's own norms": ("as it is", "optimal, step"),
+        "the same, all gradients of norm one": ("by own norm", "optimal, step"),
+    }
+    styles = zip(curves.items(), COLOURS, "os^D", strict=False)
+    for (label, (weighing, rule)), colour, marker in styles:
+        values = rules[weighing]
+        y = [values[rule][kind] / values["equal"][kind] for kind in KINDS]
+        axes.plot(KINDS, y, marker, color=colour, label=label)
+    axes.axhline(1, color=COLOURS[-1], linewidth=1, linestyle=":")
+    axes.set(xlabel="kind of matrix", ylabel="variance / with equal probabilities", yscale="log")
+    axes.set_yticks([0.5, 1, 2, 4, 8], ["0.5", "1", "2", "4", "8"])
+    axes.set_yticks([], minor=True)
+    axes.set_ylim(0.45, 12)
+    axes.set_title(f"Optimal probabilities for each, gamma {config.shown}", fontsize="medium")
+    axes.legend(frameon=False, fontsize="small", loc="upper left")
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main, PROGRAM))
