@@ -16,10 +16,10 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2
 STAMP := $(VENV)/.installed-$(VERSION)-$(or $(notdir $(CONSTRAINTS)),newest)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow lint format clean
+.PHONY: help demo test slow notebooks lint format clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 demo: $(STAMP) ## Run the demonstration
 	$(BIN)/python -m experiments.demo $(ARGS)
@@ -29,6 +29,9 @@ test: lint ## Run lint, then the tests and documented examples
 
 slow: $(STAMP) ## Run the tests that `make test` leaves out: several processes, kills, full disks
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+notebooks: $(STAMP) ## Run the notebooks again and keep their outputs
+	$(BIN)/python -m notebooks.execute $(ARGS)
 
 lint: $(STAMP) ## Check style, formatting and types
 	$(BIN)/ruff check $(SOURCES)
