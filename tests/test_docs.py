@@ -26,6 +26,7 @@ def test_readme_has_code():
 
 def test_readme_facts_are_those_of_the_result_files():
     assert facts.table() in README, "paste the output of `python -m experiments.facts`"
+    assert facts.pretraining() in README, "paste the output of `python -m experiments.facts`"
     assert facts.performance() in README, "paste the output of `python -m experiments.facts`"
 
 
