@@ -24,7 +24,7 @@ _PERFORMANCE_HEAD = (
     "| refreshes' share | SVD refresh / ours | / floor |\n|---|---|---|---|---|---|---|---|---|"
 )
 _CURVES_COMMAND = (
-    "python -m experiments.tune --optimizers gum gum_svd --learning-rates 1e-2 --seeds 0 1 2 "
+    "python -m experiments.tune --optimizers gum --learning-rates 1e-2 --seeds 0 1 2 "
     "--base.steps 300 --base.period 50 --out experiments/results/projector_curves.json"
 )
 _HEAD = "| what | measured | command |\n|---|---|---|"
@@ -217,18 +217,18 @@ def curves() -> Iterator[tuple[str, str, str]]:
     """Validation losses with the default projector and with SVD, by seed."""
     entries = _read("projector_curves.json")
     losses = {
-        name: [e["validation_loss"] for e in entries if e["config"]["optimizer"] == name]
-        for name in ("gum", "gum_svd")
+        name: [e["validation_loss"] for e in entries if e["config"]["projector"] == projector]
+        for name, projector in (("default projector", None), ("SVD", "svd"))
     }
-    steps, seeds = entries[0]["config"]["steps"], len(losses["gum"])
+    steps, seeds = entries[0]["config"]["steps"], len(losses["SVD"])
     yield (
         f"Validation loss after {steps} steps of the demo's model, {seeds} seeds",
         "; ".join(
             f"{name} {statistics.mean(values):.3f} (standard deviation "
             f"{statistics.stdev(values):.3f})"
-            for name, values in zip(("default projector", "SVD"), losses.values(), strict=True)
+            for name, values in losses.items()
         ),
-        _CURVES_COMMAND,
+        f"{_CURVES_COMMAND}`, and with `--base.projector svd",
     )
 
 

@@ -188,8 +188,8 @@ def draw(config: Config, values: Values) -> Path:
     )
     for each in axes.flat[: len(starts) + 1]:
         each.set_xscale("symlog", linthresh=1, linscale=0.4)
-        each.set_xticks(config.offsets, config.offsets, fontsize="small")
-        each.set(xlabel="steps since the refresh", ylim=(0, 1))
+        each.set_xticks(config.offsets, config.offsets, fontsize="x-small")
+        each.set(xlabel="steps since the refresh", xlim=(-0.3, config.base.period), ylim=(0, 1))
         each.grid(alpha=0.3)
     for empty in axes.flat[len(starts) + 1 :]:
         empty.set_axis_off()
