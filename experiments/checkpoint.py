@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 
 import gum_optax
 from experiments import compatibility
-from experiments.config import Config, ConfigError, make_directory
+from experiments.config import ConfigError, Training, make_directory
 
 
 class StorageError(ConfigError):
@@ -32,7 +32,7 @@ class Checkpoints:
     could read memory that the next step already writes.
     """
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Training):
         options = ocp.CheckpointManagerOptions(
             max_to_keep=config.keep_checkpoints,
             cleanup_tmp_directories=True,
@@ -115,7 +115,7 @@ class Checkpoints:
         self._manager.close()
 
 
-def check_run_directory(config: Config) -> None:
+def check_run_directory(config: Training) -> None:
     """Raises `ConfigError` if this run may not start, or not resume, in its directory."""
     saved = _complete(config)
     if saved and not config.resume:
@@ -129,15 +129,13 @@ def check_run_directory(config: Config) -> None:
         compatibility.check_same_run(_load(config)["config"], config)
 
 
-def check_same_data(config: Config, digest: str) -> None:
+def check_same_data(config: Training, digest: str, what: str) -> None:
     """Raises `ConfigError` if the run began on other tokens than the ones prepared now."""
     if _load(config)["data_digest"] != digest:
-        raise ConfigError(
-            f"--resume: the text of {' '.join(config.corpus)} has changed since this run began"
-        )
+        raise ConfigError(f"--resume: {what} has changed since this run began")
 
 
-def describe(config: Config, digest: str) -> dict:
+def describe(config: Training, digest: str) -> dict:
     """What identifies a run: its configuration, its data, the versions and the machine."""
     return {
         "config": dataclasses.asdict(config),
@@ -149,14 +147,14 @@ def describe(config: Config, digest: str) -> dict:
     }
 
 
-def write_description(config: Config, digest: str) -> None:
+def write_description(config: Training, digest: str) -> None:
     """Writes `config.json` into the run directory, which is made if needed."""
     make_directory("run_dir", Path(config.run_dir))
     text = json.dumps(describe(config, digest), indent=2)
     _description(config).write_text(text + "\n")
 
 
-def last_good(config: Config) -> str:
+def last_good(config: Training) -> str:
     """A phrase that names the newest complete checkpoint."""
     steps = _complete(config)
     return (
@@ -165,7 +163,7 @@ def last_good(config: Config) -> str:
 
 
 @contextlib.contextmanager
-def storage_faults(config: Config) -> Iterator[None]:
+def storage_faults(config: Training) -> Iterator[None]:
     """Turns an `OSError` of a run, such as that of a full disk, into a `StorageError`."""
     try:
         yield
@@ -176,7 +174,7 @@ def storage_faults(config: Config) -> Iterator[None]:
         ) from error
 
 
-def _complete(config: Config) -> list[int]:
+def _complete(config: Training) -> list[int]:
     """The steps of complete checkpoints: only these have a bare number for a name."""
     return [int(path.name) for path in _directory(config).glob("*") if path.name.isdigit()]
 
@@ -204,18 +202,18 @@ def _told_once() -> Iterator[None]:
     logging.root.manager.disable, threading.excepthook, sys.unraisablehook = before
 
 
-def _load(config: Config) -> dict:
+def _load(config: Training) -> dict:
     try:
         return json.loads(_description(config).read_text())
     except (OSError, ValueError) as error:
         raise ConfigError(f"--resume: cannot read {_description(config)}: {error}") from error
 
 
-def _directory(config: Config) -> Path:
+def _directory(config: Training) -> Path:
     return Path(config.run_dir) / "checkpoints"
 
 
-def _description(config: Config) -> Path:
+def _description(config: Training) -> Path:
     return Path(config.run_dir) / "config.json"
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import gum_optax
-from experiments.config import Config, ConfigError, first_difference, flag
+from experiments.config import ConfigError, Training, first_difference, flag
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers", "numpy")
 
@@ -25,7 +25,7 @@ def versions() -> dict[str, str]:
     return installed | {"gum_optax": gum_optax.__version__, "python": platform.python_version()}
 
 
-def describe(config: Config, state: Any) -> dict:
+def describe(config: Training, state: Any) -> dict:
     """What a checkpoint of `state` says about itself."""
     return {
         "state_layout": gum_optax.STATE_LAYOUT,
@@ -35,7 +35,7 @@ def describe(config: Config, state: Any) -> dict:
     }
 
 
-def check_same_run(old: dict, config: Config) -> None:
+def check_same_run(old: dict, config: Training) -> None:
     """Raises `ConfigError` unless `old` is the configuration of the same run."""
     if field := first_difference(old, config):
         raise ConfigError(
@@ -44,7 +44,7 @@ def check_same_run(old: dict, config: Config) -> None:
         )
 
 
-def check_description(description: dict, config: Config) -> None:
+def check_description(description: dict, config: Training) -> None:
     """Raises `ConfigError` unless a checkpoint is of this run, in a state layout known here."""
     layout, written_by = description["state_layout"], description["versions"]["gum_optax"]
     if layout != gum_optax.STATE_LAYOUT:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -19,8 +20,8 @@ class ConfigError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """Pretrain a LLaMA with GUM or another optimizer, on one device or on many."""
+class Training:
+    """What every training run has, whatever it trains on."""
 
     run_dir: str = "runs/pretrain"
     """Directory of this run: config.json, metrics.jsonl, checkpoints, TensorBoard, loss.png."""
@@ -29,34 +30,15 @@ class Config:
     seed: int = 0
     """Seed of the initial weights, of the order of the data, and of the optimizer's draws."""
 
-    recipe: Recipe | None = None
-    """Defaults of all other options as in GaLore's C4 experiments with this model; what is given
-    beside it goes before."""
-    preset: Preset = "nano"
-    """Size of the model: tiny (tests), nano (a CPU), or GaLore's 60m, 130m, 350m, 1b."""
-    vocab_size: int | None = None
-    """Tokens in the vocabulary, when the tokenizer is trained here. None: the preset's."""
-    seq_len: int | None = None
-    """Tokens in one training window. None: the preset's."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the forward and backward pass; weights are float32. bfloat16 suits a GPU."""
-
-    corpus: tuple[str, ...] = ("stdlib",)
-    """What to read: stdlib (Python's own library), local text, .jsonl, .parquet or .arrow files or
-    directories of them, or a Hugging Face data set such as allenai/c4:en, streamed."""
-    text_field: str = "text"
-    """Column that holds the text in .jsonl, .parquet, .arrow and Hugging Face data."""
-    tokenizer: str | None = None
-    """A tokenizer.json to load. None: train a byte-level BPE on the training documents."""
-    tokenizer_chars: int = 20_000_000
-    """Characters of training text that the tokenizer is trained on, at most."""
-    max_tokens: int = 100_000_000
-    """Training tokens to take from the corpus, at most; a run that needs more repeats them."""
-    validation_fraction: float = 0.05
-    """Share of the documents held out for validation, chosen by a hash of their text."""
-    cache_dir: str | None = None
-    """Where tokenizers and token files are kept. None: $XDG_CACHE_HOME/gum_optax or
-    ~/.cache/gum_optax."""
+    """Type of the forward and backward pass; bfloat16 suits a GPU."""
+    weights: Literal["float32", "bfloat16"] = "float32"
+    """Type that weights are kept in. bfloat16 halves them; updates are then rounded to a neighbour
+    at random, so that small ones are not lost, and the optimizer works in float32."""
+    remat: bool = False
+    """Compute the activations of each block again in the backward pass instead of keeping them."""
+    accumulate: int = 1
+    """Parts of a batch whose gradients are computed one after the other, and summed."""
 
     steps: int = 600
     """Optimizer steps in the whole run."""
@@ -118,6 +100,38 @@ class Config:
 
 
 @dataclasses.dataclass(frozen=True)
+class Config(Training):
+    """Pretrain a LLaMA with GUM or another optimizer, on one device or on many."""
+
+    recipe: Recipe | None = None
+    """Defaults of all other options as in GaLore's C4 experiments with this model; what is given
+    beside it goes before."""
+    preset: Preset = "nano"
+    """Size of the model: tiny (tests), nano (a CPU), or GaLore's 60m, 130m, 350m, 1b."""
+    vocab_size: int | None = None
+    """Tokens in the vocabulary, when the tokenizer is trained here. None: the preset's."""
+    seq_len: int | None = None
+    """Tokens in one training window. None: the preset's."""
+
+    corpus: tuple[str, ...] = ("stdlib",)
+    """What to read: stdlib (Python's own library), local text, .jsonl, .parquet or .arrow files or
+    directories of them, or a Hugging Face data set such as allenai/c4:en, streamed."""
+    text_field: str = "text"
+    """Column that holds the text in .jsonl, .parquet, .arrow and Hugging Face data."""
+    tokenizer: str | None = None
+    """A tokenizer.json to load. None: train a byte-level BPE on the training documents."""
+    tokenizer_chars: int = 20_000_000
+    """Characters of training text that the tokenizer is trained on, at most."""
+    max_tokens: int = 100_000_000
+    """Training tokens to take from the corpus, at most; a run that needs more repeats them."""
+    validation_fraction: float = 0.05
+    """Share of the documents held out for validation, chosen by a hash of their text."""
+    cache_dir: str | None = None
+    """Where tokenizers and token files are kept. None: $XDG_CACHE_HOME/gum_optax or
+    ~/.cache/gum_optax."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Launch:
     """How the processes of one run find each other; what is not given, JAX detects."""
 
@@ -137,9 +151,12 @@ class Launch:
 FREE_ON_RESUME = frozenset(
     {"run_dir", "resume", "cache_dir", "log_every", "validate_every", "validation_batches"}
     | {"checkpoint_every", "keep_checkpoints", "mesh", "recipe"}
+    | {"export", "eval_batch_size", "shown"}
 )
 
+# Checked wherever a configuration has them.
 _COUNTS = ("vocab_size", "seq_len", "tokenizer_chars", "max_tokens", "steps", "batch_size")
+_COUNTS += ("accumulate", "train_examples", "eval_examples", "eval_batch_size")
 _PERIODS = ("period", "log_every", "validate_every", "checkpoint_every")
 _AMOUNTS = ("rank", "validation_batches", "keep_checkpoints")
 _RATES = ("learning_rate", "fallback_learning_rate", "consistent_rms")
@@ -176,12 +193,12 @@ def make_directory(field: str, path: Path) -> None:
         raise ConfigError(f"{flag(field)}: cannot make {path}: {error.strerror}") from error
 
 
-def check(config: Config) -> None:
+def check(config: Training) -> None:
     """Raises `ConfigError` naming the first field whose value cannot work."""
 
     def demand(fields: Iterable[str], holds: Callable[[Any], bool], reason: str) -> None:
         for field in fields:
-            value = getattr(config, field)
+            value = getattr(config, field, None)
             if value is not None and not holds(value):
                 raise ConfigError(f"{flag(field)} is {value}; it must be {reason}")
 
@@ -192,14 +209,16 @@ def check(config: Config) -> None:
     demand(("validation_fraction",), lambda value: 0 < value < 1, "above 0 and below 1")
     demand(("b2",), lambda value: 0 <= value < 1, "at least 0 and below 1")
     for field, users in _USERS.items():
-        unset = getattr(config, field) == getattr(Config, field)
+        unset = getattr(config, field) == getattr(Training, field)
         if not unset and config.optimizer not in users:
             raise ConfigError(f"{flag(field)} has no effect on {config.optimizer}")
     demand(("corpus",), lambda value: len(value) > 0, "at least one file, directory or data set")
+    divides = f"a divisor of --batch-size, {config.batch_size}"
+    demand(("accumulate",), lambda value: config.batch_size % value == 0, divides)
 
 
-def first_difference(old: dict, config: Config) -> str | None:
+def first_difference(old: dict, config: Training) -> str | None:
     """The first field, not free on resume, whose value in `old` differs from `config`'s."""
-    new = dataclasses.asdict(config) | {"corpus": list(config.corpus)}
+    new = json.loads(json.dumps(dataclasses.asdict(config)))
     changed = (k for k in new if k not in FREE_ON_RESUME and old.get(k, new[k]) != new[k])
     return next(changed, None)

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from experiments import cli
 from experiments.config import Config, ConfigError
+from experiments.loop import Result
 from experiments.plots import loss_curves
-from experiments.train import Result, train
+from experiments.train import train
 
 PROGRAM = "experiments.demo"
 

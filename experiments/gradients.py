@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 import gum_optax
-from experiments import data, model, train
+from experiments import data, losses, model, train
 from experiments.config import Config, ConfigError
 
 KINDS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -52,7 +52,7 @@ def along(config: Config, steps: Collection[int], others: int = 0) -> Iterator[M
         for seed in (config.seed, config.seed + 1)
     )
     static, state, step = train.start(config, arch)
-    gradient = jax.jit(jax.grad(partial(model.loss, static)))
+    gradient = jax.jit(jax.grad(losses.mean(partial(losses.of_windows, static))))
     for number in range(max(steps) + 1):
         batch = next(batches)
         wanted = [batch, *itertools.islice(further, others)] if number in steps else []

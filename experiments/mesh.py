@@ -21,8 +21,9 @@ _BATCH = ("data", "fsdp")
 
 # The mesh axes along each axis of a weight, by the name of its module: what reads the residual
 # stream has its input over fsdp and its output over tensor, what writes to it the other way round.
-# The embedding has its rows, the vocabulary, over both: with its columns over fsdp, the compiler
-# was seen to replicate whole activations in order to look tokens up. Norms are on every device.
+# A bias lies as the output does. The embedding has its rows, the vocabulary, over both: with its
+# columns over fsdp, the compiler was seen to replicate whole activations in order to look tokens
+# up. Norms are on every device.
 _READS = ("q", "k", "v", "gate", "up", "lm_head")
 _WRITES = ("o", "down")
 _RULES: dict[str, tuple[tuple[str, ...], ...]] = {
@@ -88,12 +89,16 @@ def rows(mesh: Mesh | None, batch_size: int) -> Sequence[int]:
     return sorted({row for part in here for row in range(batch_size)[part]})
 
 
-def put(mesh: Mesh | None, batch_size: int, batch: np.ndarray) -> Any:
-    """The batch of all processes, from the rows that this one read."""
+def put(mesh: Mesh | None, batch_size: int, batch: Any) -> Any:
+    """The batch of all processes, one array or several, from the rows that this one read."""
     if mesh is None:
         return batch
-    shape = batch_size, *batch.shape[1:]
-    return jax.make_array_from_process_local_data(batch_sharding(mesh), batch, shape)
+
+    def whole(rows: np.ndarray) -> jax.Array:
+        shape = batch_size, *rows.shape[1:]
+        return jax.make_array_from_process_local_data(batch_sharding(mesh), rows, shape)
+
+    return jax.tree.map(whole, batch)
 
 
 def describe(mesh: Mesh, params: Any) -> str:
@@ -112,7 +117,8 @@ def _layout(
     mesh: Mesh, path: jax.tree_util.KeyPath, leaf: Any
 ) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
     """For each axis of a leaf, the mesh axes that divide it, and those that should but cannot."""
-    rule = _RULES.get(_name(path).split("/")[-2], ())
+    *_, module, name = _name(path).split("/")
+    rule = _RULES.get(module, ())[-1 if name == "bias" else 0 :]
     layout = []
     for axes, size in zip(rule, leaf.shape[: len(rule)], strict=True):
         kept = ()

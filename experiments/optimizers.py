@@ -5,19 +5,20 @@ so that runs differ in one thing.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import optax
 
 import gum_optax
-from experiments.config import Config, choose
-from experiments.model import architecture
+from experiments import precision
+from experiments.config import Training, choose
 
 Optimizer = optax.GradientTransformation
 
 
-def schedule(config: Config, peak: float | None = None) -> optax.Schedule:
+def schedule(config: Training, peak: float | None = None) -> optax.Schedule:
     """Linear warm-up to the peak learning rate, then cosine decay."""
     peak = peak or config.learning_rate
     warmup = round(config.warmup * config.steps)
@@ -30,32 +31,34 @@ def schedule(config: Config, peak: float | None = None) -> optax.Schedule:
     )
 
 
-def gum(config: Config, rate: optax.Schedule) -> Optimizer:
+def gum(
+    config: Training, rate: optax.Schedule, sampler: gum_optax.samplers.Sampler | None = None
+) -> Optimizer:
     """Unbiased low-rank Muon: the paper's method, and the library's subject."""
     return _low_rank_muon(
         config,
         rate,
         projector=_projector(config, "subspace_iteration"),
-        sampler=_sampler(config),
+        sampler=sampler,
         restart=getattr(gum_optax.restarts, config.restart),
     )
 
 
-def galore_muon(config: Config, rate: optax.Schedule) -> Optimizer:
+def galore_muon(config: Training, rate: optax.Schedule) -> Optimizer:
     """Biased low-rank Muon: no layer is ever full-rank."""
     return _low_rank_muon(
         config, rate, projector=_projector(config, "svd"), sampler=gum_optax.samplers.none
     )
 
 
-def golore_muon(config: Config, rate: optax.Schedule) -> Optimizer:
+def golore_muon(config: Training, rate: optax.Schedule) -> Optimizer:
     """Biased low-rank Muon that turns to random projections late in the run."""
     return _low_rank_muon(
         config, rate, projector=_late_random(config), sampler=gum_optax.samplers.none
     )
 
 
-def galore(config: Config, rate: optax.Schedule) -> Optimizer:
+def galore(config: Training, rate: optax.Schedule) -> Optimizer:
     """Adam on projected gradients, biased."""
     return gum_optax.galore(
         rate,
@@ -67,7 +70,7 @@ def galore(config: Config, rate: optax.Schedule) -> Optimizer:
     )
 
 
-def golore(config: Config, rate: optax.Schedule) -> Optimizer:
+def golore(config: Training, rate: optax.Schedule) -> Optimizer:
     """GaLore that turns to random projections late in the run."""
     return gum_optax.golore(
         rate,
@@ -79,7 +82,7 @@ def golore(config: Config, rate: optax.Schedule) -> Optimizer:
     )
 
 
-def unbiased_adamw(config: Config, rate: optax.Schedule) -> Optimizer:
+def unbiased_adamw(config: Training, rate: optax.Schedule) -> Optimizer:
     """Adam on unbiased compressed gradients."""
     return gum_optax.unbiased_adamw(
         rate,
@@ -92,7 +95,7 @@ def unbiased_adamw(config: Config, rate: optax.Schedule) -> Optimizer:
     )
 
 
-def muon(config: Config, rate: optax.Schedule) -> Optimizer:
+def muon(config: Training, rate: optax.Schedule) -> Optimizer:
     """Full-rank Muon on the hidden matrices, AdamW on the rest."""
     return optax.contrib.muon(
         rate,
@@ -106,7 +109,7 @@ def muon(config: Config, rate: optax.Schedule) -> Optimizer:
     )
 
 
-def adamw(config: Config, rate: optax.Schedule) -> Optimizer:
+def adamw(config: Training, rate: optax.Schedule) -> Optimizer:
     """AdamW on everything; hidden matrices and the rest may have learning rates of their own."""
     plain = _plain_adamw(config, rate)
     if config.fallback_learning_rate is None:
@@ -114,7 +117,7 @@ def adamw(config: Config, rate: optax.Schedule) -> Optimizer:
     return optax.partition({"matrix": plain, "rest": _fallback(config)}, _matrix_or_rest)
 
 
-OPTIMIZERS: dict[str, Callable[[Config, optax.Schedule], Optimizer]] = {
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "gum": gum,
     "adamw": adamw,
     "muon": muon,
@@ -128,15 +131,19 @@ OPTIMIZERS: dict[str, Callable[[Config, optax.Schedule], Optimizer]] = {
 FULL_RANK = frozenset({"adamw", "muon"})  # nothing is projected; rank and period do nothing
 
 
-def build(config: Config) -> Optimizer:
-    """The optimizer of a run: clipping, then the one that `config` names."""
+def build(config: Training, layers: int) -> Optimizer:
+    """The optimizer of a run on `layers` blocks: clipping, then the one that `config` names."""
     make = OPTIMIZERS[choose("optimizer", config.optimizer, OPTIMIZERS)]
-    optimizer = make(config, schedule(config))
+    if config.sampler == "bernoulli":
+        make = partial(make, sampler=gum_optax.samplers.bernoulli(config.full_rank_layers / layers))
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-    return optax.chain(clip, optimizer)
+    optimizer = optax.chain(clip, make(config, schedule(config)))
+    if config.weights == "bfloat16":
+        return precision.stochastic_rounding(optimizer, config.seed)
+    return optimizer
 
 
-def _low_rank_muon(config: Config, rate: optax.Schedule, **parts: Any) -> Optimizer:
+def _low_rank_muon(config: Training, rate: optax.Schedule, **parts: Any) -> Optimizer:
     return gum_optax.gum(
         rate,
         config.rank,
@@ -148,7 +155,7 @@ def _low_rank_muon(config: Config, rate: optax.Schedule, **parts: Any) -> Optimi
     )
 
 
-def _shared(config: Config) -> dict[str, Any]:
+def _shared(config: Training) -> dict[str, Any]:
     """What every low-rank optimizer is given."""
     return {
         "weight_decay": config.weight_decay,
@@ -157,31 +164,24 @@ def _shared(config: Config) -> dict[str, Any]:
     }
 
 
-def _projector(config: Config, own: str) -> gum_optax.projectors.Projector:
+def _projector(config: Training, own: str) -> gum_optax.projectors.Projector:
     return getattr(gum_optax.projectors, config.projector or own)
 
 
-def _late_random(config: Config) -> gum_optax.projectors.switch:
+def _late_random(config: Training) -> gum_optax.projectors.switch:
     projectors = gum_optax.projectors
     return projectors.switch(projectors.svd, projectors.random_orthonormal, _switch_step(config))
 
 
-def _switch_step(config: Config) -> int:
+def _switch_step(config: Training) -> int:
     return round(config.golore_switch * config.steps)
 
 
-def _sampler(config: Config) -> gum_optax.samplers.Sampler | None:
-    """None: as many as `full_rank_layers` of each role."""
-    if config.sampler == "fixed_size":
-        return None
-    return gum_optax.samplers.bernoulli(config.full_rank_layers / architecture(config).layers)
-
-
-def _fallback(config: Config) -> Optimizer:
+def _fallback(config: Training) -> Optimizer:
     return _plain_adamw(config, schedule(config, config.fallback_learning_rate))
 
 
-def _plain_adamw(config: Config, rate: optax.Schedule) -> Optimizer:
+def _plain_adamw(config: Training, rate: optax.Schedule) -> Optimizer:
     return optax.adamw(rate, b2=config.b2, weight_decay=config.weight_decay, mask=_decayed)
 
 

@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 
 # Okabe and Ito's palette: distinct under the common kinds of colour blindness.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_MARKERS = "os^Dv*P"
+MARKERS = "os^Dv*P"
 
 
 def loss_curves(runs: dict[str, list[dict]], path: Path, title: str) -> Path:
@@ -23,7 +23,7 @@ def loss_curves(runs: dict[str, list[dict]], path: Path, title: str) -> Path:
     """
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for i, (label, records) in enumerate(runs.items()):
-        colour, marker = COLOURS[i % len(COLOURS)], _MARKERS[i % len(_MARKERS)]
+        colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
         axes.plot(*_series(records, "loss"), color=colour, alpha=0.35, linewidth=0.8)
         held_out = _series(records, "validation_loss")
         axes.plot(*held_out, color=colour, marker=marker, label=f"{label}, validation")

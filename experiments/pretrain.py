@@ -12,9 +12,10 @@ import tyro
 
 from experiments import checkpoint, cli, processes
 from experiments.config import Config, Launch
+from experiments.loop import Result
 from experiments.plots import loss_curves
 from experiments.recipes import RECIPES
-from experiments.train import Result, train
+from experiments.train import train
 
 PROGRAM = "experiments.pretrain"
 

@@ -6,7 +6,7 @@ import signal
 import threading
 import zlib
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -69,6 +69,13 @@ def check_equal(what: str, text: str) -> None:
     """Raises `ConfigError` if `text` is not the same in all processes."""
     if np.ptp(multihost_utils.process_allgather(np.uint32(zlib.crc32(text.encode())))):
         raise ConfigError(f"{what} differs between processes")
+
+
+def gather(tree: Any) -> Any:
+    """The arrays of a tree, whole, in every process."""
+    if jax.process_count() == 1:
+        return tree
+    return multihost_utils.process_allgather(tree, tiled=True)
 
 
 class Stop:

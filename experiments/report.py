@@ -14,7 +14,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2
 from tqdm import tqdm
 
-from experiments.config import Config
+from experiments.config import Training
 
 _events: Any = event_pb2  # generated code, whose names a type checker does not see
 _BAR = "{desc} |{bar:24}| {n_fmt}/{total_fmt} steps{postfix} [{elapsed}, {remaining} left]"
@@ -28,7 +28,7 @@ class Report:
     checkpoints are not counted.
     """
 
-    def __init__(self, config: Config, *, start: int, tokens_per_step: int, show: bool):
+    def __init__(self, config: Training, *, start: int, tokens_per_step: int, show: bool):
         self._config, self._tokens, self._show = config, tokens_per_step, show
         self._path = metrics_path(config)
         self._elapsed = _keep_until(self._path, start)
@@ -160,7 +160,7 @@ class Silence:
     say = step = flush = validation = restart_clock = close = _nothing
 
 
-def metrics_path(config: Config) -> Path:
+def metrics_path(config: Training) -> Path:
     """The metrics file of a run: one JSON object a line."""
     return Path(config.run_dir) / "metrics.jsonl"
 

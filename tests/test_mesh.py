@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import gum_optax
-from experiments import checkpoint, data, model, optimizers, train
+from experiments import checkpoint, data, loop, model, optimizers, train
 from experiments import mesh as meshes
 from experiments.config import Config, ConfigError
 from tests.helpers import low_rank_state
@@ -84,7 +84,7 @@ def test_a_step_is_compiled_once_and_leaves_arrays_where_they_were(text):
     assert spread.step._cache_size() == 1
     _, shapes = jax.eval_shape(functools.partial(model.create, SMALL))
     params = meshes.param_shardings(spread_mesh(text), shapes)
-    build = optimizers.build(config("gum", text))
+    build = optimizers.build(config("gum", text), SMALL.layers)
     wanted = train.State(params, gum_optax.state_shardings(build, shapes, params))
     jax.tree.map(same_place, spread.state, wanted)
 
@@ -111,7 +111,7 @@ SHARES = [
 def test_a_device_holds_its_share_of_weights_and_state(text, share):
     state = run("gum", text).state
     for part in state:
-        whole = train.state_bytes(part)
+        whole = loop.state_bytes(part)
         for device in jax.devices():
             here = sum(
                 shard.data.nbytes
@@ -142,7 +142,7 @@ def test_every_optimizer_has_shardings_for_its_state(optimizer):
     mesh = spread_mesh(MESHES[-1])
     _, shapes = jax.eval_shape(functools.partial(model.create, SMALL))
     params = meshes.param_shardings(mesh, shapes)
-    build = optimizers.build(config(optimizer, MESHES[-1]))
+    build = optimizers.build(config(optimizer, MESHES[-1]), SMALL.layers)
     shardings = gum_optax.state_shardings(build, shapes, params)
     state = jax.eval_shape(build.init, shapes)
     divided = jax.tree.map(

@@ -11,9 +11,9 @@ import pytest
 
 from experiments import kills, optimizers, pretrain, report
 from experiments.config import Config, ConfigError, Optimizer, Preset, check
+from experiments.loop import Result
 from experiments.model import PRESETS
 from experiments.recipes import RECIPES
-from experiments.train import Result
 
 STEPS = kills.SMALL["steps"]
 
@@ -184,7 +184,7 @@ def test_the_schedule_warms_up_and_decays():
 
 def test_an_unknown_optimizer_is_named():
     with pytest.raises(ConfigError, match="did you mean 'gum'"):
-        optimizers.build(Config(optimizer="gun"))  # pyright: ignore[reportArgumentType]
+        optimizers.build(Config(optimizer="gun"), 8)  # pyright: ignore[reportArgumentType]
 
 
 def test_the_defaults_pass_the_check():

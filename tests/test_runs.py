@@ -7,11 +7,13 @@ import pytest
 
 from experiments import kills, runs, tune
 from experiments.config import Config
+from experiments.train import train
 
 
-def mean_square(result):
-    """Of the last embedding."""
-    return {"mean_square": float((result.params["embed"]["embedding"] ** 2).mean())}
+def pretrain(config, *, show):
+    """Keeps the mean square of the last embedding."""
+    result = train(config, show=show)
+    return result, {"mean_square": float((result.params["embed"]["embedding"] ** 2).mean())}
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +33,7 @@ def configurations(base, home, **changes):
 
 def test_a_set_is_completed_once_whoever_runs_it(base, tmp_path, capsys):
     configs = configurations(base, tmp_path / "parallel")
-    together = runs.complete(configs, tmp_path / "parallel.json", jobs=2, measure=mean_square)
+    together = runs.complete(configs, tmp_path / "parallel.json", jobs=2, trainer=pretrain)
     assert [e["config"]["optimizer"] for e in together] == ["gum", "adamw"]
     assert all(e["mean_square"] > 0 and [s for s, _ in e["curve"]] == [2, 4] for e in together)
     assert not list((tmp_path / "parallel").glob("*/*")), "run directories are cleared away"

@@ -9,8 +9,9 @@ import pytest
 from experiments import optimizers, runs
 from experiments.config import Config as Run
 from experiments.config import ConfigError, check
+from experiments.loop import Result
+from experiments.model import architecture
 from experiments.studies import ablations, draws, pretraining, spectra, weights
-from experiments.train import Result
 
 
 def entry(config, loss=None):
@@ -126,7 +127,7 @@ def test_ablations_change_one_thing_at_a_time(trained, tuned, tmp_path):
     assert [c.seed for c in asked] == sorted(c.seed for c in asked)
     for run in asked:
         check(run)
-        optimizers.build(run)
+        optimizers.build(run, architecture(run).layers)
 
 
 def test_draws_differ_in_nothing_else(trained, tuned, tmp_path, capsys):

@@ -11,9 +11,8 @@ from matplotlib.axis import Axis
 from matplotlib.ticker import NullLocator
 
 from experiments.benchmarks import contenders, step, training
-from experiments.plots import COLOURS
+from experiments.plots import COLOURS, MARKERS
 
-_MARKERS = "os^Dv*P"
 _NAMES = (*contenders.TABLE, "parameters")
 _IN_TRAINING = {"muon": "optax muon"}
 _COLUMNS = 2
@@ -129,7 +128,7 @@ PANELS: dict[str, tuple[Callable[[Axes, Any], None], ...]] = {
 def _line(axes: Axes, x: Any, y: Any, label: str, name: str = "", line: str = "-") -> None:
     """Draws a line; an optimizer's `name` has its colour and marker in every panel."""
     i = _NAMES.index(name) if name else len(axes.get_lines())
-    axes.plot(x, y, line, color=COLOURS[i], marker=_MARKERS[i], label=label)
+    axes.plot(x, y, line, color=COLOURS[i], marker=MARKERS[i], label=label)
 
 
 def _numbers(axis: Axis, ticks: Sequence[float]) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import cli, model, record, tables, train
+from experiments import cli, loop, model, record, tables, train
 from experiments.benchmarks import timing, trees
 from experiments.benchmarks.settings import Config
 from experiments.config import Config as Run
@@ -149,7 +149,7 @@ def measure(worker: Worker) -> dict[str, Any]:
         "peak_bytes": _device_peak() or _status("VmHWM") - settled,
         "program_bytes": _program_bytes(step),
         "process_peak_bytes": max(process_peak, _status("VmHWM")),
-        "state_bytes": train.state_bytes(state.opt_state),
+        "state_bytes": loop.state_bytes(state.opt_state),
     }
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from experiments import cli, counterexample, record, tables
-from experiments.plots import COLOURS
+from experiments.plots import COLOURS, MARKERS
 
 PROGRAM = "experiments.studies.counterexample"
 _FLOOR = 1e-12  # of the figure: smaller gaps, and zero, are drawn here
@@ -129,7 +129,7 @@ def _series(
         np.maximum([row[name] for row in rows], _FLOOR) for name in ("least", "median", "largest")
     )
     axes.errorbar(
-        places, middle, yerr=(middle - least, largest - middle), fmt=f"{'os^Dv'[i]}-",
+        places, middle, yerr=(middle - least, largest - middle), fmt=f"{MARKERS[i]}-",
         color=COLOURS[i], label=label, capsize=2, markersize=4, linewidth=1,
     )  # fmt: skip
 

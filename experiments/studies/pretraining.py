@@ -23,7 +23,7 @@ import numpy as np
 from experiments import cli, runs, tables
 from experiments.config import Config as Run
 from experiments.config import ConfigError, Optimizer, flag
-from experiments.plots import COLOURS
+from experiments.plots import COLOURS, MARKERS
 from experiments.recipes import RECIPES
 from experiments.studies import weights
 
@@ -35,7 +35,6 @@ NAMES = {
     "gum": "GUM", "adamw": "AdamW", "muon": "Muon", "galore": "GaLore",
     "galore_muon": "GaLore-Muon", "golore_muon": "GoLore-Muon", "unbiased_adamw": "unbiased AdamW",
 }  # fmt: skip
-_MARKERS = "os^Dv*P"
 SMALL = Run(
     run_dir="runs/studies", steps=400, period=50, fallback_learning_rate=1e-2,
     validate_every=40, validation_batches=16, checkpoint_every=1_000_000, log_every=100,
@@ -168,7 +167,7 @@ def main(arguments: Sequence[str]) -> int:
         base = RECIPES[recipe]
         default = Config(corpora=base.corpus, base=base)
         config = cli.parse(Config, PROGRAM, arguments, default)
-    options: dict[str, Any] = {"jobs": config.jobs, "measure": weights.measure}
+    options: dict[str, Any] = {"jobs": config.jobs, "trainer": weights.pretrain}
     tuned = runs.complete(grid(config), config.out, **options)
     best = best_rates(tuned)
     found = {
@@ -216,7 +215,7 @@ def draw(config: Config, found: dict[str, list[runs.Entry]]) -> Path:
             each.errorbar(
                 mine[0]["state_bytes"] / 2**20, mean,
                 yerr=[[mean - min(losses)], [max(losses) - mean]],
-                fmt=_MARKERS[i], color=COLOURS[i], capsize=3, label=NAMES[optimizer],
+                fmt=MARKERS[i], color=COLOURS[i], capsize=3, label=NAMES[optimizer],
             )  # fmt: skip
         each.set(xlabel="optimizer state (MiB)", ylabel="validation loss (nats per token)")
         each.set_title(Path(corpus).name)

@@ -21,7 +21,7 @@ from experiments import cli, gradients, record, tables
 from experiments.config import Config as Run
 from experiments.config import ConfigError
 from experiments.gradients import KINDS, ByKind, Moment
-from experiments.plots import COLOURS
+from experiments.plots import COLOURS, MARKERS
 
 PROGRAM = "experiments.studies.residual"
 
@@ -219,7 +219,7 @@ def _refresh(axes: Axes, config: Config, values: Values, i: int) -> None:
 
 
 def _kinds(axes: Axes, config: Config, by_kind: ByKind) -> None:
-    for kind, colour, marker in zip(KINDS, COLOURS, "os^Dv*P", strict=True):
+    for kind, colour, marker in zip(KINDS, COLOURS, MARKERS, strict=True):
         axes.plot(
             config.offsets, by_kind[kind][-1].mean(-1), color=colour, marker=marker, label=kind,
             markersize=4,

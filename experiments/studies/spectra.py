@@ -18,11 +18,10 @@ import numpy as np
 from experiments import cli, record, runs, tables
 from experiments.config import ConfigError, Optimizer
 from experiments.gradients import KINDS
-from experiments.plots import COLOURS
+from experiments.plots import COLOURS, MARKERS
 from experiments.studies import pretraining
 
 PROGRAM = "experiments.studies.spectra"
-_MARKERS = "os^Dv*P"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +97,7 @@ def draw(config: Config, found: dict[str, dict[str, Any]]) -> Path:
     for i, (optimizer, each) in enumerate(found.items()):
         places = [kind + 0.6 * ((i + 0.5) / len(found) - 0.5) for kind in range(len(KINDS))]
         number = list(pretraining.NAMES).index(optimizer)  # its colour is that of the other figure
-        style: dict[str, Any] = {"color": COLOURS[number], "marker": _MARKERS[number]}
+        style: dict[str, Any] = {"color": COLOURS[number], "marker": MARKERS[number]}
         ranks = each["stable_rank"].values()
         left.errorbar(
             places, [rank["mean"] for rank in ranks], yerr=[rank["deviation"] for rank in ranks],

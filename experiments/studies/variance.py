@@ -27,7 +27,7 @@ from experiments.config import Config as Run
 from experiments.config import ConfigError
 from experiments.gradients import KINDS, Moment
 from experiments.model import architecture
-from experiments.plots import COLOURS
+from experiments.plots import COLOURS, MARKERS
 
 PROGRAM = "experiments.studies.variance"
 # Bounds of a probability: 1/q and 1/(1-q), which weigh what norms did not foresee, are at most 20.
@@ -260,7 +260,7 @@ def draw(config: Config, norms: Norms, rules: Comparison) -> Path:
 
 def _by_residual(axes: Axes, config: Config, norms: Norms) -> None:
     grid = np.linspace(0, 1, 101)
-    for gamma, colour, marker in zip(config.gammas, COLOURS, "os^Dv*P", strict=False):
+    for gamma, colour, marker in zip(config.gammas, COLOURS, MARKERS, strict=False):
         q = gamma / norms.low.shape[-1]
         variances = relative(norms, equal(*norms, gamma))
         axes.plot(grid, variance(1 - grid**2, grid**2, q), color=colour, linewidth=1)

@@ -5,9 +5,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.train import Result
+from experiments.config import Config
+from experiments.loop import Result
+from experiments.train import train
 
 _QUANTILES = 17  # of each matrix's singular values, from the least to the largest
+
+
+def pretrain(config: Config, *, show: bool) -> tuple[Result, dict[str, Any]]:
+    """Pretrains; an entry keeps the spectra of the weights too."""
+    result = train(config, show=show)
+    return result, measure(result)
 
 
 def measure(result: Result) -> dict[str, Any]:

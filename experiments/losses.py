@@ -1,0 +1,42 @@
+"""What is minimized: from a batch to the sum of its tokens' losses, in nats, and their number."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from experiments import model
+
+Sum = tuple[jax.Array, jax.Array]
+# From weights and a batch to such a sum.
+Loss = Callable[[model.Params, Any], Sum]
+
+
+def mean(loss: Loss) -> Callable[[model.Params, Any], jax.Array]:
+    """The mean over the tokens that count."""
+
+    def of_batch(params: model.Params, batch: Any) -> jax.Array:
+        total, count = loss(params, batch)
+        return total / count
+
+    return of_batch
+
+
+def of_windows(static: Any, params: model.Params, window_BxL: jax.Array) -> Sum:
+    """Cross-entropy of each token of a window given those before it."""
+    logits_BxLxV = model.apply(static, params, window_BxL[:, :-1])
+    loss_BxL = optax.softmax_cross_entropy_with_integer_labels(logits_BxLxV, window_BxL[:, 1:])
+    return loss_BxL.sum(), jnp.asarray(loss_BxL.size, jnp.float32)
+
+
+def of_answers(static: Any, params: model.Params, batch: dict[str, jax.Array]) -> Sum:
+    """Cross-entropy of the tokens of answers alone, in windows packed as in `experiments.sft`."""
+    tokens_BxL, segments_BxL = batch["tokens"], batch["segments"]
+    logits_BxLxV = model.apply(
+        static, params, tokens_BxL[:, :-1], batch["positions"][:, :-1], segments_BxL[:, :-1]
+    )
+    loss_BxL = optax.softmax_cross_entropy_with_integer_labels(logits_BxLxV, tokens_BxL[:, 1:])
+    counts_BxL = batch["answer"][:, 1:] & (segments_BxL[:, 1:] == segments_BxL[:, :-1])
+    return (loss_BxL * counts_BxL).sum(), counts_BxL.sum().astype(jnp.float32)
