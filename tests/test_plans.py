@@ -1,0 +1,92 @@
+"""Optimizer state for fine-tuning, against numbers worked out by hand."""
+
+import json
+
+import jax
+import pytest
+
+from experiments import plans
+from experiments.config import ConfigError
+
+# Published counts of parameters; cards round them to 8.03B, 7.62B and 9.24B.
+PUBLISHED = {
+    "Llama-3-8B": 8_030_261_248,
+    "Qwen2.5-7B": 7_615_616_512,
+    "Gemma-2-9B": 9_241_705_984,
+}
+
+# Llama-3-8B: matrices of one layer with the short side first, 32 of each.
+SIDES = [(4096, 4096)] * 2 + [(1024, 4096)] * 2 + [(4096, 14336)] * 3
+MATRICES = 32 * sum(m * n for m, n in SIDES)
+WORDS = 2 * 128_256 * 4096
+
+
+@pytest.fixture(scope="module")
+def found():
+    return {name: plans.plan(plans.Config(), each) for name, each in plans.MODELS.items()}
+
+
+def test_models_have_as_many_parameters_as_published(found):
+    assert {name: each["parameters"] for name, each in found.items()} == PUBLISHED
+    for name, each in found.items():
+        assert each["parameter_bytes"] == 2 * PUBLISHED[name]
+
+
+def test_gum_holds_float32_bases_small_momenta_and_two_slots_of_each_role(found):
+    bases = 32 * sum(4 * m * 128 for m, _ in SIDES)
+    momenta = 32 * sum(2 * 128 * n for _, n in SIDES)
+    slots = sum(2 * 2 * m * n for m, n in SIDES)
+    moments = 4 * (PUBLISHED["Llama-3-8B"] - MATRICES)
+    # Two int32 for the slots of each role; step, key, and the step of AdamW.
+    small = len(SIDES) * 8 + 16
+    assert found["Llama-3-8B"]["state"]["GUM"] == {
+        "bytes": bases + momenta + slots + moments + small,
+        "embedding_and_head_bytes": 4 * WORDS,
+    }
+    assert bases + momenta + slots == 1648 * 2**20  # 64 k, 64 v, 160 q, 160 o, 400 each of the MLP
+
+
+def test_others_hold_what_they_must(found):
+    state = found["Llama-3-8B"]["state"]
+    total = PUBLISHED["Llama-3-8B"]
+    assert state["AdamW"] == {"bytes": 4 * total + 4, "embedding_and_head_bytes": 4 * WORDS}
+    counters = 1000  # steps, keys, coefficients: less than this
+    muon = 2 * MATRICES + 4 * (total - MATRICES)
+    assert 0 <= state["Muon"]["bytes"] - muon < counters
+    galore = 32 * sum(4 * m * 512 + 2 * 2 * 512 * n for m, n in SIDES) + 4 * (total - MATRICES)
+    assert 0 <= state["GaLore"]["bytes"] - galore < counters
+
+
+def test_embedding_and_head_are_most_of_gums_state(found):
+    """One table in Gemma 2, whose head is tied to it; two in the others."""
+    words = {"Llama-3-8B": WORDS, "Qwen2.5-7B": 2 * 152_064 * 3584, "Gemma-2-9B": 256_000 * 3584}
+    for name, each in found.items():
+        assert {row["embedding_and_head_bytes"] for row in each["state"].values()} == {
+            4 * words[name]
+        }
+        assert 0.65 < 4 * words[name] / each["state"]["GUM"]["bytes"] < 0.72
+
+
+def test_norms_and_biases_are_counted():
+    gemma, qwen = (plans.parameters(plans.MODELS[n]) for n in ("Gemma-2-9B", "Qwen2.5-7B"))
+    vectors = [leaf.shape for leaf in jax.tree.leaves(gemma) if len(leaf.shape) == 1]
+    assert vectors == [(3584,)] * (4 * 42 + 1)
+    assert qwen["layers"][0]["attn"]["k"]["bias"].shape == (4 * 128,)
+    assert "bias" not in qwen["layers"][0]["attn"]["o"]
+
+
+def test_prints_and_writes_what_was_asked_for(tmp_path, capsys):
+    out = tmp_path / "plans.json"
+    arguments = ["--models", "Gemma-2-9B", "--rank", "64", "--dtype", "float32"]
+    assert plans.main([*arguments, "--out", str(out)]) == 0
+    written = json.loads(out.read_text())["models"]
+    assert list(written) == ["Gemma-2-9B"]
+    assert written["Gemma-2-9B"]["parameter_bytes"] == 4 * PUBLISHED["Gemma-2-9B"]
+    printed = capsys.readouterr().out
+    assert written["Gemma-2-9B"]["plan"] in printed
+    assert "GUM at rank 64, GaLore at 512" in printed
+
+
+def test_an_unknown_model_is_an_error():
+    with pytest.raises(ConfigError, match=r"--models.*Gemma-2-9B"):
+        plans.main(["--models", "Gemma-2-9"])
