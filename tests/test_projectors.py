@@ -13,7 +13,7 @@ import optax
 import pytest
 
 import gum_optax
-from experiments import data, model
+from experiments import data, losses, model
 from experiments.config import Config
 from gum_optax import projectors
 
@@ -147,8 +147,48 @@ def test_energy_on_a_power_law_spectrum():
     best = np.sum(spectrum[:32] ** 2)
     for name in ADAPTIVE:
         basis = _jitted(name)(jax.random.key(0), gradient, 32, jnp.zeros((256, 32)))
-        # Measured: 0.9923 for subspace iteration, the least.
+        # Measured: 0.9966 for the randomized SVD, the least.
         assert _energy(basis, gradient) > 0.99 * best, name
+
+
+# Singular values over the largest, of the up-projection of the first of four layers at its first
+# step, where the default projector once caught 0.9863 of the SVD's energy.
+POSITIONS = [0, 1, 2, 4, 8, 16, 32, 48, 64, 96, 127]
+VALUES = [1.0, 0.8908, 0.7107, 0.6096, 0.4315, 0.2983, 0.1897, 0.1402, 0.1055, 0.0614, 0.0284]
+
+
+def _slow_decay(seed):
+    rng = np.random.default_rng(seed)
+    left, right = (np.linalg.qr(rng.standard_normal((n, 128)))[0] for n in (128, 352))
+    spectrum = np.exp(np.interp(np.arange(128), POSITIONS, np.log(VALUES)))
+    return jnp.asarray(left * spectrum @ right.T, jnp.float32)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_cold_start_catches_99_percent_where_the_spectrum_falls_slowly(seed):
+    gradient = _slow_decay(seed)
+    for previous in (jnp.zeros((128, 32)), jnp.full((128, 32), jnp.nan)):
+        basis = _jitted("subspace_iteration")(jax.random.key(seed), gradient, 32, previous)
+        # Measured: 0.9924 and more; without the further iteration, 0.9836 to 0.9875.
+        assert _energy(basis, gradient) > 0.99 * _best_energy(gradient, 32)
+
+
+@pytest.mark.parametrize("iterations", [1, 3])
+@pytest.mark.parametrize("start", ["cold", "warm"])
+def test_iterations_are_as_many_as_asked_for(iterations, start):
+    """Against Householder reflections in float64, which share the noise."""
+    with jax.enable_x64(True):
+        gradient = np.asarray(_slow_decay(0), np.float64)
+        noise = np.asarray(jax.random.normal(jax.random.key(0), (128, 32), jnp.float64))
+        previous = np.linalg.qr(_gaussian(128, 32))[0] * (start == "warm")
+        expected = previous + 0.01 * noise / 128**0.5
+        for _ in range(iterations):
+            expected = np.linalg.qr(gradient @ np.linalg.qr(gradient.T @ expected)[0])[0]
+        project = functools.partial(projectors.subspace_iteration, iterations=iterations)
+        arguments = (jax.random.key(0), jnp.asarray(gradient), 32, jnp.asarray(previous))
+        basis = np.asarray(jax.jit(project, static_argnums=2)(*arguments))
+    # Measured: 5e-16.
+    np.testing.assert_allclose(basis @ basis.T, expected @ expected.T, atol=1e-12)
 
 
 @pytest.mark.parametrize("shift", [0, 6], ids=["same_columns", "other_columns"])
@@ -169,7 +209,7 @@ def test_warm_start_beats_cold_start():
     for refresh in range(5):
         warm = _jitted("subspace_iteration")(jax.random.key(refresh), gradient, 8, warm)
     best = _best_energy(gradient, 8)
-    # Measured 0.925 and 0.994: a flat spectrum, the hardest case.
+    # Measured 0.948 and 0.997: a flat spectrum, the hardest case.
     assert _energy(cold, gradient) < 0.97 * best
     assert _energy(warm, gradient) > 0.98 * best
 
@@ -193,22 +233,23 @@ def recorded(tmp_path_factory):
     tokens = data.prepare(config, arch.vocab_size)
     batches = data.training_batches(tokens, arch.seq_len, config.batch_size, config.seed)
     static, params = model.create(arch)
+    of_windows = losses.mean(functools.partial(losses.of_windows, static))
     optimizer = optax.adamw(3e-3)
 
     @jax.jit
     def step(params, state, batch):
-        loss, gradients = jax.value_and_grad(lambda p: model.loss(static, p, batch))(params)
+        loss, gradients = jax.value_and_grad(of_windows)(params, batch)
         updates, state = optimizer.update(gradients, state, params)
         return optax.apply_updates(params, updates), state, loss, gradients
 
     state = optimizer.init(params)
-    records, losses = {}, []
+    records, values = {}, []
     for index in range(RECORDED_AT[-1] + 1):
         params, state, loss, gradients = step(params, state, next(batches))
-        losses.append(float(loss))
+        values.append(float(loss))
         if index in RECORDED_AT:
             records[index] = jax.device_get(gradients)
-    assert losses[-1] < 0.9 * losses[0]  # it does learn: gradients are of a model in training
+    assert values[-1] < 0.9 * values[0]  # it does learn: gradients are of a model in training
     return records
 
 
@@ -250,9 +291,31 @@ def test_steep_spectra_keep_every_direction(decades):
     assert missed[0] < 1.05 * missed[1] + 1e-9
 
 
+@pytest.mark.parametrize(("decades", "shift"), [(0, 1e-6), (3, 1e-6), (8, 1e-6), (8, 1e-3)])
+def test_what_a_shift_takes_from_the_rows_is_known(decades, shift):
+    """It decides whether they are taken again, and bounds what every direction lost."""
+    with jax.enable_x64(True):
+        x = jnp.logspace(0, -decades, 8)[:, None] * _gaussian(8, 20)
+        rows, lost = map(np.asarray, projectors._orthonormal_rows(x, shift))
+    missing = np.linalg.eigvalsh(np.eye(8) - rows @ rows.T)
+    np.testing.assert_allclose(lost, missing.sum(), atol=1e-9)
+    assert missing.max() < lost + 1e-9
+
+
+@pytest.mark.parametrize(("decades", "again"), [(0, False), (2, False), (4, True)])
+def test_rows_are_taken_again_only_where_much_was_lost(decades, again):
+    with jax.enable_x64(True):
+        x = jnp.logspace(0, -decades, 8)[:, None] * np.linalg.qr(_gaussian(20, 8))[0].T
+        rows = np.asarray(projectors._well_conditioned_rows(x))
+        once = np.asarray(projectors._orthonormal_rows(x, 1e-6)[0])
+    assert np.linalg.svd(rows, compute_uv=False).min() > 0.9
+    assert (np.linalg.svd(once, compute_uv=False).min() < 0.2) == again
+    assert (rows != once).any() == again
+
+
 def test_where_cholesky_fails_householder_takes_over(monkeypatch):
     """XLA's CPU backend passes over NaNs in a maximum: the check must not rest on one."""
-    failed = lambda x, shift: jnp.full_like(x, jnp.nan)  # noqa: E731
+    failed = lambda x, shift: (jnp.full_like(x, jnp.nan), jnp.array(jnp.nan))  # noqa: E731
     monkeypatch.setattr(projectors, "_orthonormal_rows", failed)
     gradient = jax.random.normal(jax.random.key(1), (16, 24))
     find = jax.jit(functools.partial(projectors.subspace_iteration, rank=4))
