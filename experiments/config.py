@@ -151,7 +151,7 @@ class Launch:
 FREE_ON_RESUME = frozenset(
     {"run_dir", "resume", "cache_dir", "log_every", "validate_every", "validation_batches"}
     | {"checkpoint_every", "keep_checkpoints", "mesh", "recipe"}
-    | {"export", "eval_batch_size", "shown"}
+    | {"export", "eval_batch_size", "shown", "baseline"}
 )
 
 # Checked wherever a configuration has them.

@@ -12,6 +12,7 @@ from typing import Any
 from experiments.benchmarks import step
 from experiments.benchmarks import training as whole_steps
 from experiments.config import flag
+from experiments.studies import finetuning as answers
 from experiments.studies import pretraining as comparison
 
 RESULTS = Path(__file__).parent / "results"
@@ -68,6 +69,42 @@ def pretraining() -> str:
         state = f"{row['state_bytes'] / 2**20:.1f} MiB"
         rate = f"{row['learning_rate']:g}"
         lines.append([comparison.NAMES[name], rate, state, *losses, steps, time])
+    return _markdown(lines)
+
+
+def finetuning() -> str:
+    """Each optimizer at its best learning rate, on answers of all seeds."""
+    entries = _read("studies/finetuning.json")
+    rows = answers.compare(answers.finals_of(entries))
+    head = ["optimizer", "learning rate", "state", "right answers", "95 % interval"]
+    lines = [[*head, "loss of answers", "seconds per step"], ["---"] * 7]
+    for row in sorted(rows, key=lambda row: row["loss"]):
+        losses = ", ".join(f"{loss:.3f}" for loss in row["losses"])
+        lines.append([
+            comparison.NAMES[row["optimizer"]],
+            f"{row['learning_rate']:g}",
+            f"{row['state_bytes'] / 2**20:.0f} MiB",
+            f"{row['share']:.1%}",
+            "{:.1%} to {:.1%}".format(*row["interval"]),
+            losses,
+            f"{row['seconds_per_step']:.1f}",
+        ])  # fmt: skip
+    return _markdown(lines)
+
+
+def plans() -> str:
+    """State for fine-tuning large models, in GiB, and how much of it is embedding and head."""
+    models = _read("plans.json")["models"]
+    lines = [["model", *next(iter(models.values()))["state"], "of it embedding and head"]]
+    lines.append(["---"] * len(lines[0]))
+    for name, each in models.items():
+        cells = (f"{row['bytes'] / 2**30:.1f} GiB" for row in each["state"].values())
+        words = each["state"]["GUM"]["embedding_and_head_bytes"] / 2**30
+        lines.append([name, *cells, f"{words:.1f} GiB"])
+    return _markdown(lines)
+
+
+def _markdown(lines: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -245,6 +282,9 @@ FACTS: tuple[Callable[[], Iterator[tuple[str, str, str]]], ...] = (
 )
 
 
+TABLES: tuple[Callable[[], str], ...] = (table, performance, pretraining, finetuning, plans)
+
+
 def best_of_grid() -> dict[str, dict]:
     """For each optimizer, the configuration with the least validation loss on seed 0."""
     first = [e for e in _grid_entries() if e["config"]["seed"] == 0]
@@ -272,4 +312,4 @@ def _power(value: float) -> str:
 
 
 if __name__ == "__main__":
-    print(table(), performance(), pretraining(), sep="\n\n")
+    print(*(each() for each in TABLES), sep="\n\n")

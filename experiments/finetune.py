@@ -78,6 +78,8 @@ class Config(Training):
 
     eval_examples: int = 200
     """Held-out items to answer before and after training."""
+    baseline: bool = True
+    """Answer them before training, too; --no-baseline saves the time."""
     eval_batch_size: int = 50
     """Items answered at a time."""
     shown: int = 3
@@ -93,10 +95,10 @@ class Command:
 
 
 class Outcome(NamedTuple):
-    """A run, and the answers before and after it; None after a run that was stopped."""
+    """A run, and the answers before and after it; None where they were not asked for."""
 
     result: Result
-    before: dict[str, Any]
+    before: dict[str, Any] | None
     after: Accuracy | None
 
 
@@ -219,11 +221,13 @@ def _material(
     return material, f"{tokens / len(train):.0f} tokens each, {answers / len(train):.0f} of answers"
 
 
-def _before(config: Config, answer: Any, state: State) -> dict[str, Any]:
+def _before(config: Config, answer: Any, state: State) -> dict[str, Any] | None:
     """The answers before training; a resumed run finds them where it left them."""
     path = _accuracy_path(config)
     if config.resume and path.exists():
         return json.loads(path.read_text())["before"]
+    if not config.baseline:
+        return None
     before = answer(params=state.params, title="answers before training").summary()
     if processes.is_first():
         _write(config, {"before": before})
@@ -235,18 +239,17 @@ def _introduction(
     base: Pretrained,
     task: Task,
     sizes: str,
-    before: dict[str, Any],
+    before: dict[str, Any] | None,
     state: State,
     mesh: Mesh | None,
 ) -> str:
-    low, high = before["interval"]
     return (
         f"{config.model}: {model.parameter_count(state.params):,} parameters, "
         f"{base.arch.layers} blocks of width {base.arch.width}, "
         f"vocabulary {base.arch.vocab_size:,}\n"
         f"{task.name}: {len(task.train):,} examples to train on, {sizes}, "
         f"{len(task.held_out):,} held out\n"
-        f"before training: {before['share']:.1%} right (95 % interval {low:.1%} to {high:.1%})\n"
+        f"right before training: {_share(before)}\n"
         f"{loop.introduction(config, state, mesh)}"
     )
 
@@ -267,12 +270,18 @@ def _conclude(config: Config, outcome: Outcome, arguments: Sequence[str]) -> Non
     print(
         f"\nanswers of the trained model:\n"
         f"{accuracy.examples(outcome.after.answers[: config.shown])}\n\n"
-        f"right before: {outcome.before['share']:.1%}\nright after:  {outcome.after}\n"
+        f"right before: {_share(outcome.before)}\nright after:  {outcome.after}\n"
         f"loss of held-out answers {result.validation_loss:.4f} after {result.step} steps, "
         f"{result.seconds_per_step:.3f} s each\nloss curve: {picture}\n"
         f"answers: {_accuracy_path(config)}"
         + (f"\nmodel: {config.export}" if config.export else "")
     )
+
+
+def _share(before: dict[str, Any] | None) -> str:
+    if before is None:
+        return "not asked"
+    return "{share:.1%} ({right} of {of})".format(**before)
 
 
 def _write(config: Config, content: dict[str, Any]) -> None:

@@ -24,10 +24,9 @@ def test_readme_has_code():
     assert len(BLOCKS) >= 2
 
 
-def test_readme_facts_are_those_of_the_result_files():
-    assert facts.table() in README, "paste the output of `python -m experiments.facts`"
-    assert facts.pretraining() in README, "paste the output of `python -m experiments.facts`"
-    assert facts.performance() in README, "paste the output of `python -m experiments.facts`"
+@pytest.mark.parametrize("table", facts.TABLES, ids=lambda table: table.__name__)
+def test_readme_tables_are_those_of_the_result_files(table):
+    assert table() in README, "paste the output of `python -m experiments.facts`"
 
 
 def test_readme_collectives_are_those_of_the_result_file():

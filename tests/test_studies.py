@@ -11,7 +11,7 @@ from experiments.config import Config as Run
 from experiments.config import ConfigError, check
 from experiments.loop import Result
 from experiments.model import architecture
-from experiments.studies import ablations, draws, pretraining, spectra, weights
+from experiments.studies import ablations, draws, finetuning, pretraining, spectra, weights
 
 
 def entry(config, loss=None):
@@ -169,3 +169,50 @@ def test_hidden_matrices_are_measured():
     result = Result(1, None, 1.0, 1.0, 1, 1, [], params)
     found = weights.measure(result)["spectra"]
     assert list(found) == ["0/attn/q/kernel", "1/attn/q/kernel"]
+
+
+def answered(config):
+    """What a run of fine-tuning might leave: its loss as above, and 150 right answers of 200."""
+    before = {"right": 40, "of": 200, "share": 0.2} if config.baseline else None
+    return entry(config) | {"before": before, "after": {"right": 150, "of": 200, "share": 0.75}}
+
+
+def test_finetuning_tunes_each_on_one_grid_and_repeats_the_best(monkeypatch, tmp_path, capsys):
+    asked = []
+
+    def complete(configs, out, **options):
+        asked.append(list(configs))
+        assert options["trainer"] is finetuning.tune
+        return [answered(config) for config in configs]
+
+    monkeypatch.setattr(runs, "complete", complete)
+    out = tmp_path / "finetuning.json"
+    rates = ["--learning-rates", "1e-3", "3e-3"]
+    assert finetuning.main(["--out", str(out), *rates]) == 0
+    assert out.with_suffix(".png").stat().st_size > 1000
+    grid, finals = asked
+    points = {(c.optimizer, c.learning_rate, c.seed) for c in grid}
+    assert points == {(o, r, 0) for o in finetuning.OPTIMIZERS for r in (1e-3, 3e-3)}
+    points = {(c.optimizer, c.learning_rate, c.seed) for c in finals}
+    assert points == {(o, 3e-3, seed) for o in finetuning.OPTIMIZERS for seed in (0, 1)}
+    assert sum(c.baseline for c in finals) == 1
+    options = {"optimizer", "learning_rate", "seed"}
+    same = [{k: v for k, v in runs.identity(c).items() if k not in options} for c in grid + finals]
+    assert all(each == same[0] for each in same)
+    for config in finals:
+        check(config)
+    shown = capsys.readouterr().out
+    assert "24 steps, 2 seeds, right before: 20.0%" in shown
+    assert "4.0000 (75%)" in shown  # of the grid
+
+
+def test_answers_of_all_seeds_count_together():
+    rows = finetuning.compare([
+        answered(dataclasses.replace(finetuning.BASE, optimizer=o, learning_rate=3e-3, seed=seed))
+        for o in finetuning.OPTIMIZERS for seed in (0, 1)
+    ])  # fmt: skip
+    assert [row["optimizer"] for row in rows] == list(finetuning.OPTIMIZERS)
+    assert {(row["share"], row["of"]) for row in rows} == {(0.75, 400)}
+    assert rows[0]["losses"] == [4.0, 4.01] and rows[0]["loss"] == pytest.approx(4.005)
+    low, high = rows[0]["interval"]
+    assert 0.70 < low < 0.71 and 0.78 < high < 0.80

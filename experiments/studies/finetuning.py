@@ -25,12 +25,11 @@ from experiments.plots import COLOURS, MARKERS
 from experiments.studies.pretraining import NAMES, best_rates
 
 PROGRAM = "experiments.studies.finetuning"
-OPTIMIZERS: tuple[Optimizer, ...] = (
-    "gum", "adamw", "muon", "galore", "galore_muon", "golore_muon"
-)  # fmt: skip
+# GoLore is GaLore until its first refresh after half of the steps: in runs of one period, the same.
+OPTIMIZERS: tuple[Optimizer, ...] = ("gum", "adamw", "muon", "galore", "galore_muon")
 BASE = Run(
-    run_dir="runs/finetuning", checkpoint_every=1_000_000, log_every=5, validate_every=10,
-    validation_batches=4,
+    run_dir="runs/finetuning", steps=24, seq_len=128, checkpoint_every=1_000_000, log_every=4,
+    validate_every=8, validation_batches=4, eval_batch_size=100,
 )  # fmt: skip
 
 
@@ -40,12 +39,14 @@ class Config:
 
     optimizers: tuple[Optimizer, ...] = OPTIMIZERS
     """Optimizers to compare."""
-    learning_rates: tuple[float, ...] = (3e-5, 1e-4, 3e-4, 1e-3)
+    learning_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
     """The grid."""
     seeds: tuple[int, ...] = (0, 1)
     """Seeds of examples, their order and draws; the grid uses the first."""
     out: Path = Path("experiments/results/studies/finetuning.json")
     """Result file; the figure is beside it."""
+    jobs: int = 2
+    """Runs that train at a time, each on its share of the cores."""
     base: Run = dataclasses.field(default_factory=lambda: BASE)
     """All other options of a run, as in experiments.finetune."""
 
@@ -59,8 +60,11 @@ def tune(config: Any, *, show: bool) -> tuple[Result, dict[str, Any]]:
 
 
 def point(config: Config, optimizer: Optimizer, rate: float, seed: int) -> Run:
-    """One run."""
-    run = dataclasses.replace(config.base, optimizer=optimizer, learning_rate=rate, seed=seed)
+    """One run; all begin with the same answers, which AdamW's with the first seed asks for."""
+    run = dataclasses.replace(
+        config.base, optimizer=optimizer, learning_rate=rate, seed=seed,
+        baseline=(optimizer, seed) == ("adamw", config.seeds[0]),
+    )  # fmt: skip
     return dataclasses.replace(run, run_dir=runs.directory(config.base.run_dir, run))
 
 
@@ -85,11 +89,19 @@ def finals(config: Config, best: dict[str, float]) -> list[Run]:
 def main(arguments: Sequence[str]) -> int:
     """Runs what is missing, prints tables, draws the figure; returns the exit code."""
     config = cli.parse(Config, PROGRAM, arguments)
-    tuned = runs.complete(grid(config), config.out, trainer=tune)
-    found = runs.complete(finals(config, best_rates(tuned)), config.out, trainer=tune)
+    options: Any = {"jobs": config.jobs, "trainer": tune}
+    tuned = runs.complete(grid(config), config.out, **options)
+    found = runs.complete(finals(config, best_rates(tuned)), config.out, **options)
     show(config, tuned, found)
     print(f"\nresults: {config.out}; figure: {draw(config, found)}")
     return 0
+
+
+def finals_of(entries: Sequence[runs.Entry]) -> list[runs.Entry]:
+    """Of all stored runs, those at each optimizer's best rate of the grid."""
+    first = entries[0]["config"]["seed"]
+    best = best_rates(e for e in entries if e["config"]["seed"] == first)
+    return [e for e in entries if e["config"]["learning_rate"] == best[e["config"]["optimizer"]]]
 
 
 def compare(entries: Sequence[runs.Entry]) -> list[dict[str, Any]]:
@@ -98,13 +110,17 @@ def compare(entries: Sequence[runs.Entry]) -> list[dict[str, Any]]:
     return [_row(n, [e for e in entries if e["config"]["optimizer"] == n]) for n in names]
 
 
+def before(entries: Sequence[runs.Entry]) -> float:
+    """The share of right answers before training."""
+    return next(e["before"]["share"] for e in entries if e["before"])
+
+
 def _row(optimizer: str, entries: Sequence[runs.Entry]) -> dict[str, Any]:
     right, of = (sum(e["after"][name] for e in entries) for name in ("right", "of"))
     losses = [e["validation_loss"] for e in entries]
     return {
         "optimizer": optimizer,
         "learning_rate": entries[0]["config"]["learning_rate"],
-        "before": entries[0]["before"]["share"],
         "share": right / of,
         "interval": wilson(right, of),
         "of": of,
@@ -131,7 +147,7 @@ def show(config: Config, tuned: Sequence[runs.Entry], found: Sequence[runs.Entry
     rows = compare(found)
     tables.show(
         f"{config.base.model} on {config.base.task}: {config.base.steps} steps, "
-        f"{len(config.seeds)} seeds, right before: {rows[0]['before']:.1%}",
+        f"{len(config.seeds)} seeds, right before: {before(found):.1%}",
         ("optimizer", "rate", "right", "95 % limits", "loss", "state MiB", "s/step"),
         (
             (NAMES[row["optimizer"]], row["learning_rate"], f"{row['share']:.1%}",
@@ -155,7 +171,7 @@ def draw(config: Config, found: Sequence[runs.Entry]) -> Path:
         )  # fmt: skip
         _share(right, i, _row(optimizer, mine))
     right.axhline(
-        found[0]["before"]["share"], color=COLOURS[-1], linewidth=1, linestyle=":",
+        before(found), color=COLOURS[-1], linewidth=1, linestyle=":",
         label="before training",
     )  # fmt: skip
     left.set(xlabel="step", ylabel="loss of held-out answers (nats per token)", yscale="log")
