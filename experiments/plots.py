@@ -7,6 +7,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 # Okabe and Ito's palette: distinct under the common kinds of colour blindness.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -30,6 +31,12 @@ def loss_curves(runs: dict[str, list[dict]], path: Path, title: str) -> Path:
     axes.set(xlabel="step", ylabel="cross-entropy (nats per token)", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
+    return save(figure, path)
+
+
+def save(figure: Figure, results: Path) -> Path:
+    """Writes a figure beside a result file and frees it; returns where it is."""
+    path = results.with_suffix(".png")
     figure.savefig(path, dpi=150)
     plt.close(figure)
     return path

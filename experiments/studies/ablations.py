@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 
 from experiments import cli, runs, tables
 from experiments.config import Config as Run
-from experiments.plots import COLOURS
+from experiments.plots import COLOURS, save
 from experiments.studies import pretraining
 
 PROGRAM = "experiments.studies.ablations"
@@ -137,10 +137,7 @@ def draw(config: Config, found: dict[str, dict[str, dict[str, Any]]]) -> Path:
         _panel(each, title, settings, default)
     for row in axes:
         row[0].set_ylabel("validation loss")
-    path = config.out.with_suffix(".png")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-    return path
+    return save(figure, config.out)
 
 
 def _panel(axes: Axes, title: str, settings: dict[str, Any], default: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from experiments import cli, counterexample, record, tables
-from experiments.plots import COLOURS, MARKERS
+from experiments.plots import COLOURS, MARKERS, save
 
 PROGRAM = "experiments.studies.counterexample"
 _FLOOR = 1e-12  # of the figure: smaller gaps, and zero, are drawn here
@@ -114,10 +114,7 @@ def draw(config: Config, draws: list[dict[str, Any]], ranks: list[dict[str, Any]
     for axes in (left, right):
         axes.legend(frameon=False, fontsize="small")
         axes.grid(alpha=0.3)
-    path = config.out.with_suffix(".png")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-    return path
+    return save(figure, config.out)
 
 
 def _series(

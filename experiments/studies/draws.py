@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 
 from experiments import cli, runs, tables
 from experiments.config import Config as Run
-from experiments.plots import COLOURS
+from experiments.plots import COLOURS, save
 from experiments.studies import pretraining
 
 PROGRAM = "experiments.studies.draws"
@@ -79,10 +79,7 @@ def draw(config: Config, losses: dict[int, list[float]]) -> Path:
     axes.set(xlabel="full-rank layers of each role (gamma)", ylabel="validation loss")
     axes.set_title("The same run with other draws (line: mean)", fontsize="medium")
     axes.grid(alpha=0.3)
-    path = config.out.with_suffix(".png")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-    return path
+    return save(figure, config.out)
 
 
 if __name__ == "__main__":

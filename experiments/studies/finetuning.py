@@ -21,7 +21,7 @@ from experiments.accuracy import wilson
 from experiments.config import Optimizer
 from experiments.finetune import Config as Run
 from experiments.loop import Result
-from experiments.plots import COLOURS, MARKERS
+from experiments.plots import COLOURS, MARKERS, save
 from experiments.studies.pretraining import NAMES, best_rates
 
 PROGRAM = "experiments.studies.finetuning"
@@ -180,10 +180,7 @@ def draw(config: Config, found: Sequence[runs.Entry]) -> Path:
     right.set_title("all seeds together, 95 % limits", fontsize="medium")
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    path = config.out.with_suffix(".png")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-    return path
+    return save(figure, config.out)
 
 
 def _share(axes: Axes, i: int, row: dict[str, Any]) -> None:

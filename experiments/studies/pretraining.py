@@ -23,7 +23,7 @@ import numpy as np
 from experiments import cli, runs, tables
 from experiments.config import Config as Run
 from experiments.config import ConfigError, Optimizer, flag
-from experiments.plots import COLOURS, MARKERS
+from experiments.plots import COLOURS, MARKERS, save
 from experiments.recipes import RECIPES
 from experiments.studies import weights
 
@@ -221,10 +221,7 @@ def draw(config: Config, found: dict[str, list[runs.Entry]]) -> Path:
         each.set_title(Path(corpus).name)
         each.grid(alpha=0.3)
     axes[0][0].legend(frameon=False, fontsize="small")
-    path = config.out.with_suffix(".png")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-    return path
+    return save(figure, config.out)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from experiments import cli, gradients, record, tables
 from experiments.config import Config as Run
 from experiments.config import ConfigError
 from experiments.gradients import KINDS, ByKind, Moment
-from experiments.plots import COLOURS, MARKERS
+from experiments.plots import COLOURS, MARKERS, save
 
 PROGRAM = "experiments.studies.residual"
 
@@ -195,10 +195,7 @@ def draw(config: Config, values: Values) -> Path:
         empty.set_axis_off()
     for row in axes:
         row[0].set_ylabel("residual / gradient")
-    path = config.out.with_suffix(".png")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-    return path
+    return save(figure, config.out)
 
 
 def _refresh(axes: Axes, config: Config, values: Values, i: int) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 from experiments import cli, record, runs, tables
 from experiments.config import ConfigError, Optimizer
 from experiments.gradients import KINDS
-from experiments.plots import COLOURS, MARKERS
+from experiments.plots import COLOURS, MARKERS, save
 from experiments.studies import pretraining
 
 PROGRAM = "experiments.studies.spectra"
@@ -112,10 +112,7 @@ def draw(config: Config, found: dict[str, dict[str, Any]]) -> Path:
     right.set_title("mean over all matrices", fontsize="medium")
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    path = config.out.with_suffix(".png")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-    return path
+    return save(figure, config.out)
 
 
 if __name__ == "__main__":

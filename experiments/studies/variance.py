@@ -27,7 +27,7 @@ from experiments.config import Config as Run
 from experiments.config import ConfigError
 from experiments.gradients import KINDS, Moment
 from experiments.model import architecture
-from experiments.plots import COLOURS, MARKERS
+from experiments.plots import COLOURS, MARKERS, save
 
 PROGRAM = "experiments.studies.variance"
 # Bounds of a probability: 1/q and 1/(1-q), which weigh what norms did not foresee, are at most 20.
@@ -252,10 +252,7 @@ def draw(config: Config, norms: Norms, rules: Comparison) -> Path:
     _by_kind(right, config, rules)
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    path = config.out.with_suffix(".png")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-    return path
+    return save(figure, config.out)
 
 
 def _by_residual(axes: Axes, config: Config, norms: Norms) -> None:
