@@ -2,9 +2,11 @@
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
+import jax
+import numpy as np
 from tqdm import tqdm
 
 from experiments import generate, processes, sft
@@ -68,11 +70,23 @@ def measure(
     tokenizer: Any,
     task: Task,
     *,
+    longest: int,
     batch_size: int,
     title: str,
     show: bool = True,
 ) -> Accuracy:
-    """Lets the model answer every held-out item of a task, `batch_size` at a time."""
+    """Lets the model answer every held-out item of a task.
+
+    Args:
+      static: the model, as `model.create` returns it.
+      params: its weights.
+      tokenizer: its tokenizer.
+      task: the items, and what a right answer is.
+      longest: tokens of an answer, at most.
+      batch_size: items answered at a time.
+      title: of the progress bar.
+      show: whether there is one.
+    """
     prompts = [sft.prompt_ids(item, tokenizer) for item in task.held_out]
     visible = show and processes.is_first()
     with tqdm(
@@ -83,7 +97,7 @@ def measure(
             params,
             prompts,
             stop=sft.stop_tokens(tokenizer),
-            max_new_tokens=task.max_new_tokens,
+            max_new_tokens=longest,
             batch_size=batch_size,
             progress=bar.update,
         )
@@ -92,7 +106,39 @@ def measure(
     return Accuracy([_answer(task, item, text.strip()) for item, text in pairs])
 
 
-def wilson(right: int, of: int) -> tuple[float, float]:
+class Loss(NamedTuple):
+    """A mean loss over tokens, with 95 % confidence limits."""
+
+    mean: float
+    low: float
+    high: float
+    windows: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.4f} (95 % interval {self.low:.4f} to {self.high:.4f})"
+
+
+def loss(by_window: Callable, params: Params, batches: Iterable[Any]) -> Loss:
+    """The mean loss of all tokens that count, and what the choice of windows leaves open.
+
+    The limits are those of a ratio of two sums over windows (Cochran, Sampling Techniques, 2.11).
+
+    Args:
+      by_window: from weights and a batch to each window's sum of losses and number of tokens.
+      params: the weights.
+      batches: what to read.
+    """
+    evaluate = jax.jit(by_window)
+    sums = [processes.gather(evaluate(params, batch)) for batch in batches]
+    totals, counts = (np.concatenate(parts).astype(np.float64) for parts in zip(*sums, strict=True))
+    totals, counts = totals[counts > 0], counts[counts > 0]
+    mean, n = totals.sum() / counts.sum(), len(counts)
+    spread = np.sum((totals - mean * counts) ** 2) * n / max(n - 1, 1)
+    half = _Z * np.sqrt(spread) / counts.sum()
+    return Loss(float(mean), float(mean - half), float(mean + half), n)
+
+
+def wilson(right: float, of: int) -> tuple[float, float]:
     """95 % limits of a share by Wilson's score interval, which holds near 0 and 1 too.
 
     Wilson, Journal of the American Statistical Association 22 (1927), 209-212.

@@ -17,6 +17,7 @@ import gum_optax
 from experiments.config import ConfigError, Training, first_difference, flag
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers", "numpy")
+_PACKAGES += ("transformers", "reasoning-gym")
 
 
 def versions() -> dict[str, str]:

@@ -28,7 +28,7 @@ class Training:
     resume: bool = False
     """Continue from the last checkpoint in --run-dir, with the numbers of an unbroken run."""
     seed: int = 0
-    """Seed of the initial weights, of the order of the data, and of the optimizer's draws."""
+    """Seed of the order of the data and of all that is drawn: first weights, examples, layers."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the forward and backward pass; bfloat16 suits a GPU."""
@@ -160,7 +160,7 @@ _COUNTS += ("accumulate", "train_examples", "eval_examples", "eval_batch_size")
 _PERIODS = ("period", "log_every", "validate_every", "checkpoint_every")
 _AMOUNTS = ("rank", "validation_batches", "keep_checkpoints")
 _RATES = ("learning_rate", "fallback_learning_rate", "consistent_rms")
-_PENALTIES = ("seed", "draw_seed", "full_rank_layers", "weight_decay", "clip_norm")
+_PENALTIES = ("seed", "draw_seed", "full_rank_layers", "weight_decay", "clip_norm", "shown")
 _SHARES = ("warmup", "final_learning_rate", "golore_switch")
 # Variants of some optimizers, and those that have them.
 _USERS = {

@@ -76,18 +76,21 @@ def finetuning() -> str:
     """Each optimizer at its best learning rate, on answers of all seeds."""
     entries = _read("studies/finetuning.json")
     rows = answers.compare(answers.finals_of(entries))
-    head = ["optimizer", "learning rate", "state", "right answers", "95 % interval"]
-    lines = [[*head, "loss of answers", "seconds per step"], ["---"] * 7]
+    head = ["optimizer", "learning rate", "state", "right answers, by seed", "95 % interval"]
+    head += ["loss of answers, by seed", "95 % interval of the last", "time per step"]
+    lines = [head, ["---"] * len(head)]
+    adamw = next(row["seconds_per_step"] for row in rows if row["optimizer"] == "adamw")
     for row in sorted(rows, key=lambda row: row["loss"]):
         losses = ", ".join(f"{loss:.3f}" for loss in row["losses"])
         lines.append([
             comparison.NAMES[row["optimizer"]],
             f"{row['learning_rate']:g}",
             f"{row['state_bytes'] / 2**20:.0f} MiB",
-            f"{row['share']:.1%}",
+            ", ".join(f"{share:.1%}" for share in row["shares"]),
             "{:.1%} to {:.1%}".format(*row["interval"]),
             losses,
-            f"{row['seconds_per_step']:.1f}",
+            "{:.2f} to {:.2f}".format(*row["loss_interval"]),
+            f"{row['seconds_per_step'] / adamw:.2f}",
         ])  # fmt: skip
     return _markdown(lines)
 

@@ -3,15 +3,18 @@
 import dataclasses
 import hashlib
 import json
+import os
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import tyro
 from jax.sharding import Mesh
 
@@ -28,14 +31,15 @@ from experiments import (
     tasks,
 )
 from experiments import mesh as meshes
-from experiments.accuracy import Accuracy
-from experiments.config import ConfigError, Launch, Training, check
+from experiments.accuracy import Accuracy, Loss
+from experiments.config import ConfigError, Launch, Training, check, make_directory
 from experiments.loop import Result, State
 from experiments.plots import loss_curves
 from experiments.pretrained import Pretrained
 from experiments.tasks import Task
 
 PROGRAM = "experiments.finetune"
+_SENTENCE = 24  # tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,11 +99,15 @@ class Command:
 
 
 class Outcome(NamedTuple):
-    """A run, and the answers before and after it; None where they were not asked for."""
+    """A run, the answers before and after it, and the loss of held-out ones at the end.
+
+    None stands for what was not asked for, or not reached by a run that was stopped.
+    """
 
     result: Result
     before: dict[str, Any] | None
     after: Accuracy | None
+    loss: Loss | None
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -130,61 +138,120 @@ def finetune(config: Config, *, show: bool = True) -> Outcome:
         return _finetune(config, mesh, show)
 
 
+class _Data(NamedTuple):
+    """What a run trains on and answers, and the most tokens of an answer."""
+
+    task: Task
+    material: loop.Material
+    longest: int
+    sizes: str
+
+
 def _finetune(config: Config, mesh: Mesh | None, show: bool) -> Outcome:
     checkpoint.check_run_directory(config)
+    if config.export:
+        make_directory("export", Path(config.export))
     base = processes.in_turn(lambda: pretrained.load(config.model, dtype=config.weights))
-    if config.seq_len > base.arch.seq_len:
-        raise ConfigError(
-            f"--seq-len is {config.seq_len}; {config.model} was made for {base.arch.seq_len} tokens"
-        )
-    task = processes.in_turn(lambda: _task(config))
-    material, fill = _material(config, mesh, task, base)
-    loop.begin(config, material.digest, f"the data of {config.task}")
+    data = _data(config, mesh, base)
+    loop.begin(config, data.material.digest, f"the data of {config.task}")
     static, state, step_fn = start(config, base, mesh)
+    base = base._replace(params={})  # they are on the devices now
     answer = partial(
-        accuracy.measure, static, tokenizer=base.tokenizer, task=task,
+        accuracy.measure, static, tokenizer=base.tokenizer, task=data.task, longest=data.longest,
         batch_size=config.eval_batch_size, show=show,
     )  # fmt: skip
     before = _before(config, answer, state)
     result = loop.run(
         config,
-        material,
+        data.material,
         partial(losses.of_answers, static),
         state,
         step_fn,
         mesh=mesh,
-        introduction=_introduction(config, base, task, fill, before, state, mesh),
+        introduction=_introduction(config, base, data, before, state, mesh),
         show=show,
     )
     if result.stopped_by:
-        return Outcome(result, before, None)
+        return Outcome(result, before, None, None)
+    put = partial(meshes.put, mesh, config.batch_size)
+    by_window = partial(losses.of_answers_by_window, static)
+    loss = accuracy.loss(by_window, result.params, map(put, data.material.held_out))
     after = answer(params=result.params, title="answers after training")
     if processes.is_first():
-        _write(config, {"before": before, "after": after.summary()})
+        kept = {"before": before, "after": after.summary(), "loss": loss._asdict()}
+        _write(config, kept)
     if config.export:
-        export(config, result.params, base)
-    return Outcome(result, before, after)
+        _export(config, result.params, base)
+    return Outcome(result, before, after, loss)
 
 
 def start(config: Config, base: Pretrained, mesh: Mesh | None) -> tuple[Any, State, Any]:
-    """The static model, the first state, which takes over the weights, and the compiled step."""
+    """The static model, the first state, with copies of the weights, and the compiled step."""
     create = partial(model.create, base.arch, dtype=config.dtype, remat=config.remat)
     static, _ = jax.eval_shape(create)
+    shapes = jax.eval_shape(lambda: base.params)
 
     def place(shardings: Any) -> model.Params:
-        return jax.device_put(base.params, shardings)
+        if shardings is None:
+            return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), base.params)
+        # Each device takes its part: none need hold the whole.
+        return jax.tree.map(
+            lambda leaf, where: jax.make_array_from_callback(leaf.shape, where, leaf.__getitem__),
+            base.params,
+            shardings,
+        )
 
-    shapes = jax.eval_shape(lambda: base.params)
     loss = partial(losses.of_answers, static)
     return static, *loop.start(config, loss, shapes, place, mesh, base.arch.layers)
 
 
-def export(config: Config, params: model.Params, base: Pretrained) -> None:
+def _export(config: Config, params: model.Params, base: Pretrained) -> None:
     """Saves the weights as transformers opens them."""
     assert config.export
-    whole = processes.gather(params)
-    if processes.is_first():
-        pretrained.save(Path(config.export), whole, base.config, base.tokenizer)
+    whole, stop = processes.gather(params), sft.stop_tokens(base.tokenizer)
+    if not processes.is_first():
+        return
+    try:
+        pretrained.save(Path(config.export), whole, base.config, base.tokenizer, stop)
+    except Exception as error:  # of the file system, or safetensors' own
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ConfigError(f"--export: cannot write {config.export}: {reason}") from error
+
+
+def _data(config: Config, mesh: Mesh | None, base: Pretrained) -> _Data:
+    """Items and batches of them.
+
+    Raises:
+      ConfigError: they are not to be had, or are longer than a window or the model's context.
+    """
+    if config.seq_len > base.arch.seq_len:
+        raise ConfigError(
+            f"--seq-len is {config.seq_len}; {config.model} was made for {base.arch.seq_len} tokens"
+        )
+    rows = meshes.rows(mesh, config.batch_size, config.accumulate)
+    task = processes.in_turn(lambda: _task(config))
+    train, held_out = (
+        sft.encode(items, base.tokenizer, config.seq_len) for items in (task.train, task.held_out)
+    )
+    both = [*train, *held_out]
+    # Untrained, a model puts a sentence around its answer.
+    longest = sft.longest_answer(both) + _SENTENCE
+    prompt = max(len(e.tokens) - int(e.answer.sum()) for e in held_out)
+    if prompt + longest > base.arch.seq_len:
+        raise ConfigError(
+            f"--task: a prompt of {config.task} has {prompt} tokens and an answer up to {longest}; "
+            f"{config.model} was made for {base.arch.seq_len}"
+        )
+    shape = config.seq_len, config.batch_size
+    material = loop.Material(
+        batches=sft.batches(train, *shape, config.seed, rows),
+        held_out=sft.held_out_batches(held_out, *shape, rows)[: config.validation_batches],
+        tokens=config.batch_size * config.seq_len,
+        digest=_digest(both),
+    )
+    tokens, answers = (sum(map(len, parts)) for parts in zip(*_parts(train), strict=True))
+    sizes = f"{tokens / len(train):.0f} tokens each, {answers / len(train):.0f} of answers"
+    return _Data(task, material, longest, sizes)
 
 
 def _task(config: Config) -> Task:
@@ -198,27 +265,17 @@ def _task(config: Config) -> Task:
     )
 
 
-def _material(
-    config: Config, mesh: Mesh | None, task: Task, base: Pretrained
-) -> tuple[loop.Material, str]:
-    """Batches of encoded examples, and a phrase about how full they are."""
-    rows = meshes.rows(mesh, config.batch_size)
-    train, held_out = (
-        sft.encode(items, base.tokenizer, config.seq_len) for items in (task.train, task.held_out)
-    )
-    shape = config.seq_len, config.batch_size
-    batches = sft.batches(train, *shape, config.seed, rows)
-    validation = sft.held_out_batches(held_out, *shape, rows)[: config.validation_batches]
-    tokens, answers = (
-        sum(len(e.tokens) for e in train), sum(int(sum(e.answer)) for e in train)
-    )  # fmt: skip
+def _parts(encoded: Sequence[sft.Encoded]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The tokens of each example, and those of its answer."""
+    return ((e.tokens, e.tokens[e.answer]) for e in encoded)
+
+
+def _digest(encoded: Sequence[sft.Encoded]) -> str:
+    """Tells these tokens from others."""
     digest = hashlib.blake2b(digest_size=8)
-    for example in (*train, *held_out):
-        digest.update(json.dumps(list(map(int, example.tokens))).encode())
-    material = loop.Material(
-        batches, validation, config.batch_size * config.seq_len, digest.hexdigest()
-    )
-    return material, f"{tokens / len(train):.0f} tokens each, {answers / len(train):.0f} of answers"
+    for example in encoded:
+        digest.update(len(example.tokens).to_bytes(4, "big") + example.tokens.tobytes())
+    return digest.hexdigest()
 
 
 def _before(config: Config, answer: Any, state: State) -> dict[str, Any] | None:
@@ -237,8 +294,7 @@ def _before(config: Config, answer: Any, state: State) -> dict[str, Any] | None:
 def _introduction(
     config: Config,
     base: Pretrained,
-    task: Task,
-    sizes: str,
+    data: _Data,
     before: dict[str, Any] | None,
     state: State,
     mesh: Mesh | None,
@@ -247,8 +303,8 @@ def _introduction(
         f"{config.model}: {model.parameter_count(state.params):,} parameters, "
         f"{base.arch.layers} blocks of width {base.arch.width}, "
         f"vocabulary {base.arch.vocab_size:,}\n"
-        f"{task.name}: {len(task.train):,} examples to train on, {sizes}, "
-        f"{len(task.held_out):,} held out\n"
+        f"{data.task.name}: {len(data.task.train):,} examples to train on, {data.sizes}, "
+        f"{len(data.task.held_out):,} held out\n"
         f"right before training: {_share(before)}\n"
         f"{loop.introduction(config, state, mesh)}"
     )
@@ -271,7 +327,7 @@ def _conclude(config: Config, outcome: Outcome, arguments: Sequence[str]) -> Non
         f"\nanswers of the trained model:\n"
         f"{accuracy.examples(outcome.after.answers[: config.shown])}\n\n"
         f"right before: {_share(outcome.before)}\nright after:  {outcome.after}\n"
-        f"loss of held-out answers {result.validation_loss:.4f} after {result.step} steps, "
+        f"loss of held-out answers {outcome.loss} after {result.step} steps, "
         f"{result.seconds_per_step:.3f} s each\nloss curve: {picture}\n"
         f"answers: {_accuracy_path(config)}"
         + (f"\nmodel: {config.export}" if config.export else "")
@@ -285,7 +341,10 @@ def _share(before: dict[str, Any] | None) -> str:
 
 
 def _write(config: Config, content: dict[str, Any]) -> None:
-    _accuracy_path(config).write_text(json.dumps(content, indent=1) + "\n")
+    """Writes all or nothing: a resumed run reads it."""
+    scratch = _accuracy_path(config).with_suffix(".scratch")
+    scratch.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(scratch, _accuracy_path(config))
 
 
 def _accuracy_path(config: Config) -> Path:

@@ -95,7 +95,7 @@ def expected_shapes(arch: model.Architecture) -> dict[str, tuple[int, ...]]:
 
 
 def assemble(arch: model.Architecture, tensors: Tensors, dtype: str) -> model.Params:
-    """The parameters of `arch`, one tensor after the other, so that no second model is in memory.
+    """The parameters of `arch` in the host's memory, one tensor after the other.
 
     Raises:
       ConfigError: tensors are missing, not known or of another shape; all of them are named.
@@ -104,9 +104,9 @@ def assemble(arch: model.Architecture, tensors: Tensors, dtype: str) -> model.Pa
     if arch.tied and _HEAD in tensors.shapes:
         _check_tied(tensors)
 
-    def parameter(path: jax.tree_util.KeyPath, _: Any) -> jax.Array:
+    def parameter(path: jax.tree_util.KeyPath, _: Any) -> np.ndarray:
         tensor = tensors.read(tensor_name(path))
-        return jnp.array(tensor.T if _is_matrix(path) else tensor, dtype)
+        return np.array(tensor.T if _is_matrix(path) else tensor, jnp.dtype(dtype), order="C")
 
     return jax.tree.map_with_path(parameter, _parameter_shapes(arch))
 

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from optax.microbatching import AccumulationType, microbatch
 
 import gum_optax
-from experiments import checkpoint, compatibility, losses, optimizers, processes
+from experiments import checkpoint, compatibility, losses, optimizers, precision, processes
 from experiments import mesh as meshes
 from experiments.config import Training
 from experiments.losses import Loss
@@ -22,7 +22,11 @@ from experiments.report import Report, Silence, metrics_path, read_metrics
 
 
 class Result(NamedTuple):
-    """Outcome of a run, with its last weights. `stopped_by` is the signal that ended it, if any."""
+    """Outcome of a run, with its last weights.
+
+    `stopped_by` is the signal that ended it, if any; `peak_bytes` the most that arrays have taken
+    on the first device so far, None on CPUs.
+    """
 
     step: int
     stopped_by: int | None
@@ -32,6 +36,7 @@ class Result(NamedTuple):
     parameters: int
     metrics: list[dict]
     params: Params
+    peak_bytes: int | None = None
 
 
 class State(NamedTuple):
@@ -82,7 +87,7 @@ def start(
         value, grads = gradients(state.params, batch)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params: Any = optax.apply_updates(state.params, updates)
-        return State(params, opt_state), {"loss": value, "grad_norm": optax.tree.norm(grads)}
+        return State(params, opt_state), {"loss": value, "grad_norm": _norm(grads)}
 
     if mesh is None:
         params = place(None)
@@ -113,6 +118,8 @@ def run(
     checkpoints, step, batches = checkpoint.Checkpoints(config), 0, material.batches
     if config.resume:
         step = checkpoints.latest() or 0
+        # Callers still hold the first state; shapes and shardings outlive its buffers.
+        jax.tree.map(jax.Array.delete, state)
         state, position = checkpoints.restore(step, state)
         batches.set_state(position)
     reporter = Report if processes.is_first() else Silence
@@ -160,6 +167,11 @@ def state_bytes(opt_state: optax.OptState) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(opt_state))
 
 
+def device_peak() -> int | None:
+    """The most bytes that an accelerator's arrays have taken; None on CPUs."""
+    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
 def mean_loss(loss: Callable, params: Params, batches: Iterable[Any]) -> float:
     """The mean loss of all tokens that count."""
     totals, counts = zip(*(loss(params, batch) for batch in batches), strict=True)
@@ -169,7 +181,8 @@ def mean_loss(loss: Callable, params: Params, batches: Iterable[Any]) -> float:
 def introduction(config: Training, state: State, mesh: Mesh | None) -> str:
     """What the optimizer will hold, and where weights lie."""
     rank, layers = config.rank, config.full_rank_layers
-    plan = str(gum_optax.memory_plan(state.params, rank=rank, full_rank_layers=layers))
+    wide = jax.eval_shape(lambda: precision.cast(state.params, "float32"))  # what optimizers see
+    plan = str(gum_optax.memory_plan(wide, rank=rank, full_rank_layers=layers))
     if config.optimizer in optimizers.FULL_RANK:
         plan = "\n".join(plan.splitlines()[-2:])  # the comparison, without GUM's stacks
     return (
@@ -201,6 +214,11 @@ def _gradients(loss: Loss, config: Training) -> Callable[[Params, Any], tuple[ja
     return gradients
 
 
+def _norm(grads: Params) -> jax.Array:
+    """Of bfloat16, sums of squares would be off by per cents."""
+    return optax.tree.norm(precision.cast(grads, "float32"))
+
+
 def _due(step: int, every: int, config: Training) -> bool:
     return step % every == 0 or step == config.steps
 
@@ -219,4 +237,5 @@ def _result(
         parameters=parameter_count(state.params),
         metrics=metrics,
         params=state.params,
+        peak_bytes=device_peak(),
     )

@@ -33,10 +33,16 @@ def of_windows(static: Any, params: model.Params, window_BxL: jax.Array) -> Sum:
 
 def of_answers(static: Any, params: model.Params, batch: dict[str, jax.Array]) -> Sum:
     """Cross-entropy of the tokens of answers alone, in windows packed as in `experiments.sft`."""
+    totals_B, counts_B = of_answers_by_window(static, params, batch)
+    return totals_B.sum(), counts_B.sum()
+
+
+def of_answers_by_window(static: Any, params: model.Params, batch: dict[str, jax.Array]) -> Sum:
+    """The same sums for each window."""
     tokens_BxL, segments_BxL = batch["tokens"], batch["segments"]
     logits_BxLxV = model.apply(
         static, params, tokens_BxL[:, :-1], batch["positions"][:, :-1], segments_BxL[:, :-1]
     )
     loss_BxL = optax.softmax_cross_entropy_with_integer_labels(logits_BxLxV, tokens_BxL[:, 1:])
     counts_BxL = batch["answer"][:, 1:] & (segments_BxL[:, 1:] == segments_BxL[:, :-1])
-    return (loss_BxL * counts_BxL).sum(), counts_BxL.sum().astype(jnp.float32)
+    return (loss_BxL * counts_BxL).sum(axis=1), counts_BxL.sum(axis=1).astype(jnp.float32)

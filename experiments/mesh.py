@@ -73,17 +73,20 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(_BATCH))
 
 
-def rows(mesh: Mesh | None, batch_size: int) -> Sequence[int]:
+def rows(mesh: Mesh | None, batch_size: int, accumulate: int = 1) -> Sequence[int]:
     """The rows of a batch that this process's devices hold.
 
     Raises:
-      ConfigError: the batch cannot be divided.
+      ConfigError: the batch, or one of the parts it is cut into, cannot be divided.
     """
     if mesh is None:
         return range(batch_size)
     count = math.prod(mesh.shape[axis] for axis in _BATCH)
-    if batch_size % count:
-        raise ConfigError(f"--batch-size is {batch_size}; --mesh divides it into {count} parts")
+    if batch_size // accumulate % count:
+        parts = f" and --accumulate {accumulate}" if accumulate > 1 else ""
+        raise ConfigError(
+            f"--batch-size is {batch_size}{parts}; --mesh divides it into {count} parts"
+        )
     held = batch_sharding(mesh).devices_indices_map((batch_size,))
     here = [held[device][0] for device in mesh.local_devices]
     return sorted({row for part in here for row in range(batch_size)[part]})

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -35,7 +36,7 @@ class Pretrained(NamedTuple):
 
 
 def load(name: str, *, dtype: str = "float32") -> Pretrained:
-    """The model called `name`, with parameters of type `dtype` on the default device.
+    """The model called `name`, with NumPy parameters of type `dtype`.
 
     Args:
       name: a directory with config.json, safetensors and tokenizer.json; a .gguf file; a name on
@@ -74,18 +75,34 @@ def open_checkpoint(name: str) -> gguf_file.Contents:
 
 
 def save(
-    directory: Path, params: Params, pretrained_config: dict, tokenizer: "PreTrainedTokenizerFast"
+    directory: Path,
+    params: Params,
+    pretrained_config: dict,
+    tokenizer: "PreTrainedTokenizerFast",
+    stop: Collection[int] = (),
 ) -> None:
     """Writes a checkpoint that `load` and `transformers` open.
 
     The config is the one that was loaded, but for the type of the weights. With the params of
     several processes, each of them must have gathered the whole.
+
+    Args:
+      directory: where to; it is made.
+      params: the weights.
+      pretrained_config: as `load` gave it.
+      tokenizer: as `load` gave it.
+      stop: tokens that end an answer, for `generate` of `transformers`. A chat model that was
+        trained to end its turn need not know another end of text.
     """
     directory.mkdir(parents=True, exist_ok=True)
     huggingface.write_safetensors(directory, params)
     dtype = str(params["embed"]["embedding"].dtype)
     config = huggingface.with_dtype(pretrained_config, dtype)
     huggingface.write_json(directory / "config.json", config)
+    if stop:
+        kept = {n: config[n] for n in ("bos_token_id", "pad_token_id") if config.get(n) is not None}
+        generation = kept | {"eos_token_id": sorted(stop)}
+        huggingface.write_json(directory / "generation_config.json", generation)
     tokenizer.save_pretrained(directory)
 
 

@@ -131,6 +131,7 @@ def _entry(config: Training, trainer: Trainer, show: bool = False) -> Entry:
         "seconds_per_step": result.seconds_per_step,
         "state_bytes": result.state_bytes,
         "parameters": result.parameters,
+        "peak_bytes": result.peak_bytes,
         **more,
     }
 

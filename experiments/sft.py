@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
 Batch = dict[str, np.ndarray]
 
+# LLaMA 3.1 and 3.2 tell the model a date: by default the first one this, the second today's, with
+# which no run could be resumed on another day.
+_DATE = "26 Jul 2024"
+
 # Batches packed at once in training: on GSM8K, with 8 windows of 512, 8 % of the tokens are padding
 # with 4, 11 % with 1 and 7 % with 16.
 _TOGETHER = 4
@@ -62,6 +66,11 @@ def stop_tokens(tokenizer: "PreTrainedTokenizerFast") -> set[int]:
     """The tokens that end an answer: of the text, and of the turn in the chat template."""
     end_of_text: Any = tokenizer.eos_token_id
     return {_end_of_turn(tokenizer)} | ({end_of_text} - {None})
+
+
+def longest_answer(encoded: Sequence[Encoded]) -> int:
+    """The most tokens of an answer, with the one that ends it."""
+    return max(int(example.answer.sum()) for example in encoded)
 
 
 def batches(
@@ -134,6 +143,7 @@ def _render(
         turns if answered else [both[:1] for both in turns],
         tokenize=False,
         add_generation_prompt=not answered,
+        date_string=_DATE,
     )
 
 
@@ -150,8 +160,8 @@ def _check_begins(examples: Sequence[Example], prompts: list, wholes: list) -> N
     for example, prompt, whole in zip(examples, prompts, wholes, strict=True):
         if whole[: len(prompt)] != prompt:
             raise ConfigError(
-                "--model: in its chat template a prompt with an answer does not begin as the "
-                "prompt alone does, so that generation would differ from training; the first is "
+                "--model: with its tokenizer and template a prompt with an answer does not begin "
+                "as the prompt alone does: generation would differ from training; the first is "
                 f"{example.prompt[:80]!r}"
             )
 

@@ -29,7 +29,6 @@ _ANNOTATION = re.compile("<<[^<>]*>>")  # GSM8K's calls of a calculator, as in <
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 _SPLITS = ("test", "validation")  # the first there is holds the held-out items
 _SUFFIXES = (".jsonl", ".jsonl.xz")
-_MOST_NEW_TOKENS = 400  # GSM8K's longest training answer is 343 SmolLM2 tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +46,6 @@ class Task(NamedTuple):
     train: Sequence[Example]
     held_out: Sequence[Example]
     correct: Callable[[str, Example], bool]
-    max_new_tokens: int
 
 
 class Items(NamedTuple):
@@ -90,14 +88,15 @@ def load(
     Raises:
       ConfigError: the items cannot be read, or there are too few.
     """
+    if name in _GENERATORS or name in _FIELDS:
+        _check_default("prompt_field", prompt_field, "prompt", name)
+        _check_default("answer_field", answer_field, "answer", name)
     if name in _GENERATORS:
         items = _generate(name, train_examples, eval_examples, seed)
-        correct = _GENERATORS[name].correct
-    else:
-        source, fields = _FIELDS.get(name, (name, (prompt_field, answer_field)))
-        items = _sample(_read(source, fields), name, train_examples, eval_examples, seed)
-        correct = same_result
-    return Task(name, *items, correct, _enough_tokens([*items.train, *items.held_out]))
+        return Task(name, *items, _GENERATORS[name].correct)
+    source, fields = _FIELDS.get(name, (name, (prompt_field, answer_field)))
+    items = _sample(_read(source, fields), name, train_examples, eval_examples, seed)
+    return Task(name, *items, same_result)
 
 
 def same_result(text: str, example: Example) -> bool:
@@ -149,10 +148,9 @@ def _held_out(example: Example) -> bool:
     return corpus.held_out(example.prompt, HELD_OUT_SHARE)
 
 
-def _enough_tokens(examples: Iterable[Example]) -> int:
-    """More than the longest answer, a token being at least a byte, with a sentence around it."""
-    longest = max((len(example.answer.encode()) for example in examples), default=0)
-    return min(longest + 24, _MOST_NEW_TOKENS)
+def _check_default(field: str, value: str, default: str, name: str) -> None:
+    if value != default:
+        raise ConfigError(f"{flag(field)} has no effect on {name}, whose columns are known")
 
 
 def _generate(name: str, train_examples: int, eval_examples: int, seed: int) -> Items:

@@ -34,7 +34,7 @@ def train(config: Config, *, show: bool = True) -> Result:
 
 def _train(config: Config, mesh: Mesh | None, show: bool) -> Result:
     arch = model.architecture(config)
-    rows = meshes.rows(mesh, config.batch_size)
+    rows = meshes.rows(mesh, config.batch_size, config.accumulate)
     checkpoint.check_run_directory(config)
     tokens = processes.in_turn(lambda: data.prepare(config, arch.vocab_size))
     arch = dataclasses.replace(arch, vocab_size=tokens.tokenizer.get_vocab_size())

@@ -25,7 +25,7 @@ CHATML = (
 STEPS = 8
 
 
-def write_model(directory, vocab_size=300):
+def write_model(directory, vocab_size=300, context=128):
     """A random LLaMA as transformers saves one, with a chat template."""
     words = ["What is one plus two? Three. What is 4 + 5? 9 user assistant"] * 20
     tokenizer = PreTrainedTokenizerFast(
@@ -36,7 +36,7 @@ def write_model(directory, vocab_size=300):
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 32,
         "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "vocab_size": vocab_size, "max_position_embeddings": 128,
+        "num_key_value_heads": 2, "vocab_size": vocab_size, "max_position_embeddings": context,
         "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "hidden_act": "silu",
         "rope_theta": 10000.0,
     }  # fmt: skip
@@ -116,6 +116,9 @@ def test_a_run_learns_and_counts_answers(unbroken, home):
     trained = [r["loss"] for r in outcome.result.metrics if "loss" in r]
     assert len(trained) == STEPS and trained[-1] < trained[0] - 0.3
     stored = json.loads((home / "unbroken" / "accuracy.json").read_text())
+    assert stored["loss"] == outcome.loss._asdict()
+    assert outcome.loss.mean == pytest.approx(outcome.result.validation_loss, rel=1e-6)
+    assert outcome.loss.low < outcome.loss.mean < outcome.loss.high
     assert stored["before"]["of"] == stored["after"]["of"] == config.eval_examples
     assert stored["before"] == json.loads(json.dumps(outcome.before))
     assert stored["after"]["right"] == outcome.after.right
@@ -127,6 +130,9 @@ def test_the_exported_model_is_the_trained_one(unbroken, home):
     opened = pretrained.load(str(home / "exported"))
     jax.tree.map(np.testing.assert_array_equal, opened.params, unbroken[1].result.params)
     assert opened.tokenizer.chat_template == CHATML
+    generation = json.loads((home / "exported" / "generation_config.json").read_text())
+    end = opened.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert generation["eos_token_id"] == [end]
 
 
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(unbroken, home, monkeypatch, capsys):
@@ -160,6 +166,16 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(unbroken, home, mo
     assert first == again
 
 
+def test_what_is_resumed_takes_the_place_of_what_it_began_with(unbroken, home, monkeypatch):
+    """A second copy of weights and state for the rest of the run would be a second model."""
+    config, _ = unbroken
+    held = []
+    begin = finetune.start
+    monkeypatch.setattr(finetune, "start", lambda *a: held.append(begin(*a)) or held[0])
+    finetune.finetune(dataclasses.replace(config, resume=True, export=None), show=False)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(held[0][1]))
+
+
 MISTAKES = {
     "model": ({"model": "nowhere"}, "--model: nowhere is no directory"),
     "task": ({"task": "chain_som"}, "--task: there is no 'chain_som'; did you mean 'chain_sum'?"),
@@ -167,6 +183,10 @@ MISTAKES = {
     "parts": ({"accumulate": 3}, "--accumulate is 3; it must be a divisor of --batch-size, 4"),
     "rank": ({"rank": 0}, "--rank is 0; it must be at least 1"),
     "items": ({"eval_examples": 10_000}, "--eval-examples is 10000; "),
+    "no file": ({"export": __file__}, "--export: cannot make "),
+    "context": ({"seq_len": 128, "model": "context"}, "--task: a prompt of "),
+    "columns": ({"task": "chain_sum", "prompt_field": "q"}, "--prompt-field has no effect on"),
+    "negative": ({"shown": -1}, "--shown is -1; it must be zero or more"),
     "field": ({"answer_field": "reply"}, "has no column 'reply'"),
 }
 
@@ -174,6 +194,8 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_one_line_and_exit_code_two(mistake, home, tmp_path, monkeypatch, capfd):
     change, message = MISTAKES[mistake]
+    if change.get("model") == "context":
+        change = change | {"model": str(write_model(tmp_path / "short", context=40)), "seq_len": 40}
     assert run_main(options(home, tmp_path / "run", **change), monkeypatch) == 2
     out, error = capfd.readouterr()
     assert error.startswith("experiments.finetune: error: ")
@@ -201,10 +223,9 @@ def batch_and_model(home, **more):
     """Two packed windows of uneven answers, of a model with weights of either type."""
     config = options(home, home / "none", **more)
     base = pretrained.load(config.model, dtype=config.weights)
-    material, _ = finetune._material(config, None, finetune._task(config), base)
-    static, _, _ = finetune.start(config, base, None)
-    base = pretrained.load(config.model, dtype=config.weights)
-    return config, static, base.params, next(material.batches)
+    material = finetune._data(config, None, base).material
+    static, state, _ = finetune.start(config, base, None)
+    return config, static, state.params, next(material.batches)
 
 
 def test_the_loss_is_of_answers_alone(home):
@@ -281,6 +302,23 @@ def test_biases_lie_as_outputs_do():
     _, shapes = jax.eval_shape(lambda: model.create(arch))
     attention = meshes.param_shardings(mesh, shapes)["layers"][0]["attn"]
     assert attention["q"]["bias"].spec == jax.sharding.PartitionSpec(("tensor",))
+
+
+def test_the_limits_of_a_loss_cover_it():
+    """Of many samples of windows, 95 % have limits around the mean of all windows."""
+    rng = np.random.default_rng(0)
+    counts = rng.integers(0, 6, 4000).astype(float)
+    totals = counts * rng.gamma(2.0, 1.0, 4000)
+    true = totals.sum() / counts.sum()
+
+    def sample() -> accuracy.Loss:
+        chosen = rng.choice(4000, 60, replace=False)
+        batch = jnp.asarray(totals[chosen]), jnp.asarray(counts[chosen])
+        return accuracy.loss(lambda _, sums: sums, {}, [batch])
+
+    covered = sum(found.low <= true <= found.high for found in (sample() for _ in range(400)))
+    # 95 % of 400 is 380, with a standard deviation of 4.4; 60 skewed windows cover a little less.
+    assert 360 <= covered <= 393
 
 
 # Limits by another way: the roots of (p - share)^2 = z^2 p (1 - p) / of.

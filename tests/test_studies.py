@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from experiments import optimizers, runs
+from experiments.accuracy import wilson
 from experiments.config import Config as Run
 from experiments.config import ConfigError, check
 from experiments.loop import Result
@@ -174,7 +175,11 @@ def test_hidden_matrices_are_measured():
 def answered(config):
     """What a run of fine-tuning might leave: its loss as above, and 150 right answers of 200."""
     before = {"right": 40, "of": 200, "share": 0.2} if config.baseline else None
-    return entry(config) | {"before": before, "after": {"right": 150, "of": 200, "share": 0.75}}
+    after = {"right": 150, "of": 200, "share": 0.75}
+    kept = entry(config)
+    mean = kept["validation_loss"]
+    loss = {"mean": mean, "low": mean - 0.1, "high": mean + 0.1, "windows": 9}
+    return kept | {"before": before, "after": after, "loss": loss}
 
 
 def test_finetuning_tunes_each_on_one_grid_and_repeats_the_best(monkeypatch, tmp_path, capsys):
@@ -187,16 +192,20 @@ def test_finetuning_tunes_each_on_one_grid_and_repeats_the_best(monkeypatch, tmp
 
     monkeypatch.setattr(runs, "complete", complete)
     out = tmp_path / "finetuning.json"
-    rates = ["--learning-rates", "1e-3", "3e-3"]
-    assert finetuning.main(["--out", str(out), *rates]) == 0
+    assert finetuning.main(["--out", str(out)]) == 0
     assert out.with_suffix(".png").stat().st_size > 1000
-    grid, finals = asked
-    points = {(c.optimizer, c.learning_rate, c.seed) for c in grid}
-    assert points == {(o, r, 0) for o in finetuning.OPTIMIZERS for r in (1e-3, 3e-3)}
-    points = {(c.optimizer, c.learning_rate, c.seed) for c in finals}
-    assert points == {(o, 3e-3, seed) for o in finetuning.OPTIMIZERS for seed in (0, 1)}
-    assert sum(c.baseline for c in finals) == 1
-    options = {"optimizer", "learning_rate", "seed"}
+    *_, grid, finals = asked
+
+    def points(configs):
+        return {(c.optimizer, c.learning_rate, c.seed) for c in configs}
+
+    # The two in the middle, up to the neighbour of the best, 3e-3, which is the grid's last.
+    rates = [{r for _, r, _ in points(configs)} for configs in asked[:-1]]
+    assert rates == [{1e-4, 3e-4}, {1e-4, 3e-4, 1e-3}, {1e-4, 3e-4, 1e-3, 3e-3}]
+    assert points(grid) == {(o, r, 0) for o in finetuning.OPTIMIZERS for r in rates[-1]}
+    assert points(finals) == {(o, 3e-3, seed) for o in finetuning.OPTIMIZERS for seed in (0, 1)}
+    assert sum(c.baseline for c in grid) == 1
+    options = {"optimizer", "learning_rate", "seed", "projector"}
     same = [{k: v for k, v in runs.identity(c).items() if k not in options} for c in grid + finals]
     assert all(each == same[0] for each in same)
     for config in finals:
@@ -206,13 +215,22 @@ def test_finetuning_tunes_each_on_one_grid_and_repeats_the_best(monkeypatch, tmp
     assert "4.0000 (75%)" in shown  # of the grid
 
 
-def test_answers_of_all_seeds_count_together():
-    rows = finetuning.compare([
+def test_seeds_answer_the_same_items():
+    entries = [
         answered(dataclasses.replace(finetuning.BASE, optimizer=o, learning_rate=3e-3, seed=seed))
         for o in finetuning.OPTIMIZERS for seed in (0, 1)
-    ])  # fmt: skip
+    ]  # fmt: skip
+    rows = finetuning.compare(entries)
     assert [row["optimizer"] for row in rows] == list(finetuning.OPTIMIZERS)
-    assert {(row["share"], row["of"]) for row in rows} == {(0.75, 400)}
+    assert rows[0]["shares"] == [0.75, 0.75]
+    assert rows[0]["interval"] == wilson(150, 200)  # not of 400
     assert rows[0]["losses"] == [4.0, 4.01] and rows[0]["loss"] == pytest.approx(4.005)
-    low, high = rows[0]["interval"]
-    assert 0.70 < low < 0.71 and 0.78 < high < 0.80
+    assert rows[0]["loss_interval"] == pytest.approx((3.91, 4.11))
+
+
+def test_other_tasks_in_a_result_file_are_left_out():
+    run = dataclasses.replace(finetuning.BASE, optimizer="gum", learning_rate=1e-4)
+    better = dataclasses.replace(run, learning_rate=3e-3)
+    other = dataclasses.replace(better, task="gsm_symbolic")
+    kept = finetuning.finals_of([answered(c) for c in (run, better, other)])
+    assert [entry["config"] for entry in kept] == [runs.identity(better)]

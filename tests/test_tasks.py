@@ -209,14 +209,11 @@ def test_numbers_are_answers_too_and_white_space_around_answers_is_not(tmp_path)
     assert all(e.answer == e.prompt.rstrip("?") for e in (*task.train, *task.held_out))
 
 
-def test_there_is_room_for_every_answer_and_a_bound(tmp_path):
-    assert load("chain_sum").max_new_tokens > 4
-    long = [{"prompt": f"{i}?", "answer": "ü" * 60} for i in range(100)]
-    assert load(write(tmp_path / "items.jsonl", long)).max_new_tokens > 120
-    assert load("gsm_symbolic").max_new_tokens == 400
-
-
 ERRORS = {
+    "columns of a generated task": (
+        lambda path: load("chain_sum", prompt_field="question"),
+        "--prompt-field has no effect on chain_sum",
+    ),
     "misspelled": (
         lambda path: load("chain_summ"), r"--task: there is no 'chain_summ'.*'chain_sum'"
     ),

@@ -146,7 +146,7 @@ def measure(worker: Worker) -> dict[str, Any]:
         "plain_seconds": statistics.median(plain),
         "refresh_seconds": statistics.median(refresh) if refresh else None,
         "tokens_per_second": worker.batch_size * worker.seq_len / statistics.median(plain),
-        "peak_bytes": _device_peak() or _status("VmHWM") - settled,
+        "peak_bytes": loop.device_peak() or _status("VmHWM") - settled,
         "program_bytes": _program_bytes(step),
         "process_peak_bytes": max(process_peak, _status("VmHWM")),
         "state_bytes": loop.state_bytes(state.opt_state),
@@ -158,11 +158,6 @@ def _program_bytes(step: Any) -> int:
     sizes = step.memory_analysis()
     held = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
     return held + sizes.temp_size_in_bytes
-
-
-def _device_peak() -> int | None:
-    """The most bytes that an accelerator's arrays have taken; None on CPUs."""
-    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
 def _settle() -> int:

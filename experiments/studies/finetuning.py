@@ -1,9 +1,10 @@
 """Fine-tuning, at each optimizer's best rate: `python -m experiments.studies.finetuning`.
 
-Every optimizer has the same examples, steps and grid of learning rates, for all of its parameters;
-the grid is run with the first seed, and the rate of the least loss of held-out answers is run with
-the others. A seed decides the examples, their order and the draws; held-out items are the same for
-all. Runs that the result file holds are not repeated.
+Every optimizer has the same examples, steps and grid of learning rates, for all of its parameters.
+With the first seed it goes along the grid until both neighbours of a rate have a larger loss of
+held-out answers; that rate is run with the other seeds. A seed decides the examples, their order
+and the draws; held-out items are the same for all, so limits are of the choice of items alone. Runs
+that the result file holds are not repeated.
 """
 
 import dataclasses
@@ -39,8 +40,8 @@ class Config:
 
     optimizers: tuple[Optimizer, ...] = OPTIMIZERS
     """Optimizers to compare."""
-    learning_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
-    """The grid."""
+    learning_rates: tuple[float, ...] = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
+    """The grid, in rising order."""
     seeds: tuple[int, ...] = (0, 1)
     """Seeds of examples, their order and draws; the grid uses the first."""
     out: Path = Path("experiments/results/studies/finetuning.json")
@@ -56,25 +57,58 @@ def tune(config: Any, *, show: bool) -> tuple[Result, dict[str, Any]]:
     outcome = finetune.finetune(config, show=show)
     if outcome.after is None:  # the caller sees that it was stopped
         return outcome.result, {}
-    return outcome.result, {"before": outcome.before, "after": outcome.after.summary()}
+    assert outcome.loss
+    return outcome.result, {
+        "before": outcome.before,
+        "after": outcome.after.summary(),
+        "loss": outcome.loss._asdict(),
+    }
 
 
 def point(config: Config, optimizer: Optimizer, rate: float, seed: int) -> Run:
-    """One run; all begin with the same answers, which AdamW's with the first seed asks for."""
+    """One run; all begin with the same answers, which the first optimizer's asks for.
+
+    GaLore has GUM's projector, to which a refresh by SVD makes no difference but its minutes.
+    """
     run = dataclasses.replace(
         config.base, optimizer=optimizer, learning_rate=rate, seed=seed,
-        baseline=(optimizer, seed) == ("adamw", config.seeds[0]),
+        baseline=(optimizer, rate, seed) == (config.optimizers[0], _first_rates(config)[0],
+                                             config.seeds[0]),
+        projector="subspace_iteration" if optimizer in ("galore", "galore_muon") else None,
     )  # fmt: skip
     return dataclasses.replace(run, run_dir=runs.directory(config.base.run_dir, run))
 
 
-def grid(config: Config) -> list[Run]:
-    """Every optimizer at every learning rate, with the first seed."""
-    return [
-        point(config, optimizer, rate, config.seeds[0])
-        for rate in config.learning_rates
-        for optimizer in config.optimizers
-    ]
+def grid(config: Config) -> list[runs.Entry]:
+    """Runs with the first seed: two rates for all, then the neighbours of each one's best."""
+    options: Any = {"jobs": config.jobs, "trainer": tune}
+    points = {(o, r) for o in config.optimizers for r in _first_rates(config)}
+    while True:
+        wanted = [
+            point(config, optimizer, rate, config.seeds[0])
+            for rate in config.learning_rates
+            for optimizer in config.optimizers
+            if (optimizer, rate) in points
+        ]
+        entries = runs.complete(wanted, config.out, **options)
+        further = {
+            (optimizer, rate)
+            for optimizer, best in best_rates(entries).items()
+            for rate in _neighbours(config.learning_rates, best)
+        }
+        if further <= points:
+            return entries
+        points |= further
+
+
+def _first_rates(config: Config) -> Sequence[float]:
+    """The two in the middle."""
+    return config.learning_rates[(len(config.learning_rates) - 1) // 2 :][:2]
+
+
+def _neighbours(rates: Sequence[float], rate: float) -> Sequence[float]:
+    place = rates.index(rate)
+    return rates[max(place - 1, 0) : place + 2]
 
 
 def finals(config: Config, best: dict[str, float]) -> list[Run]:
@@ -89,55 +123,69 @@ def finals(config: Config, best: dict[str, float]) -> list[Run]:
 def main(arguments: Sequence[str]) -> int:
     """Runs what is missing, prints tables, draws the figure; returns the exit code."""
     config = cli.parse(Config, PROGRAM, arguments)
-    options: Any = {"jobs": config.jobs, "trainer": tune}
-    tuned = runs.complete(grid(config), config.out, **options)
-    found = runs.complete(finals(config, best_rates(tuned)), config.out, **options)
-    show(config, tuned, found)
-    print(f"\nresults: {config.out}; figure: {draw(config, found)}")
+    tuned = grid(config)
+    best = finals(config, best_rates(tuned))
+    found = runs.complete(best, config.out, jobs=config.jobs, trainer=tune)
+    asked = before([*tuned, *found])
+    show(config, tuned, found, asked)
+    print(f"\nresults: {config.out}; figure: {draw(config, found, asked)}")
     return 0
 
 
 def finals_of(entries: Sequence[runs.Entry]) -> list[runs.Entry]:
-    """Of all stored runs, those at each optimizer's best rate of the grid."""
-    first = entries[0]["config"]["seed"]
-    best = best_rates(e for e in entries if e["config"]["seed"] == first)
-    return [e for e in entries if e["config"]["learning_rate"] == best[e["config"]["optimizer"]]]
+    """Of all stored runs like the first, those at each optimizer's best rate of the grid."""
+    first = entries[0]["config"]
+    varied = {"optimizer", "learning_rate", "seed", "projector"}
+    alike = [e for e in entries if all(e["config"][k] == first[k] for k in first.keys() - varied)]
+    best = best_rates(e for e in alike if e["config"]["seed"] == first["seed"])
+    return [e for e in alike if e["config"]["learning_rate"] == best[e["config"]["optimizer"]]]
 
 
 def compare(entries: Sequence[runs.Entry]) -> list[dict[str, Any]]:
-    """One row for each optimizer: answers over all its seeds, with 95 % limits."""
+    """One row for each optimizer: means over its seeds, and 95 % limits for the choice of items."""
     names = dict.fromkeys(entry["config"]["optimizer"] for entry in entries)
     return [_row(n, [e for e in entries if e["config"]["optimizer"] == n]) for n in names]
 
 
 def before(entries: Sequence[runs.Entry]) -> float:
     """The share of right answers before training."""
-    return next(e["before"]["share"] for e in entries if e["before"])
+    return next((e["before"]["share"] for e in entries if e["before"]), float("nan"))
 
 
 def _row(optimizer: str, entries: Sequence[runs.Entry]) -> dict[str, Any]:
-    right, of = (sum(e["after"][name] for e in entries) for name in ("right", "of"))
+    # All seeds answer the same items: more seeds do not make more of them.
+    items = entries[0]["after"]["of"]
+    shares = [e["after"]["share"] for e in entries]
+    share = float(np.mean(shares))
     losses = [e["validation_loss"] for e in entries]
+    last = entries[-1]["loss"]
     return {
         "optimizer": optimizer,
         "learning_rate": entries[0]["config"]["learning_rate"],
-        "share": right / of,
-        "interval": wilson(right, of),
-        "of": of,
-        "loss": float(np.mean(losses)),
+        "shares": shares,
+        "share": share,
+        "interval": wilson(share * items, items),
         "losses": losses,
+        "loss": float(np.mean(losses)),
+        "loss_interval": (last["low"], last["high"]),  # of the last seed
         "state_bytes": entries[0]["state_bytes"],
         "seconds_per_step": float(np.median([e["seconds_per_step"] for e in entries])),
     }
 
 
-def show(config: Config, tuned: Sequence[runs.Entry], found: Sequence[runs.Entry]) -> None:
+def show(
+    config: Config, tuned: Sequence[runs.Entry], found: Sequence[runs.Entry], asked: float
+) -> None:
     """Prints the grid, and the comparison."""
     by_point = {(e["config"]["optimizer"], e["config"]["learning_rate"]): e for e in tuned}
 
-    def cell(optimizer: str, rate: float) -> str:
-        entry = by_point[optimizer, rate]
-        return f"{entry['validation_loss']:.4f} ({entry['after']['share']:.0%})"
+    def cell(optimizer: str, rate: float) -> str | None:
+        entry = by_point.get((optimizer, rate))
+        return (
+            None
+            if entry is None
+            else f"{entry['validation_loss']:.4f} ({entry['after']['share']:.0%})"
+        )
 
     tables.show(
         f"Loss of held-out answers, and share of right ones, by learning rate, {config.base.task}",
@@ -147,18 +195,19 @@ def show(config: Config, tuned: Sequence[runs.Entry], found: Sequence[runs.Entry
     rows = compare(found)
     tables.show(
         f"{config.base.model} on {config.base.task}: {config.base.steps} steps, "
-        f"{len(config.seeds)} seeds, right before: {before(found):.1%}",
-        ("optimizer", "rate", "right", "95 % limits", "loss", "state MiB", "s/step"),
+        f"{len(config.seeds)} seeds, right before: {asked:.1%}",
+        ("optimizer", "rate", "right", "95 % limits", "loss", "its limits", "state MiB", "s/step"),
         (
             (NAMES[row["optimizer"]], row["learning_rate"], f"{row['share']:.1%}",
              "{:.1%} to {:.1%}".format(*row["interval"]), row["loss"],
+             "{:.3f} to {:.3f}".format(*row["loss_interval"]),
              row["state_bytes"] / 2**20, row["seconds_per_step"])
             for row in rows
         ),
     )  # fmt: skip
 
 
-def draw(config: Config, found: Sequence[runs.Entry]) -> Path:
+def draw(config: Config, found: Sequence[runs.Entry], asked: float) -> Path:
     """Draws the loss of held-out answers over steps, and right answers over bytes of state."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(8.6, 4.0), layout="constrained")
     for i, optimizer in enumerate(config.optimizers):
@@ -171,13 +220,13 @@ def draw(config: Config, found: Sequence[runs.Entry]) -> Path:
         )  # fmt: skip
         _share(right, i, _row(optimizer, mine))
     right.axhline(
-        before(found), color=COLOURS[-1], linewidth=1, linestyle=":",
+        asked, color=COLOURS[-1], linewidth=1, linestyle=":",
         label="before training",
     )  # fmt: skip
     left.set(xlabel="step", ylabel="loss of held-out answers (nats per token)", yscale="log")
     left.legend(frameon=False, fontsize="small")
     right.set(xlabel="optimizer state (MiB)", ylabel="right answers", ylim=(0, 1))
-    right.set_title("all seeds together, 95 % limits", fontsize="medium")
+    right.set_title("mean of the seeds, 95 % limits for the choice of items", fontsize="small")
     for axes in (left, right):
         axes.grid(alpha=0.3)
     return save(figure, config.out)
