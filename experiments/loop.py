@@ -25,7 +25,7 @@ class Result(NamedTuple):
     """Outcome of a run, with its last weights.
 
     `stopped_by` is the signal that ended it, if any; `peak_bytes` the most that arrays have taken
-    on the first device so far, None on CPUs.
+    on the first device of this process, None on CPUs.
     """
 
     step: int
@@ -119,7 +119,8 @@ def run(
     if config.resume:
         step = checkpoints.latest() or 0
         # Callers still hold the first state; shapes and shardings outlive its buffers.
-        jax.tree.map(jax.Array.delete, state)
+        for leaf in jax.tree.leaves(state):
+            leaf.delete()
         state, position = checkpoints.restore(step, state)
         batches.set_state(position)
     reporter = Report if processes.is_first() else Silence
@@ -169,7 +170,7 @@ def state_bytes(opt_state: optax.OptState) -> int:
 
 def device_peak() -> int | None:
     """The most bytes that an accelerator's arrays have taken; None on CPUs."""
-    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
 def mean_loss(loss: Callable, params: Params, batches: Iterable[Any]) -> float:

@@ -1,5 +1,6 @@
 """Pretraining in several processes on one machine: the numbers of one, also after a kill."""
 
+import dataclasses
 import os
 import random
 import signal
@@ -10,12 +11,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
-from experiments import checkpoint, cli, kills, model
+from experiments import checkpoint, cli, finetune, kills, model, pretrained
 from experiments.config import Config
 from experiments.train import train
+from tests import test_finetune
 from tests.watched_pretrain import SMALL, Watched
 
 DEVICES, STEPS, EVERY = 8, 12, 4
@@ -38,7 +41,10 @@ ROUNDING = 1e-4
 class Job:
     """The processes of a run; as under `srun --kill-on-bad-exit`, when one dies all are ended."""
 
-    def __init__(self, base: Path, count: int, options: dict[str, Any]):
+    def __init__(
+        self, base: Path, count: int, options: dict[str, Any],
+        program: str = "tests.watched_pretrain",
+    ):  # fmt: skip
         with socket.socket() as free:
             free.bind(("localhost", 0))
             address = f"localhost:{free.getsockname()[1]}"
@@ -57,7 +63,7 @@ class Job:
             words = kills.command(options | launch)[3:]
             with open(self.run_dir / f"output{i}.txt", "w") as output:
                 process = subprocess.Popen(
-                    [sys.executable, "-m", "tests.watched_pretrain", *words],
+                    [sys.executable, "-m", program, *words],
                     cwd=kills.ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT,
                 )  # fmt: skip
             self.processes.append(process)
@@ -211,3 +217,66 @@ def test_a_killed_job_goes_on_and_what_it_saved_suits_one_process(base, one_proc
     with pytest.MonkeyPatch.context() as patch:
         here(alone, patch)
     assert_same_losses(run_dir, two_processes)
+
+
+TUNING = {
+    "steps": 6, "batch_size": 8, "accumulate": 2, "seq_len": 64, "train_examples": 100,
+    "eval_examples": 6, "eval_batch_size": 4, "rank": 4, "period": 3, "learning_rate": 3e-3,
+    "validate_every": 3, "validation_batches": 1, "log_every": 1, "mesh": OPTIONS["mesh"],
+}  # fmt: skip
+
+
+def tuning(base: Path, name: str, **more: Any) -> dict[str, Any]:
+    model_dir, sums = base / "model", base / "sums.jsonl"
+    if not model_dir.exists():
+        test_finetune.write_model(model_dir)
+        test_finetune.write_sums(sums)
+    places = {"model": model_dir, "task": sums, "run_dir": base / name}
+    return TUNING | places | {"export": base / f"{name}-model"} | more
+
+
+@pytest.mark.slow
+def test_fine_tuning_in_two_processes_is_that_of_one(base):
+    """Weights are placed, answers generated and the result exported by both together."""
+    alone = tuning(base, "tuned-alone")
+    words = kills.command(alone)[3:]
+    outcome = finetune.finetune(cli.parse(finetune.Config, "test", words), show=False)
+    together = tuning(base, "tuned-together")
+    with Job(base, 2, together, "experiments.finetune") as job:
+        assert job.codes() == [0, 0], job.output()
+    assert "right after:" in job.output(0) and "right after:" not in job.output(1)
+    losses, expected = (
+        [r["loss"] for r in kills.sequence(options["run_dir"]) if "loss" in r]
+        for options in (together, alone)
+    )
+    np.testing.assert_allclose(losses, expected, rtol=1e-3)
+    exported = pretrained.load(str(together["export"]))
+    for mine, theirs in zip(
+        jax.tree.leaves(exported.params), jax.tree.leaves(outcome.result.params), strict=True
+    ):
+        # An update is at most a few learning rates; float32 rounding, amplified, is far below.
+        np.testing.assert_allclose(mine, theirs, atol=3e-4)
+
+
+@pytest.mark.slow
+def test_weights_in_bfloat16_on_a_mesh_resume_bit_for_bit(base, monkeypatch):
+    """Rounded at random, accumulated in parts, stopped after step 4 and exported."""
+    more = {"weights": "bfloat16", "checkpoint_every": 4}
+    whole, broken = (tuning(base, name, **more) for name in ("rounded", "rounded-broken"))
+    config = cli.parse(finetune.Config, "test", kills.command(whole)[3:])
+    finetune.finetune(config, show=False)
+    config = cli.parse(finetune.Config, "test", kills.command(broken)[3:])
+    step = finetune.loop.Report.step
+
+    def stop_after_four(self: Any, number: int, metrics: Any) -> None:
+        step(self, number, metrics)
+        if number == 4:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(finetune.loop.Report, "step", stop_after_four)
+    assert finetune.finetune(config, show=False).after is None
+    monkeypatch.undo()
+    finetune.finetune(dataclasses.replace(config, resume=True), show=False)
+    assert kills.differences(whole["run_dir"], broken["run_dir"], TUNING["steps"]) == []
+    one, other = (pretrained.load(str(o["export"]), dtype="bfloat16") for o in (whole, broken))
+    jax.tree.map(np.testing.assert_array_equal, one.params, other.params)
