@@ -224,10 +224,13 @@ def draw(config: Config, found: Sequence[runs.Entry], asked: float) -> Path:
         asked, color=COLOURS[-1], linewidth=1, linestyle=":",
         label="before training",
     )  # fmt: skip
-    left.set(xlabel="step", ylabel="loss of held-out answers (nats per token)", yscale="log")
+    left.set_xticks([step for step, _ in found[0]["curve"]])
+    left.set(xlabel="step", ylabel="loss of held-out answers (nats per token)", ylim=(0, None))
+    left.set_title("mean of the seeds", fontsize="medium")
     left.legend(frameon=False, fontsize="small")
+    right.legend(frameon=False, fontsize="small")
     right.set(xlabel="optimizer state (MiB)", ylabel="right answers", ylim=(0, 1))
-    right.set_title("mean of the seeds, 95 % limits for the choice of items", fontsize="small")
+    right.set_title("and 95 % limits for the choice of items", fontsize="medium")
     for axes in (left, right):
         axes.grid(alpha=0.3)
     return save(figure, config.out)
