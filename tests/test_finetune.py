@@ -270,7 +270,11 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(home, weights):
         assert jnp.abs(a - b).max() <= exact * jnp.abs(b.astype(jnp.float32)).max()
 
 
-@pytest.mark.parametrize("options_of_run", [{"weights": "bfloat16"}, {"remat": True}], ids=str)
+@pytest.mark.parametrize(
+    "options_of_run",
+    [{"weights": "bfloat16"}, pytest.param({"remat": True}, marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_other_ways_to_compute_learn_alike(unbroken, home, tmp_path, options_of_run):
     config = options(home, tmp_path / "run", eval_examples=2, **options_of_run)
     outcome = finetune.finetune(config, show=False)
