@@ -53,8 +53,8 @@ class Config(Training):
     """Optimizer steps in the whole run."""
     batch_size: int = 4
     """Windows in one step."""
-    learning_rate: float = 1e-4
-    """Peak learning rate."""
+    learning_rate: float = 3e-4
+    """Peak learning rate; about 3e-4 suits gum and muon, 1e-4 adamw and galore."""
     rank: int = 128
     """Rank of the projection (gum, galore, galore_muon, golore, unbiased_adamw)."""
     period: int = 200
