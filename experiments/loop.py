@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -203,7 +202,7 @@ def _gradients(loss: Loss, config: Training) -> Callable[[Params, Any], tuple[ja
     def of_part(params: Params, part: Any) -> tuple[Any, Params]:
         (total, count), grads = jax.value_and_grad(loss, has_aux=True)(params, part)
         # Sums of many parts need more digits than weights in bfloat16 have.
-        return (total, count), jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+        return (total, count), precision.cast(grads, "float32")
 
     size = config.batch_size // config.accumulate
     summed = microbatch(of_part, 1, size, AccumulationType.SUM)
