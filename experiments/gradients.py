@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import optax
 
 import gum_optax
 from experiments import data, losses, model, train
@@ -32,12 +33,14 @@ class Moment(NamedTuple):
       step: its number, from 0.
       gradients: ``[N, m, n]``, of the step's own batch.
       bases: ``[N, m, r]``, in force at this step, which may have renewed them.
+      slots: ``[gamma, m, n]``, the momentum of the layers that are at full rank.
       others: gradients of further batches at the same weights.
     """
 
     step: int
     gradients: ByKind
     bases: ByKind
+    slots: ByKind
     others: list[ByKind]
 
 
@@ -59,7 +62,8 @@ def along(config: Config, steps: Collection[int], others: int = 0) -> Iterator[M
         found = [by_kind(gradient(state.params, each)) for each in wanted]
         state, _ = step(state, batch)
         if number in steps:
-            yield Moment(number, found[0], bases(state.opt_state), found[1:])
+            engine = _engine(state.opt_state)
+            yield Moment(number, found[0], bases(engine), slots(engine), found[1:])
 
 
 def since_refresh(config: Config, offsets: Sequence[int]) -> list[int]:
@@ -89,11 +93,16 @@ def by_kind(grads: Any) -> ByKind:
     return {name: np.stack(matrices) for name, matrices in found.items()}
 
 
-def bases(opt_state: Any) -> ByKind:
-    """The bases in the state of `gum`."""
-    parts = jax.tree.leaves(opt_state, is_leaf=_is_engine)
-    (engine,) = filter(_is_engine, parts)
+def bases(engine: gum_optax.LowRankState) -> ByKind:
+    """The bases in GUM's state."""
     return {kind(name): np.asarray(basis, np.float64) for name, basis in engine.basis.items()}
+
+
+def slots(engine: gum_optax.LowRankState) -> ByKind:
+    """The dense momenta in GUM's state; without any, none."""
+    momentum = optax.tree.get(engine.inner, "trace")
+    full = {kind(name): momentum[name].full for name in engine.basis}
+    return {name: np.asarray(f, np.float64) for name, f in full.items() if f is not None}
 
 
 def best_bases(gradients: np.ndarray, rank: int) -> np.ndarray:
@@ -121,6 +130,12 @@ def kind(path: str) -> str:
     """The kind of a matrix, q, k, v, o, gate, up or down, from its path or its stack's name."""
     found = re.fullmatch(r".*/(\w+)/kernel", path)
     return found.group(1) if found else path
+
+
+def _engine(opt_state: Any) -> gum_optax.LowRankState:
+    parts = jax.tree.leaves(opt_state, is_leaf=_is_engine)
+    (engine,) = filter(_is_engine, parts)
+    return engine
 
 
 def _is_engine(part: Any) -> bool:

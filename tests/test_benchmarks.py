@@ -15,6 +15,7 @@ from experiments.benchmarks import (
     contenders,
     figure,
     floors,
+    orthogonality,
     projectors,
     step,
     sweep,
@@ -180,6 +181,40 @@ def test_projectors(config, tmp_path):
     assert kinds == {"q", "k", "v", "o", "gate", "up", "down"}
     assert all(0 < row["min"] <= row["median"] < 1.001 for row in result["by_matrix"])
     assert all(row["matrices"] == 14 for row in result["by_step"])
+
+
+@pytest.mark.slow
+def test_orthogonality(config, tmp_path):
+    text = kills.write_corpus(tmp_path / "corpus")
+    orthogonality.run(small(config, corpus=(str(text),), cache_dir=str(tmp_path / "cache")))
+    result = read(config, "orthogonality")
+    assert result["matrices"] == 7  # one slot of each kind, at the one refresh
+    assert len(result["rows"]) == 2 * 3 * 2
+    assert all(0 < row["median"] <= row["max"] < 1.5 for row in result["rows"])
+
+
+def test_errors_of_newton_schulz_are_those_of_its_singular_values():
+    a, b, c = 3.4445, -4.7750, 2.0315
+    rng = np.random.default_rng(0)
+    values = np.array([[1.0, 0.5, 0.1], [1.0, 1.0, 1.0]])
+    U = np.linalg.qr(rng.standard_normal((2, 3, 3)))[0]
+    V = np.linalg.qr(rng.standard_normal((2, 5, 3)))[0]
+    x = values / np.linalg.norm(values, axis=1, keepdims=True)
+    for _ in range(2):
+        x = a * x + b * x**3 + c * x**5
+    expected = np.sqrt(np.mean((x - 1) ** 2, axis=1))
+    stack = 7 * (U * values[:, None]) @ V.mT
+    found = orthogonality.errors([stack], ((a, b, c),) * 2, "frobenius")
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_polar_express_ends_nearer_to_orthogonal_than_muon():
+    stack = np.random.default_rng(0).standard_normal((4, 24, 40))
+    muon, express = (
+        orthogonality.errors([stack], coefficients, "frobenius").max()
+        for coefficients in orthogonality.COEFFICIENTS.values()
+    )
+    assert express < 0.1 < muon
 
 
 def test_the_best_subspace_catches_all_that_can_be_caught():

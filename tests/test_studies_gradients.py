@@ -43,7 +43,8 @@ def moment(step, others=0):
         {kind: G + random((step, batch, i), *G.shape) for i, (kind, G) in enumerate(mean.items())}
         for batch in range(1 + others)
     ]
-    return Moment(step, found[0], {k: orthonormal(0, LAYERS, 6, 3) for k in KINDS}, found[1:])
+    bases = {kind: orthonormal(0, LAYERS, 6, 3) for kind in KINDS}
+    return Moment(step, found[0], bases, slots={}, others=found[1:])
 
 
 @pytest.fixture
@@ -112,7 +113,7 @@ def test_a_run(tmp_path):
     corpus = str(kills.write_corpus(tmp_path / "corpus"))
     run = Run(
         preset="tiny", steps=8, period=2, rank=8, full_rank_layers=1, corpus=(corpus,),
-        batch_size=2, cache_dir=str(tmp_path / "cache"),
+        batch_size=2, cache_dir=str(tmp_path / "cache"), clip_norm=1e6,
     )  # fmt: skip
     zero, one, two = gradients.along(run, [0, 1, 2], others=2)
     assert [zero.step, one.step, two.step] == [0, 1, 2]
@@ -135,6 +136,11 @@ def test_a_run(tmp_path):
             caught = residual.relative(each.gradients[kind], each.bases[kind])
             assert (caught**2 < residual.relative(each.gradients[kind], best) ** 2 + 0.05).all()
         np.testing.assert_array_equal(zero.bases[kind], one.bases[kind])
+        # Momentum restarts with what the basis misses of one layer's gradient, over q = 1 / 2.
+        (slot,) = zero.slots[kind]
+        missed = 2 * gradients.residual(zero.gradients[kind], zero.bases[kind])
+        off = [np.abs(slot - layer).max() for layer in missed]
+        assert min(off) < 1e-6 * np.abs(zero.gradients[kind]).max()
         assert not np.allclose(one.bases[kind], two.bases[kind])
         batches = [G[kind] for each in (zero, one) for G in (each.gradients, *each.others)]
         assert all(not np.allclose(a, b) for a, b in itertools.combinations(batches, 2))

@@ -4,7 +4,15 @@ import sys
 from collections.abc import Callable, Sequence
 
 from experiments import cli
-from experiments.benchmarks import compiled, figure, projectors, step, sweep, training
+from experiments.benchmarks import (
+    compiled,
+    figure,
+    orthogonality,
+    projectors,
+    step,
+    sweep,
+    training,
+)
 from experiments.benchmarks.settings import Config, check
 from experiments.config import make_directory
 
@@ -17,6 +25,7 @@ STUDIES: dict[str, Callable[[Config], None]] = {
     "compiled": compiled.run,
     "sweep": sweep.run,
     "projectors": projectors.run,
+    "orthogonality": orthogonality.run,
 }
 
 

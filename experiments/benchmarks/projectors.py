@@ -40,15 +40,20 @@ def run(config: Config) -> None:
 
 def refreshes(config: Config) -> Iterator[tuple[int, Captured]]:
     """Trains; yields the step and, by kind, each matrix's share at every refresh."""
+    settings = run_of(config)
+    steps = range(0, settings.steps + 1, settings.period)
+    for moment in gradients.along(settings, steps):
+        yield moment.step, captured(moment)
+
+
+def run_of(config: Config) -> Run:
+    """The run of GUM that is looked at."""
     preset: Any = config.projector_preset
-    settings = Run(
+    return Run(
         preset=preset, optimizer="gum", steps=config.projector_steps, seed=config.seed,
         period=config.projector_period, rank=config.projector_rank,
         full_rank_layers=config.full_rank_layers, corpus=config.corpus, cache_dir=config.cache_dir,
     )  # fmt: skip
-    steps = range(0, settings.steps + 1, settings.period)
-    for moment in gradients.along(settings, steps):
-        yield moment.step, captured(moment)
 
 
 def captured(moment: Moment) -> Captured:

@@ -12,9 +12,12 @@ from experiments.config import ConfigError, choose, flag
 class Config:
     """Time and weigh GUM beside AdamW, Muon and GaLore."""
 
-    studies: tuple[str, ...] = ("step", "compiled", "sweep", "training", "projectors")
+    studies: tuple[str, ...] = (
+        "step", "compiled", "sweep", "training", "projectors", "orthogonality"
+    )  # fmt: skip
     """What to run: step (seconds of an update), compiled (bytes of state and temporaries, seconds
-    of compiling), sweep (rank, gamma, period), training (whole steps), projectors (quality)."""
+    of compiling), sweep (rank, gamma, period), training (whole steps), projectors and orthogonality
+    (quality of bases and of Newton-Schulz)."""
     out: Path = Path("experiments/results/benchmarks")
     """Directory of the results; the figure is beside it, with .png at the end."""
     rank: int = 128
@@ -69,17 +72,17 @@ class Config:
     """training: processes of each optimizer."""
 
     projector_preset: str = "nano"
-    """projectors: preset that is trained on text."""
+    """projectors and orthogonality: preset that is trained on text."""
     projector_steps: int = 500
-    """projectors: steps."""
+    """the same: steps."""
     projector_period: int = 100
-    """projectors: steps between two refreshes, at which the bases are compared."""
+    """the same: steps between two refreshes, at which the bases are compared."""
     projector_rank: int = 32
-    """projectors: rank of the bases."""
+    """the same: rank of the bases."""
     corpus: tuple[str, ...] = ("stdlib",)
-    """projectors: what to read, as in experiments.pretrain."""
+    """the same: what to read, as in experiments.pretrain."""
     cache_dir: str | None = None
-    """projectors: where tokens are kept, as in experiments.pretrain."""
+    """the same: where tokens are kept, as in experiments.pretrain."""
 
 
 _COUNTS = ("rank", "period", "repeats", "batch_size", "seq_len", "rounds")

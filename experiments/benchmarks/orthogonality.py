@@ -1,0 +1,85 @@
+"""How near Newton-Schulz comes to orthogonal matrices, by coefficients, scaling and steps.
+
+Steps are most of what an update costs. A sequence that is as near with fewer of them would be as
+good and cheaper; so each is tried on the momenta that GUM's dense slots have during a real run.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from experiments import gradients, record, tables
+from experiments.benchmarks import projectors
+from experiments.benchmarks.settings import Config
+
+# Amsel et al., The Polar Express, arXiv 2505.16932, their list with a safety factor of 1.01: the
+# triples are a / 1.01, b / 1.01**3 and c / 1.01**5.
+POLAR_EXPRESS = (
+    (8.205160, -22.901935, 16.460725),
+    (4.066395, -2.861154, 0.518400),
+    (3.909595, -2.823352, 0.525037),
+    (3.285564, -2.415302, 0.485294),
+    (2.277873, -1.619822, 0.398481),
+)  # fmt: skip
+COEFFICIENTS: dict[str, tuple[Any, ...]] = {
+    "Muon": ((3.4445, -4.7750, 2.0315),) * 5,
+    "Polar Express": POLAR_EXPRESS,
+}
+SCALINGS = ("frobenius", "schatten", "aol")
+STEPS = (5, 4)
+AGES = (0, 10, 50)  # steps since a refresh, where momentum restarts
+
+
+def run(config: Config) -> None:
+    """Trains, writes `orthogonality.json`, prints a table."""
+    stacks = momenta(config)
+    count = sum(map(len, stacks))
+    rows = [
+        {"coefficients": name, "scaling": scaling, "steps": steps}
+        | _summary(errors(stacks, coefficients[:steps], scaling))
+        for name, coefficients in COEFFICIENTS.items()
+        for scaling in SCALINGS
+        for steps in STEPS
+    ]
+    record.write(config.out / "orthogonality.json", config, matrices=count, rows=rows)
+    tables.show(
+        f"Distance from the polar factor, over its norm, of {count} momenta of dense slots",
+        ("coefficients", "scaling", "steps", "median", "largest"),
+        ((r["coefficients"], r["scaling"], r["steps"], r["median"], r["max"]) for r in rows),
+    )
+
+
+def momenta(config: Config) -> list[np.ndarray]:
+    """Of each kind of matrix, ``[N, m, n]``: what its slots hold at all ages in all periods."""
+    settings = projectors.run_of(config)
+    ages = [age for age in AGES if age < settings.period]
+    moments = gradients.along(settings, gradients.since_refresh(settings, ages))
+    by_kind = [moment.slots for moment in moments]
+    return [np.concatenate([each[kind] for each in by_kind]) for kind in by_kind[0]]
+
+
+def errors(stacks: Sequence[np.ndarray], coefficients: tuple[Any, ...], scaling: Any) -> np.ndarray:
+    """``||Y - U V'|| / ||U V'||`` of each matrix ``X = U S V'``, where Y is what optax makes of X.
+
+    Without momentum, optax's Muon is Newton-Schulz alone, after any scaling.
+    """
+    muon = optax.contrib.scale_by_muon(
+        coefficients, len(coefficients), beta=0.0, nesterov=False, preconditioning=scaling,
+        weight_dimension_numbers=[optax.contrib.MuonDimensionNumbers(1, 2)] * len(stacks),
+    )  # fmt: skip
+    leaves = [jnp.asarray(stack, jnp.float32) for stack in stacks]
+    found = jax.jit(lambda x: muon.update(x, muon.init(x))[0])(leaves)
+    relative = []
+    for stack, matrices in zip(stacks, found, strict=True):
+        U, _, Vt = np.linalg.svd(stack, full_matrices=False)
+        off = gradients.squares(np.asarray(matrices, np.float64) - U @ Vt)
+        relative.append(np.sqrt(off / U.shape[-1]))
+    return np.concatenate(relative)
+
+
+def _summary(values: np.ndarray) -> dict[str, float]:
+    return {"median": float(np.median(values)), "max": float(values.max())}
