@@ -131,6 +131,13 @@ def test_ablations_change_one_thing_at_a_time(trained, tuned, tmp_path):
         optimizers.build(run, architecture(run).layers)
 
 
+def test_ablations_compare_seed_by_seed():
+    runs_of = [entry(pretraining.SMALL, loss) for loss in (3.5, 4.25)]
+    found = ablations.summary(runs_of, [3.0, 4.0])
+    assert (found["differences"], found["difference"]) == ([0.5, 0.25], 0.375)
+    assert found["loss"] == 3.875
+
+
 def test_draws_differ_in_nothing_else(trained, tuned, tmp_path, capsys):
     out = tmp_path / "draws.json"
     assert draws.main(["--pretraining", str(tuned), "--out", str(out)]) == 0
