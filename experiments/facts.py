@@ -59,16 +59,20 @@ def pretraining() -> str:
     rows = {c: {r["optimizer"]: r for r in comparison.compare(es)} for c, es in finals.items()}
     reference = next(iter(rows))
     head = ["optimizer", "learning rate", "state", *(Path(c).name for c in rows)]
-    head += ["steps to AdamW's loss", "time per step"]
+    head += ["time per step", "steps to AdamW's loss", "time to it"]
     adamw = rows[reference]["adamw"]
+    whole = finals[reference][0]["config"]["steps"] * adamw["seconds_per_step"]
     lines = [head, ["---"] * len(head)]
     for name, row in sorted(rows[reference].items(), key=lambda item: item[1]["loss"]):
         losses = [f"{r[name]['loss']:.3f} ({r[name]['deviation']:.3f})" for r in rows.values()]
-        steps = "" if row["steps_to_adamw"] is None else f"{row['steps_to_adamw']:.0f}"
         time = f"{row['seconds_per_step'] / adamw['seconds_per_step']:.2f}"
+        reached = ["", ""]
+        if row["steps_to_adamw"] is not None:
+            steps, seconds = row["steps_to_adamw"], row["seconds_to_adamw"]
+            reached = [f"{steps:.0f}", f"{seconds / whole:.2f}"]
         state = f"{row['state_bytes'] / 2**20:.1f} MiB"
         rate = f"{row['learning_rate']:g}"
-        lines.append([comparison.NAMES[name], rate, state, *losses, steps, time])
+        lines.append([comparison.NAMES[name], rate, state, *losses, time, *reached])
     return _markdown(lines)
 
 
@@ -226,15 +230,16 @@ def training() -> Iterator[tuple[str, str, str]]:
     for result in whole_steps.stored(RESULTS / "benchmarks"):
         config = result["config"]
         options = ("batch_size", "rounds", "training_steps")
+        rate = {n: m["amortized_tokens_per_second"] for n, m in result["medians"].items()}
         yield (
             f"Training {config['training_preset']} with {config['batch_size']} x "
-            f"{config['seq_len']} tokens a step: tokens per second; bytes that the compiled step "
-            "holds",
+            f"{config['seq_len']} tokens a step: tokens per second over AdamW's; bytes that the "
+            "compiled step holds",
             "; ".join(
-                f"{name} {each['amortized_tokens_per_second']:.0f}, "
-                f"{each['program_bytes'] / 2**20:.0f} MiB"
+                f"{name} {rate[name] / rate['adamw']:.2f}, {each['program_bytes'] / 2**20:.0f} MiB"
                 for name, each in result["medians"].items()
-            ),
+            )
+            + f" (AdamW: {rate['adamw']:.0f} tokens/s)",
             "python -m experiments.benchmarks --studies training "
             + " ".join(f"{flag(name)} {config[name]}" for name in options),
         )

@@ -95,14 +95,18 @@ def _training(axes: Axes, results: list[dict[str, Any]]) -> None:
     width = 0.8 / len(names)
     for i, name in enumerate(names):
         medians = [result["medians"][name] for result in results]
-        heights = [each["amortized_tokens_per_second"] for each in medians]
+        heights = [
+            result["medians"][name]["amortized_tokens_per_second"]
+            / result["medians"]["adamw"]["amortized_tokens_per_second"]
+            for result in results
+        ]
         places = [x + (i - (len(names) - 1) / 2) * width for x in range(len(results))]
         colour = COLOURS[_NAMES.index(_IN_TRAINING.get(name, name))]
         bars = axes.bar(places, heights, 0.95 * width, color=colour, label=name)
         axes.bar_label(bars, [f"{each['program_bytes'] / _GIB:.2f}" for each in medians])
     configs = [result["config"] for result in results]
     axes.set_xticks(range(len(configs)), [f"{c['batch_size']} x {c['seq_len']}" for c in configs])
-    axes.set(xlabel="tokens in a step", ylabel="tokens per second")
+    axes.set(xlabel="tokens in a step", ylabel="tokens per second / AdamW's")
     axes.margins(y=0.15)
     _finish(axes, f"Training {configs[0]['training_preset']} (GiB of the program)")
 
