@@ -51,9 +51,14 @@ def _update(axes: Axes, result: dict[str, Any]) -> None:
         ratios = {p["preset"]: p["amortized_ratio"] for p in pairs if p["other"] == name}
         _line(axes, list(ratios), list(ratios.values()), name, name)
     axes.axhline(1, color="black", linewidth=1, linestyle=":")
-    axes.set(xlabel="LLaMA", ylabel="seconds, GUM / other", yscale="log", ylim=(0.05, 20))
+    axes.set(xlabel="LLaMA", ylabel="seconds, GUM / other", yscale="log", ylim=(0.05, 30))
     _numbers(axes.yaxis, (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20))
-    _finish(axes, "An update, refreshes spread over their period")
+    _finish(
+        axes,
+        "An update, refreshes spread over their period",
+        loc="upper right",
+        bbox_to_anchor=(1, 0.8),
+    )
 
 
 def _state(axes: Axes, result: dict[str, Any]) -> None:
@@ -107,8 +112,9 @@ def _training(axes: Axes, results: list[dict[str, Any]]) -> None:
     configs = [result["config"] for result in results]
     axes.set_xticks(range(len(configs)), [f"{c['batch_size']} x {c['seq_len']}" for c in configs])
     axes.set(xlabel="tokens in a step", ylabel="tokens per second / AdamW's")
-    axes.margins(y=0.15)
-    _finish(axes, f"Training {configs[0]['training_preset']} (GiB of the program)")
+    axes.margins(y=0.3)  # for the legend
+    title = f"Training {configs[0]['training_preset']} (GiB of the program)"
+    _finish(axes, title, loc="upper center", ncols=len(names))
 
 
 def _projectors(axes: Axes, result: dict[str, Any]) -> None:
@@ -142,7 +148,7 @@ def _numbers(axis: Axis, ticks: Sequence[float]) -> None:
     axis.set_minor_locator(NullLocator())
 
 
-def _finish(axes: Axes, title: str) -> None:
+def _finish(axes: Axes, title: str, **legend: Any) -> None:
     axes.set_title(title)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize="small", frameon=False)
+        axes.legend(fontsize="small", frameon=False, **legend)
