@@ -20,14 +20,12 @@ Example:
   >>> tx = gum_optax.low_rank(optax.identity(), rank=2, period=10, projector=coordinates)
 """
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from gum_optax import _checks, _products
+from gum_optax import _checks, _power_iteration, _products
 from gum_optax._typing import Projector
 
 _SIGNATURE = "(key, gradient, rank, previous_basis) -> basis"
@@ -108,7 +106,7 @@ def subspace_iteration(
     # The noise is all of the start at the first refresh. Later it lets in what the previous
     # basis is orthogonal to: without it, a gradient whose support moved would stay invisible.
     start = previous_basis + 0.01 * noise / jnp.sqrt(gradient.shape[0])
-    return _power_iterations(gradient, start, iterations)
+    return _power_iteration.basis(gradient, start, iterations)
 
 
 def randomized_svd(
@@ -153,7 +151,7 @@ def randomized_svd(
     gradient = _unit_scale(gradient)
     width = min(_rank(rank, gradient) + oversampling, gradient.shape[0])
     sketch = jax.random.normal(key, (gradient.shape[0], width), gradient.dtype)
-    wide = _power_iterations(gradient, sketch, iterations)
+    wide = _power_iteration.basis(gradient, sketch, iterations)
     small, _, _ = jnp.linalg.svd(_products.exact(wide.T, gradient), full_matrices=False)
     return _products.exact(wide, small[:, : _rank(rank, gradient)])
 
@@ -243,68 +241,5 @@ def _rank(rank: int, gradient: jax.Array) -> int:
 
 
 def _unit_scale(gradient: jax.Array) -> jax.Array:
-    return gradient / _largest(gradient)
-
-
-def _largest(gradient: jax.Array) -> jax.Array:
-    # A basis does not depend on the gradient's scale, and products of entries such as 1e-30 or 1e30
-    # would leave the range of float32. Nor may the inverse of the scale leave it.
-    largest = jnp.max(jnp.abs(gradient))
-    return jnp.where(largest > 0, jnp.maximum(largest, 100 * jnp.finfo(gradient.dtype).tiny), 1)
-
-
-def _power_iterations(gradient: jax.Array, start: jax.Array, iterations: int) -> jax.Array:
-    """An orthonormal basis ``[m, r]`` of ``(G G')^iterations start``."""
-    largest = _largest(gradient)
-
-    def iterate(orthonormalize: Callable[[jax.Array], jax.Array]) -> jax.Array:
-        rows = start.T
-        for _ in range(iterations):
-            # Tensor cores may round these two: the basis is random anyway, the energy it captures
-            # was measured equal to four digits with bfloat16 operands.
-            rows = orthonormalize(jnp.matmul(rows / largest, gradient))
-            rows = orthonormalize(jnp.matmul(rows / largest, gradient.T))
-        return rows
-
-    # Cholesky is several times as fast as Householder reflections on CPUs, and on accelerators
-    # nearly all of it is matrix products; but it can fail on gradients of a rank below r.
-    fast = iterate(_well_conditioned_rows)
-    for _ in range(2):
-        fast, _ = _orthonormal_rows(fast, shift=0.0)
-    eye = jnp.eye(len(fast), dtype=fast.dtype)
-    tolerance = 4 * jnp.finfo(fast.dtype).eps * gradient.shape[0] ** 0.5
-    # Not `max(...) <= tolerance`: XLA's CPU backend passes over NaNs in a maximum.
-    succeeded = jnp.all(jnp.abs(_products.exact(fast, fast.T) - eye) <= tolerance)
-    slow = partial(iterate, lambda rows: jnp.linalg.qr(rows.T)[0].T)
-    return jax.lax.cond(succeeded, lambda: fast, slow).T
-
-
-def _well_conditioned_rows(x: jax.Array) -> jax.Array:
-    """Rows that span what those of ``x`` do, orthonormal up to a factor of two or so.
-
-    Where the shift takes more from some direction, weak ones are still far below unit length: the
-    next product would weaken them again, and soon they would be lost in rounding.
-    """
-    rows, lost = _orthonormal_rows(x, shift=1e-6)
-    return jax.lax.cond(lost < 0.5, lambda: rows, lambda: _orthonormal_rows(rows, shift=1e-7)[0])
-
-
-def _orthonormal_rows(x: jax.Array, shift: float) -> tuple[jax.Array, jax.Array]:
-    """``Q = L^-1 X`` with ``L L' = X X' + shift * trace(X X') I``, and ``trace(I - Q Q')``.
-
-    The shift keeps what rounding may have made indefinite positive definite. Rows span the same
-    space, and are orthonormal where singular values are well above the shift's root; where they are
-    not, again with a smaller shift brings them nearer, and twice without makes them orthonormal to
-    rounding. No direction's squared length is below one minus the trace.
-
-    References:
-      Fukaya et al., Shifted Cholesky QR, arXiv 1809.11085.
-    """
-    gram = _products.exact(x, x.T)
-    eye = jnp.eye(len(x), dtype=x.dtype)
-    lift = shift * jnp.trace(gram) + jnp.finfo(x.dtype).tiny
-    lower = jnp.linalg.cholesky(gram + lift * eye)
-    # The inverse of a small matrix and a product, which are faster than solving for all columns.
-    inverse = jax.lax.linalg.triangular_solve(lower, eye, left_side=True, lower=True)
-    # Q Q' = L^-1 (L L' - lift I) L'^-1, so that I - Q Q' = lift * L^-1 L'^-1.
-    return _products.exact(inverse, x), lift * jnp.sum(inverse**2)
+    # A basis does not depend on the gradient's scale.
+    return gradient / _products.largest(gradient)

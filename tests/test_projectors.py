@@ -15,7 +15,7 @@ import pytest
 import gum_optax
 from experiments import data, losses, model
 from experiments.config import Config
-from gum_optax import projectors
+from gum_optax import _power_iteration, projectors
 
 PROJECTORS = {
     "svd": projectors.svd,
@@ -296,7 +296,7 @@ def test_what_a_shift_takes_from_the_rows_is_known(decades, shift):
     """It decides whether they are taken again, and bounds what every direction lost."""
     with jax.enable_x64(True):
         x = jnp.logspace(0, -decades, 8)[:, None] * _gaussian(8, 20)
-        rows, lost = map(np.asarray, projectors._orthonormal_rows(x, shift))
+        rows, lost = map(np.asarray, _power_iteration.orthonormal_rows(x, shift))
     missing = np.linalg.eigvalsh(np.eye(8) - rows @ rows.T)
     np.testing.assert_allclose(lost, missing.sum(), atol=1e-9)
     assert missing.max() < lost + 1e-9
@@ -306,8 +306,8 @@ def test_what_a_shift_takes_from_the_rows_is_known(decades, shift):
 def test_rows_are_taken_again_only_where_much_was_lost(decades, again):
     with jax.enable_x64(True):
         x = jnp.logspace(0, -decades, 8)[:, None] * np.linalg.qr(_gaussian(20, 8))[0].T
-        rows = np.asarray(projectors._well_conditioned_rows(x))
-        once = np.asarray(projectors._orthonormal_rows(x, 1e-6)[0])
+        rows = np.asarray(_power_iteration.well_conditioned_rows(x))
+        once = np.asarray(_power_iteration.orthonormal_rows(x, 1e-6)[0])
     assert np.linalg.svd(rows, compute_uv=False).min() > 0.9
     assert (np.linalg.svd(once, compute_uv=False).min() < 0.2) == again
     assert (rows != once).any() == again
@@ -316,7 +316,7 @@ def test_rows_are_taken_again_only_where_much_was_lost(decades, again):
 def test_where_cholesky_fails_householder_takes_over(monkeypatch):
     """XLA's CPU backend passes over NaNs in a maximum: the check must not rest on one."""
     failed = lambda x, shift: (jnp.full_like(x, jnp.nan), jnp.array(jnp.nan))  # noqa: E731
-    monkeypatch.setattr(projectors, "_orthonormal_rows", failed)
+    monkeypatch.setattr(_power_iteration, "orthonormal_rows", failed)
     gradient = jax.random.normal(jax.random.key(1), (16, 24))
     find = jax.jit(functools.partial(projectors.subspace_iteration, rank=4))
     basis = find(jax.random.key(0), gradient, previous_basis=jnp.zeros((16, 4)))
