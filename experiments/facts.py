@@ -230,16 +230,17 @@ def training() -> Iterator[tuple[str, str, str]]:
     for result in whole_steps.stored(RESULTS / "benchmarks"):
         config = result["config"]
         options = ("batch_size", "rounds", "training_steps")
-        rate = {n: m["amortized_tokens_per_second"] for n, m in result["medians"].items()}
+        speeds = whole_steps.speeds(result)
+        adamw = result["medians"]["adamw"]["amortized_tokens_per_second"]
         yield (
             f"Training {config['training_preset']} with {config['batch_size']} x "
             f"{config['seq_len']} tokens a step: tokens per second over AdamW's; bytes that the "
             "compiled step holds",
             "; ".join(
-                f"{name} {rate[name] / rate['adamw']:.2f}, {each['program_bytes'] / 2**20:.0f} MiB"
+                f"{name} {speeds[name]:.2f}, {each['program_bytes'] / 2**20:.0f} MiB"
                 for name, each in result["medians"].items()
             )
-            + f" (AdamW: {rate['adamw']:.0f} tokens/s)",
+            + f" (AdamW: {adamw:.0f} tokens/s)",
             "python -m experiments.benchmarks --studies training "
             + " ".join(f"{flag(name)} {config[name]}" for name in options),
         )

@@ -204,15 +204,15 @@ def test_errors_of_newton_schulz_are_those_of_its_singular_values():
         x = a * x + b * x**3 + c * x**5
     expected = np.sqrt(np.mean((x - 1) ** 2, axis=1))
     stack = 7 * (U * values[:, None]) @ V.mT
-    found = orthogonality.errors([stack], ((a, b, c),) * 2, "frobenius")
+    found = orthogonality.errors([stack], ns_steps=2)
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_polar_express_ends_nearer_to_orthogonal_than_muon():
     stack = np.random.default_rng(0).standard_normal((4, 24, 40))
     muon, express = (
-        orthogonality.errors([stack], coefficients, "frobenius").max()
-        for coefficients in orthogonality.COEFFICIENTS.values()
+        orthogonality.errors([stack], **options(5)).max()
+        for options in orthogonality.COEFFICIENTS.values()
     )
     assert express < 0.1 < muon
 

@@ -100,11 +100,7 @@ def _training(axes: Axes, results: list[dict[str, Any]]) -> None:
     width = 0.8 / len(names)
     for i, name in enumerate(names):
         medians = [result["medians"][name] for result in results]
-        heights = [
-            result["medians"][name]["amortized_tokens_per_second"]
-            / result["medians"]["adamw"]["amortized_tokens_per_second"]
-            for result in results
-        ]
+        heights = [training.speeds(result)[name] for result in results]
         places = [x + (i - (len(names) - 1) / 2) * width for x in range(len(results))]
         colour = COLOURS[_NAMES.index(_IN_TRAINING.get(name, name))]
         bars = axes.bar(places, heights, 0.95 * width, color=colour, label=name)

@@ -4,7 +4,7 @@ Steps are most of what an update costs. A sequence that is as near with fewer of
 good and cheaper; so each is tried on the momenta that GUM's dense slots have during a real run.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -25,9 +25,10 @@ POLAR_EXPRESS = (
     (3.285564, -2.415302, 0.485294),
     (2.277873, -1.619822, 0.398481),
 )  # fmt: skip
-COEFFICIENTS: dict[str, tuple[Any, ...]] = {
-    "Muon": ((3.4445, -4.7750, 2.0315),) * 5,
-    "Polar Express": POLAR_EXPRESS,
+# By name, optax's options for a number of steps; Muon's coefficients are its default.
+COEFFICIENTS: dict[str, Callable[[int], dict[str, Any]]] = {
+    "Muon": lambda steps: {"ns_steps": steps},
+    "Polar Express": lambda steps: {"ns_coeffs": POLAR_EXPRESS[:steps]},
 }
 SCALINGS = ("frobenius", "schatten", "aol")
 STEPS = (5, 4)
@@ -40,8 +41,8 @@ def run(config: Config) -> None:
     count = sum(map(len, stacks))
     rows = [
         {"coefficients": name, "scaling": scaling, "steps": steps}
-        | _summary(errors(stacks, coefficients[:steps], scaling))
-        for name, coefficients in COEFFICIENTS.items()
+        | _summary(errors(stacks, preconditioning=scaling, **options(steps)))
+        for name, options in COEFFICIENTS.items()
         for scaling in SCALINGS
         for steps in STEPS
     ]
@@ -62,15 +63,19 @@ def momenta(config: Config) -> list[np.ndarray]:
     return [np.concatenate([each[kind] for each in by_kind]) for kind in by_kind[0]]
 
 
-def errors(stacks: Sequence[np.ndarray], coefficients: tuple[Any, ...], scaling: Any) -> np.ndarray:
+def errors(stacks: Sequence[np.ndarray], **options: Any) -> np.ndarray:
     """``||Y - U V'|| / ||U V'||`` of each matrix ``X = U S V'``, where Y is what optax makes of X.
 
     Without momentum, optax's Muon is Newton-Schulz alone, after any scaling.
+
+    Args:
+      stacks: arrays ``[N, m, n]``.
+      **options: of ``optax.contrib.scale_by_muon``.
     """
+    axes = [optax.contrib.MuonDimensionNumbers(1, 2)] * len(stacks)
     muon = optax.contrib.scale_by_muon(
-        coefficients, len(coefficients), beta=0.0, nesterov=False, preconditioning=scaling,
-        weight_dimension_numbers=[optax.contrib.MuonDimensionNumbers(1, 2)] * len(stacks),
-    )  # fmt: skip
+        beta=0.0, nesterov=False, weight_dimension_numbers=axes, **options
+    )
     leaves = [jnp.asarray(stack, jnp.float32) for stack in stacks]
     found = jax.jit(lambda x: muon.update(x, muon.init(x))[0])(leaves)
     relative = []

@@ -72,17 +72,17 @@ class Config:
     """training: processes of each optimizer."""
 
     projector_preset: str = "nano"
-    """projectors and orthogonality: preset that is trained on text."""
+    """projectors, orthogonality: preset that is trained on text."""
     projector_steps: int = 500
-    """the same: steps."""
+    """projectors, orthogonality: steps."""
     projector_period: int = 100
-    """the same: steps between two refreshes, at which the bases are compared."""
+    """projectors, orthogonality: steps between two refreshes, at which the bases are compared."""
     projector_rank: int = 32
-    """the same: rank of the bases."""
+    """projectors, orthogonality: rank of the bases."""
     corpus: tuple[str, ...] = ("stdlib",)
-    """the same: what to read, as in experiments.pretrain."""
+    """projectors, orthogonality: what to read, as in experiments.pretrain."""
     cache_dir: str | None = None
-    """the same: where tokens are kept, as in experiments.pretrain."""
+    """projectors, orthogonality: where tokens are kept, as in experiments.pretrain."""
 
 
 _COUNTS = ("rank", "period", "repeats", "batch_size", "seq_len", "rounds")

@@ -104,6 +104,12 @@ def stored(out: Path) -> list[dict[str, Any]]:
     return sorted(found, key=lambda result: result["config"]["batch_size"])
 
 
+def speeds(result: dict[str, Any]) -> dict[str, float]:
+    """Of each optimizer in a stored result, amortized tokens per second over AdamW's."""
+    rates = {name: m["amortized_tokens_per_second"] for name, m in result["medians"].items()}
+    return {name: rate / rates["adamw"] for name, rate in rates.items()}
+
+
 def compare(runs: dict[str, list[dict[str, Any]]], period: int) -> dict[str, Any]:
     """Medians of each optimizer's runs, and GUM's beside AdamW's."""
     runs = {name: [_amortize(each, period) for each in found] for name, found in runs.items()}
