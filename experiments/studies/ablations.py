@@ -156,10 +156,10 @@ def _panel(axes: Axes, title: str, settings: dict[str, Any]) -> None:
     for place, row in enumerate(settings.values()):
         inside = [each for each in row["differences"] if each < _TOP]
         axes.scatter([place] * len(inside), inside, s=14, color=COLOURS[0], alpha=0.6)
-        if row["difference"] < _TOP:
+        if len(inside) == len(row["differences"]):
             axes.plot(place, row["difference"], "_", markersize=18, color=COLOURS[0])
         else:
-            off = f"\N{UPWARDS ARROW} {row['difference']:+.2f}"
+            off = f"\N{UPWARDS ARROW} mean {row['difference']:+.2f}"
             axes.text(place, 0.95 * _TOP, off, ha="center", va="top", color=COLOURS[1])
     labels = [label.replace(" ", "\n") for label in settings]
     axes.set_xticks(range(len(settings)), labels, fontsize="small")
