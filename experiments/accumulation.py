@@ -31,7 +31,7 @@ class Config:
     """Seconds of a real step of GUM's update by two ways of accumulating gradients."""
 
     layers: int = 8
-    """Matrices of the one stack."""
+    """Matrices of the one group."""
     rows: int = 256
     """Rows of each matrix."""
     columns: int = 704
@@ -64,7 +64,7 @@ def _compare(config: Config, period: int) -> dict[str, float]:
     """Median seconds of a real step, both ways by turns."""
     shape = (config.layers, config.rows, config.columns)
     gradients = list(jax.random.normal(jax.random.key(config.seed), shape))
-    optimizer = gum_optax.scale_by_gum(config.rank, period)
+    optimizer = gum_optax.scale_by_gum(gum_optax.LowRank(config.rank, period))
     ways = {
         "MultiSteps": multi_steps(optimizer, gradients, config.mini_steps),
         "sum first": sum_first(optimizer, gradients, config.mini_steps),

@@ -140,7 +140,7 @@ def describe(config: Training, digest: str) -> dict:
     return {
         "config": dataclasses.asdict(config),
         "data_digest": digest,
-        "state_layout": gum_optax.STATE_LAYOUT,
+        compatibility.STATE_VERSION: gum_optax.STATE_VERSION,
         "versions": compatibility.versions(),
         "device": jax.devices()[0].device_kind,
         "cores": os.cpu_count(),

@@ -16,6 +16,10 @@ import numpy as np
 import gum_optax
 from experiments.config import ConfigError, Training, first_difference, flag
 
+# The name of the state's version in the description of a checkpoint. States of version 2, which are
+# recognized by it, called it a layout.
+STATE_VERSION = "state_layout"
+
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers", "numpy")
 _PACKAGES += ("transformers", "reasoning-gym")
 
@@ -29,7 +33,7 @@ def versions() -> dict[str, str]:
 def describe(config: Training, state: Any) -> dict:
     """What a checkpoint of `state` says about itself."""
     return {
-        "state_layout": gum_optax.STATE_LAYOUT,
+        STATE_VERSION: gum_optax.STATE_VERSION,
         "config": dataclasses.asdict(config),
         "versions": versions(),
         "checksums": checksums(state),
@@ -46,13 +50,13 @@ def check_same_run(old: dict, config: Training) -> None:
 
 
 def check_description(description: dict, config: Training) -> None:
-    """Raises `ConfigError` unless a checkpoint is of this run, in a state layout known here."""
-    layout, written_by = description["state_layout"], description["versions"]["gum_optax"]
-    if layout != gum_optax.STATE_LAYOUT:
+    """Raises `ConfigError` unless a checkpoint is of this run, of a state version known here."""
+    version, written_by = description[STATE_VERSION], description["versions"]["gum_optax"]
+    if version != gum_optax.STATE_VERSION:
         raise ConfigError(
-            f"--resume: the checkpoint has optimizer state of layout {layout}, by gum_optax "
-            f"{written_by}; gum_optax {gum_optax.__version__} reads layout "
-            f"{gum_optax.STATE_LAYOUT}: continue with the version that wrote it"
+            f"--resume: the checkpoint has an optimizer state of version {version}, and this "
+            f"gum_optax reads version {gum_optax.STATE_VERSION}; continue the run with the "
+            f"gum_optax that wrote it, {written_by}"
         )
     check_same_run(description["config"], config)
 

@@ -67,14 +67,16 @@ class Training:
     period: int = 100
     """Steps between two refreshes of the projection, and of the draw of full-rank layers."""
     full_rank_layers: int = 2
-    """Layers of each role updated at full rank in a period (gum, unbiased_adamw)."""
+    """Gamma: layers of each role drawn in a period, whose residual is kept at full rank (gum,
+    unbiased_adamw)."""
     projector: Projector | None = None
     """How bases come from gradients (gum, unbiased_adamw, galore, galore_muon). None: gum and
     unbiased_adamw use subspace_iteration, the others svd."""
     sampler: Literal["fixed_size", "bernoulli"] = "fixed_size"
     """gum: draws --full-rank-layers of each role, or each layer by itself, as many on average."""
     restart: Literal["everything", "slots", "rotate"] = "everything"
-    """gum: what restarts at a refresh; slots and rotate carry low-rank momentum over."""
+    """gum: what restarts at a refresh. slots carries low-rank momentum over as it is, rotate turns
+    it into the new basis."""
     draw_seed: int | None = None
     """Seed of the optimizer's draws alone. None: --seed."""
     consistent_rms: float | None = 0.2

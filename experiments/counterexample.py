@@ -24,7 +24,7 @@ import optax
 
 import gum_optax
 from experiments import cli, record
-from gum_optax import projectors, samplers
+from gum_optax import projectors, residuals, samplers
 
 PROGRAM = "experiments.counterexample"
 
@@ -72,17 +72,25 @@ class Config:
 def methods(config: Config) -> dict[str, Callable[[jax.Array], optax.GradientTransformation]]:
     """The directions compared, each from a random key, without learning rate."""
 
-    def low_rank_muon(sampler: Any, projector: Any) -> Callable[[jax.Array], Any]:
+    def low_rank_muon(
+        residual: residuals.Residual, projector: Any = projectors.svd
+    ) -> Callable[[jax.Array], optax.GradientTransformationExtraArgs]:
         return lambda key: gum_optax.scale_by_gum(
-            config.projector_rank, config.period, sampler=sampler, projector=projector, key=key
+            gum_optax.LowRank(
+                config.projector_rank,
+                config.period,
+                residual=residual,
+                projector=projector,
+                key=key,
+            )
         )
 
     golore = projectors.switch(projectors.svd, projectors.random_orthonormal, config.steps // 2)
     return {
         "Muon": lambda key: optax.contrib.scale_by_muon(nesterov=False),
-        "GaLore-Muon": low_rank_muon(samplers.none, projectors.svd),
-        "GoLore-Muon": low_rank_muon(samplers.none, golore),
-        "GUM": low_rank_muon(samplers.bernoulli(config.probability), projectors.svd),
+        "GaLore-Muon": low_rank_muon(residuals.drop()),
+        "GoLore-Muon": low_rank_muon(residuals.drop(), golore),
+        "GUM": low_rank_muon(residuals.sampled(samplers.bernoulli(config.probability))),
     }
 
 
@@ -135,7 +143,7 @@ def relative_gaps(
     direction: Callable[[jax.Array], optax.GradientTransformation], config: Config
 ) -> np.ndarray:
     """Runs one method on every seed: ``[seeds, steps + 1]``."""
-    # lax.map, not vmap: vmap would turn the engine's conditionals into computing both branches.
+    # lax.map, not vmap: vmap would turn the optimizer's conditionals into computing both branches.
     every = jax.jit(partial(jax.lax.map, partial(relative_gap, direction, config)))
     return np.asarray(every(jnp.arange(config.seeds)))
 

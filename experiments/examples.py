@@ -1,4 +1,8 @@
-"""Random examples for `experiments.fuzz`: trees of leaves, optimizers, options, gradients."""
+"""Random examples for `experiments.fuzz`: trees of leaves, optimizers, compressions, gradients.
+
+Parts without a name of their own, such as residual rules, are given by name and made when the
+example runs, so that equal examples have equal descriptions.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -11,7 +15,7 @@ import numpy as np
 import optax
 
 import gum_optax
-from gum_optax import projectors, samplers
+from gum_optax import carries, projectors, residuals, samplers, storages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,10 +28,21 @@ class Leaf:
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """An optimizer, its arguments, a tree of `Leaf`s, and how large the gradients are."""
+    """An optimizer and a compression, a tree of `Leaf`s, and how large the gradients are.
+
+    Attributes:
+      optimizer: a name in `OPTIMIZERS`.
+      options: its arguments beside the compression.
+      parts: the arguments of `compression`.
+      tree: the parameters.
+      size: a name in `SIZES`.
+      other_dtype: whether gradients have another dtype than parameters.
+      flaw: what is wrong with the example, if anything.
+    """
 
     optimizer: str
     options: dict[str, Any]
+    parts: dict[str, Any]
     tree: Any
     size: str
     other_dtype: bool
@@ -48,65 +63,135 @@ PROJECTORS = [
     projectors.random_orthonormal,
     projectors.switch(projectors.svd, projectors.random_orthonormal, 2),
 ]
-BASES: dict[str, optax.GradientTransformation] = {
+INNERS: dict[str, optax.GradientTransformation] = {
     "identity": optax.identity(),
     "trace": optax.trace(0.9),
     "adam": optax.scale_by_adam(),
     "adamw": optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(0.1)),
     "lion": optax.scale_by_lion(),
 }
+SQUARES = ("adam", "adamw")  # of these the second moment cannot be carried into another basis
 SCHEDULE = optax.linear_schedule(0.1, 0.0, 10)
 
+# What becomes of residuals: without state, with state of every leaf, with the projection in hand.
+TRANSFORMS: dict[str, optax.GradientTransformation | None] = {
+    "nothing": None,
+    "columns": gum_optax.normalize_columns(),
+    "trace": optax.trace(0.9),
+}
+SAMPLERS: dict[str, int | samplers.Sampler] = {
+    "0": 0, "1": 1, "2": 2, "3": 3, "none": samplers.none,
+    "bernoulli 0.3": samplers.bernoulli(0.3), "bernoulli 0.7": samplers.bernoulli(0.7),
+}  # fmt: skip
 
-def _low_rank(base: str, **options: Any) -> optax.GradientTransformation:
-    return gum_optax.low_rank(BASES[base], **options)
+
+def half(group: gum_optax.Group) -> int:
+    """A rank for each shape."""
+    return max(group.m // 2, 1)
+
+
+def by_name(group: gum_optax.Group) -> int:
+    """A rank for each group; at 4 some of them are uncompressed."""
+    return 1 + len(group.name) % 4
+
+
+def residual(rule: Any) -> Any:
+    """The residual rule of a description; whatever is no description stays as it is."""
+    if not isinstance(rule, tuple):
+        return rule
+    name, *options = rule
+    if name == "sampled":
+        sampler, form, undrawn = options
+        return residuals.sampled(SAMPLERS[sampler], form=form, undrawn=TRANSFORMS[undrawn])
+    if name == "through":
+        return residuals.through(TRANSFORMS[options[0]])  # pyright: ignore[reportArgumentType]
+    return getattr(residuals, name)(*options)
+
+
+def compression(method: str, **parts: Any) -> gum_optax.LowRank:
+    """`LowRank`, or what a paper makes of it, with rule and storage from their descriptions."""
+    make = {"LowRank": gum_optax.LowRank, "galore": gum_optax.galore, "golore": gum_optax.golore}
+    storage = parts.pop("storage")
+    if isinstance(storage, str):
+        storage = storages.plain() if storage == "plain" else storages.cast(storage)
+    if "residual" in parts:
+        parts["residual"] = residual(parts["residual"])
+    return make[method](storage=storage, **parts)
+
+
+def _low_rank(compression: gum_optax.LowRank, inner: str) -> optax.GradientTransformationExtraArgs:
+    return gum_optax.low_rank(INNERS[inner], compression)
+
+
+def _for_matrices(
+    compression: gum_optax.LowRank, inner: str, **options: Any
+) -> optax.GradientTransformationExtraArgs:
+    return gum_optax.for_matrices(_low_rank(compression, inner), **options)
 
 
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "low_rank": _low_rank,
     "scale_by_gum": gum_optax.scale_by_gum,
     "gum": gum_optax.gum,
-    "galore": gum_optax.galore,
-    "golore": gum_optax.golore,
-    "unbiased_adamw": gum_optax.unbiased_adamw,
+    "adamw": gum_optax.adamw,
+    "for_matrices": _for_matrices,
 }
-ENGINES = ("low_rank", "scale_by_gum")  # every leaf is a matrix
+DIRECTIONS = ("low_rank", "scale_by_gum")  # every leaf is a matrix
 
-some_samplers = st.one_of(
-    st.integers(0, 3).map(samplers.fixed_size),
-    st.sampled_from([0.3, 0.7]).map(samplers.bernoulli),
-    st.just(samplers.none),
-)
-common = {
-    "rank": st.integers(1, 5),
-    "period": st.integers(1, 3),
-    "stack_by": st.sampled_from([gum_optax.by_role, gum_optax.by_shape]),
-    "momentum_dtype": st.sampled_from([None, "float32", "bfloat16"]),
-    "key": st.integers(0, 2**31 - 1),
-}
-drawing = {"projector": st.sampled_from(PROJECTORS), "sampler": some_samplers}
-muon = drawing | {"restart": st.booleans(), "nesterov": st.booleans()}
+inner = {"inner": st.sampled_from([*INNERS])}
+muon = {"nesterov": st.booleans()}
 whole = {
     "learning_rate": st.sampled_from([0.1, SCHEDULE]),
     "weight_decay": st.sampled_from([0.0, 0.1]),
     "weight_dimension_numbers": st.just(gum_optax.dimension_numbers.scanned_layers),
 }
 OPTIONS = {
-    "low_rank": common | drawing | {"restart": st.booleans(), "base": st.sampled_from([*BASES])},
-    "scale_by_gum": common | muon,
-    "gum": common | whole | muon | {"consistent_rms": st.sampled_from([None, 0.2])},
-    "galore": common | whole | {"projector": st.sampled_from(PROJECTORS)},
-    "golore": common | whole | {"switch_step": st.integers(0, 3)},
-    "unbiased_adamw": common | whole | drawing | {"restart": st.booleans()},
+    "low_rank": inner,
+    "scale_by_gum": muon,
+    "gum": whole | muon | {"consistent_rms": st.sampled_from([None, 0.2])},
+    "adamw": whole | {"b1": st.sampled_from([0.0, 0.9])},
+    "for_matrices": whole | inner,
 }
 
-# flaw -> what is wrong with the options, or with one leaf of an engine's tree; and what is named.
-BAD_OPTIONS: dict[str, dict[str, Any]] = {
+_sampled = st.tuples(
+    st.just("sampled"),
+    st.sampled_from([*SAMPLERS]),
+    st.sampled_from(["exclusive", "additive"]),
+    st.sampled_from(["nothing", *TRANSFORMS]),
+)
+_rules = st.one_of(
+    _sampled,
+    _sampled,
+    st.sampled_from([("drop",), ("through", "columns"), ("through", "trace")]),
+    st.sampled_from([("feedback", 0.0), ("feedback", 0.9)]),
+)
+common = {
+    "rank": st.one_of(st.integers(1, 5), st.sampled_from([half, by_name])),
+    "period": st.integers(1, 3),
+    "storage": st.sampled_from(["plain", "float32", "bfloat16"]),
+    "group_by": st.sampled_from([gum_optax.by_role, gum_optax.by_shape]),
+    "key": st.integers(0, 2**31 - 1),
+}
+CARRIES = [carries.restart, carries.keep, carries.rotate]
+PARTS = {
+    "LowRank": common
+    | {"method": st.just("LowRank"), "residual": _rules}
+    | {"projector": st.sampled_from(PROJECTORS), "carry": st.sampled_from(CARRIES)},
+    "galore": common | {"method": st.just("galore")},
+    "golore": common | {"method": st.just("golore"), "switch_step": st.integers(0, 3)},
+}
+
+# flaw -> what is wrong with the compression, or with one leaf of a direction's tree; each error
+# names the flaw.
+BAD_PARTS: dict[str, dict[str, Any]] = {
     "rank": {"rank": 0},
     "period": {"period": 1.5},
     "key": {"key": None},
-    "momentum_dtype": {"momentum_dtype": "int32"},
-    "stack_by": {"stack_by": "role"},
+    "dtype": {"storage": "int32"},
+    "storage": {"storage": None},
+    "carry": {"carry": "keep"},
+    "residual": {"residual": None},
+    "group_by": {"group_by": "role"},
 }
 BAD_LEAVES = {
     "a vector": Leaf((3,), "float32"),
@@ -133,19 +218,24 @@ def examples(draw: Callable) -> Example:
     """Examples, about one in eight with a flaw."""
     name = draw(st.sampled_from([*OPTIMIZERS]))
     options = draw(st.fixed_dictionaries(OPTIONS[name]))
-    engine = name in ENGINES
-    tree = draw(trees(MATRICES, DTYPES) if engine else trees(MATRICES + OTHERS, WHOLE_DTYPES))
+    method = draw(st.sampled_from(["LowRank", "LowRank", "LowRank", "galore", "golore"]))
+    parts = draw(st.fixed_dictionaries(PARTS[method]))
+    squares = name == "adamw" or options.get("inner") in SQUARES
+    if squares and parts.get("carry") is carries.rotate:
+        parts["carry"] = carries.keep
+    direction = name in DIRECTIONS
+    tree = draw(trees(MATRICES, DTYPES) if direction else trees(MATRICES + OTHERS, WHOLE_DTYPES))
     flaw = None
     if draw(st.sampled_from([False] * 7 + [True])):
-        leaves = [*BAD_LEAVES] if engine else []
-        flaw = draw(st.sampled_from([*BAD_OPTIONS, *leaves, OTHER_GRADIENTS]))
+        leaves = [*BAD_LEAVES] if direction else []
+        flaw = draw(st.sampled_from([*BAD_PARTS, *leaves, OTHER_GRADIENTS]))
     if flaw == OTHER_GRADIENTS:
         tree |= {"changing": Leaf((3, 5), "float32")}
     elif flaw in BAD_LEAVES:
         tree |= {"flawed": BAD_LEAVES[flaw]}
-    options |= BAD_OPTIONS.get(flaw or "", {})
+    parts |= BAD_PARTS.get(flaw or "", {})
     size, other_dtype = draw(st.sampled_from(SIZES)), draw(st.booleans())
-    return Example(name, options, tree, size, other_dtype, flaw)
+    return Example(name, options, parts, tree, size, other_dtype, flaw)
 
 
 def arrays(tree: Any, size: str, seed: int, other: bool = False) -> Any:

@@ -306,7 +306,7 @@ def _introduction(
         f"{data.task.name}: {len(data.task.train):,} examples to train on, {data.sizes}, "
         f"{len(data.task.held_out):,} held out\n"
         f"right before training: {_share(before)}\n"
-        f"{loop.introduction(config, state, mesh)}"
+        f"{loop.introduction(config, state, mesh, base.arch.layers)}"
     )
 
 

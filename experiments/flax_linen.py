@@ -65,7 +65,9 @@ def train(steps: int) -> list[float]:
     model = Model()
     params = model.init(jax.random.key(0), jnp.zeros((1, CONTEXT), jnp.int32))["params"]
     tx = gum_optax.gum(
-        0.01, rank=8, period=50, weight_dimension_numbers=dimension_numbers.scanned_layers
+        0.01,
+        gum_optax.LowRank(rank=8, period=50),
+        weight_dimension_numbers=dimension_numbers.scanned_layers,
     )
     state = TrainState.create(apply_fn=model.apply, params=params, tx=tx)
     losses = []

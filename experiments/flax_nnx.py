@@ -74,7 +74,8 @@ def batches(steps: int, size: int = 64) -> Iterator[tuple[jax.Array, jax.Array]]
 def train(steps: int) -> list[float]:
     """The loss of each step."""
     model = Model(nnx.Rngs(0))
-    optimizer = nnx.Optimizer(model, gum_optax.gum(0.01, rank=8, period=50), wrt=nnx.Param)
+    tx = gum_optax.gum(0.01, gum_optax.LowRank(rank=8, period=50))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     return [float(train_step(model, optimizer, *batch)) for batch in batches(steps)]
 
 

@@ -2,7 +2,9 @@
 
 An example either has a flaw, and is refused with an error that names it, or it runs: updates have
 the gradients' structure, shapes and dtypes and are finite, the state keeps its own and costs what
-`memory_plan` says, and over scripted draws the mean of the estimates is the gradient.
+`memory_plan` says, and `init` warns if nothing is compressed. Three laws are checked: over scripted
+draws the mean of the estimates is the gradient, a residual that goes through the identity is not
+lost, and with feedback the estimates and the last error add up to the sum of the gradients.
 """
 
 import dataclasses
@@ -10,6 +12,7 @@ import re
 import sys
 import time
 import traceback
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,15 +27,16 @@ import optax
 import gum_optax
 from experiments import cli, record
 from experiments.examples import (
-    BAD_OPTIONS,
-    ENGINES,
+    BAD_PARTS,
+    DIRECTIONS,
     OPTIMIZERS,
     OTHER_GRADIENTS,
     Example,
     arrays,
+    compression,
     examples,
 )
-from gum_optax import samplers
+from gum_optax import residuals, samplers
 
 PROGRAM = "experiments.fuzz"
 
@@ -68,7 +72,7 @@ def _refusal(example: Example, error: Exception) -> str:
     """The kind of a clear error; any other is raised again."""
     file = traceback.extract_tb(error.__traceback__)[-1].filename
     clear = isinstance(error, TypeError | ValueError) and "gum_optax" in Path(file).parts
-    named = {OTHER_GRADIENTS: "params|state.*"} | {name: name for name in BAD_OPTIONS}
+    named = {OTHER_GRADIENTS: "params|state.*"} | {name: name for name in BAD_PARTS}
     named = named.get(example.flaw or "", "flawed")
     if example.flaw is None or not clear or not re.search(rf"`({named})`", str(error)):
         raise AssertionError(f"not a clear error for {example.flaw}: {error!r}") from error
@@ -76,13 +80,14 @@ def _refusal(example: Example, error: Exception) -> str:
 
 
 def _run(example: Example) -> Counter[str]:
-    tx = OPTIMIZERS[example.optimizer](**example.options)
+    tx = OPTIMIZERS[example.optimizer](compression=compression(**example.parts), **example.options)
     params = arrays(example.tree, "ordinary", seed=0)
-    state = tx.init(params)
+    state, warned = _initial(tx, params)
     described = _described(state)
-    assert described == _described(jax.eval_shape(tx.init, params)), "init differs when abstract"
+    abstract, _ = _initial(tx, params, abstract=True)
+    assert described == _described(abstract), "init differs when abstract"
     update = jax.jit(tx.update)  # op by op, where jit is disabled
-    steps = example.options["period"] + 2
+    steps = example.parts["period"] + 2
     for step in range(steps):
         changed = example.flaw == OTHER_GRADIENTS and step == 1
         gradients = arrays(example.tree, example.size, seed=1 + step, other=example.other_dtype)
@@ -93,51 +98,116 @@ def _run(example: Example) -> Counter[str]:
         assert _described(state) == described, "the state drifts"
         for path, leaf in jax.tree_util.tree_flatten_with_path(updates)[0]:
             assert np.isfinite(np.asarray(leaf, np.float32)).all(), f"update {path} at {step}"
+    _check_plan(gum_optax.memory_plan(tx, params), state, warned)
     counts = Counter(steps=steps, leaves=len(jax.tree.leaves(params)))
     counts += Counter({"checks of dtype, shape and structure": 2 * steps})
-    if example.optimizer == "gum":
-        _check_bytes(example, params, state)
-        counts += Counter({"checks of memory_plan": 1})
-    if example.optimizer in ENGINES:
+    counts += Counter({"checks of memory_plan": 1})
+    if example.optimizer in DIRECTIONS:
         counts += Counter({"checks of the law, by leaf": _check_law(example)})
+        counts += Counter(
+            {"checks that no residual is lost, by leaf": _check_nothing_is_lost(example)}
+        )
     return counts
 
 
-def _check_bytes(example: Example, params: Any, state: Any) -> None:
-    planned = gum_optax.memory_plan(params, **example.options).total_bytes
-    held = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+def _initial(tx: Any, params: Any, *, abstract: bool = False) -> tuple[Any, bool]:
+    """The first state, and whether there was a warning that nothing is compressed."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        state = jax.eval_shape(tx.init, params) if abstract else tx.init(params)
+    texts = [str(each.message) for each in told]
+    assert all("is compressed" in text for text in texts), f"init warns: {texts}"
+    return state, bool(texts)
+
+
+def _check_plan(plan: gum_optax.MemoryPlan, state: Any, warned: bool) -> None:
+    planned, held = plan.total_bytes, sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     assert planned == held, f"memory_plan says {planned} bytes, the state has {held}"
+    treatments = {row.treatment for row in plan.rows}
+    nothing = "uncompressed" in treatments and not treatments & {"sampled", "low rank"}
+    assert warned == nothing, f"init warned: {warned}; memory_plan has {treatments}"
 
 
 def _check_law(example: Example) -> int:
-    """Over `runs` draws each matrix is full-rank in `included`: the mean estimate is G.
+    """Over `runs` draws each matrix is drawn in `included`: the mean estimate is G.
 
-    ``(1 - q) P P'G / (1 - q) + q (G - P P'G) / q = G`` with q = included / runs. The rule works for
-    any number of matrices, so every stack of the tree is checked at once.
+    Exclusive: ``(1 - q) P P'G / (1 - q) + q (G - P P'G) / q = G`` with q = included / runs;
+    additive: ``P P'G + q (G - P P'G) / q``. The sampler works for any number of matrices, so every
+    group of the tree is checked at once.
     """
-    runs = 2 + example.options["key"] % 3
-    included = 1 + example.options["key"] // 3 % (runs - 1)
+    key = example.parts["key"]
+    runs = 2 + key % 3
+    included = 1 + key // 3 % (runs - 1)
+    form: Any = ("exclusive", "additive")[key // 9 % 2]
     gradients = arrays(example.tree, example.size, seed=99)
-    picked = ("rank", "period", "projector", "stack_by", "key")
-    options = {name: example.options[name] for name in picked}
     estimates = []
     for run in range(runs):
         scripted = _scripted_sampler(run, runs, included)
-        tx = gum_optax.low_rank(optax.identity(), sampler=scripted, **options)
-        estimates.append(tx.update(gradients, tx.init(gradients))[0])
+        tx = _estimator(example, residuals.sampled(scripted, form=form))
+        estimates.append(tx.update(gradients, _initial(tx, gradients)[0])[0])
     for G, *each in zip(*map(jax.tree.leaves, (gradients, *estimates)), strict=True):
-        _assert_mean(each, np.asarray(G, np.float64), runs, G.dtype)
+        # Estimates are up to `runs` times the gradient.
+        mean = np.mean([_double(estimate) for estimate in each], axis=0)
+        _assert_close(mean, _double(G), _norm(G), runs, G.dtype, "the law")
     return len(jax.tree.leaves(gradients))
 
 
-def _assert_mean(estimates: list[Any], G: np.ndarray, runs: int, dtype: Any) -> None:
-    mean = np.mean([np.asarray(estimate, np.float64) for estimate in estimates], axis=0)
-    # Estimates are up to `runs` times the gradient, and rounded to its dtype once; within, all is
-    # float32, whose errors over products of at most five terms stay below ten roundings.
+def _check_nothing_is_lost(example: Example) -> int:
+    """``P P'G + (G - P P'G) = G`` at once or, with feedback, over two steps and the last error."""
+    steps = [arrays(example.tree, example.size, seed=seed) for seed in (99, 100)]
+    tx = _estimator(example, residuals.through(optax.identity()))
+    estimates, _ = tx.update(steps[0], _initial(tx, steps[0])[0])
+    for G, estimate in zip(*map(jax.tree.leaves, (steps[0], estimates)), strict=True):
+        _assert_close(_double(estimate), _double(G), _norm(G), 1, G.dtype, "through")
+
+    feedback = residuals.feedback()
+    tx = _estimator(example, feedback)
+    state, _ = _initial(tx, steps[0])
+    first, state = tx.update(steps[0], state)
+    second, state = tx.update(steps[1], state)
+    left = [jnp.zeros_like(leaf) for leaf in jax.tree.leaves(steps[0])]
+    for group in _compression(example, feedback).groups(steps[0]):
+        for position, error in zip(group.leaves, state.residual.get(group.name, ()), strict=False):
+            left[position] = error
+    columns = map(jax.tree.leaves, (*steps, first, second))
+    for G, H, *parts in zip(*columns, left, strict=True):
+        # Two updates and two errors are rounded.
+        found, total = sum(map(_double, parts)), _double(G) + _double(H)
+        _assert_close(found, total, _norm(G) + _norm(H), 4, G.dtype, "feedback")
+    return len(left)
+
+
+def _compression(example: Example, rule: residuals.Residual) -> gum_optax.LowRank:
+    """The example's bases with another residual rule."""
+    picked = {"rank", "period", "projector", "group_by", "key"} & example.parts.keys()
+    return gum_optax.LowRank(residual=rule, **{name: example.parts[name] for name in picked})
+
+
+def _estimator(example: Example, rule: residuals.Residual) -> Any:
+    """Compresses and expands, and does nothing in between."""
+    return gum_optax.low_rank(optax.identity(), _compression(example, rule))
+
+
+def _assert_close(
+    found: Any, expected: Any, norm: Any, roundings: int, dtype: Any, name: str
+) -> None:
+    """Within so many roundings to the gradient's dtype.
+
+    Besides, all is float32, whose errors over products of at most five terms stay below ten
+    roundings each.
+    """
     rounding = float(jnp.finfo(dtype).eps) + 10 * float(jnp.finfo(jnp.float32).eps)
-    norm = np.linalg.norm(G, axis=(-2, -1), keepdims=True) if G.size else 0
     smallest = float(jnp.finfo(dtype).tiny)  # below it, numbers are flushed to zero
-    assert np.all(np.abs(mean - G) <= runs * (norm * rounding + smallest)), "the law"
+    assert np.all(np.abs(found - expected) <= roundings * (norm * rounding + smallest)), name
+
+
+def _norm(G: jax.Array) -> Any:
+    """The Frobenius norm of each matrix."""
+    return np.linalg.norm(_double(G), axis=(-2, -1), keepdims=True) if G.size else 0
+
+
+def _double(array: jax.Array) -> np.ndarray:
+    return np.asarray(array, np.float64)
 
 
 def _scripted_sampler(run: int, runs: int, included: int) -> samplers.Sampler:

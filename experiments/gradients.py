@@ -62,8 +62,8 @@ def along(config: Config, steps: Collection[int], others: int = 0) -> Iterator[M
         found = [by_kind(gradient(state.params, each)) for each in wanted]
         state, _ = step(state, batch)
         if number in steps:
-            engine = _engine(state.opt_state)
-            yield Moment(number, found[0], bases(engine), slots(engine), found[1:])
+            low_rank = _low_rank_state(state.opt_state)
+            yield Moment(number, found[0], bases(low_rank), slots(low_rank), found[1:])
 
 
 def since_refresh(config: Config, offsets: Sequence[int]) -> list[int]:
@@ -93,16 +93,16 @@ def by_kind(grads: Any) -> ByKind:
     return {name: np.stack(matrices) for name, matrices in found.items()}
 
 
-def bases(engine: gum_optax.LowRankState) -> ByKind:
+def bases(state: gum_optax.LowRankState) -> ByKind:
     """The bases in GUM's state."""
-    return {kind(name): np.asarray(basis, np.float64) for name, basis in engine.basis.items()}
+    return {kind(name): np.asarray(basis, np.float64) for name, basis in state.basis.items()}
 
 
-def slots(engine: gum_optax.LowRankState) -> ByKind:
-    """The dense momenta in GUM's state; without any, none."""
-    momentum = optax.tree.get(engine.inner, "trace")
-    full = {kind(name): momentum[name].full for name in engine.basis}
-    return {name: np.asarray(f, np.float64) for name, f in full.items() if f is not None}
+def slots(state: gum_optax.LowRankState) -> ByKind:
+    """The momenta of the slots in GUM's state; without any, none."""
+    momentum = optax.tree.get(state.inner, "trace")
+    found = {kind(name): momentum[name].residual for name in state.slots}
+    return {name: np.asarray(momenta, np.float64) for name, momenta in found.items()}
 
 
 def best_bases(gradients: np.ndarray, rank: int) -> np.ndarray:
@@ -127,16 +127,16 @@ def wide(matrix: Any) -> np.ndarray:
 
 
 def kind(path: str) -> str:
-    """The kind of a matrix, q, k, v, o, gate, up or down, from its path or its stack's name."""
+    """The kind of a matrix, q, k, v, o, gate, up or down, from its path or its group's name."""
     found = re.fullmatch(r".*/(\w+)/kernel", path)
     return found.group(1) if found else path
 
 
-def _engine(opt_state: Any) -> gum_optax.LowRankState:
-    parts = jax.tree.leaves(opt_state, is_leaf=_is_engine)
-    (engine,) = filter(_is_engine, parts)
-    return engine
+def _low_rank_state(opt_state: Any) -> gum_optax.LowRankState:
+    parts = jax.tree.leaves(opt_state, is_leaf=_is_low_rank)
+    (state,) = filter(_is_low_rank, parts)
+    return state
 
 
-def _is_engine(part: Any) -> bool:
+def _is_low_rank(part: Any) -> bool:
     return isinstance(part, gum_optax.LowRankState)

@@ -178,18 +178,15 @@ def mean_loss(loss: Callable, params: Params, batches: Iterable[Any]) -> float:
     return float(np.sum(jax.device_get(totals), dtype=np.float64) / np.sum(counts))
 
 
-def introduction(config: Training, state: State, mesh: Mesh | None) -> str:
+def introduction(config: Training, state: State, mesh: Mesh | None, layers: int) -> str:
     """What the optimizer will hold, and where weights lie."""
-    rank, layers = config.rank, config.full_rank_layers
     wide = jax.eval_shape(lambda: precision.cast(state.params, "float32"))  # what optimizers see
-    plan = str(gum_optax.memory_plan(wide, rank=rank, full_rank_layers=layers))
+    plan = str(gum_optax.memory_plan(optimizers.build(config, layers), wide))
     if config.optimizer in optimizers.FULL_RANK:
-        plan = "\n".join(plan.splitlines()[-2:])  # the comparison, without GUM's stacks
+        plan = plan.splitlines()[-1]  # the sum: there are no groups
     return (
-        f"memory plan of GUM (rank {rank}, {layers} full-rank per role):\n{plan}\n"
-        f"this run, {config.optimizer}: {state_bytes(state.opt_state) / 2**20:.1f} MiB of "
-        f"optimizer state, peak learning rate {config.learning_rate:g}, "
-        f"on {jax.devices()[0].device_kind}"
+        f"{config.optimizer}, peak learning rate {config.learning_rate:g}, "
+        f"on {jax.devices()[0].device_kind}\n{plan}"
         + (f"\n{meshes.describe(mesh, state.params)}" if mesh else "")
     )
 

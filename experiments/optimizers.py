@@ -32,67 +32,59 @@ def schedule(config: Training, peak: float | None = None) -> optax.Schedule:
 
 
 def gum(
-    config: Training, rate: optax.Schedule, sampler: gum_optax.samplers.Sampler | None = None
+    config: Training,
+    rate: optax.Schedule,
+    full_rank: int | gum_optax.samplers.Sampler | None = None,
 ) -> Optimizer:
     """Unbiased low-rank Muon: the paper's method, and the library's subject."""
-    return _low_rank_muon(
-        config,
-        rate,
+    compression = gum_optax.LowRank(
+        residual=gum_optax.residuals.sampled(
+            config.full_rank_layers if full_rank is None else full_rank
+        ),
         projector=_projector(config, "subspace_iteration"),
-        sampler=sampler,
-        restart=getattr(gum_optax.restarts, config.restart),
+        carry=CARRIES[config.restart],
+        **_common(config),
     )
+    return _low_rank_muon(config, rate, compression)
 
 
 def galore_muon(config: Training, rate: optax.Schedule) -> Optimizer:
     """Biased low-rank Muon: no layer is ever full-rank."""
-    return _low_rank_muon(
-        config, rate, projector=_projector(config, "svd"), sampler=gum_optax.samplers.none
+    # The moments of GaLore's Adam continue over a refresh; this one's momentum restarts, as GUM's.
+    compression = gum_optax.galore(
+        projector=_projector(config, "svd"), carry=gum_optax.carries.restart, **_common(config)
     )
+    return _low_rank_muon(config, rate, compression)
 
 
 def golore_muon(config: Training, rate: optax.Schedule) -> Optimizer:
     """Biased low-rank Muon that turns to random projections late in the run."""
-    return _low_rank_muon(
-        config, rate, projector=_late_random(config), sampler=gum_optax.samplers.none
+    compression = gum_optax.golore(
+        switch_step=_switch_step(config), carry=gum_optax.carries.restart, **_common(config)
     )
+    return _low_rank_muon(config, rate, compression)
 
 
 def galore(config: Training, rate: optax.Schedule) -> Optimizer:
     """Adam on projected gradients, biased."""
-    return gum_optax.galore(
-        rate,
-        config.rank,
-        config.period,
-        inner=optax.scale_by_adam(b2=config.b2),
-        projector=_projector(config, "svd"),
-        **_shared(config),
-    )
+    compression = gum_optax.galore(projector=_projector(config, "svd"), **_common(config))
+    return _low_rank_adamw(config, rate, compression)
 
 
 def golore(config: Training, rate: optax.Schedule) -> Optimizer:
     """GaLore that turns to random projections late in the run."""
-    return gum_optax.golore(
-        rate,
-        config.rank,
-        config.period,
-        switch_step=_switch_step(config),
-        inner=optax.scale_by_adam(b2=config.b2),
-        **_shared(config),
-    )
+    compression = gum_optax.golore(switch_step=_switch_step(config), **_common(config))
+    return _low_rank_adamw(config, rate, compression)
 
 
 def unbiased_adamw(config: Training, rate: optax.Schedule) -> Optimizer:
     """Adam on unbiased compressed gradients."""
-    return gum_optax.unbiased_adamw(
-        rate,
-        config.rank,
-        config.period,
-        config.full_rank_layers,
-        b2=config.b2,
+    compression = gum_optax.LowRank(
+        residual=gum_optax.residuals.sampled(config.full_rank_layers),
         projector=_projector(config, "subspace_iteration"),
-        **_shared(config),
+        **_common(config),
     )
+    return _low_rank_adamw(config, rate, compression)
 
 
 def muon(config: Training, rate: optax.Schedule) -> Optimizer:
@@ -130,12 +122,20 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
 
 FULL_RANK = frozenset({"adamw", "muon"})  # nothing is projected; rank and period do nothing
 
+# What `--restart` says happens at a refresh.
+CARRIES: dict[str, gum_optax.carries.Carry] = {
+    "everything": gum_optax.carries.restart,
+    "slots": gum_optax.carries.keep,
+    "rotate": gum_optax.carries.rotate,
+}
+
 
 def build(config: Training, layers: int) -> Optimizer:
     """The optimizer of a run on `layers` blocks: clipping, then the one that `config` names."""
     make = OPTIMIZERS[choose("optimizer", config.optimizer, OPTIMIZERS)]
     if config.sampler == "bernoulli":
-        make = partial(make, sampler=gum_optax.samplers.bernoulli(config.full_rank_layers / layers))
+        sampler = gum_optax.samplers.bernoulli(config.full_rank_layers / layers)
+        make = partial(make, full_rank=sampler)
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     optimizer = optax.chain(clip, make(config, schedule(config)))
     if config.weights == "bfloat16":
@@ -143,34 +143,41 @@ def build(config: Training, layers: int) -> Optimizer:
     return optimizer
 
 
-def _low_rank_muon(config: Training, rate: optax.Schedule, **parts: Any) -> Optimizer:
+def _low_rank_muon(
+    config: Training, rate: optax.Schedule, compression: gum_optax.LowRank
+) -> Optimizer:
     return gum_optax.gum(
         rate,
-        config.rank,
-        config.period,
-        config.full_rank_layers,
+        compression,
         consistent_rms=config.consistent_rms,
-        **_shared(config),
-        **parts,
+        weight_decay=config.weight_decay,
+        fallback=_fallback(config),
     )
 
 
-def _shared(config: Training) -> dict[str, Any]:
-    """What every low-rank optimizer is given."""
+def _low_rank_adamw(
+    config: Training, rate: optax.Schedule, compression: gum_optax.LowRank
+) -> Optimizer:
+    return gum_optax.adamw(
+        rate,
+        compression,
+        b2=config.b2,
+        weight_decay=config.weight_decay,
+        fallback=_fallback(config),
+    )
+
+
+def _common(config: Training) -> dict[str, Any]:
+    """What every compression is given."""
     return {
-        "weight_decay": config.weight_decay,
-        "fallback": _fallback(config),
+        "rank": config.rank,
+        "period": config.period,
         "key": config.seed if config.draw_seed is None else config.draw_seed,
     }
 
 
 def _projector(config: Training, own: str) -> gum_optax.projectors.Projector:
     return getattr(gum_optax.projectors, config.projector or own)
-
-
-def _late_random(config: Training) -> gum_optax.projectors.switch:
-    projectors = gum_optax.projectors
-    return projectors.switch(projectors.svd, projectors.random_orthonormal, _switch_step(config))
 
 
 def _switch_step(config: Training) -> int:

@@ -92,14 +92,12 @@ def main(arguments: Sequence[str]) -> int:
 def plan(config: Config, decoder: Decoder) -> dict[str, Any]:
     """The state of every optimizer for one model, and GUM's plan as text."""
     params = parameters(decoder, jnp.dtype(config.dtype))
-    memory = gum_optax.memory_plan(
-        params, rank=config.rank, full_rank_layers=config.full_rank_layers
-    )
+    compared = optimizers(config)
     return {
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
         "parameter_bytes": trees.size(params),
-        "state": {name: state(tx, params) for name, tx in optimizers(config).items()},
-        "plan": str(memory),
+        "state": {name: state(tx, params) for name, tx in compared.items()},
+        "plan": str(gum_optax.memory_plan(compared["GUM"], params)),
     }
 
 
@@ -107,10 +105,15 @@ def optimizers(config: Config) -> dict[str, optax.GradientTransformation]:
     """Those that are compared; all give embedding, head, norms and biases to AdamW."""
     numbers = dimension_numbers.default
     return {
-        "GUM": gum_optax.gum(_LEARNING_RATE, config.rank, full_rank_layers=config.full_rank_layers),
+        "GUM": gum_optax.gum(
+            _LEARNING_RATE,
+            gum_optax.LowRank(
+                config.rank, residual=gum_optax.residuals.sampled(config.full_rank_layers)
+            ),
+        ),
         "AdamW": optax.adamw(_LEARNING_RATE),
         "Muon": optax.contrib.muon(_LEARNING_RATE, muon_weight_dimension_numbers=numbers),
-        "GaLore": gum_optax.galore(_LEARNING_RATE, config.galore_rank),
+        "GaLore": gum_optax.adamw(_LEARNING_RATE, gum_optax.galore(config.galore_rank)),
     }
 
 

@@ -50,7 +50,10 @@ def main(arguments: Sequence[str]) -> int:
 
 def rows(config: Config) -> list[dict[str, Any]]:
     """One row for each mesh and kind of step."""
-    gum = gum_optax.gum(1e-3, config.rank, full_rank_layers=config.full_rank_layers)
+    compression = gum_optax.LowRank(
+        config.rank, residual=gum_optax.residuals.sampled(config.full_rank_layers)
+    )
+    gum = gum_optax.gum(1e-3, compression)
     muon = optax.contrib.muon(1e-3, muon_weight_dimension_numbers=dimension_numbers.default)
     steps = {
         "GUM": (gum, 1),

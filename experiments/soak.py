@@ -51,7 +51,10 @@ def main(arguments: Sequence[str]) -> int:
 def soak(config: Config) -> dict:
     """Takes the steps; returns what was counted and measured."""
     loss = partial(_loss, target=_parameters(seed=1))
-    optimizer = gum_optax.gum(0.01, config.rank, config.period, 1)
+    compression = gum_optax.LowRank(
+        config.rank, config.period, residual=gum_optax.residuals.sampled(1)
+    )
+    optimizer = gum_optax.gum(0.01, compression)
     params = _parameters(seed=0)
     state = optimizer.init(params)
 

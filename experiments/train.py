@@ -93,5 +93,5 @@ def _introduction(
         f"windows of {arch.seq_len} tokens\n"
         f"{' '.join(config.corpus)}: {len(tokens.train):,} training tokens (this run reads them "
         f"{epochs:.2f} times), {len(tokens.validation):,} held out\n"
-        f"{loop.introduction(config, state, mesh)}"
+        f"{loop.introduction(config, state, mesh, arch.layers)}"
     )

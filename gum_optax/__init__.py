@@ -1,24 +1,32 @@
-"""GUM and other low-rank optimizers for optax: compress, update, expand."""
+"""Memory-efficient training for optax: an optimizer times a compression."""
 
+from gum_optax import carries as carries
 from gum_optax import dimension_numbers as dimension_numbers
 from gum_optax import projectors as projectors
-from gum_optax import restarts as restarts
+from gum_optax import residuals as residuals
 from gum_optax import samplers as samplers
-from gum_optax._adam import galore as galore
-from gum_optax._adam import golore as golore
-from gum_optax._adam import unbiased_adamw as unbiased_adamw
+from gum_optax import storages as storages
 from gum_optax._codec import Compressed as Compressed
-from gum_optax._gum import gum as gum
-from gum_optax._gum import scale_by_gum as scale_by_gum
+from gum_optax._codec import Frame as Frame
+from gum_optax._columns import normalize_columns as normalize_columns
+from gum_optax._groups import Group as Group
+from gum_optax._groups import by_role as by_role
+from gum_optax._groups import by_shape as by_shape
+from gum_optax._ledger import PlanRow as PlanRow
+from gum_optax._low_rank import STATE_VERSION as STATE_VERSION
+from gum_optax._low_rank import LowRank as LowRank
+from gum_optax._low_rank import LowRankState as LowRankState
 from gum_optax._low_rank import low_rank as low_rank
-from gum_optax._plan import MemoryPlan as MemoryPlan
-from gum_optax._plan import memory_plan as memory_plan
-from gum_optax._polar import newton_schulz as newton_schulz
-from gum_optax._polar import scale_by_polar as scale_by_polar
+from gum_optax._matrices import for_matrices as for_matrices
+from gum_optax._memory import MemoryPlan as MemoryPlan
+from gum_optax._memory import memory_plan as memory_plan
+from gum_optax._orthogonal import newton_schulz as newton_schulz
+from gum_optax._orthogonal import scale_by_polar as scale_by_polar
+from gum_optax._recipes import adamw as adamw
+from gum_optax._recipes import galore as galore
+from gum_optax._recipes import golore as golore
+from gum_optax._recipes import gum as gum
+from gum_optax._recipes import scale_by_gum as scale_by_gum
 from gum_optax._sharding import state_shardings as state_shardings
-from gum_optax._stacks import by_role as by_role
-from gum_optax._stacks import by_shape as by_shape
-from gum_optax._state import STATE_LAYOUT as STATE_LAYOUT
-from gum_optax._state import LowRankState as LowRankState
 
 __version__ = "0.1.0"

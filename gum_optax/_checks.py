@@ -1,4 +1,7 @@
-"""Argument checks: every error names the parameter, the value and the reason."""
+"""Checks: every error names the parameter, the value and the reason.
+
+Tests: tests/library/test_bad_input.py.
+"""
 
 import math
 import operator
@@ -9,8 +12,6 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
-
-from gum_optax._typing import Key
 
 
 def positive_int(name: str, value: Any) -> int:
@@ -93,11 +94,10 @@ def transformation(name: str, value: Any) -> None:
 
 
 def floating_dtype(name: str, value: Any) -> Any:
-    """Returns ``value`` as a dtype (None stays None), or raises if it is not a real float."""
-    if value is None:
-        return None
+    """Returns ``value`` as a dtype, or raises if it is not a real float."""
     try:
-        dtype = jnp.dtype(value)
+        # NumPy takes None for float64.
+        dtype = None if value is None else jnp.dtype(value)
     except TypeError:
         dtype = None
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
@@ -105,21 +105,116 @@ def floating_dtype(name: str, value: Any) -> Any:
     return dtype
 
 
-def key_data(key: Key) -> jax.Array:
+def instance(name: str, value: Any, kind: type, such_as: str) -> None:
+    """Raises unless ``value`` is an instance of a class, of which ``such_as`` gives an example."""
+    if not isinstance(value, kind):
+        raise TypeError(
+            f"`{name}` must be a {kind.__name__} {such_as}, got {value!r} of type "
+            f"{type(value).__name__}."
+        )
+
+
+def one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raises unless ``value`` is one of a few words."""
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+
+
+def key(name: str, value: Any) -> None:
+    """Raises unless ``value`` is a seed or a threefry key; computes nothing."""
+    if not isinstance(value, jax.Array | np.ndarray):
+        _integer(name, value)
+        return
+    if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+        implementation = str(jax.random.key_impl(value))
+        if "threefry" in implementation or "fry" in implementation:
+            return
+        described = f"a key of {implementation}"
+    elif value.ndim == 0:
+        _integer(name, value)
+        return
+    elif value.shape == (2,) and value.dtype == jnp.uint32:
+        return
+    else:
+        described = f"data of shape {value.shape} and dtype {value.dtype}"
+    raise ValueError(
+        f"`{name}` must be an int seed or a threefry key (uint32[2]), got {described}; for other "
+        "generators pass an int seed."
+    )
+
+
+def key_data(value: int | jax.Array) -> jax.Array:
     """Returns the raw ``uint32[2]`` threefry data of a seed or a key.
 
     The state holds raw threefry data: typed keys break ``flax.serialization`` and ``np.asarray``,
     and draws of other generators may depend on how arrays are sharded.
     """
-    if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        key = jax.random.key_data(key)
-    if np.ndim(key) == 0:
-        return jax.random.key_data(jax.random.key(_integer("key", key), impl="threefry2x32"))
-    data = jnp.asarray(key)
-    if data.shape != (2,) or data.dtype != jnp.uint32:
-        raise ValueError(
-            "`key` must be an int seed or a threefry key (uint32[2]), got data of shape "
-            f"{data.shape} and dtype {data.dtype}; for other generators pass an int seed."
-        )
+    if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+        value = jax.random.key_data(value)
+    if np.ndim(value) == 0:
+        seed = operator.index(value)  # pyright: ignore[reportArgumentType]
+        return jax.random.key_data(jax.random.key(seed, impl="threefry2x32"))
     # A copy: a state that shared the caller's buffer would delete it when it is donated.
-    return jnp.array(data, copy=True)
+    return jnp.array(value, jnp.uint32, copy=True)
+
+
+# States and trees that must fit each other ---------------------------------------------------
+
+
+def fits(expected: Any, state: Any, version: int) -> None:
+    """Raises if a state was made for other parameters, other options or by another version.
+
+    Args:
+      expected: the `LowRankState` that ``init`` would make for the updates at hand, as shapes.
+      state: the state that ``update`` was given.
+      version: the version of the state's structure.
+    """
+    if type(state) is not type(expected):
+        raise TypeError(
+            f"`state` must be the LowRankState (version {version}) that `init` made, got "
+            f"{type(state).__name__}; states of other versions cannot be restored."
+        )
+    # The first array that is missing, or of another shape, is named; one is enough.
+    wanted, got = _shapes(expected), _shapes(state)
+    paths = [path for path in [*wanted, *got] if wanted.get(path) != got.get(path)]
+    if (state.uncompressed is None) != (expected.uncompressed is None):
+        paths.append(".uncompressed")  # Without leaves, if the inner transformation has no state.
+    if not paths:
+        return
+    path = paths[0]
+    raise ValueError(
+        "The updates do not fit the optimizer state, which `init` made for other parameters or "
+        f"options: `state{path}` should have shape {wanted.get(path, 'none (absent)')} and has "
+        f"{got.get(path, 'none (absent)')}."
+    )
+
+
+def _shapes(state: Any) -> dict[str, tuple[int, ...]]:
+    return {
+        jax.tree_util.keystr(path): jnp.shape(leaf)
+        for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]
+    }
+
+
+def as_at_init(leaves: list[jax.Array], parameters: list[jax.Array] | None) -> list[Any]:
+    """Leaves as ``init`` saw them: dtypes tell groups apart, and gradients may have others."""
+
+    # A gradient that is not floating keeps its dtype, so that it is refused by name.
+    def describe(gradient: Any, parameter: Any) -> jax.ShapeDtypeStruct:
+        floating = jnp.issubdtype(gradient.dtype, jnp.floating)
+        return jax.ShapeDtypeStruct(gradient.shape, (parameter if floating else gradient).dtype)
+
+    return list(map(describe, leaves, leaves if parameters is None else parameters))
+
+
+def matching_leaves(params: Any, leaves: list[jax.Array], treedef: Any) -> list[jax.Array]:
+    """The leaves of ``params``, in the order of those of the updates."""
+    parameters = jax.tree.leaves(params)
+    shapes = [jnp.shape(p) for p in parameters]
+    expected = [leaf.shape for leaf in leaves]
+    if shapes != expected:
+        raise ValueError(
+            f"`params` must have the structure and shapes of the updates, {treedef} with shapes "
+            f"{expected}; got {jax.tree.structure(params)} with shapes {shapes}."
+        )
+    return parameters

@@ -1,7 +1,20 @@
-"""The engine: a linear codec around any optax transformation."""
+r"""`low_rank`: any optax transformation, run on gradients in low-rank coordinates.
 
+`LowRank` says how gradients are compressed. `low_rank` compresses them, runs an ordinary optax
+transformation, the *inner* transformation, on the compressed values, and expands its updates:
+
+.. math::
+    G \;\xrightarrow{\text{encode}}\; (P^\top G, \dots) \;\xrightarrow{\text{inner}}\; (L, \dots)
+    \;\xrightarrow{\text{decode}}\; U
+
+Tests: tests/library/test_low_rank.py, and tests/library/test_unbiased.py for the law.
+"""
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 from zlib import crc32
 
 import jax
@@ -9,275 +22,509 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gum_optax import _checks, _codec, _layouts, _mesh, projectors, restarts, samplers
-from gum_optax._injection import injectable
-from gum_optax._layouts import Layout, find_layouts
-from gum_optax._stacks import Stack, StackBy, by_role
-from gum_optax._state import (
-    LowRankState,
-    check_fits,
-    is_placeholder,
-    keep_dtypes,
-    placeholder_state,
-)
-from gum_optax._typing import Key, Projector, PyTree
+from gum_optax import _checks, _codec, _ledger, _mesh, carries, projectors, residuals, storages
+from gum_optax._codec import Compressed, Frame
+from gum_optax._groups import Group, GroupBy, by_role, find_groups
+from gum_optax._paths import PyTree, is_stand_in
+
+Key: TypeAlias = int | jax.Array
+"""A seed, or a threefry key (typed, or raw ``uint32[2]``)."""
+
+STATE_VERSION = 3
+"""Version of the structure of `LowRankState`; checkpoints of another version cannot be restored.
+
+1. Matrices of several batch axes had one leading axis in the state.
+2. The leading axes of the state are the batch axes of the leaves.
+3. Groups: ``residual`` and ``uncompressed`` are fields, ``Compressed.full`` is called ``residual``.
+"""
 
 
-@injectable()
+@dataclasses.dataclass(frozen=True, eq=False)
+class LowRank:
+    """A compression: how the gradients of matrices become low-rank.
+
+    The options of every compressed optimizer are described here, and only here.
+
+    Attributes:
+      rank: r, an int >= 1, or a function of a `Group` that returns one: ``lambda group: group.m //
+        4``. A group with rank >= m is uncompressed.
+      period: K, the steps between two refreshes of bases and draws, an int >= 1 (GaLore's
+        ``update_proj_gap``). Step 0 is a refresh.
+      residual: what becomes of the part of a gradient that its basis leaves out, see `residuals`.
+      projector: how a basis comes from a gradient, see `projectors`.
+      carry: what the inner state keeps at a refresh, see `carries`.
+      storage: how the inner state rests between steps, see `storages`.
+      group_by: ``(path, leaf) -> name``: which matrices form a group, over which layers are
+        sampled; `by_role`, `by_shape` or your own.
+      key: an int seed or a threefry key. The draw of a period depends on this key, the number of
+        the period and the group's name alone: it is equal on every host, at every sharding, after
+        every resume.
+
+    Raises:
+      TypeError, ValueError: if an option is malformed.
+
+    Example:
+      >>> import gum_optax
+      >>> compression = gum_optax.LowRank(rank=64, period=100)
+      >>> muon, adam = gum_optax.gum(0.02, compression), gum_optax.adamw(1e-3, compression)
+
+    References:
+      Pan et al., Unbiased Gradient Low-Rank Projection, arXiv 2510.17802, for the defaults.
+    """
+
+    rank: int | Callable[[Group], int] = 128
+    period: int = 200
+    residual: residuals.Residual = residuals.sampled(2)
+    projector: projectors.Projector | projectors.switch = projectors.subspace_iteration
+    carry: carries.Carry = carries.restart
+    storage: storages.Storage = storages.plain()
+    group_by: GroupBy = by_role
+    key: Key = 0
+
+    def __post_init__(self) -> None:
+        """Raises at once where an option cannot work."""
+        if not callable(self.rank):
+            _checks.positive_int("rank", self.rank)
+        _checks.positive_int("period", self.period)
+        _checks.instance("residual", self.residual, residuals.Residual, "of `gum_optax.residuals`")
+        projectors.check(self.projector)
+        _checks.function("carry", self.carry, "(fresh, old, previous_basis, basis) -> state")
+        _checks.instance("storage", self.storage, storages.Storage, "of `gum_optax.storages`")
+        _checks.function("group_by", self.group_by, "(path, leaf) -> name")
+        _checks.key("key", self.key)
+
+    def groups(self, tree: PyTree) -> list[Group]:
+        """The groups of a tree, each with its rank, or why it is uncompressed."""
+        return [self._decide(group) for group in find_groups(tree, self.group_by)]
+
+    def _decide(self, group: Group) -> Group:
+        rank = self.rank(group) if callable(self.rank) else self.rank
+        # Of a function, the rank is only known here, so that the error names the group as well.
+        rank = _checks.positive_int(f"rank` of the group `{group.name}", rank)
+        why = f"rank {rank} >= {group.m}" if rank >= group.m else self.residual.uncompressed(group)
+        return dataclasses.replace(group, rank=rank, uncompressed=why)
+
+
+class LowRankState(NamedTuple):
+    """State of `low_rank`: plain arrays in dicts keyed by group name.
+
+    Attributes:
+      count: ``int32[]``, steps taken.
+      key: ``uint32[2]``, threefry key data; the draws are a function of it and of ``count`` alone.
+      basis: group -> ``[*lead, m, r]``, float32 (float64 for float64 parameters). The leading axes
+        are N separate matrices, or the batch axes of one leaf, or leaves and their batch axes.
+      slots: group -> ``int32[slots]``, the matrix that each slot serves; N is an empty slot. Groups
+        without slots are not in it.
+      residual: group -> the state of the residual rule.
+      inner: the inner state over group -> `Compressed`, ``low=[*lead, r, n]`` and
+        ``residual=[slots, m, n]``, packed by the storage.
+      uncompressed: the inner state over the leaves of uncompressed groups, packed likewise; None if
+        there are none.
+    """
+
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    key: jax.Array
+    basis: dict[str, jax.Array]
+    slots: dict[str, jax.Array]
+    residual: dict[str, Any]
+    inner: Any
+    uncompressed: Any
+
+
 def low_rank(
-    inner: optax.GradientTransformation,
-    *,
-    rank: int,
-    period: int,
-    projector: Projector | projectors.switch = projectors.subspace_iteration,
-    sampler: samplers.Sampler = samplers.fixed_size(2),
-    restart: bool | restarts.Restart = True,
-    momentum_dtype: Any = None,
-    stack_by: StackBy = by_role,
-    key: Key = 0,
+    inner: optax.GradientTransformation, compression: LowRank = LowRank()
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Runs an optax transformation on unbiased low-rank compressed gradients.
+    r"""Runs an optax transformation on low-rank compressed gradients.
 
-    Every ``period`` steps, from the gradient of that step, each matrix gets a basis P of rank r and
-    the sampler draws which matrices are full-rank for the coming period, each with probability q.
-    At every step the base sees, and its updates are expanded from,
+    Every ``period`` steps each matrix gets a new basis P of rank r from the gradient of that step.
+    At every step the inner transformation sees the projection ``P'G`` and what the residual rule
+    makes of ``G - P P'G``; its updates are expanded to the shapes of the parameters. See `LowRank`
+    for the parts, and `residuals` for which estimates are unbiased.
 
-    .. math::
-        P^\top G / (1 - q) \;\text{(low-rank matrices)}, \qquad
-        (G - P P^\top G) / q \;\text{(full-rank matrices)}
+    Every leaf is taken as matrices: the last two axes, with leading axes as batch. Matrices of one
+    role form a group. A group that cannot gain from compression runs uncompressed and is never
+    restarted: one with rank >= m, or one that is always drawn. `memory_plan` shows each group, its
+    treatment and the reason, and ``init`` warns if nothing at all is compressed.
 
-    so the expectation of ``expand(compress(G))`` over the draw is G. What is unbiased is this
-    estimate of the gradient; after a nonlinear base (Adam, Newton-Schulz) nothing is.
-
-    Every leaf is taken as matrices: the last two axes, with leading axes as batch. The matrices of
-    one role form a stack (see `by_role`), and a stack of N matrices m x n, m <= n, holds N bases m
-    x r, N base states r x n and one dense base state m x n per slot. A stack that cannot gain is
-    dense, and the base runs on it uncompressed and is never restarted: one with ``rank >= m``, or
-    one whose sampler draws with probability 1 (`samplers.fixed_size` on a single matrix).
-
-    The base is given compressed parameters if it is given any, so decoupled weight decay inside the
-    base is an unbiased estimate of itself; for exact weight decay chain it after ``low_rank``.
+    The inner transformation is given compressed parameters if ``update`` is given any, so decoupled
+    weight decay inside it is compressed like a gradient; for exact weight decay chain it after
+    ``low_rank``. Schedules belong outside too, since the inner state may restart at each refresh.
 
     A matrix whose gradient is not finite has updates that are not finite until the next refresh;
-    other matrices are not touched. A dense stack, and what a restart carries over, stays so.
-    ``optax.apply_if_finite`` around the whole skips such steps.
+    other matrices are not touched. Momentum that is never restarted stays non-finite, such as that
+    of uncompressed groups, and that which a carry keeps. ``optax.apply_if_finite`` around the whole
+    skips such steps.
 
-    Numbers reach the base in float32 (float64 for float64 leaves), and its state keeps the dtypes
-    of ``init``.
+    Compression is computed in float32 (float64 for float64 leaves). The state keeps the dtypes of
+    ``init``, and updates have the gradients' dtypes.
 
     Args:
-      inner: the base, any ``optax.GradientTransformation``. Schedules belong outside: a base is
-        re-initialized at each refresh.
-      rank: r, an int >= 1.
-      period: steps between refreshes of bases and draws, an int >= 1. Step 0 is a refresh.
-      projector: how a basis comes from a gradient, see `projectors`.
-      sampler: how matrices are drawn, see `samplers`.
-      restart: what becomes of the base's state at a refresh. True: it starts anew. False: the
-        states of dense slots alone do (they serve other matrices), and low-rank states go on in the
-        new basis unrotated, as in GaLore. A step count that the base shares between matrices, such
-        as Adam's, then goes on too, so restarted slots miss its bias correction. Or a function, see
-        `restarts`; `restarts.rotate` carries low-rank momentum into the new basis.
-      momentum_dtype: dtype of the base's state, by default that of the parameters.
-      stack_by: ``(path, leaf) -> stack name``; `by_role` or `by_shape` or your own.
-      key: an int seed or a threefry key. The draws of a period depend on this key, the period's
-        number and the stack's name alone: equal on every host, at every sharding, after every
-        resume.
+      inner: any ``optax.GradientTransformation``.
+      compression: how gradients are compressed.
 
     Returns:
-      An ``optax.GradientTransformationExtraArgs`` with state `LowRankState`. Updates have the
-      gradients' shapes and dtypes.
+      An ``optax.GradientTransformationExtraArgs`` with state `LowRankState`.
 
     Raises:
       TypeError, ValueError: if an argument is malformed; at ``init`` and ``update`` if a leaf has
-        fewer than two axes or is not real floating point; at ``update`` if the gradients do not fit
-        the state.
+        fewer than two axes or is not real floating point, or if the carry does not suit ``inner``;
+        at ``update`` if the gradients do not fit the state.
 
     Example:
-      >>> import jax.numpy as jnp
+      >>> import jax, jax.numpy as jnp
       >>> import optax
       >>> import gum_optax
       >>> tx = optax.chain(
-      ...     gum_optax.low_rank(optax.scale_by_adam(), rank=4, period=100),
+      ...     gum_optax.low_rank(optax.scale_by_adam(), gum_optax.LowRank(rank=4, period=100)),
       ...     optax.scale_by_learning_rate(1e-3))
       >>> params = {"layers": [{"kernel": jnp.ones((16, 32))} for _ in range(8)]}
       >>> state = tx.init(params)
-      >>> updates, state = tx.update(params, state, params)
-      >>> state[0].inner.mu["layers/*/kernel"].full.shape
+      >>> updates, state = jax.jit(tx.update)(params, state, params)
+      >>> state[0].inner.mu["layers/*/kernel"].residual.shape
       (2, 16, 32)
 
     References:
-      Pan et al., Unbiased Gradient Low-Rank Projection, arXiv 2510.17802.
+      Pan et al., Unbiased Gradient Low-Rank Projection, arXiv 2510.17802; Zhao et al., GaLore,
+      arXiv 2403.03507.
     """
     _checks.transformation("inner", inner)
-    rank = _checks.positive_int("rank", rank)
-    period = _checks.positive_int("period", period)
-    projectors.check(projector)
-    _checks.function("sampler", sampler, "(count) -> samplers.Sampling")
-    restart = restarts.resolve(restart)
-    _checks.function("stack_by", stack_by, "(path, leaf) -> name")
-    momentum_dtype = _checks.floating_dtype("momentum_dtype", momentum_dtype)
-    seed = _checks.key_data(key)
-    base: Any = optax.with_extra_args_support(inner)
+    _checks.instance("compression", compression, LowRank, "such as `LowRank(rank=64)`")
+    rule, storage = compression.residual, compression.storage
+    # Typed by optax for trees of parameters; here it is run on dicts of `Compressed`.
+    run: Any = optax.with_extra_args_support(inner)
 
     def init(params: PyTree) -> LowRankState:
-        if is_placeholder(params):
-            return placeholder_state()
-        layouts, dense = find_layouts(params, rank, sampler, stack_by)
+        if is_stand_in(params):
+            return _stand_in_state()
+        groups = compression.groups(params)
+        _warn_if_nothing_is_compressed(groups)
+        state = unpacked(groups)
+        _check_carry(compression.carry, state)
+        _ledger.write(partial(_rows, run, compression, groups))
+        return packed(state)
+
+    def unpacked(groups: Sequence[Group]) -> LowRankState:
+        """The state before the first step, with inner states that no storage has packed yet."""
+        compressed, uncompressed = _divided(groups)
         return LowRankState(
             count=jnp.zeros((), jnp.int32),
-            key=jnp.array(seed),
-            basis={
-                stack.name: jnp.zeros(
-                    (*stack.lead, stack.m, r), stack.compute_dtype, device=stack.basis_sharding
-                )
-                for stack, r, _ in layouts
-            },
+            key=_checks.key_data(compression.key),
+            basis={group.name: _zero_basis(group) for group in compressed},
             slots={
-                stack.name: jnp.full((sampling.slots,), stack.count, jnp.int32)
-                for stack, _, sampling in layouts
-                if sampling.slots
+                group.name: jnp.full((slots,), group.count, jnp.int32)
+                for group in compressed
+                if (slots := rule.slots(group))
             },
-            inner=base.init(_layouts.zeros_compressed(layouts, momentum_dtype)),
-            dense=base.init(_layouts.zeros_dense(dense, momentum_dtype)) if dense else None,
+            residual={group.name: rule.init(group) for group in compressed},
+            inner=run.init(_zeros(compressed, rule)),
+            uncompressed=run.init(_zero_leaves(uncompressed)) if uncompressed else None,
+        )
+
+    def packed(state: LowRankState) -> LowRankState:
+        return state._replace(
+            inner=storages.pack(storage, state.inner),
+            uncompressed=storages.pack(storage, state.uncompressed),
         )
 
     def update(
         updates: PyTree, state: LowRankState, params: PyTree | None = None, **extra_args: Any
     ) -> tuple[PyTree, LowRankState]:
-        return _mesh.in_auto_mode(step, updates, state, params, extra_args, like=(updates, state))
+        if is_stand_in(updates):
+            return updates, state
+        return _mesh.in_auto_mode(
+            step, updates, state, params, extra_args, like=lambda: (updates, state)
+        )
 
     def step(
         updates: PyTree, state: LowRankState, params: PyTree | None, extra_args: dict[str, Any]
     ) -> tuple[PyTree, LowRankState]:
+        # 0. Groups are a matter of shapes alone, so they are found anew; the state must fit them.
         leaves, treedef = jax.tree.flatten(updates)
-        parameters = None if params is None else _matching_leaves(params, leaves, treedef)
-        like_init = treedef.unflatten(_as_at_init(leaves, parameters))
-        check_fits(jax.eval_shape(init, like_init), state)
-        layouts, dense = find_layouts(like_init, rank, sampler, stack_by)
+        parameters = None if params is None else _checks.matching_leaves(params, leaves, treedef)
+        groups = compression.groups(treedef.unflatten(_checks.as_at_init(leaves, parameters)))
+        compressed, uncompressed = _divided(groups)
+        fresh = unpacked(groups)
+        _checks.fits(jax.eval_shape(packed, fresh), state, STATE_VERSION)
 
-        due = state.count % period == 0
+        # 1. What is projected: the gradients, or gradients corrected by earlier residuals.
+        #    gradients[group]: leaves [*batch, rows, columns]
+        gradients = {
+            group.name: rule.correct(group, _leaves_of(group, leaves), state.residual[group.name])
+            for group in compressed
+        }
+
+        # 2. A new period has new bases and new draws, both from this step. P is used in the step
+        #    that makes it, so that an estimate never rests on a basis older than a period.
+        #    basis[group]: P [*lead, m, r];  slots[group]: int32 [slots]
+        due = state.count % compression.period == 0
         basis, slots = jax.lax.cond(
             due,
-            lambda: _new_period(state, layouts, leaves, projector, period),
+            lambda: _refresh(compression, compressed, state, gradients),
             lambda: (state.basis, state.slots),
         )
-        fresh = base.init(_layouts.zeros_compressed(layouts, momentum_dtype))
-        restarted = keep_dtypes(restart(fresh, state.inner, state.basis, basis), state.inner)
-        # Chosen entry by entry, which XLA fuses with the base's update of its momentum; through the
-        # `cond` above, every momentum would be copied at every step.
-        inner_state = jax.tree.map(partial(jnp.where, due), restarted, state.inner)
-        low_updates, inner_state = base.update(
-            _layouts.compress(layouts, leaves, basis, slots),
-            inner_state,
-            _layouts.compress(layouts, parameters, basis, slots),
+        frames = {
+            group.name: Frame(group, basis[group.name], slots.get(group.name))
+            for group in compressed
+        }
+
+        # 3. Gradients, and parameters, in coordinates of the bases.
+        #    encoded[group]: low = P'G [*lead, r, n], residual = drawn G - P P'G [slots, m, n]
+        encoded = {name: rule.encode(frame, gradients[name]) for name, frame in frames.items()}
+        encoded_parameters = None
+        if parameters is not None:
+            encoded_parameters = {
+                name: rule.encode(frame, _leaves_of(frame.group, parameters))
+                for name, frame in frames.items()
+            }
+
+        # 4. The inner transformation, on a state that knows of the new bases. The state is chosen
+        #    entry by entry, which XLA fuses with the update of momentum; through the `cond` above,
+        #    every momentum would be copied at every step.
+        #    low_updates[group]: like encoded[group]
+        old = storages.unpack(storage, state.inner, fresh.inner)
+        carried = keep_dtypes(compression.carry(fresh.inner, old, state.basis, basis), old)
+        low_updates, inner_state = run.update(
+            encoded,
+            jax.tree.map(partial(jnp.where, due), carried, old),
+            encoded_parameters,
             **extra_args,
         )
-        new_leaves = _layouts.expand(layouts, low_updates, basis, slots, leaves)
-        dense_state = None
-        if dense:
-            dense_updates, dense_state = base.update(
-                _layouts.collect(dense, leaves),
-                state.dense,
-                _layouts.collect(dense, parameters),
+
+        # 5. Back to the shapes of the parameters: U = P L, and what the rule makes of residuals.
+        #    Groups take turns, as their leaves do, so that XLA can apply an update and free it.
+        new_leaves: dict[int, Any] = {}
+        residual, last = {}, None
+        for name, frame in frames.items():
+            expanded, residual[name] = rule.decode(
+                frame._replace(after=last),
+                low_updates[name],
+                encoded[name],
+                gradients[name],
+                state.residual[name],
+            )
+            last = expanded[-1]
+            new_leaves |= dict(zip(frame.group.leaves, expanded, strict=True))
+
+        # Uncompressed groups go through the inner transformation as they are.
+        uncompressed_state = None
+        if uncompressed:
+            direct, uncompressed_state = run.update(
+                _collect(uncompressed, leaves),
+                storages.unpack(storage, state.uncompressed, fresh.uncompressed),
+                None if parameters is None else _collect(uncompressed, parameters),
                 **extra_args,
             )
-            for stack in dense:
-                new_leaves |= dict(zip(stack.leaves, dense_updates[stack.name], strict=True))
+            for group in uncompressed:
+                new_leaves |= dict(zip(group.leaves, direct[group.name], strict=True))
 
-        # Leaves without entries belong to no stack and stay as they are.
+        # Leaves without entries belong to no group and stay as they are.
         results = [new_leaves.get(i, leaf).astype(leaf.dtype) for i, leaf in enumerate(leaves)]
-        return jax.tree.unflatten(treedef, results), LowRankState(
-            count=jnp.asarray(optax.safe_increment(state.count)),
-            key=state.key,
-            basis=basis,
-            slots=slots,
-            inner=keep_dtypes(inner_state, state.inner),
-            dense=keep_dtypes(dense_state, state.dense),
+        new_state = packed(
+            LowRankState(
+                count=jnp.asarray(optax.safe_increment(state.count)),
+                key=state.key,
+                basis=basis,
+                slots=slots,
+                residual=residual,
+                inner=inner_state,
+                uncompressed=uncompressed_state,
+            )
         )
+        return treedef.unflatten(results), keep_dtypes(new_state, state)
 
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
 
 
-def _new_period(
-    state: LowRankState,
-    layouts: list[Layout],
-    leaves: list[jax.Array],
-    projector: Projector | projectors.switch,
-    period: int,
-) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-    """The bases of a period, from the gradient of its first step, and the matrices of its slots."""
-    basis, slots = {}, {}
-    for stack, rank, sampling in layouts:
-        key = _period_key(state.key, state.count // period, stack.name)
-        basis[stack.name] = _new_basis(
-            stack,
-            _layouts.take(leaves, stack),
-            rank,
-            projectors.resolve(projector, state.count),
-            jax.random.fold_in(key, 1),
-            state.basis[stack.name],
+def keep_dtypes(new: PyTree, old: PyTree) -> PyTree:
+    """Rounds a tree to another's dtypes: a state does not drift, and its buffers can be donated."""
+    return jax.tree.map(lambda n, o: jnp.asarray(n, jnp.asarray(o).dtype), new, old)
+
+
+# Groups and their leaves ---------------------------------------------------------------------
+
+
+def _divided(groups: Sequence[Group]) -> tuple[list[Group], list[Group]]:
+    """Groups that are compressed, and groups that are not."""
+    compressed = [group for group in groups if not group.uncompressed]
+    return compressed, [group for group in groups if group.uncompressed]
+
+
+def _leaves_of(group: Group, leaves: Sequence[jax.Array]) -> list[jax.Array]:
+    return [leaves[position] for position in group.leaves]
+
+
+def _collect(groups: Sequence[Group], leaves: Sequence[jax.Array]) -> dict[str, list[jax.Array]]:
+    """Uncompressed leaves, as the inner transformation sees them."""
+    return {
+        group.name: [leaf.astype(group.compute_dtype) for leaf in _leaves_of(group, leaves)]
+        for group in groups
+    }
+
+
+def _zero_basis(group: Group) -> jax.Array:
+    shape = (*group.lead, group.m, group.rank)
+    return jnp.zeros(shape, group.compute_dtype, device=group.basis_sharding)
+
+
+def _zeros(groups: Sequence[Group], rule: residuals.Residual) -> dict[str, Compressed]:
+    """Compressed zeros, on which the inner state is initialized."""
+
+    def zeros(group: Group) -> Compressed:
+        low = (*group.lead, group.rank, group.n)
+        slots = (rule.slots(group), group.m, group.n)
+        return Compressed(
+            low=jnp.zeros(low, group.dtype, device=group.low_sharding),
+            residual=(
+                jnp.zeros(slots, group.dtype, device=group.slots_sharding) if slots[0] else None
+            ),
         )
-        if sampling.slots:
-            slots[stack.name] = samplers.draw(sampling, key)
+
+    return {group.name: zeros(group) for group in groups}
+
+
+def _zero_leaves(groups: Sequence[Group]) -> dict[str, list[jax.Array]]:
+    return {
+        group.name: [
+            jnp.zeros(group.shape, group.dtype, device=group.sharding) for _ in group.leaves
+        ]
+        for group in groups
+    }
+
+
+# Refresh -------------------------------------------------------------------------------------
+
+
+def _refresh(
+    compression: LowRank,
+    groups: Sequence[Group],
+    state: LowRankState,
+    gradients: dict[str, Sequence[jax.Array]],
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """The bases of a period, from the gradients of its first step, and the draws of its slots."""
+    # Groups without slots have no entry in `slots`, so that no array is empty.
+    basis, slots = {}, {}
+    projector = projectors.resolve(compression.projector, state.count)
+    for group in groups:
+        key = _period_key(state.key, state.count // compression.period, group.name)
+        # The draw uses the key itself and the bases one folded from it: the two are independent,
+        # which is what the estimate's unbiasedness rests on.
+        basis[group.name] = _new_basis(
+            group,
+            gradients[group.name],
+            projector,
+            jax.random.fold_in(key, 1),
+            state.basis[group.name],
+        )
+        if group.name in state.slots:
+            slots[group.name] = compression.residual.draw(group, key)
     return basis, slots
 
 
-def _period_key(key: jax.Array, period_index: jax.Array, stack_name: str) -> jax.Array:
-    """The key of one stack in one period: a function of seed, step and name alone.
+def _period_key(key: jax.Array, period: jax.Array, group_name: str) -> jax.Array:
+    """The key of one group in one period: a function of seed, period and name alone.
 
-    Layers that are separate leaves have an index in their path (``layers/*/q``), stacked layers do
+    Layers that are separate leaves have a number in their path (``layers/*/q``), stacked layers do
     not (``layers/q``): the two name the same matrices and get the same draws.
     """
-    name = stack_name.replace("*/", "")
+    name = group_name.replace("*/", "")
     typed = jax.random.wrap_key_data(key, impl="threefry2x32")
-    typed = jax.random.fold_in(typed, period_index)
+    typed = jax.random.fold_in(typed, period)
     return jax.random.fold_in(typed, np.uint32(crc32(name.encode())))
 
 
 def _new_basis(
-    stack: Stack,
-    leaves: list[jax.Array],
-    rank: int,
-    projector: Projector,
+    group: Group,
+    gradients: Sequence[jax.Array],
+    projector: projectors.Projector,
     key: jax.Array,
     previous: jax.Array,
 ) -> jax.Array:
-    """Projects matrix after matrix, so that temporaries are those of one matrix."""
-    take = _codec.gatherer(stack, leaves, previous.dtype)
+    """Projects one matrix after the other, so that temporaries are those of one matrix."""
+    gradient_at = _codec.matrix_at(group, gradients, previous.dtype)
 
     def one(argument: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         index, matrix_key, previous_basis = argument
-        basis = projector(matrix_key, take(index), rank, previous_basis)
+        basis = projector(matrix_key, gradient_at(index), group.rank, previous_basis)
         if getattr(basis, "shape", None) != previous_basis.shape:
             raise ValueError(
-                f"`projector` returned {basis} for stack `{stack.name}`; expected an orthonormal "
+                f"`projector` returned {basis} for group `{group.name}`; expected an orthonormal "
                 f"basis of shape {previous_basis.shape}, that is [m, r]."
             )
         return basis.astype(previous.dtype)
 
-    keys = jax.random.split(key, stack.count)
+    # A key for each matrix: random bases of equal gradients differ.
+    keys = jax.random.split(key, group.count)
     flat = previous.reshape(-1, *previous.shape[-2:])
-    return jax.lax.map(one, (jnp.arange(stack.count), keys, flat)).reshape(previous.shape)
+    return jax.lax.map(one, (jnp.arange(group.count), keys, flat)).reshape(previous.shape)
 
 
-def _as_at_init(leaves: list[jax.Array], parameters: list[jax.Array] | None) -> list[Any]:
-    """Leaves as ``init`` saw them: dtypes tell stacks apart, and gradients may have others."""
-
-    def describe(gradient: Any, parameter: Any) -> jax.ShapeDtypeStruct:
-        floating = jnp.issubdtype(gradient.dtype, jnp.floating)
-        return jax.ShapeDtypeStruct(gradient.shape, (parameter if floating else gradient).dtype)
-
-    return list(map(describe, leaves, leaves if parameters is None else parameters))
+# What `init` and `update` check and tell -----------------------------------------------------
 
 
-def _matching_leaves(params: PyTree, leaves: list[jax.Array], treedef: Any) -> list[jax.Array]:
-    """The leaves of ``params``, in the order of those of the updates."""
-    parameters = jax.tree.leaves(params)
-    shapes = [jnp.shape(p) for p in parameters]
-    expected = [leaf.shape for leaf in leaves]
-    if shapes != expected:
-        raise ValueError(
-            f"`params` must have the structure and shapes of the updates, {treedef} with shapes "
-            f"{expected}; got {jax.tree.structure(params)} with shapes {shapes}."
+def _stand_in_state() -> LowRankState:
+    """A prefix of every state, without a copy of the parameters: ``map_params`` changes nothing."""
+    leaf: Any = jnp.zeros(())
+    return LowRankState(*(leaf for _ in LowRankState._fields))
+
+
+def _warn_if_nothing_is_compressed(groups: Sequence[Group]) -> None:
+    if not groups or not all(group.uncompressed for group in groups):
+        return
+    # The first group serves as the example; what to write depends on its reason.
+    first = groups[0]
+    shape = " x ".join(map(str, first.shape[-2:]))
+    advice = f"Write for example `LowRank(rank={max(first.m // 4, 1)})`"
+    if first.rank < first.m:
+        advice = (
+            "Layers are sampled within a group: write `LowRank(group_by=gum_optax.by_shape)` for "
+            "larger groups, or `LowRank(residual=residuals.drop())` for none"
         )
-    return parameters
+    warnings.warn(
+        f"None of {len(groups)} group(s) of matrices is compressed, so this is the inner "
+        f"transformation without low rank: `{first.name}`, {first.count} of {shape}: "
+        f"{first.uncompressed}. {advice}, or leave compression out; "
+        "`gum_optax.memory_plan(tx, params)` shows every group.",
+        stacklevel=3,
+    )
+
+
+def _check_carry(carry: carries.Carry, state: LowRankState) -> None:
+    """Lets a carry that does not suit the inner state raise at ``init``; nothing is computed."""
+    shapes = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)),
+        (state.inner, state.basis),
+    )
+    jax.eval_shape(lambda inner, basis: carry(inner, inner, basis, basis), *shapes)
+
+
+def _rows(inner: Any, compression: LowRank, groups: Sequence[Group]) -> Iterator[_ledger.PlanRow]:
+    """One row for each group, with the bytes that it adds to the state."""
+    rule, storage = compression.residual, compression.storage
+
+    def inner_bytes(tree: Any) -> int:
+        # What the inner transformation keeps for `tree`, less what it keeps for nothing.
+        return _ledger.bytes_beyond(lambda t: storages.pack(storage, inner.init(t)), tree, {})
+
+    for group in groups:
+        slots = rule.slots(group) if not group.uncompressed else 0
+        if group.uncompressed:
+            treatment, size = (
+                "uncompressed",
+                inner_bytes(jax.eval_shape(lambda group=group: _zero_leaves([group]))),
+            )
+        else:
+            own = jax.eval_shape(lambda group=group: (_zero_basis(group), rule.init(group)))
+            encoded = jax.eval_shape(lambda group=group: _zeros([group], rule))
+            treatment = "sampled" if slots else "low rank"
+            size = _ledger.bytes_of(own) + 4 * slots + inner_bytes(encoded)
+        yield _ledger.PlanRow(
+            name=group.name,
+            treatment=treatment,
+            why=group.uncompressed,
+            count=group.count,
+            shape=group.shape[-2:],
+            rank=None if group.uncompressed else group.rank,
+            slots=slots or None,
+            bytes=size,
+            adamw_bytes=2 * group.count * group.m * group.n * group.dtype.itemsize,
+        )

@@ -1,51 +1,155 @@
-"""Sends matrices to one transformation and everything else to another."""
+"""`for_matrices`: an optimizer of a whole model from a direction for its matrices.
+
+A *direction* is a transformation without learning rate and sign. `for_matrices` divides a tree of
+parameters into matrices, which get the direction, and the rest, which gets the *fallback*.
+Dimension numbers say which axes of a leaf are a matrix's rows and columns, see
+`dimension_numbers`; the direction sees every matrix as ``[*batch, rows, columns]``.
+
+Tests: tests/library/test_matrices.py.
+"""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import optax
 
-from gum_optax import _mesh
+from gum_optax import _checks, _ledger, _mesh
 from gum_optax import dimension_numbers as dims
-from gum_optax._stacks import is_box
-from gum_optax._state import is_placeholder, keep_dtypes
-from gum_optax._typing import DimensionNumbers, PyTree
+from gum_optax._groups import by_role
+from gum_optax._low_rank import keep_dtypes
+from gum_optax._paths import PyTree, is_box, is_stand_in, leaves_with_names
+
+ScalarOrSchedule: TypeAlias = float | jax.Array | optax.Schedule
+"""A learning rate: a number, or a function of the step count."""
+
+Mask: TypeAlias = PyTree | Callable[[PyTree], PyTree] | None
+"""True for the leaves that something applies to: a tree or prefix tree, or a function of one."""
 
 
-def partition_matrices(
-    for_matrices: Callable[[PyTree], optax.GradientTransformation],
-    fallback: optax.GradientTransformation,
-    weight_dimension_numbers: DimensionNumbers | None,
+def for_matrices(
+    direction: optax.GradientTransformation,
+    learning_rate: ScalarOrSchedule,
+    *,
+    weight_decay: float | jax.Array = 0.0,
+    weight_decay_mask: Mask = None,
+    weight_dimension_numbers: dims.DimensionNumbers | None = None,
+    fallback: optax.GradientTransformation | None = None,
+    fallback_learning_rate: ScalarOrSchedule | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Partitions a tree into matrices and the rest, from the tree that each call is given.
+    """Makes an optimizer of a whole model from a direction for its matrices.
 
-    Labels are worked out at every call (they depend on shapes and paths alone), because a tree of
-    labels made at ``init`` does not fit where containers differ between ``init`` and ``update``, as
-    under Flax NNX. A leaf in a box is masked with its box: an NNX variable that holds a masked node
-    has the metadata of an array and no shape, and ``nnx.eval_shape`` fails on it.
+    Matrices get the direction, decoupled weight decay and the learning rate; everything else gets
+    the fallback. By default the matrices are the 2-D leaves that are not embeddings, heads,
+    position tables or stacks of vectors (`dimension_numbers.default`); leaves with three or more
+    axes go to the fallback with a warning at ``init``, unless ``weight_dimension_numbers`` says
+    what they are. `memory_plan` shows where each leaf goes, and why.
 
     Args:
-      for_matrices: from the tree of dimension numbers, the transformation of the matrices.
-      fallback: the transformation of all other leaves.
+      direction: a transformation of matrices ``[*batch, rows, columns]``, such as `low_rank` around
+        something or `scale_by_polar`, without learning rate and sign.
+      learning_rate: a number, or a schedule of the step count.
+      weight_decay: decoupled weight decay, multiplied by the learning rate; of the matrices and,
+        with the same mask, of the default fallback.
+      weight_decay_mask: a tree, prefix tree or function; True where weight decay applies.
+      weight_dimension_numbers: ``optax.contrib.MuonDimensionNumbers`` for the parameters, a tree or
+        prefix tree of them (None: fallback), or a function that gives one; axes in neither list are
+        batch. See `dimension_numbers` for ready functions.
+      fallback: the optimizer of everything else, by default ``optax.adamw``.
+      fallback_learning_rate: the learning rate of the default fallback, by default
+        ``learning_rate``. Embedding, head and norms often want a larger one than matrices.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs``.
+
+    Raises:
+      TypeError, ValueError: if an argument is malformed, or if ``fallback_learning_rate`` is given
+        beside a ``fallback``, which has its own.
+
+    Example:
+      Muon with six Newton-Schulz steps on compressed gradients, and Adafactor for the rest:
+
+      >>> import optax
+      >>> import gum_optax
+      >>> muon = optax.chain(optax.trace(0.95), gum_optax.scale_by_polar(ns_steps=6))
+      >>> tx = gum_optax.for_matrices(
+      ...     gum_optax.low_rank(muon, gum_optax.LowRank(rank=64)), 0.02,
+      ...     fallback=optax.adafactor(1e-3))
+    """
+    _checks.transformation("direction", direction)
+    _checks.scalar_or_schedule("learning_rate", learning_rate)
+    _checks.hyperparameter("weight_decay", weight_decay)
+    if fallback is None:
+        rate = fallback_rate(learning_rate, fallback_learning_rate)
+        fallback = optax.adamw(rate, weight_decay=weight_decay, mask=weight_decay_mask)
+    elif fallback_learning_rate is not None:
+        raise ValueError(
+            f"`fallback_learning_rate` must be left out where `fallback` is given, got "
+            f"{fallback_learning_rate!r}: it is the learning rate of the default fallback."
+        )
+    _checks.transformation("fallback", fallback)
+    # Without decay there is no transformation to run; a traced value may be anything.
+    no_decay = isinstance(weight_decay, int | float) and weight_decay == 0
+    decay = (
+        optax.identity() if no_decay else optax.add_decayed_weights(weight_decay, weight_decay_mask)
+    )
+
+    # U -> -learning_rate * (U + weight_decay * W), for the matrices alone.
+    def matrix_optimizer(numbers: PyTree) -> optax.GradientTransformation:
+        return optax.chain(
+            as_matrices(direction, numbers), decay, optax.scale_by_learning_rate(learning_rate)
+        )
+
+    return _divide(matrix_optimizer, fallback, weight_dimension_numbers)
+
+
+def fallback_rate(
+    learning_rate: ScalarOrSchedule, fallback_learning_rate: ScalarOrSchedule | None
+) -> ScalarOrSchedule:
+    """The learning rate of a default fallback: its own, or that of the matrices."""
+    if fallback_learning_rate is None:
+        return learning_rate
+    _checks.scalar_or_schedule("fallback_learning_rate", fallback_learning_rate)
+    return fallback_learning_rate
+
+
+def _divide(
+    matrix_optimizer: Callable[[PyTree], optax.GradientTransformation],
+    fallback: optax.GradientTransformation,
+    weight_dimension_numbers: dims.DimensionNumbers | None,
+) -> optax.GradientTransformationExtraArgs:
+    """Divides a tree into matrices and the rest, anew for the tree that each call is given.
+
+    Labels are worked out once in every call (they depend on shapes and paths alone), because a tree
+    of labels made at ``init`` does not fit where containers differ between ``init`` and ``update``,
+    as under Flax NNX.
+
+    Args:
+      matrix_optimizer: from the tree of dimension numbers, the optimizer of the matrices.
+      fallback: the optimizer of all other leaves.
       weight_dimension_numbers: see `dimension_numbers.resolve`.
     """
 
     def bind(tree: PyTree) -> optax.GradientTransformationExtraArgs:
-        if is_placeholder(tree):
-            numbers = labels = {}
-        else:
-            resolved = dims.resolve(tree, weight_dimension_numbers)
-            treedef = jax.tree.structure(tree, is_leaf=is_box)
-            labels = treedef.unflatten(["fallback" if x is None else "matrix" for x in resolved])
-            numbers = tree_of_numbers(tree, resolved)
-        return optax.partition({"matrix": for_matrices(numbers), "fallback": fallback}, labels)
+        # One entry for each leaf: its dimension numbers, or None for the fallback.
+        resolved = [] if is_stand_in(tree) else dims.resolve(tree, weight_dimension_numbers)
+        # A leaf in a box is masked with its box: an NNX variable that holds a masked node has the
+        # metadata of an array and no shape, and `nnx.eval_shape` fails on it.
+        treedef = jax.tree.structure(tree, is_leaf=is_box)
+        labels = treedef.unflatten(["fallback" if x is None else "matrix" for x in resolved])
+        numbers = treedef.unflatten([optax.MaskedNode() if x is None else x for x in resolved])
+        return optax.partition(
+            {"matrix": matrix_optimizer(numbers), "fallback": fallback},
+            # A function, since optax calls whatever can be called: an Equinox module, for example.
+            lambda tree: labels,
+        )
 
     def init(params: PyTree) -> Any:
-        if weight_dimension_numbers is None and not is_placeholder(params):
+        if weight_dimension_numbers is None and not is_stand_in(params):
             dims.warn_of_ambiguous_leaves(params)
+        _ledger.write(lambda: _fallback_rows(fallback, params, weight_dimension_numbers))
         return bind(params).init(params)
 
     def update(
@@ -58,27 +162,49 @@ def partition_matrices(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def tree_of_numbers(tree: PyTree, numbers: Sequence[dims.MuonDimensionNumbers | None]) -> PyTree:
-    """Dimension numbers as a tree, ``optax.MaskedNode`` standing for leaves of the fallback."""
-    return jax.tree.structure(tree, is_leaf=is_box).unflatten(
-        [optax.MaskedNode() if x is None else x for x in numbers]
-    )
-
-
-def describe_matrices(params: PyTree, numbers: PyTree) -> PyTree:
-    """Shapes, dtypes and shardings of what `as_matrices` shows to its transformation.
+def as_matrices(
+    inner: optax.GradientTransformation, numbers: PyTree
+) -> optax.GradientTransformationExtraArgs:
+    """Shows leaves to ``inner`` as ``[*batch, rows, columns]``, rows being the reduction axes.
 
     Args:
-      params: arrays or ``ShapeDtypeStruct``s; leaves of the fallback come out as masked nodes.
+      inner: a transformation of matrices.
       numbers: a tree of ``MuonDimensionNumbers`` and ``MaskedNode``s like the parameters.
     """
-    return _map_matrices(_describe, numbers, params)
+    inner = optax.with_extra_args_support(inner)
+
+    # Axes are moved and merged in Auto mode: on Explicit axes a reshape of a sharded axis needs the
+    # sharding of its result, which `_describe` knows.
+    def encode(tree: PyTree) -> PyTree:
+        return _mesh.in_auto_mode(
+            lambda tree: _map_matrices(_to_matrix, numbers, tree),
+            tree,
+            like=lambda: _map_matrices(_describe, numbers, tree),
+        )
+
+    def decode(like: PyTree, matrices: PyTree) -> PyTree:
+        return _map_matrices(_from_matrix, numbers, like, matrices)
+
+    def init(params: PyTree) -> Any:
+        # Only shapes and shardings matter to a low-rank state, and `params` may hold nothing else.
+        return inner.init(_map_matrices(_describe, numbers, params))
+
+    def update(
+        updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any
+    ) -> tuple[PyTree, Any]:
+        encoded, state = inner.update(
+            encode(updates), state, None if params is None else encode(params), **extra_args
+        )
+        return _mesh.in_auto_mode(decode, updates, encoded, like=lambda: updates), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _map_matrices(function: Callable[..., Any], numbers: PyTree, *trees: PyTree) -> PyTree:
     """``function(numbers, *leaves)`` on each matrix; the trees may hold them in boxes."""
 
     def on_leaf(number: Any, *boxes: Any) -> Any:
+        # A leaf of the fallback stays masked; a box is opened, and closed around the result.
         if isinstance(number, optax.MaskedNode):
             return number
         return jax.tree.map(partial(function, number), *boxes)
@@ -91,66 +217,71 @@ def _map_matrices(function: Callable[..., Any], numbers: PyTree, *trees: PyTree)
     )
 
 
-def as_matrices(
-    inner: optax.GradientTransformation, numbers: PyTree
-) -> optax.GradientTransformationExtraArgs:
-    """Shows leaves to ``inner`` as ``[*batch, rows, columns]``, rows being the reduction axes.
-
-    Args:
-      inner: a transformation of matrices.
-      numbers: a tree of ``MuonDimensionNumbers`` like the parameters.
-    """
-    inner = optax.with_extra_args_support(inner)
-
-    def encode(tree: PyTree) -> PyTree:
-        return _mesh.in_auto_mode(
-            lambda tree: _map_matrices(_to_matrix, numbers, tree),
-            tree,
-            like=describe_matrices(tree, numbers),
-        )
-
-    def decode(like: PyTree, matrices: PyTree) -> PyTree:
-        return _map_matrices(_from_matrix, numbers, like, matrices)
-
-    def init(params: PyTree) -> Any:
-        # Only shapes and shardings matter to a low-rank state, and `params` may hold nothing else.
-        return inner.init(params if is_placeholder(params) else describe_matrices(params, numbers))
-
-    def update(
-        updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any
-    ) -> tuple[PyTree, Any]:
-        encoded, state = inner.update(
-            encode(updates), state, None if params is None else encode(params), **extra_args
-        )
-        return _mesh.in_auto_mode(decode, updates, encoded, like=updates), state
-
-    return optax.GradientTransformationExtraArgs(init, update)
-
-
 def _to_matrix(numbers: dims.MuonDimensionNumbers, leaf: jax.Array) -> jax.Array:
-    batch, reduction, output = dims.axes(leaf.shape, numbers)
-    sizes = [math.prod(leaf.shape[axis] for axis in side) for side in (reduction, output)]
-    ordered = leaf.transpose(batch + reduction + output)
+    batch, rows, columns = dims.axes(leaf.shape, numbers)
+    sizes = [math.prod(leaf.shape[axis] for axis in side) for side in (rows, columns)]
+    # [*batch axes, *row axes, *column axes] -> [*batch, rows, columns]
+    ordered = leaf.transpose(batch + rows + columns)
     return ordered.reshape(*ordered.shape[: len(batch)], *sizes)
-
-
-def _describe(numbers: dims.MuonDimensionNumbers, leaf: Any) -> jax.ShapeDtypeStruct:
-    """Shape, dtype and sharding of `_to_matrix`, of an array or of a description of one."""
-    batch, reduction, output = dims.axes(leaf.shape, numbers)
-    sharding = _mesh.of(leaf)
-    entries = _mesh.axes(sharding, len(leaf.shape)) if sharding else (None,) * len(leaf.shape)
-    shape, spec = [leaf.shape[axis] for axis in batch], [entries[axis] for axis in batch]
-    for side in (reduction, output):
-        sizes = [leaf.shape[axis] for axis in side]
-        shape.append(math.prod(sizes))
-        spec.append(_mesh.merged([entries[axis] for axis in side], sizes))
-    return jax.ShapeDtypeStruct(tuple(shape), leaf.dtype, sharding=_mesh.named(sharding, spec))
 
 
 def _from_matrix(
     numbers: dims.MuonDimensionNumbers, like: jax.Array, matrix: jax.Array
 ) -> jax.Array:
-    batch, reduction, output = dims.axes(like.shape, numbers)
-    order = batch + reduction + output
+    batch, rows, columns = dims.axes(like.shape, numbers)
+    # [*batch, rows, columns] -> [*batch axes, *row axes, *column axes] -> axes in the leaf's order
+    order = batch + rows + columns
     ordered = matrix.reshape([like.shape[axis] for axis in order])
     return ordered.transpose([order.index(axis) for axis in range(like.ndim)])
+
+
+def _describe(numbers: dims.MuonDimensionNumbers, leaf: Any) -> jax.ShapeDtypeStruct:
+    """Shape, dtype and sharding of `_to_matrix`, of an array or of a description of one."""
+    batch, rows, columns = dims.axes(leaf.shape, numbers)
+    sharding = _mesh.sharding_of(leaf)
+    entries = _mesh.spec_entries(sharding, len(leaf.shape))
+    # Axes of the matrix, each made of axes of the leaf: one for each batch axis, rows, columns.
+    sides = [*((axis,) for axis in batch), rows, columns]
+    sizes = [[leaf.shape[axis] for axis in side] for side in sides]
+    spec = [
+        _mesh.merged_entry([entries[axis] for axis in side], size)
+        for side, size in zip(sides[len(batch) :], sizes[len(batch) :], strict=True)
+    ]
+    return jax.ShapeDtypeStruct(
+        tuple(map(math.prod, sizes)),
+        leaf.dtype,
+        sharding=_mesh.sharding_like(sharding, [*(entries[axis] for axis in batch), *spec]),
+    )
+
+
+def _fallback_rows(
+    fallback: optax.GradientTransformation,
+    params: PyTree,
+    weight_dimension_numbers: dims.DimensionNumbers | None,
+) -> Iterator[_ledger.PlanRow]:
+    """One row for the fallback leaves of each role, with the bytes that they add to the state."""
+    numbers = dims.resolve(params, weight_dimension_numbers)
+    # A role is what leaves of one line have in common: name without numbers, shape, dtype, reason.
+    boxes, treedef = jax.tree.flatten(params, is_leaf=is_box)
+    masked = [optax.MaskedNode()] * len(boxes)
+    roles: dict[tuple[Any, ...], list[int]] = {}
+    reasons = dims.explain(params, numbers)
+    for position, (path, leaf) in enumerate(leaves_with_names(params)):
+        if numbers[position] is None:
+            role = (by_role(path, leaf), tuple(leaf.shape), leaf.dtype, reasons[position])
+            roles.setdefault(role, []).append(position)
+    for (name, shape, dtype, why), positions in roles.items():
+        # The tree with nothing but these leaves, and the tree with nothing.
+        alone = [box if i in positions else masked[i] for i, box in enumerate(boxes)]
+        trees = treedef.unflatten(alone), treedef.unflatten(masked)
+        yield _ledger.PlanRow(
+            name=name,
+            treatment="fallback",
+            why=why,
+            count=len(positions),
+            shape=shape,
+            rank=None,
+            slots=None,
+            bytes=_ledger.bytes_beyond(fallback.init, *trees),
+            adamw_bytes=2 * len(positions) * math.prod(shape) * dtype.itemsize,
+        )

@@ -1,4 +1,7 @@
-"""Where an optimizer state belongs, from where the parameters are."""
+"""`state_shardings`: derives the sharding of an optimizer state from that of the parameters.
+
+Tests: tests/library/test_state_shardings.py.
+"""
 
 import math
 from typing import Any
@@ -6,8 +9,7 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from gum_optax._stacks import leaves_with_names, path_name
-from gum_optax._typing import PyTree
+from gum_optax._paths import PyTree, leaves_with_names, path_name
 
 
 def state_shardings(
@@ -15,10 +17,10 @@ def state_shardings(
 ) -> PyTree:
     """The shardings of an optimizer state, for ``jit(tx.init, out_shardings=...)`` and the like.
 
-    What has a parameter's shape is sharded as the parameter. Of the low-rank state of a matrix
-    m x n, bases inherit the sharding of the m axis, low-rank values that of the n axis, dense slots
-    both, and all of them that of batch axes (stacked layers, experts), as far as it is the same for
-    all leaves of a stack. Everything else is replicated.
+    State of a parameter's shape is sharded as the parameter. Of the low-rank state of a matrix
+    m x n, bases inherit the sharding of the m axis, low-rank values that of the n axis, slots both,
+    and all of them that of batch axes (stacked layers, experts), as far as it is the same for all
+    leaves of a group. Everything else is replicated.
 
     ``tx.init`` is traced with the shardings as part of the arrays' types, so this holds for any
     optax transformation, whatever it is wrapped in; nothing is computed or allocated.
@@ -45,20 +47,23 @@ def state_shardings(
       >>> import gum_optax
       >>> mesh = jax.make_mesh((1, 1), ("fsdp", "tensor"))
       >>> params = {"layers": [{"kernel": jnp.ones((64, 176))} for _ in range(4)]}
-      >>> tx = gum_optax.scale_by_gum(rank=8)
+      >>> tx = gum_optax.scale_by_gum(gum_optax.LowRank(rank=8))
       >>> shardings = gum_optax.state_shardings(tx, params, P("fsdp", "tensor"), mesh)
       >>> shardings.basis["layers/*/kernel"].spec
       P(None, 'fsdp')
       >>> state = jax.jit(tx.init, out_shardings=shardings)(params)
     """
+    # 1. One sharding for each parameter, on one mesh.
     treedef = jax.tree.structure(params)
     specs = _specs(params, param_shardings)
     device_mesh = _only_mesh(specs, mesh)
+    # 2. The parameters as types that carry their shardings: on Explicit axes an array's type does.
     typed_mesh = _explicit(device_mesh)
     typed = [
         jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_typed(name, leaf, spec, typed_mesh))
         for (name, leaf), spec in zip(leaves_with_names(params), specs, strict=True)
     ]
+    # 3. `init` passes the shardings on to the types of the state.
     with jax.sharding.use_abstract_mesh(typed_mesh):
         state = jax.eval_shape(tx.init, treedef.unflatten(typed))
 
@@ -134,6 +139,7 @@ def _typed(name: str, leaf: Any, spec: Any, mesh: AbstractMesh) -> NamedSharding
             f"`param_shardings` of `{name}` must be a NamedSharding, a PartitionSpec or None, got "
             f"{spec!r}."
         )
+    # Each entry as a tuple of mesh axes, also if it is one axis or none.
     entries = [() if e is None else e if isinstance(e, tuple) else (e,) for e in spec]
     where = f"`param_shardings` of `{name}` is {spec}"
     if len(entries) > len(leaf.shape):

@@ -1,6 +1,17 @@
-"""Which leaves are matrices, and which of their axes are rows and columns.
+"""Decides which leaves are matrices, and which of their axes are rows and columns.
 
-Every function here maps parameters to a tree of ``optax.contrib.MuonDimensionNumbers`` (None: not a
+A *matrix*, or a stack of matrices, maps hidden features to hidden features; the optimizers project
+it. All other leaves go to the *fallback*. With L layers, width d and V tokens they are
+
+- *vectors*: biases, scales and norms ``[d]``, and stacks of them, ``[L, d]``;
+- *tables*: one row for each token, ``[V, d]`` (an embedding), or for each position;
+- *heads*: the map from the width to the outputs, ``[d, V]``.
+
+Three kinds of evidence speak against a matrix, in this order: a leaf has fewer than two axes, its
+path contains a name of a table, a vector or a head, or its shape is that of stacked vectors or of
+the vocabulary. `explain` returns the one that decided. Every other 2-D leaf is a matrix.
+
+A function here maps parameters to a tree of ``optax.contrib.MuonDimensionNumbers`` (None: not a
 matrix, to the fallback) and can be passed as ``weight_dimension_numbers``.
 
 Example:
@@ -8,45 +19,43 @@ Example:
 
   >>> import gum_optax
   >>> tx = gum_optax.gum(1e-2, weight_dimension_numbers=gum_optax.dimension_numbers.convolutions)
+
+Tests: tests/library/test_dimension_numbers.py.
 """
 
 import operator
-import re
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
 import optax
 
-from gum_optax._stacks import leaves_with_names
-from gum_optax._typing import DimensionNumbers, PyTree
+from gum_optax._evidence import evidence_against_matrices
+from gum_optax._paths import PyTree, leaves_with_names
 
 MuonDimensionNumbers = optax.contrib.MuonDimensionNumbers
+
+DimensionNumbers: TypeAlias = PyTree | Callable[[PyTree], PyTree]
+"""``MuonDimensionNumbers``, a tree or prefix tree of them, or a function that gives one."""
 
 _Rule = Callable[[str, Any], MuonDimensionNumbers | None]
 
 _LAST_TWO = MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
-_TABLES = {
-    *("embed", "embedding", "embeddings", "embedder", "unembed", "unembedding", "wte", "wpe"),
-    *("emb", "embs", "unemb", "posemb", "lmhead", "vocab", "logits"),
-    *("pos", "position", "positional", "positions"),
-}
-_VECTORS = {
-    *("bias", "biases", "scale", "norm", "norms", "ln"),
-    *("layernorm", "rmsnorm", "batchnorm"),
-}
+
 _QUERY_KEY_VALUE = {"query", "key", "value", "q", "k", "v"}
 _OUTPUT = {"out", "o"}
 
 
 def default(params: PyTree) -> PyTree:
-    """2-D leaves are matrices, unless their path names a table or a stack of vectors.
+    """Takes 2-D leaves as matrices, except tables, heads and stacks of vectors.
 
-    Tables are embeddings, heads and position tables; stacks of vectors are biases, scales and norms
-    of stacked layers, ``[L, d]``. Leaves with three or more axes are ambiguous and are not
-    matrices.
+    Names decide first: embeddings, position tables, heads, biases, scales and norms. Shapes decide
+    where names are silent: a leaf such as ``norm_attn`` ``[L, d]`` is a stack of vectors if leaves
+    with three or more axes show L layers, and the only other leaf with the sizes of the embedding
+    ``[V, d]`` is the head, however it is called. Leaves with three or more axes are ambiguous and
+    are not matrices.
 
     Args:
       params: arrays or ``jax.ShapeDtypeStruct``s.
@@ -59,14 +68,23 @@ def default(params: PyTree) -> PyTree:
       >>> from gum_optax import dimension_numbers
       >>> dimension_numbers.default({"embed": jnp.ones((8, 4)), "up": jnp.ones((4, 16))})
       {'embed': None, 'up': MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)}
+
+      A weight with a misleading name is overridden by a callable of one's own, which can be passed
+      as ``weight_dimension_numbers``. To send a leaf to the fallback, write None:
+
+      >>> def mine(params):
+      ...     numbers = dimension_numbers.default(params)
+      ...     return {**numbers, "embed_gate": dimension_numbers.MuonDimensionNumbers(-2, -1)}
+      >>> mine({"embed_gate": jnp.ones((4, 4)), "norm": jnp.ones(4)})
+      {'embed_gate': MuonDimensionNumbers(reduction_axis=-2, output_axis=-1), 'norm': None}
     """
     return _apply(_default_rule, params)
 
 
 def scanned_layers(params: PyTree) -> PyTree:
-    """Leaves ``[L, ..., m, n]`` are stacks of matrices (``nn.scan``, experts).
+    """Takes leaves ``[L, ..., m, n]`` as stacks of matrices (``nn.scan``, experts).
 
-    2-D leaves, and tables and vectors, follow `default`.
+    2-D leaves, and tables, heads and vectors, follow `default`.
 
     Args:
       params: arrays or ``jax.ShapeDtypeStruct``s.
@@ -80,11 +98,11 @@ def scanned_layers(params: PyTree) -> PyTree:
       >>> dimension_numbers.scanned_layers({"up": jnp.ones((6, 4, 16)), "bias": jnp.ones((6, 16))})
       {'bias': None, 'up': MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)}
     """
-    return _apply(lambda path, leaf: _LAST_TWO if leaf.ndim > 2 else None, params)
+    return _apply(lambda path, leaf: _LAST_TWO if len(leaf.shape) > 2 else None, params)
 
 
 def flax_attention(params: PyTree) -> PyTree:
-    """Flax attention kernels, with or without a leading layer axis.
+    """Takes Flax attention kernels as matrices, with or without a leading layer axis.
 
     ``query``, ``key`` and ``value`` kernels are ``[embed, heads, head_dim]``, ``out`` kernels are
     ``[heads, head_dim, embed]``; the matrix is embed x (heads * head_dim). Other leaves follow
@@ -105,11 +123,13 @@ def flax_attention(params: PyTree) -> PyTree:
 
     def rule(path: str, leaf: Any) -> MuonDimensionNumbers | None:
         parts = path.split("/")
-        if leaf.ndim < 3 or parts[-1] != "kernel":
+        if len(leaf.shape) < 3 or parts[-1] != "kernel":
             return None
         if _QUERY_KEY_VALUE & set(parts):
+            # [..., embed, heads, head_dim]
             return MuonDimensionNumbers(reduction_axis=-3, output_axis=(-2, -1))
         if _OUTPUT & set(parts):
+            # [..., heads, head_dim, embed]
             return MuonDimensionNumbers(reduction_axis=(-3, -2), output_axis=-1)
         return None
 
@@ -117,9 +137,9 @@ def flax_attention(params: PyTree) -> PyTree:
 
 
 def convolutions(params: PyTree) -> PyTree:
-    """Flax convolution kernels ``[*spatial, in, out]``: the matrix is (spatial * in) x out.
+    """Takes Flax convolution kernels ``[*spatial, in, out]`` as matrices (spatial * in) x out.
 
-    Leaves of three or more axes are taken as such kernels. Other leaves follow `default`.
+    Every leaf with three or more axes counts as such a kernel. Other leaves follow `default`.
 
     Args:
       params: arrays or ``jax.ShapeDtypeStruct``s.
@@ -135,9 +155,8 @@ def convolutions(params: PyTree) -> PyTree:
     """
 
     def rule(path: str, leaf: Any) -> MuonDimensionNumbers | None:
-        if leaf.ndim < 3:
-            return None
-        return MuonDimensionNumbers(tuple(range(leaf.ndim - 1)), leaf.ndim - 1)
+        *inputs, output = range(len(leaf.shape))
+        return MuonDimensionNumbers(tuple(inputs), output) if len(inputs) > 1 else None
 
     return _apply(rule, params)
 
@@ -149,38 +168,123 @@ def resolve(
 
     Args:
       params: arrays or ``jax.ShapeDtypeStruct``s.
-      dimension_numbers: a tree or prefix tree, a callable that gives one, or None for `default`.
+      dimension_numbers: a tree or prefix tree, a function that returns one, or None for `default`.
+        See `is_function` for trees that can be called.
+
+    Returns:
+      A list of ``MuonDimensionNumbers`` or None.
 
     Raises:
       TypeError, ValueError: if the tree does not fit ``params`` or axes overlap, repeat or exceed.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from gum_optax import dimension_numbers
+      >>> dimension_numbers.resolve({"a": jnp.ones((4, 6)), "b": jnp.ones(6)}, None)
+      [MuonDimensionNumbers(reduction_axis=-2, output_axis=-1), None]
     """
+    # 1. The tree of dimension numbers, or a prefix of one.
     if dimension_numbers is None:
         dimension_numbers = default
-    tree = dimension_numbers(params) if callable(dimension_numbers) else dimension_numbers
-    leaves, treedef = jax.tree.flatten(params)
+    tree = dimension_numbers(params) if is_function(dimension_numbers) else dimension_numbers
+    given, prefix = jax.tree.flatten(
+        tree, is_leaf=lambda x: x is None or isinstance(x, MuonDimensionNumbers)
+    )
     try:
-        full = jax.tree.map(
-            lambda numbers, part: jax.tree.map(lambda _: numbers, part),
-            tree,
-            params,
-            is_leaf=lambda x: x is None or isinstance(x, MuonDimensionNumbers),
-        )
-        resolved = treedef.flatten_up_to(full)
+        parts = [jax.tree.leaves(part) for part in prefix.flatten_up_to(params)]
     except ValueError as error:
         raise ValueError(
             f"`weight_dimension_numbers` must be a tree like the parameters, or a prefix: {error}"
         ) from None
-    for (path, _), leaf, numbers in zip(leaves_with_names(params), leaves, resolved, strict=True):
-        _check(path, leaf, numbers)
-    return resolved
+    # 2. Each entry of a prefix holds for all leaves below it.
+    pairs = [(leaf, numbers) for numbers, part in zip(given, parts, strict=True) for leaf in part]
+    # 3. Axes must exist, and no axis may be used twice.
+    for position, (leaf, numbers) in enumerate(pairs):
+        try:
+            _check(leaf.shape, numbers)
+        except (TypeError, ValueError) as error:
+            # Paths cost a walk of their own, so they are worked out for the message alone.
+            path = leaves_with_names(params)[position][0]
+            raise type(error)(
+                f"`weight_dimension_numbers` of the leaf `{path}` with shape {tuple(leaf.shape)}"
+                f"{error}"
+            ) from None
+    return [numbers for _, numbers in pairs]
+
+
+def explain(params: PyTree, numbers: Sequence[MuonDimensionNumbers | None]) -> list[str]:
+    """Returns for each leaf a short reason why it is not a matrix, or "" if it is one.
+
+    The reasons are those of `default`, whichever function or tree the numbers come from:
+
+    - ``vector``: fewer than two axes;
+    - ``name: embed``: the word of the path that matched;
+    - ``stacked vectors``: ``[L, d]`` under a name such as ``norm_attn``;
+    - ``head: vocabulary 32000``: the only unnamed leaf with the sizes of the embedding;
+    - ``ambiguous axes``: three or more axes, and no rule for them;
+    - ``as given``: `default` takes the leaf as a matrix, and the numbers say None.
+
+    Args:
+      params: arrays or ``jax.ShapeDtypeStruct``s.
+      numbers: what `resolve` returns for them.
+
+    Returns:
+      A list of strings in the order of ``jax.tree.leaves``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from gum_optax import dimension_numbers
+      >>> params = {"embed": jnp.ones((8, 4)), "out": jnp.ones((4, 8)), "up": jnp.ones((4, 16))}
+      >>> dimension_numbers.explain(params, dimension_numbers.resolve(params, None))
+      ['name: embed', 'head: vocabulary 8', '']
+    """
+    named = leaves_with_names(params)
+
+    def reason(leaf: Any, number: MuonDimensionNumbers | None, evidence: str) -> str:
+        if number is not None:
+            return ""
+        return evidence or ("ambiguous axes" if len(leaf.shape) > 2 else "as given")
+
+    return [
+        reason(leaf, number, evidence)
+        for (_, leaf), number, evidence in zip(
+            named, numbers, evidence_against_matrices(named), strict=True
+        )
+    ]
+
+
+def is_function(value: Any) -> bool:
+    """Tells a function of the parameters from a tree that happens to be callable.
+
+    The root of an Equinox model is a registered tree with a ``__call__``. A function is a leaf.
+
+    Args:
+      value: a function or a tree, for example ``weight_dimension_numbers``, a mask or labels.
+
+    Returns:
+      True if the value is to be called.
+
+    Example:
+      >>> from gum_optax import dimension_numbers
+      >>> dimension_numbers.is_function(dimension_numbers.default)
+      True
+      >>> dimension_numbers.is_function({"kernel": None})
+      False
+    """
+    return callable(value) and jax.tree_util.all_leaves([value])
 
 
 def warn_of_ambiguous_leaves(params: PyTree) -> None:
-    """Warns once of the leaves that `default` sends to the fallback for their number of axes."""
+    """Warns once of the leaves that `default` sends to the fallback for their number of axes.
+
+    Args:
+      params: arrays or ``jax.ShapeDtypeStruct``s.
+    """
+    named = leaves_with_names(params)
     names = [
         f"`{path}` {list(leaf.shape)}"
-        for path, leaf in leaves_with_names(params)
-        if len(leaf.shape) > 2 and not _is_named(path)
+        for (path, leaf), evidence in zip(named, evidence_against_matrices(named), strict=True)
+        if len(leaf.shape) > 2 and not evidence
     ]
     if names:
         warnings.warn(
@@ -196,67 +300,63 @@ def warn_of_ambiguous_leaves(params: PyTree) -> None:
 def axes(
     shape: Sequence[int], numbers: MuonDimensionNumbers
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Returns the batch, reduction and output axes of a leaf as non-negative ints."""
+    """Returns the batch, reduction and output axes of a leaf as non-negative ints.
+
+    Args:
+      shape: the leaf's shape.
+      numbers: its dimension numbers.
+
+    Returns:
+      Three tuples of axes; the batch axes are all that the numbers do not mention.
+
+    Example:
+      >>> from gum_optax import dimension_numbers
+      >>> numbers = dimension_numbers.MuonDimensionNumbers(-3, (-2, -1))
+      >>> dimension_numbers.axes((6, 64, 4, 16), numbers)
+      ((0,), (1,), (2, 3))
+    """
     reduction = _normalize(len(shape), numbers.reduction_axis)
     output = _normalize(len(shape), numbers.output_axis)
     batch = tuple(axis for axis in range(len(shape)) if axis not in reduction + output)
     return batch, reduction, output
 
 
+# Rules -------------------------------------------------------------------------------------------
+
+
 def _apply(rule: _Rule, params: PyTree) -> PyTree:
-    """Maps a rule over named leaves; tables and vectors excepted, the default rule comes second."""
-
-    def numbers(path: str, leaf: Any) -> MuonDimensionNumbers | None:
-        if _is_named(path):
-            return None
-        return rule(path, leaf) or _default_rule(path, leaf)
-
+    """Maps a rule over the leaves that no evidence excludes; the default rule comes second."""
     named = leaves_with_names(params)
-    return jax.tree.unflatten(
-        jax.tree.structure(params), [numbers(path, leaf) for path, leaf in named]
+    return jax.tree.structure(params).unflatten(
+        None if evidence else rule(path, leaf) or _default_rule(path, leaf)
+        for (path, leaf), evidence in zip(named, evidence_against_matrices(named), strict=True)
     )
 
 
 def _default_rule(path: str, leaf: Any) -> MuonDimensionNumbers | None:
     del path
-    return _LAST_TWO if leaf.ndim == 2 else None
+    return _LAST_TWO if len(leaf.shape) == 2 else None
 
 
-def _is_named(path: str) -> bool:
-    """Whether some part of a path is named like a table or a stack of vectors."""
-    return any(_is_table_or_vector(_words(part)) for part in path.split("/"))
+# Checks ------------------------------------------------------------------------------------------
 
 
-def _is_table_or_vector(words: list[str]) -> bool:
-    # `lm_head` is a head, `MultiHeadAttention` is not; `b` and `b_q` are biases, `lora_b` is not.
-    is_head = words[-1:] == ["head"] and "multi" not in words
-    return is_head or words[:1] == ["b"] or not (_TABLES | _VECTORS).isdisjoint(words)
-
-
-def _words(part: str) -> list[str]:
-    """The words of a name, in lower case: ``LayerNorm_1`` has layer and norm."""
-    spaced = re.sub(r"([a-z0-9])([A-Z])", r"\1 \2", part)
-    return [word.lower() for word in re.findall(r"[A-Za-z]+", spaced)]
-
-
-def _check(path: str, leaf: Any, numbers: Any) -> None:
+def _check(shape: Sequence[int], numbers: Any) -> None:
+    """Raises an error whose message goes on after the leaf's path and shape."""
     if numbers is None:
         return
-    where = f"`weight_dimension_numbers` of the leaf `{path}` with shape {tuple(leaf.shape)}"
     if not isinstance(numbers, MuonDimensionNumbers):
-        raise TypeError(
-            f"{where} must be optax.contrib.MuonDimensionNumbers or None, got {numbers!r}."
-        )
-    if len(leaf.shape) < 2:
-        raise ValueError(f"{where}: a matrix needs at least two axes; use None for the fallback.")
+        raise TypeError(f" must be optax.contrib.MuonDimensionNumbers or None, got {numbers!r}.")
+    if len(shape) < 2:
+        raise ValueError(": a matrix needs at least two axes; use None for the fallback.")
     try:
-        _, reduction, output = axes(leaf.shape, numbers)
+        _, reduction, output = axes(shape, numbers)
     except (TypeError, ValueError) as error:
-        raise type(error)(f"{where}: {error} in {numbers}.") from None
+        raise type(error)(f": {error} in {numbers}.") from None
     if not reduction or not output:
-        raise ValueError(f"{where}: both sides need an axis, got {numbers}.")
+        raise ValueError(f": both sides need an axis, got {numbers}.")
     if len(set(reduction + output)) < len(reduction + output):
-        raise ValueError(f"{where}: an axis is used more than once in {numbers}.")
+        raise ValueError(f": an axis is used more than once in {numbers}.")
 
 
 def _normalize(ndim: int, axis: int | Sequence[int]) -> tuple[int, ...]:

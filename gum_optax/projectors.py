@@ -1,13 +1,16 @@
-"""Projectors: from a gradient to an orthonormal basis of the subspace that is kept.
+"""Projectors: functions from a gradient to a basis of the subspace that is kept of it.
 
 A projector is a function ``(key, gradient [m, n], rank, previous_basis [m, r]) -> basis [m, r]``
-with m <= n and r = min(rank, m), whose columns are orthonormal and finite for every finite
-gradient, zero included. Any function of that signature plugs into ``low_rank(projector=...)``;
-options of the ones here are set with ``functools.partial``. Before the first refresh the previous
-basis is zero; after a refresh from a gradient that is not finite, it need not be finite.
+with m <= n and r = min(rank, m). `low_rank` calls it for one matrix at a time, at every refresh,
+with the gradient in the dtype of its computation: float32, or float64 for float64 leaves. The basis
+has orthonormal columns in the same dtype, and is finite for every finite gradient, zero included.
 
-A basis that depends on the gradient and on a random key leaves the estimate unbiased, because
-layers are drawn independently of it (arXiv 2510.17802).
+Any function of that signature can take the place of those here, whose options are set with
+``functools.partial``. The previous basis is zero before the first refresh; after a refresh from a
+gradient that was not finite, it need not be finite either.
+
+A basis may depend on the gradient and on the random key and still leave the gradient estimate
+unbiased, because layers are sampled independently of it (arXiv 2510.17802).
 
 Example:
   The simplest projector keeps the first coordinates:
@@ -16,23 +19,30 @@ Example:
   >>> import optax
   >>> import gum_optax
   >>> def coordinates(key, gradient, rank, previous_basis):
-  ...     return jnp.eye(gradient.shape[0], rank)
-  >>> tx = gum_optax.low_rank(optax.identity(), rank=2, period=10, projector=coordinates)
+  ...     return jnp.eye(gradient.shape[0], rank, dtype=gradient.dtype)
+  >>> tx = gum_optax.low_rank(
+  ...     optax.identity(), gum_optax.LowRank(rank=2, period=10, projector=coordinates))
+
+Tests: tests/library/test_projectors.py.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
-from gum_optax import _checks, _power_iteration, _products
-from gum_optax._typing import Projector
+from gum_optax import _checks
+from gum_optax._orthogonal import matmul_highest, power_iteration_basis, safe_scale
+
+Projector: TypeAlias = Callable[[jax.Array, jax.Array, int, jax.Array], jax.Array]
+"""``(key, gradient [m, n], rank, previous_basis [m, r]) -> basis [m, r]``."""
 
 _SIGNATURE = "(key, gradient, rank, previous_basis) -> basis"
 
 
 def svd(key: jax.Array, gradient: jax.Array, rank: int, previous_basis: jax.Array) -> jax.Array:
-    """The top left singular vectors, by a full SVD: exact, and slow (GaLore's projector).
+    """Computes the top left singular vectors by a full SVD: exact but slow (GaLore's projector).
 
     Args:
       key: unused.
@@ -54,7 +64,8 @@ def svd(key: jax.Array, gradient: jax.Array, rank: int, previous_basis: jax.Arra
       Zhao et al., GaLore, arXiv 2403.03507; Pan et al., arXiv 2510.17802.
     """
     del key, previous_basis
-    left, _, _ = jnp.linalg.svd(_unit_scale(gradient), full_matrices=False)
+    # G = U S V',  P = U[:, :r]
+    left, _, _ = jnp.linalg.svd(_unit_scale(gradient), full_matrices=False)  # [m, m]
     return left[:, : _rank(rank, gradient)]
 
 
@@ -66,21 +77,23 @@ def subspace_iteration(
     *,
     iterations: int = 3,
 ) -> jax.Array:
-    """The top left singular subspace, by block power iteration from the previous basis.
+    """Approximates the top left singular subspace by power iteration from the previous basis.
 
-    Each iteration is two products with the gradient, each followed by an orthonormalization, by
-    Cholesky factors r x r (by Householder reflections where those fail): without the second, the
-    start of the next product spans fourth powers of the singular values, which float32 cannot hold.
-    The start is the previous basis with a little Gaussian noise, and noise alone at the first
-    refresh. Three iterations caught 99 % of the SVD's energy in every matrix at every refresh that
-    was recorded, two nearly so.
+    The iteration starts from the previous basis with a little Gaussian noise, and from noise alone
+    at the first refresh. Each iteration consists of two products with the gradient, and the rows
+    are orthonormalized after each of them, by Cholesky factors r x r (by Householder reflections
+    where those fail). Without the second orthonormalization, the start of the next product would
+    span fourth powers of the singular values, which float32 cannot represent.
+
+    Three iterations captured 99 % of the SVD's energy in every matrix at every refresh that was
+    recorded; two iterations nearly did.
 
     Args:
       key: for the noise.
       gradient: ``[m, n]``, m <= n, real floating point.
       rank: number of vectors to keep.
-      previous_basis: ``[m, r]``, the start; zero at the first refresh, and taken as zero if it is
-        not finite, as after a gradient that was not.
+      previous_basis: ``[m, r]``, the start; zero at the first refresh. A basis that is not finite,
+        as after a gradient that was not, counts as zero.
       iterations: number of power iterations, an int >= 1.
 
     Returns:
@@ -94,7 +107,7 @@ def subspace_iteration(
       >>> import gum_optax
       >>> from gum_optax import projectors
       >>> more_exact = functools.partial(projectors.subspace_iteration, iterations=4)
-      >>> tx = gum_optax.gum(1e-2, projector=more_exact)
+      >>> tx = gum_optax.gum(1e-2, gum_optax.LowRank(projector=more_exact))
 
     References:
       Halko, Martinsson and Tropp, arXiv 0909.4061, Algorithm 4.4.
@@ -103,10 +116,11 @@ def subspace_iteration(
     noise = jax.random.normal(key, (gradient.shape[0], _rank(rank, gradient)), gradient.dtype)
     # A NaN in a gradient may spoil one period; starting from its basis would spoil all later ones.
     previous_basis = jnp.where(jnp.all(jnp.isfinite(previous_basis)), previous_basis, 0)
-    # The noise is all of the start at the first refresh. Later it lets in what the previous
-    # basis is orthogonal to: without it, a gradient whose support moved would stay invisible.
-    start = previous_basis + 0.01 * noise / jnp.sqrt(gradient.shape[0])
-    return _power_iteration.basis(gradient, start, iterations)
+    # start = P_old + 0.01 N / sqrt(m), the columns of N / sqrt(m) being about unit vectors. At the
+    # first refresh the noise is the whole start. Later it admits directions orthogonal to the
+    # previous basis: without it, a gradient whose support has moved would stay invisible.
+    start = previous_basis + 0.01 * noise / jnp.sqrt(gradient.shape[0])  # [m, r]
+    return power_iteration_basis(gradient, start, iterations)
 
 
 def randomized_svd(
@@ -118,7 +132,7 @@ def randomized_svd(
     oversampling: int = 8,
     iterations: int = 2,
 ) -> jax.Array:
-    """The top left singular vectors, by SVD of a random sketch of the row space.
+    """Approximates the top left singular vectors by the SVD of a randomly sketched matrix.
 
     Args:
       key: for the Gaussian sketch.
@@ -149,17 +163,19 @@ def randomized_svd(
     oversampling = _checks.non_negative_int("oversampling", oversampling)
     iterations = _checks.positive_int("iterations", iterations)
     gradient = _unit_scale(gradient)
+    # 1. A basis W of somewhat more than r directions, from a Gaussian start.
     width = min(_rank(rank, gradient) + oversampling, gradient.shape[0])
     sketch = jax.random.normal(key, (gradient.shape[0], width), gradient.dtype)
-    wide = _power_iteration.basis(gradient, sketch, iterations)
-    small, _, _ = jnp.linalg.svd(_products.exact(wide.T, gradient), full_matrices=False)
-    return _products.exact(wide, small[:, : _rank(rank, gradient)])
+    wide = power_iteration_basis(gradient, sketch, iterations)  # [m, width]
+    # 2. The exact top r inside of it: W'G = U S V' is small,  P = W U[:, :r].
+    small, _, _ = jnp.linalg.svd(matmul_highest(wide.T, gradient), full_matrices=False)
+    return matmul_highest(wide, small[:, : _rank(rank, gradient)])
 
 
 def random_orthonormal(
     key: jax.Array, gradient: jax.Array, rank: int, previous_basis: jax.Array
 ) -> jax.Array:
-    """A uniformly random subspace, blind to the gradient (GoLore's projector).
+    """Draws a uniformly random subspace, whatever the gradient (GoLore's projector).
 
     Args:
       key: for the subspace.
@@ -182,6 +198,7 @@ def random_orthonormal(
       He et al., GoLore, arXiv 2410.11289.
     """
     del previous_basis
+    # The distribution of a Gaussian matrix is invariant under rotations, so its span is uniform.
     shape = (gradient.shape[0], _rank(rank, gradient))
     return jnp.linalg.qr(jax.random.normal(key, shape, gradient.dtype))[0]
 
@@ -189,8 +206,8 @@ def random_orthonormal(
 class switch(NamedTuple):
     """Uses one projector before a step and another from that step on (GoLore's schedule).
 
-    The engine asks for the projector of a step with ``at(step)``; that makes this a schedule of
-    projectors rather than a projector.
+    It is a schedule of projectors rather than a projector: `low_rank` asks it for the projector of
+    a step with ``at(step)``.
 
     Attributes:
       before: the projector of refreshes at steps ``< step``.
@@ -209,6 +226,7 @@ class switch(NamedTuple):
     def at(self, step: jax.Array) -> Projector:
         """Returns the projector for a refresh at ``step``, an int32 scalar."""
 
+        # Steps are traced, so both projectors are compiled; only one of them runs.
         def projector(
             key: jax.Array, gradient: jax.Array, rank: int, previous_basis: jax.Array
         ) -> jax.Array:
@@ -232,14 +250,15 @@ def check(projector: Any) -> None:
 
 
 def resolve(projector: Projector | switch, step: jax.Array) -> Projector:
-    """Returns the projector in force for a refresh at ``step``."""
+    """Returns the projector for a refresh at ``step``."""
     return projector.at(step) if isinstance(projector, switch) else projector
 
 
 def _rank(rank: int, gradient: jax.Array) -> int:
+    """Returns r = min(rank, m), or raises if ``rank`` is not an int >= 1."""
     return min(_checks.positive_int("rank", rank), gradient.shape[0])
 
 
 def _unit_scale(gradient: jax.Array) -> jax.Array:
-    # A basis does not depend on the gradient's scale.
-    return gradient / _products.largest(gradient)
+    """Scales the largest entry to one; the singular vectors do not depend on the scale."""
+    return gradient / safe_scale(gradient)

@@ -1,16 +1,18 @@
-"""Samplers: how many matrices of a stack are full-rank for a period, and which.
+"""Samplers: how many matrices of a group are drawn for a period, and which.
 
-A sampler is a function from the number of matrices N of a stack to a `Sampling`; any function of
-that signature plugs into ``low_rank(sampler=...)``. The gradient estimate is unbiased if each
+A sampler is a function from the number of matrices N of a group to a `Sampling`; any function of
+this signature plugs into ``residuals.sampled(...)``. The gradient estimate is unbiased if each
 matrix is drawn with exactly the probability that the sampler states (arXiv 2510.17802).
 
 Example:
-  A sampler that always takes the first matrix of a stack (and is biased, so good for tests alone):
+  A sampler that always draws the first matrix of a group (biased, so for tests alone):
 
   >>> import jax.numpy as jnp
   >>> from gum_optax import samplers
   >>> def first(count):
   ...     return samplers.Sampling(1, 1 / count, lambda key: jnp.zeros(1, jnp.int32))
+
+Tests: tests/library/test_samplers.py.
 """
 
 from collections.abc import Callable
@@ -23,12 +25,12 @@ from gum_optax import _checks
 
 
 class Sampling(NamedTuple):
-    """How one stack of N matrices is sampled.
+    """How one group of N matrices is sampled.
 
     Attributes:
-      slots: number of dense slots that the state holds for the stack.
-      probability: q, the probability that a given matrix is full-rank in a period. At 1 the stack
-        is dense: the base runs on it uncompressed.
+      slots: number of full-size slots that the state holds for the group.
+      probability: q, the probability that a given matrix is drawn in a period. At 1 the group is
+        uncompressed.
       draw: ``key -> int32[slots]``, the matrix that each slot serves for the period; N stands for
         an empty slot. No matrix may be given twice.
     """
@@ -41,21 +43,21 @@ class Sampling(NamedTuple):
 Sampler = Callable[[int], Sampling]
 
 
-def fixed_size(full_rank_layers: int) -> Sampler:
-    """Draws exactly gamma of the N matrices of a stack, without replacement.
+def fixed_size(gamma: int) -> Sampler:
+    """Draws exactly gamma of the N matrices of a group, without replacement.
 
-    Each matrix is full-rank with probability exactly ``q = gamma / N``, and the state holds gamma
-    dense slots whatever is drawn.
+    Each matrix is drawn with probability exactly ``q = gamma / N``, and the state holds gamma slots
+    whatever is drawn.
 
     Args:
-      full_rank_layers: gamma, an int >= 0, clipped to ``N // 2``. A stack of a single matrix is
-        dense. Zero is `none`.
+      gamma: an int >= 0, clipped to ``N // 2``. A single matrix is always drawn, so that its
+        group is uncompressed. Zero is `none`.
 
     Returns:
       The sampler.
 
     Raises:
-      TypeError, ValueError: if ``full_rank_layers`` is not an int >= 0.
+      TypeError, ValueError: if ``gamma`` is not an int >= 0.
 
     Example:
       >>> from gum_optax import samplers
@@ -66,17 +68,19 @@ def fixed_size(full_rank_layers: int) -> Sampler:
     References:
       Pan et al., arXiv 2510.17802, where q = gamma / N_L.
     """
-    gamma = _checks.non_negative_int("full_rank_layers", full_rank_layers)
+    gamma = _checks.non_negative_int("gamma", gamma)
 
     def sampler(count: int) -> Sampling:
         if gamma == 0:
             return none(count)
+        # At most half: a group that is mostly drawn saves little over momentum at full size.
         slots = min(gamma, count // 2)
         if slots == 0:
             return Sampling(count, 1.0, lambda key: jnp.arange(count, dtype=jnp.int32))
         return Sampling(
             slots,
             slots / count,
+            # The first gamma of a random order: every subset of this size is equally likely.
             lambda key: jax.random.permutation(key, count)[:slots].astype(jnp.int32),
         )
 
@@ -86,9 +90,8 @@ def fixed_size(full_rank_layers: int) -> Sampler:
 def bernoulli(probability: float) -> Sampler:
     """Draws each matrix independently with the given probability.
 
-    The number drawn is random, so the state holds N dense slots: no memory is saved over full
-    momentum. It is for stacks of a single matrix, as in the paper's counterexample, and for
-    studies.
+    The number drawn is random, so the state holds N slots: no memory is saved over full momentum.
+    It is for groups of a single matrix, as in the paper's counterexample, and for studies.
 
     Args:
       probability: q, a number in (0, 1).
@@ -112,13 +115,14 @@ def bernoulli(probability: float) -> Sampler:
     if not 0.0 < q < 1.0:
         raise ValueError(
             f"`probability` must lie strictly between 0 and 1, got {probability!r}; for 0 use "
-            "`samplers.none`, for 1 use the base optimizer without `low_rank`."
+            "`samplers.none`, for 1 use the inner transformation without `low_rank`."
         )
 
     def sampler(count: int) -> Sampling:
         def draw(key: jax.Array) -> jax.Array:
             # In float32 whatever the x64 flag says: it must not change a draw.
             drawn = jax.random.uniform(key, (count,), jnp.float32) < q
+            # Slot i serves matrix i or nobody, which N stands for.
             return jnp.where(drawn, jnp.arange(count), count).astype(jnp.int32)
 
         return Sampling(count, q, draw)
@@ -127,10 +131,10 @@ def bernoulli(probability: float) -> Sampler:
 
 
 def none(count: int) -> Sampling:
-    """Draws nothing: every matrix is low-rank. This is GaLore, and it is biased.
+    """Draws nothing, so that every residual is dropped: GaLore, which is biased.
 
     Args:
-      count: N, the number of matrices in the stack.
+      count: N, the number of matrices in the group.
 
     Returns:
       A `Sampling` without slots.
@@ -145,23 +149,23 @@ def none(count: int) -> Sampling:
 
 
 def resolve(sampler: Any, count: int) -> Sampling:
-    """Calls a sampler for a stack of ``count`` matrices and checks what it returns."""
+    """Calls a sampler for a group of ``count`` matrices and checks what it returns."""
     sampling = _checks.function("sampler", sampler, "(count) -> samplers.Sampling")(count)
     if not isinstance(sampling, Sampling):
         raise TypeError(
             f"`sampler` must return a samplers.Sampling, got {sampling!r} of type "
-            f"{type(sampling).__name__} for a stack of {count} matrices."
+            f"{type(sampling).__name__} for a group of {count} matrices."
         )
     slots, q = sampling.slots, sampling.probability
     if not isinstance(slots, int) or not isinstance(q, int | float) or not callable(sampling.draw):
         raise TypeError(
             "`sampler` must return a samplers.Sampling of an int, a float and a function of a key, "
-            f"got {sampling!r} for a stack of {count} matrices."
+            f"got {sampling!r} for a group of {count} matrices."
         )
     if not 0 <= slots <= count or not 0.0 <= q <= 1.0:
         raise ValueError(
             f"`sampler` returned {slots} slots at probability {q} for "
-            f"a stack of {count} matrices; slots must lie in [0, {count}], probability in [0, 1]."
+            f"a group of {count} matrices; slots must lie in [0, {count}], probability in [0, 1]."
         )
     if (slots == 0) != (q == 0.0):
         raise ValueError(

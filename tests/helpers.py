@@ -1,9 +1,12 @@
 """What several test files need: shapes, layouts of parameters, runs of an optimizer."""
 
 import functools
+import itertools
+import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,8 +20,17 @@ SHAPES = {"wide": (6, 10), "tall": (10, 6), "square": (8, 8)}
 # The same N matrices as separate leaves, as one leaf [L, m, n], as one leaf [L, E, m, n].
 LAYOUTS = ("separate", "stacked", "experts")
 
+
 # Compiling takes most of the time of a test; machine code need not be fast. XLA's own passes stay.
 QUICK: dict[str, Any] = {"xla_backend_optimization_level": 0}
+
+# With the fusion emitters, which `conftest` turns off, equal operations of two programs are rounded
+# alike more often.
+ROUNDED_ALIKE = QUICK | (
+    {"xla_cpu_use_fusion_emitters": True}
+    if "xla_cpu_use_fusion_emitters" in os.environ.get("XLA_FLAGS", "")
+    else {}
+)
 
 
 def gradients(seed: int, *shape: int) -> np.ndarray:
@@ -46,8 +58,14 @@ def unpack(tree: Any) -> np.ndarray:
     return np.concatenate([leaf.reshape(-1, *leaf.shape[-2:]) for leaf in leaves])
 
 
-def stack_name(layout: str) -> str:
+def group_name(layout: str) -> str:
+    """The group of the matrices of `pack`."""
     return "layers/*/w" if layout == "separate" else "layers/w"
+
+
+def first_coordinates(key: Any, gradient: Any, rank: int, previous_basis: Any) -> jax.Array:
+    """A user's projector: cheap to compile, and far from any subspace of the gradient."""
+    return jnp.eye(gradient.shape[0], rank)
 
 
 def table_sampler(slots: int, probability: float, table: Sequence[Sequence[int]]) -> Any:
@@ -57,6 +75,20 @@ def table_sampler(slots: int, probability: float, table: Sequence[Sequence[int]]
         return jnp.asarray(table, jnp.int32)[jax.random.randint(key, (), 0, len(table), jnp.int32)]
 
     return lambda count: samplers.Sampling(slots, probability, draw)
+
+
+_numbers = itertools.count()
+
+
+def jit_once(function: Callable[..., Any], **options: Any) -> Any:
+    """The function under ``jit``; tracing it a second time is an error, and so is compiling."""
+
+    def once(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    # chex counts by source text and name.
+    once.__name__ = f"{getattr(function, '__name__', 'function')}_{next(_numbers)}"
+    return jax.jit(chex.assert_max_traces(once, n=1), **options)
 
 
 def run(
@@ -73,7 +105,7 @@ def run(
 def train(tx: optax.GradientTransformation, trees: Iterable[Any], params: Any) -> list[Any]:
     """The parameters after each step."""
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @functools.partial(jax.jit, compiler_options=ROUNDED_ALIKE)
     def step(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
@@ -86,18 +118,18 @@ def train(tx: optax.GradientTransformation, trees: Iterable[Any], params: Any) -
 
 
 def low_rank_state(state: Any) -> LowRankState:
-    """The engine's state inside that of an alias."""
+    """The state of `low_rank` inside that of an optimizer."""
     found = [
         part
         for part in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, LowRankState))
         if isinstance(part, LowRankState)
     ]
-    assert len(found) == 1, f"{len(found)} engine states"
+    assert len(found) == 1, f"{len(found)} states of `low_rank`"
     return found[0]
 
 
 def drawn(slots: Any, count: int) -> set[int]:
-    """The matrices that are full-rank; ``count`` stands for an empty slot."""
+    """The matrices that are drawn; ``count`` stands for an empty slot."""
     return {int(index) for index in np.asarray(slots) if index < count}
 
 

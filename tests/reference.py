@@ -1,11 +1,13 @@
 """The algorithms in float64 NumPy, one matrix at a time, straight from their equations.
 
-The letters are those of arXiv 2510.17802: a gradient G (m x n), a basis P (m x r), a momentum R,
+The letters are those of arXiv 2510.17802: a gradient G (m x n), a basis P (m x r), a projection
+R = P'G, a residual E = G - P P'G, the inner transformation's update D of R, the update F of a slot,
 the sampling probability q, the period K. What is random is given from outside. Nothing of the
 library is used here.
 """
 
-from collections.abc import Callable, Collection, Sequence
+import dataclasses
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,9 @@ import numpy as np
 Matrix = np.ndarray
 Matrices = Sequence[Matrix] | np.ndarray
 # (state, gradient) -> (update, state); the state None is a fresh start.
-Base = Callable[[Any, Matrix], tuple[Matrix, Any]]
+Inner = Callable[[Any, Matrix], tuple[Matrix, Any]]
+# (state, E, R, D) -> (update, state): what a transformation of residuals is told.
+Rule = Callable[[Any, Matrix, Matrix, Matrix], tuple[Matrix, Any]]
 
 A, B, C = 3.4445, -4.7750, 2.0315
 
@@ -27,11 +31,26 @@ def newton_schulz(X: Matrix, steps: int = 5, eps: float = 1e-8) -> Matrix:
     return X
 
 
-def identity() -> Base:
+def top_left_singular_vectors(G: Matrix, rank: int) -> Matrix:
+    return np.linalg.svd(G, full_matrices=False)[0][:, :rank]
+
+
+# Inner transformations ----------------------------------------------------------------------------
+
+
+def identity() -> Inner:
     return lambda state, G: (G, state)
 
 
-def momentum_polar(beta: float = 0.95, *, nesterov: bool = False) -> Base:
+def momentum(decay: float) -> Inner:
+    def step(M: Matrix | None, G: Matrix) -> tuple[Matrix, Matrix]:
+        M = G if M is None else decay * M + G
+        return M, M
+
+    return step
+
+
+def momentum_polar(beta: float = 0.95, *, nesterov: bool = False) -> Inner:
     def step(R: Matrix | None, G: Matrix) -> tuple[Matrix, Matrix]:
         R = G if R is None else beta * R + G
         return newton_schulz(beta * R + G if nesterov else R), R
@@ -39,7 +58,7 @@ def momentum_polar(beta: float = 0.95, *, nesterov: bool = False) -> Base:
     return step
 
 
-def adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> Base:
+def adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> Inner:
     def step(state: tuple | None, G: Matrix) -> tuple[Matrix, tuple]:
         M, V, t = (0.0 * G, 0.0 * G, 0) if state is None else state
         t = t + 1
@@ -50,78 +69,211 @@ def adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> Base:
     return step
 
 
-def top_left_singular_vectors(G: Matrix, rank: int) -> Matrix:
-    return np.linalg.svd(G, full_matrices=False)[0][:, :rank]
+# Transformations of residuals ---------------------------------------------------------------------
 
 
-def uncompressed(base: Base, gradients: Sequence[Matrices] | np.ndarray) -> list[list[Matrix]]:
-    """The base on every matrix, from the first step to the last: Muon, if it is Muon's."""
-    states: list[Any] = [None] * len(gradients[0])
-    updates = []
-    for G_t in gradients:
-        U_t = []
-        for i, G in enumerate(G_t):
-            U, states[i] = base(states[i], G)
-            U_t.append(U)
-        updates.append(U_t)
-    return updates
+def of_residual(inner: Inner) -> Rule:
+    """An inner transformation, which looks at the residual alone: `momentum`, for example."""
+    return lambda state, E, R, D: inner(state, E)
 
 
-def low_rank(
-    base: Base,
+def sign() -> Rule:
+    """FRUGAL, arXiv 2411.07837."""
+    return lambda state, E, R, D: (np.sign(E), state)
+
+
+def columns() -> Rule:
+    """Each of n columns gets the norm sqrt((m - r) / n), unless it is as small as rounding."""
+
+    def step(state: None, E: Matrix, R: Matrix, D: Matrix) -> tuple[Matrix, None]:
+        (m, n), r = E.shape, R.shape[0]
+        U = np.zeros_like(E)
+        for j in range(n):
+            size = max(np.linalg.norm(E[:, j]), 2**-8 * np.linalg.norm(R[:, j]))
+            if size > 0:
+                U[:, j] = np.sqrt((m - r) / n) * E[:, j] / size
+        return U, state
+
+    return step
+
+
+def fira(limit: float | None = 1.01, eps: float = 1e-8) -> Rule:
+    """Fira, arXiv 2410.01623, with alpha = 1; ``limit`` bounds the growth of its norm."""
+
+    def step(z: float | None, E: Matrix, R: Matrix, D: Matrix) -> tuple[Matrix, float]:
+        S = np.zeros_like(E)
+        for j in range(E.shape[1]):
+            S[:, j] = np.linalg.norm(D[:, j]) / (np.linalg.norm(R[:, j]) + eps) * E[:, j]
+        if limit is not None and z is not None and z > 0:
+            S = S / (max(np.linalg.norm(S) / (z + eps), limit) / limit)
+        return S, float(np.linalg.norm(S))
+
+    return step
+
+
+# Algorithms of N matrices -------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Projection:
+    """The basis of one matrix, and the inner transformation's state in its coordinates.
+
+    Attributes:
+      inner: what runs on the projected gradients.
+      rank: r.
+      K: the period.
+      bases: one for each period, or None for the top left singular vectors at the refresh.
+      carry: what becomes of the state at a refresh: "restart", "keep", or, of a momentum, "rotate".
+    """
+
+    inner: Inner
+    rank: int
+    K: int
+    bases: Sequence[Matrix] | None = None
+    carry: str = "restart"
+    P: Matrix | None = None
+    state: Any = None
+
+    def basis(self, t: int, G: Matrix) -> Matrix:
+        """The basis at step t, with gradient G; steps must be asked for in their order."""
+        if t % self.K == 0:
+            old = self.P
+            self.P = top_left_singular_vectors(G, self.rank)
+            if self.bases is not None:
+                self.P = self.bases[t // self.K]
+            if self.carry == "restart":
+                self.state = None
+            if self.carry == "rotate" and old is not None:
+                self.state = self.P.T @ old @ self.state
+        assert self.P is not None
+        return self.P
+
+    def update(self, R: Matrix) -> Matrix:
+        D, self.state = self.inner(self.state, R)
+        return D
+
+
+def uncompressed(inner: Inner, gradients: Sequence[Matrices] | np.ndarray) -> list[list[Matrix]]:
+    """The inner transformation on every matrix, from first to last: Muon, if it is Muon's."""
+
+    def updates(i: int, G_i: list[Matrix]) -> Iterator[Matrix]:
+        state = None
+        for G in G_i:
+            U, state = inner(state, G)
+            yield U
+
+    return _one_by_one(updates, gradients)
+
+
+def sampled(
+    inner: Inner,
     gradients: Sequence[Matrices] | np.ndarray,
     *,
-    rank: int,
-    K: int,
     q: float,
     draws: Sequence[Collection[int]],
+    form: str = "exclusive",
+    undrawn: Rule | None = None,
     bases: Sequence[Matrices] | None = None,
-    restart: bool = True,
-    rotate: bool = False,
+    **compression: Any,
 ) -> list[list[Matrix]]:
     """Unbiased low-rank projection of N matrices, sampled together.
 
     Args:
-      base: what runs on the compressed gradients.
+      inner: what runs on the compressed gradients.
       gradients: ``gradients[t][i]``, at step t of matrix i.
-      rank: r.
-      K: the period.
-      q: the probability that a matrix is full-rank.
-      draws: ``draws[p]``, the matrices that are full-rank in period p.
-      bases: ``bases[p][i]``, or None for the top left singular vectors at the refresh.
-      restart: whether a refresh restarts the states of low-rank matrices too.
-      rotate: whether a state that goes on, a momentum, is brought into the new basis.
+      q: the probability that a matrix is drawn.
+      draws: ``draws[p]``, the matrices that are drawn in period p.
+      form: "exclusive" as in the paper, or "additive".
+      undrawn: what runs on the residuals of matrices that are not drawn, or None.
+      bases: ``bases[p][i]``, or None, see `Projection`.
+      **compression: rank, K and carry, see `Projection`.
 
     Returns:
       ``updates[t][i]``.
     """
-    N = len(gradients[0])
-    if gradients[0][0].shape[0] > gradients[0][0].shape[1]:
-        flipped = [[G.T for G in G_t] for G_t in gradients]
-        options = {"rank": rank, "K": K, "q": q, "restart": restart, "rotate": rotate}
-        turned = low_rank(base, flipped, draws=draws, bases=bases, **options)
-        return [[U.T for U in U_t] for U_t in turned]
 
-    P: list[Matrix] = []
-    low: list[Any] = [None] * N
-    full: list[Any] = [None] * N
-    updates = []
-    for t, G_t in enumerate(gradients):
-        p = t // K
-        if t % K == 0:
-            old = P
-            P = [top_left_singular_vectors(G, rank) for G in G_t]
-            P = P if bases is None else list(bases[p])
-            low = [None] * N if restart else low
-            if rotate and p:
-                low = [P[i].T @ old[i] @ low[i] for i in range(N)]
-            full = [None] * N
-        U_t = []
-        for i, G in enumerate(G_t):
-            U, low[i] = base(low[i], P[i].T @ G / (1 - q))
-            U = P[i] @ U
-            if i in draws[p]:
-                U, full[i] = base(full[i], (G - P[i] @ P[i].T @ G) / q)
-            U_t.append(U)
-        updates.append(U_t)
-    return updates
+    def updates(i: int, G_i: list[Matrix]) -> Iterator[Matrix]:
+        low = Projection(inner, bases=_of_matrix(bases, i), **compression)
+        slot = other = None
+        for t, G in enumerate(G_i):
+            P = low.basis(t, G)
+            if t % low.K == 0:
+                slot = None
+            R = P.T @ G
+            E = G - P @ R
+            D = low.update(R if form == "additive" else R / (1 - q))
+            # The rule sees every residual, also of drawn matrices, whose update has no use for it.
+            V = 0.0 * E
+            if undrawn is not None:
+                V, other = undrawn(other, E, R, D)
+            if i not in draws[t // low.K]:
+                yield P @ D + V
+                continue
+            F, slot = inner(slot, E / q)
+            yield P @ D + F if form == "additive" else F
+
+    return _one_by_one(updates, gradients)
+
+
+def through(
+    inner: Inner,
+    rule: Rule,
+    gradients: Sequence[Matrices] | np.ndarray,
+    *,
+    bases: Sequence[Matrices] | None = None,
+    **compression: Any,
+) -> list[list[Matrix]]:
+    """The inner transformation on projections, and beside it another on residuals: Fira, FRUGAL."""
+
+    def updates(i: int, G_i: list[Matrix]) -> Iterator[Matrix]:
+        low = Projection(inner, bases=_of_matrix(bases, i), **compression)
+        state = None
+        for t, G in enumerate(G_i):
+            P = low.basis(t, G)
+            R = P.T @ G
+            D = low.update(R)
+            V, state = rule(state, G - P @ R, R, D)
+            yield P @ D + V
+
+    return _one_by_one(updates, gradients)
+
+
+def feedback(
+    inner: Inner,
+    gradients: Sequence[Matrices] | np.ndarray,
+    *,
+    decay: float = 0.0,
+    bases: Sequence[Matrices] | None = None,
+    **compression: Any,
+) -> list[list[Matrix]]:
+    """Error feedback: what a step leaves out is added to the next gradient (LDAdam, Dion)."""
+
+    def updates(i: int, G_i: list[Matrix]) -> Iterator[Matrix]:
+        low = Projection(inner, bases=_of_matrix(bases, i), **compression)
+        error = 0.0 * G_i[0]
+        for t, G in enumerate(G_i):
+            corrected = G + error
+            P = low.basis(t, corrected)
+            R = P.T @ corrected
+            error = corrected - (1 - decay) * P @ R
+            yield P @ low.update(R)
+
+    return _one_by_one(updates, gradients)
+
+
+def _one_by_one(
+    updates: Callable[[int, list[Matrix]], Iterator[Matrix]],
+    gradients: Sequence[Matrices] | np.ndarray,
+) -> list[list[Matrix]]:
+    """Runs ``(i, gradients of matrix i) -> its updates`` on each matrix, tall ones transposed."""
+    by_matrix = []
+    for i in range(len(gradients[0])):
+        G_i = [np.asarray(G_t[i]) for G_t in gradients]
+        tall = G_i[0].shape[0] > G_i[0].shape[1]
+        U_i = updates(i, [G.T for G in G_i] if tall else G_i)
+        by_matrix.append([U.T for U in U_i] if tall else list(U_i))
+    return [list(U_t) for U_t in zip(*by_matrix, strict=True)]
+
+
+def _of_matrix(bases: Sequence[Matrices] | None, i: int) -> list[Matrix] | None:
+    return None if bases is None else [np.asarray(of_period[i]) for of_period in bases]

@@ -203,15 +203,15 @@ def test_errors_of_newton_schulz_are_those_of_its_singular_values():
     for _ in range(2):
         x = a * x + b * x**3 + c * x**5
     expected = np.sqrt(np.mean((x - 1) ** 2, axis=1))
-    stack = 7 * (U * values[:, None]) @ V.mT
-    found = orthogonality.errors([stack], ns_steps=2)
+    group = 7 * (U * values[:, None]) @ V.mT
+    found = orthogonality.errors([group], ns_steps=2)
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_polar_express_ends_nearer_to_orthogonal_than_muon():
-    stack = np.random.default_rng(0).standard_normal((4, 24, 40))
+    group = np.random.default_rng(0).standard_normal((4, 24, 40))
     muon, express = (
-        orthogonality.errors([stack], **options(5)).max()
+        orthogonality.errors([group], **options(5)).max()
         for options in orthogonality.COEFFICIENTS.values()
     )
     assert express < 0.1 < muon
@@ -244,7 +244,7 @@ def test_the_figure_shows_what_there_is(config):
 def test_count_of_two_matrices():
     shape = jax.ShapeDtypeStruct((4, 6), np.float32)
     tree = {"layers": [{"w": shape}, {"w": shape}]}
-    matrix, fixed = 4 * 6 * 4, 4 * 1 + 8  # bytes; a count, and the engine's key
+    matrix, fixed = 4 * 6 * 4, 4 * 1 + 8  # bytes; a count, and the key of the draws
     ns = 5 * (4 * 16 * 6 + 2 * 64)  # 5 direct steps of 4 x 6
     low = 4 * 4 * 6 + 34 * 8  # of 2 x 6, in the Gram form
     # One drawn, one low-rank: momentum of both in r x n, one slot, two bases 4 x 2, one index.

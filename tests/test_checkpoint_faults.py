@@ -58,7 +58,7 @@ def wait_until(process: Any, holds: Callable[[], bool]) -> None:
 
 
 def start(base: Path, name: str, **more: Any):
-    return kills.start(options(base, name, **more), base.parent / "compiled")
+    return kills.start(options(base, name, **more), Path(os.environ["JAX_COMPILATION_CACHE_DIR"]))
 
 
 # Whole runs ---------------------------------------------------------------------------------------
@@ -177,10 +177,27 @@ def test_a_leaf_that_is_gone_is_noticed(written):
         restore(written, {name: leaf for name, leaf in STATE.items() if name != "key"})
 
 
-def test_another_state_layout_is_refused(written, monkeypatch):
-    monkeypatch.setattr(gum_optax, "STATE_LAYOUT", gum_optax.STATE_LAYOUT + 1)
-    with pytest.raises(ConfigError, match=r"layout 2, by gum_optax 0.* reads layout 3"):
+def test_another_state_version_is_refused(written, monkeypatch):
+    monkeypatch.setattr(gum_optax, "STATE_VERSION", gum_optax.STATE_VERSION + 1)
+    with pytest.raises(ConfigError, match=r"state of version 3, .* reads version 4"):
         restore(written)
+
+
+def test_a_checkpoint_of_version_two_is_sent_to_the_gum_optax_that_wrote_it(tmp_path, monkeypatch):
+    """Its description called the version a layout; the refusal comes before any array is read."""
+    old = compatibility.versions() | {"gum_optax": "0.0.9"}
+    with monkeypatch.context() as patch:
+        patch.setattr(gum_optax, "STATE_VERSION", 2)
+        patch.setattr(compatibility, "versions", lambda: old)
+        with checkpoints(tmp_path) as opened:
+            opened.save(2, {"dense": jnp.zeros(3)}, {})
+            assert opened.description(2)["state_layout"] == 2
+    with pytest.raises(ConfigError) as caught:
+        restore(tmp_path)
+    assert str(caught.value) == (
+        "--resume: the checkpoint has an optimizer state of version 2, and this gum_optax reads "
+        "version 3; continue the run with the gum_optax that wrote it, 0.0.9"
+    )
 
 
 def test_other_versions_are_named(written, monkeypatch):

@@ -16,12 +16,13 @@ from experiments.config import Config, ConfigError
 
 TINY = model.PRESETS["tiny"]
 FREQUENCIES = model.frequencies(4, 10_000.0)
+APPLY = jax.jit(model.apply, static_argnums=0)
 LLAMA_3_1 = model.RopeScaling(8.0, 1.0, 4.0, original_length=8192)
 
 
 def logits_of(arch, tokens, seed=0):
     static, params = model.create(arch, seed=seed)
-    return model.apply(static, params, tokens)
+    return APPLY(static, params, tokens)
 
 
 @pytest.fixture(scope="module")
@@ -126,10 +127,10 @@ def test_biases_are_added_to_queries_keys_and_values():
 def test_a_bias_of_the_keys_shifts_them_before_they_are_turned(tokens):
     """Added after, it would change each score by one that depends on the query alone: nothing."""
     static, params = model.create(dataclasses.replace(TINY, qkv_bias=True))
-    before = model.apply(static, params, tokens)
+    before = APPLY(static, params, tokens)
     for block in params["layers"].values():
         block["attn"]["k"]["bias"] = jnp.full(16, 50.0)
-    assert jnp.abs(model.apply(static, params, tokens) - before).max() > 1e-4
+    assert jnp.abs(APPLY(static, params, tokens) - before).max() > 1e-4
 
 
 def test_the_width_of_a_head_may_be_given():
@@ -153,12 +154,12 @@ def test_packed_segments_are_read_as_if_alone(options):
     window = jnp.concatenate([*parts, padding], axis=1)
     positions = jnp.concatenate([jnp.arange(n) for n in (*lengths, 3)])[None]
     segments = jnp.repeat(jnp.array([1, 2, 3, 0]), jnp.array([*lengths, 3]))[None]
-    packed = model.apply(static, params, window, positions, segments)
+    packed = APPLY(static, params, window, positions, segments)
     assert jnp.isfinite(packed).all()
-    alone = jnp.concatenate([model.apply(static, params, part) for part in parts], axis=1)
+    alone = jnp.concatenate([APPLY(static, params, part) for part in parts], axis=1)
     # Logits below 0.5; measured: 6e-8, sums over more, zero, terms.
     np.testing.assert_allclose(packed[:, : sum(lengths)], alone, atol=1e-6)
-    assert jnp.abs(model.apply(static, params, window) - packed)[:, 5:].max() > 1e-3
+    assert jnp.abs(APPLY(static, params, window) - packed)[:, 5:].max() > 1e-3
 
 
 def test_remat_changes_memory_alone():
@@ -205,14 +206,14 @@ def test_the_first_loss_is_that_of_a_uniform_guess(tied, tokens):
     static, params = model.create(dataclasses.replace(TINY, tied=tied))
     assert ("lm_head" in params) is not tied
     # Weights of 0.02 and a normalized input of width 32 give logits of deviation 0.11.
-    first = losses.mean(partial(losses.of_windows, static))(params, tokens)
+    first = jax.jit(losses.mean(partial(losses.of_windows, static)))(params, tokens)
     assert abs(first - math.log(TINY.vocab_size)) < 0.05
 
 
 def test_bfloat16_computes_in_bfloat16_on_float32_weights(tokens):
     static, params = model.create(TINY, dtype="bfloat16")
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
-    logits = model.apply(static, params, tokens)
+    logits = APPLY(static, params, tokens)
     assert logits.dtype == jnp.float32
     exact = logits_of(TINY, tokens)
     assert 0 < jnp.abs(logits - exact).max() < 0.05  # 8 bits of mantissa, logits below 1

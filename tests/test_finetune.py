@@ -55,21 +55,6 @@ def write_sums(file, count=200):
     return file
 
 
-@pytest.fixture(scope="module", autouse=True)
-def machine_code(tmp_path_factory):
-    """Runs here compile the same programs; each is kept from the first time on."""
-    changes = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-    }
-    before = {name: getattr(jax.config, name) for name in changes}
-    for name, value in changes.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-
-
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     directory = tmp_path_factory.mktemp("finetune")
@@ -224,21 +209,25 @@ def batch_and_model(home, **more):
     config = options(home, home / "none", **more)
     base = pretrained.load(config.model, dtype=config.weights)
     material = finetune._data(config, None, base).material
-    static, state, _ = finetune.start(config, base, None)
-    return config, static, state.params, next(material.batches)
+    static = jax.eval_shape(lambda: model.create(base.arch))[0]
+    return config, static, base.params, next(material.batches)
 
 
 def test_the_loss_is_of_answers_alone(home):
     """Against a loop over tokens, each window's examples by themselves, in float64."""
     _, static, params, batch = batch_and_model(home)
-    total, count = losses.of_answers(static, params, batch)
+    total, count = jax.jit(losses.of_answers, static_argnums=0)(static, params, batch)
+    apply = jax.jit(model.apply, static_argnums=0)
     expected, number = 0.0, 0
     for tokens, segments, answer in zip(
         batch["tokens"], batch["segments"], batch["answer"], strict=True
     ):
         for segment in range(1, segments.max() + 1):
             here = tokens[segments == segment]
-            logits = np.asarray(model.apply(static, params, here[None, :-1]), np.float64)[0]
+            # Zeros follow it, which none of its tokens sees, so that one program serves all.
+            alone = np.zeros((1, len(tokens)), np.int32)
+            alone[0, : len(here)] = here
+            logits = np.asarray(apply(static, params, alone), np.float64)[0]
             for t in range(1, len(here)):
                 if answer[segments == segment][t]:
                     row = logits[t - 1]
@@ -253,12 +242,10 @@ def test_the_loss_is_of_answers_alone(home):
 def test_accumulated_gradients_are_those_of_the_whole_batch(home, weights):
     """Parts have unequal numbers of answer tokens: a mean of means would be wrong."""
     config, static, params, batch = batch_and_model(home, weights=weights)
-    counted = [
-        losses.of_answers(static, params, jax.tree.map(lambda x, i=i: x[i : i + 1], batch))[1]
-        for i in range(4)
-    ]
-    assert len(set(map(float, counted))) > 1
     loss = jax.tree_util.Partial(losses.of_answers, static)
+    count = jax.jit(lambda part: loss(params, part)[1])
+    counted = [count(jax.tree.map(lambda x, i=i: x[i : i + 1], batch)) for i in range(4)]
+    assert len(set(map(float, counted))) > 1
     once, grads = jax.jit(loop._gradients(loss, config))(params, batch)
     parts = dataclasses.replace(config, accumulate=4)
     summed, accumulated = jax.jit(loop._gradients(loss, parts))(params, batch)

@@ -42,16 +42,14 @@ class Job:
     """The processes of a run; as under `srun --kill-on-bad-exit`, when one dies all are ended."""
 
     def __init__(
-        self, base: Path, count: int, options: dict[str, Any],
-        program: str = "tests.watched_pretrain",
-    ):  # fmt: skip
+        self, count: int, options: dict[str, Any], program: str = "tests.watched_pretrain"
+    ):
         with socket.socket() as free:
             free.bind(("localhost", 0))
             address = f"localhost:{free.getsockname()[1]}"
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
             "JAX_NUM_CPU_DEVICES": str(DEVICES // count),
-            "JAX_COMPILATION_CACHE_DIR": str(base / f"compiled{count}"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         }
@@ -126,14 +124,14 @@ def one_process(base):
 
 @pytest.fixture(scope="module")
 def two_processes(base, one_process):
-    with Job(base, 2, options(base, "two")) as job:
+    with Job(2, options(base, "two")) as job:
         assert job.codes() == [0, 0], job.output()
     return base / "two"
 
 
 @pytest.fixture(scope="module")
 def four_processes(base, one_process):
-    with Job(base, 4, options(base, "four")) as job:
+    with Job(4, options(base, "four")) as job:
         assert job.codes() == [0, 0, 0, 0], job.output()
     return base / "four"
 
@@ -195,14 +193,14 @@ def test_a_killed_job_goes_on_and_what_it_saved_suits_one_process(base, one_proc
     """`kill -9` of one process, then SIGTERM to one: the job goes on, and at last on one device."""
     rng = random.Random(0)
     run_dir, moment = base / "killed", rng.randrange(EVERY, STEPS - 1)
-    with Job(base, 2, options(base, "killed")) as job:
+    with Job(2, options(base, "killed")) as job:
         job.until(lambda: kills.newest_complete(run_dir) and kills.steps_done(run_dir) >= moment)
         job.processes[rng.randrange(2)].kill()
     assert EVERY <= kills.newest_complete(run_dir) < STEPS
 
     metrics = run_dir / "metrics.jsonl"
     before = metrics.stat().st_ino
-    with Job(base, 2, options(base, "killed", resume=True)) as job:
+    with Job(2, options(base, "killed", resume=True)) as job:
         job.until(lambda: metrics.stat().st_ino != before)  # it begins; the first step compiles
         job.processes[1].terminate()
         assert job.codes() == [128 + signal.SIGTERM] * 2, job.output()
@@ -242,7 +240,7 @@ def test_fine_tuning_in_two_processes_is_that_of_one(base):
     words = kills.command(alone)[3:]
     outcome = finetune.finetune(cli.parse(finetune.Config, "test", words), show=False)
     together = tuning(base, "tuned-together")
-    with Job(base, 2, together, "experiments.finetune") as job:
+    with Job(2, together, "experiments.finetune") as job:
         assert job.codes() == [0, 0], job.output()
     assert "right after:" in job.output(0) and "right after:" not in job.output(1)
     losses, expected = (

@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import os
 import signal
 import sys
 import typing
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -34,8 +36,8 @@ def command(text, run_dir, optimizer, *more):
 
 
 def start(text, run_dir, optimizer, **more):
-    # One directory of machine code for all test files: they train the same small model.
-    return kills.start(options(text, run_dir, optimizer, **more), text.parents[1] / "compiled")
+    compiled = Path(os.environ["JAX_COMPILATION_CACHE_DIR"])  # that of all tests
+    return kills.start(options(text, run_dir, optimizer, **more), compiled)
 
 
 def interrupt(process, run_dir, number, after):

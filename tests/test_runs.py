@@ -27,14 +27,17 @@ def base(tmp_path_factory):
 
 
 def configurations(base, home, **changes):
-    points = [dataclasses.replace(base, optimizer=name, **changes) for name in ("gum", "adamw")]
+    # Of all optimizers these compile soonest.
+    points = [dataclasses.replace(base, optimizer=name, **changes) for name in ("muon", "adamw")]
     return [dataclasses.replace(p, run_dir=runs.directory(str(home), p)) for p in points]
 
 
-def test_a_set_is_completed_once_whoever_runs_it(base, tmp_path, capsys):
+def test_a_set_is_completed_once_whoever_runs_it(base, tmp_path, capsys, monkeypatch):
+    # The processes of a set compile as this one does: soon, and not for speed.
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     configs = configurations(base, tmp_path / "parallel")
     together = runs.complete(configs, tmp_path / "parallel.json", jobs=2, trainer=pretrain)
-    assert [e["config"]["optimizer"] for e in together] == ["gum", "adamw"]
+    assert [e["config"]["optimizer"] for e in together] == ["muon", "adamw"]
     assert all(e["mean_square"] > 0 and [s for s, _ in e["curve"]] == [2, 4] for e in together)
     assert not list((tmp_path / "parallel").glob("*/*")), "run directories are cleared away"
 

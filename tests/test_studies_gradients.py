@@ -17,7 +17,7 @@ from experiments.config import ConfigError
 from experiments.gradients import KINDS, Moment
 from experiments.studies import counterexample, residual, variance
 from experiments.studies.variance import LEAST, MOST, Norms
-from gum_optax import low_rank, samplers
+from gum_optax import LowRank, low_rank, residuals, samplers
 
 LAYERS, OFFSETS = 4, (0, 1, 2, 3)
 RUN = Run(preset="tiny", steps=8, period=4, rank=3)
@@ -230,10 +230,9 @@ def test_variance_of_the_library_over_all_draws(gamma):
     errors = []
     for drawn in itertools.combinations(range(count), gamma):
         sampling = samplers.Sampling(gamma, q, lambda key, d=drawn: jnp.array(d, jnp.int32))
-        tx = low_rank(
-            optax.identity(), rank=2, period=10, projector=first_coordinates,
-            sampler=lambda count, s=sampling: s,
-        )  # fmt: skip
+        rule = residuals.sampled(lambda count, s=sampling: s)
+        compression = LowRank(rank=2, period=10, residual=rule, projector=first_coordinates)
+        tx = low_rank(optax.identity(), compression)
         leaf = jnp.asarray(G)
         estimate, _ = tx.update(leaf, tx.init(leaf))
         errors.append(square(np.asarray(estimate) - G))
@@ -345,7 +344,7 @@ def test_variance_study(tmp_path, capsys):
     G, P = step.gradients["v"], step.bases["v"]
     left = sum(square(g - p @ p.T @ g) for g, p in zip(G, P, strict=True)) / square(G)
     assert written["residual"]["v"][1][3] == pytest.approx(left**0.5, abs=1e-4)
-    # A stack's variance is a function of its residual alone: the mean over compared steps.
+    # A group's variance is a function of its residual alone: the mean over compared steps.
     shares = np.array(written["residual"]["v"])[:, 2:] ** 2
     expected = np.mean((1 - shares) / 3 + 3 * shares)
     assert written["rules"]["1"]["as it is"]["equal"]["v"] == pytest.approx(expected, abs=1e-3)

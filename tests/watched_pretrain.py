@@ -13,7 +13,7 @@ import numpy as np
 from experiments import checkpoint, cli, model, pretrain
 from tests.helpers import low_rank_state
 
-# With rank 16 the attention's q and o are sampled; all other matrices, 16 wide, are dense.
+# With rank 16 the attention's q and o are sampled; all other matrices, 16 wide, are uncompressed.
 SMALL = model.Architecture(32, 16, 2, 4, 2, vocab_size=320, seq_len=32)
 
 
@@ -34,10 +34,10 @@ class Watched(checkpoint.Checkpoints):
 
     def save(self, step, state, data):
         super().save(step, state, data)
-        engine = low_rank_state(state.opt_state)
-        views: Any = {"key": view(engine.key)}
-        views |= {f"slots {name}": view(slots) for name, slots in engine.slots.items()}
-        views |= {f"basis {name}": view(basis) for name, basis in engine.basis.items()}
+        seen = low_rank_state(state.opt_state)
+        views: Any = {"key": view(seen.key)}
+        views |= {f"slots {name}": view(slots) for name, slots in seen.slots.items()}
+        views |= {f"basis {name}": view(basis) for name, basis in seen.basis.items()}
         np.savez(self._directory / f"step{step}-process{jax.process_index()}.npz", **views)
 
 

@@ -29,14 +29,13 @@ def gum(
     projector: projectors.Projector = projectors.subspace_iteration,
 ) -> Optimizer:
     """The library's subject."""
-    return gum_optax.gum(
-        LEARNING_RATE,
+    compression = gum_optax.LowRank(
         rank,
         period,
-        full_rank_layers,
+        residual=gum_optax.residuals.sampled(full_rank_layers),
         projector=projector,
-        weight_dimension_numbers=NUMBERS[layout],
     )
+    return gum_optax.gum(LEARNING_RATE, compression, weight_dimension_numbers=NUMBERS[layout])
 
 
 def adamw(rank: int, full_rank_layers: int, period: int, layout: str) -> Optimizer:
@@ -64,7 +63,12 @@ def optax_galore(rank: int, full_rank_layers: int, period: int, layout: str) -> 
 def galore(rank: int, full_rank_layers: int, period: int, layout: str) -> Optimizer:
     """This library's GaLore, which projects by SVD."""
     del full_rank_layers
-    return gum_optax.galore(LEARNING_RATE, rank, period, weight_dimension_numbers=NUMBERS[layout])
+    return gum_optax.adamw(
+        LEARNING_RATE,
+        gum_optax.galore(rank, period),
+        weight_decay=0.0,
+        weight_dimension_numbers=NUMBERS[layout],
+    )
 
 
 TABLE: dict[str, Contender] = {

@@ -12,6 +12,7 @@ from experiments.benchmarks import contenders, timing, trees
 
 _NS_STEPS = 5
 _REPEATS = 5
+_MATRICES = ("sampled", "low rank", "uncompressed")
 
 
 def copy_bandwidth(elements: int = 2**26) -> float:
@@ -50,14 +51,10 @@ def count(name: str, tree: Any, rank: int, gamma: int) -> tuple[int, int]:
         raise ValueError(f"{name} {contenders.NOT_STACKED}")
     state = jax.eval_shape(optimizer.init, tree)
     moved = 3 * trees.size(tree) + 2 * trees.size(state) - trees.size(_bases(state))
-    plan = gum_optax.memory_plan(
-        tree,
-        rank=rank,
-        full_rank_layers=gamma,
-        weight_dimension_numbers=contenders.NUMBERS[layout],
-    )
-    stacks = (row for row in plan.rows if row.mode in ("sampled", "dense"))
-    return moved, sum(_flops(name, row, rank) for row in stacks)
+    # GUM's plan names the groups of matrices, which are the same under every contender.
+    plan = gum_optax.memory_plan(contenders.gum(rank, gamma, 1, layout), tree)
+    groups = (row for row in plan.rows if row.treatment in _MATRICES)
+    return moved, sum(_flops(name, row, rank) for row in groups)
 
 
 def seconds(moved: int, flops: int, bandwidth: float, rate: float) -> float:
@@ -73,20 +70,20 @@ def newton_schulz(a: int, b: int) -> int:
     return min(direct, gram)
 
 
-def _flops(name: str, stack: Any, rank: int) -> int:
-    m, n = sorted(stack.shape)
+def _flops(name: str, group: gum_optax.PlanRow, rank: int) -> int:
+    m, n = sorted(group.shape)
     if name == "optax muon":
-        return stack.count * newton_schulz(m, n)
-    project = stack.count * 4 * m * n * rank  # P'G, and P times what comes of it
+        return group.count * newton_schulz(m, n)
+    project = group.count * 4 * m * n * rank  # P'G, and P times what comes of it
     if name in ("galore", "optax galore"):
         return project if rank < m else 0
     if name != "gum":
         return 0
-    if stack.mode == "dense":
-        return stack.count * newton_schulz(m, n)
+    if group.treatment == "uncompressed":
+        return group.count * newton_schulz(m, n)
     # A drawn matrix has P (P'G), of its residual, in place of the product that expands.
-    slots = stack.slots or 0
-    low = (stack.count - slots) * newton_schulz(rank, n)
+    slots = group.slots or 0
+    low = (group.count - slots) * newton_schulz(rank, n)
     return project + low + slots * newton_schulz(m, n)
 
 

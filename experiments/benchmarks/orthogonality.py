@@ -1,7 +1,7 @@
 """How near Newton-Schulz comes to orthogonal matrices, by coefficients, scaling and steps.
 
 Steps are most of what an update costs. A sequence that is as near with fewer of them would be as
-good and cheaper; so each is tried on the momenta that GUM's dense slots have during a real run.
+good and cheaper; so each is tried on the momenta that GUM's slots have during a real run.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,18 +37,18 @@ AGES = (0, 10, 50)  # steps since a refresh, where momentum restarts
 
 def run(config: Config) -> None:
     """Trains, writes `orthogonality.json`, prints a table."""
-    stacks = momenta(config)
-    count = sum(map(len, stacks))
+    found = momenta(config)
+    count = sum(map(len, found))
     rows = [
         {"coefficients": name, "scaling": scaling, "steps": steps}
-        | _summary(errors(stacks, preconditioning=scaling, **options(steps)))
+        | _summary(errors(found, preconditioning=scaling, **options(steps)))
         for name, options in COEFFICIENTS.items()
         for scaling in SCALINGS
         for steps in STEPS
     ]
     record.write(config.out / "orthogonality.json", config, matrices=count, rows=rows)
     tables.show(
-        f"Distance from the polar factor, over its norm, of {count} momenta of dense slots",
+        f"Distance from the polar factor, over its norm, of {count} momenta of slots",
         ("coefficients", "scaling", "steps", "median", "largest"),
         ((r["coefficients"], r["scaling"], r["steps"], r["median"], r["max"]) for r in rows),
     )
@@ -63,24 +63,24 @@ def momenta(config: Config) -> list[np.ndarray]:
     return [np.concatenate([each[kind] for each in by_kind]) for kind in by_kind[0]]
 
 
-def errors(stacks: Sequence[np.ndarray], **options: Any) -> np.ndarray:
+def errors(groups: Sequence[np.ndarray], **options: Any) -> np.ndarray:
     """``||Y - U V'|| / ||U V'||`` of each matrix ``X = U S V'``, where Y is what optax makes of X.
 
     Without momentum, optax's Muon is Newton-Schulz alone, after any scaling.
 
     Args:
-      stacks: arrays ``[N, m, n]``.
+      groups: arrays ``[N, m, n]``.
       **options: of ``optax.contrib.scale_by_muon``.
     """
-    axes = [optax.contrib.MuonDimensionNumbers(1, 2)] * len(stacks)
+    axes = [optax.contrib.MuonDimensionNumbers(1, 2)] * len(groups)
     muon = optax.contrib.scale_by_muon(
         beta=0.0, nesterov=False, weight_dimension_numbers=axes, **options
     )
-    leaves = [jnp.asarray(stack, jnp.float32) for stack in stacks]
+    leaves = [jnp.asarray(group, jnp.float32) for group in groups]
     found = jax.jit(lambda x: muon.update(x, muon.init(x))[0])(leaves)
     relative = []
-    for stack, matrices in zip(stacks, found, strict=True):
-        U, _, Vt = np.linalg.svd(stack, full_matrices=False)
+    for group, matrices in zip(groups, found, strict=True):
+        U, _, Vt = np.linalg.svd(group, full_matrices=False)
         off = gradients.squares(np.asarray(matrices, np.float64) - U @ Vt)
         relative.append(np.sqrt(off / U.shape[-1]))
     return np.concatenate(relative)

@@ -5,7 +5,7 @@ is ``S_i / (1 - q_i)`` or, with probability ``q_i``, ``R_i / q_i``. The parts ar
 
     E ||estimate_i - G_i||^2 = ||S_i||^2 / (1 - q_i) + ||R_i||^2 / q_i - ||G_i||^2,
 
-and the sum over a stack of N matrices is the same however their draws depend on each other. The
+and the sum over a group of N matrices is the same however their draws depend on each other. The
 library draws all with ``q = gamma / N``. Importance sampling gives each a ``q_i`` of its own, with
 the same sum and so the same expected memory. It has to choose them once in a period, from norms
 that grow old; what it would gain with the norms of each step itself is its bound.
@@ -173,17 +173,17 @@ def _sum(q: np.ndarray) -> np.ndarray:
 
 
 def missed(norms: Norms) -> np.ndarray:
-    """``||R|| / ||G||`` of whole stacks."""
+    """``||R|| / ||G||`` of whole groups."""
     return np.sqrt(norms.residual.sum(-1) / norms.gradient.sum(-1))
 
 
 def relative(norms: Norms, q: np.ndarray) -> np.ndarray:
-    """``E ||estimate - G||^2 / ||G||^2`` of whole stacks."""
+    """``E ||estimate - G||^2 / ||G||^2`` of whole groups."""
     return variance(*norms, q).sum(-1) / norms.gradient.sum(-1)
 
 
 def overview(norms: Norms, gamma: int) -> dict[str, float]:
-    """With equal probabilities: relative variance over all stacks and compared steps."""
+    """With equal probabilities: relative variance over all groups and compared steps."""
     now = known(norms, "step")
     values = relative(now, equal(*now, gamma))
     return {
@@ -201,8 +201,8 @@ Comparison = dict[str, dict[str, dict[str, float]]]
 def comparison(norms: Norms, gamma: int) -> Comparison:
     """Relative variance by rule, mean over all compared steps.
 
-    As it is, large gradients count most. By its own norm every matrix counts alike, as for a base
-    that removes scale, such as Muon's.
+    As it is, large gradients count most. By its own norm every matrix counts alike, as for an inner
+    transformation that removes scale, such as Muon's.
     """
     alike = Norms(*(part / norms.gradient for part in norms))
     return {"as it is": _by_rule(norms, gamma), "by own norm": _by_rule(alike, gamma)}
@@ -268,7 +268,7 @@ def _by_residual(axes: Axes, config: Config, norms: Norms) -> None:
         )  # fmt: skip
     axes.plot(grid, grid**2, ":", color=COLOURS[-1], label="low rank alone: squared bias")
     axes.set(xlabel="residual / gradient", ylabel="squared error / squared gradient", xlim=(0, 1))
-    axes.set_title("The residual decides (dots: stacks and steps)", fontsize="medium")
+    axes.set_title("The residual decides (dots: groups and steps)", fontsize="medium")
     axes.legend(frameon=False, fontsize="small")
 
 

@@ -1,0 +1,236 @@
+"""Groups: the matrices of one role, which share a rank, a draw and an entry of the state.
+
+A *group* is N matrices m x n of equal shape and dtype whose names differ in numbers alone, such as
+the query kernels of all layers. They may be N separate leaves, one leaf ``[L, m, n]`` of stacked
+layers, or several leaves with batch axes. The mathematics is stated for *wide* matrices, m <= n;
+*tall* leaves are transposed on the way in and out.
+
+A group that cannot gain from compression is *uncompressed*: the inner transformation runs on its
+leaves as they are.
+
+Tests: tests/library/test_groups.py.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+
+from gum_optax import _mesh
+from gum_optax._paths import PyTree, leaves_with_names
+
+GroupBy: TypeAlias = Callable[[str, Any], str]
+"""``(path, leaf) -> name of the leaf's group``."""
+
+
+def by_role(path: str, leaf: Any) -> str:
+    """Groups matrices whose paths are equal after their numbers are replaced by ``*``.
+
+    Args:
+      path: the leaf's path, its parts joined by ``/``.
+      leaf: the array, or anything with a shape and a dtype.
+
+    Returns:
+      The group's name.
+
+    Example:
+      >>> from gum_optax import by_role
+      >>> by_role("layers/3/attn/q/kernel", None)
+      'layers/*/attn/q/kernel'
+    """
+    del leaf
+    return re.sub(r"\d+", "*", path)
+
+
+def by_shape(path: str, leaf: Any) -> str:
+    """Groups matrices of equal shape, whatever their role (q with o, gate with up).
+
+    Fewer, larger groups have fewer slots in all, and a smaller sampling probability.
+
+    Args:
+      path: the leaf's path, its parts joined by ``/``.
+      leaf: the array, or anything with a shape.
+
+    Returns:
+      The group's name.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from gum_optax import by_shape
+      >>> by_shape("layers/3/attn/q/kernel", jnp.zeros((8, 4)))
+      '8x4'
+    """
+    del path
+    return "x".join(map(str, leaf.shape))
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """The N matrices of one role, as a function of `LowRank.rank` or a sampler sees them.
+
+    Attributes:
+      name: the key of the group's state.
+      leaves: positions of its leaves among the tree's flattened leaves.
+      shape: a leaf's shape ``[*batch, rows, columns]``.
+      dtype: the leaves' dtype.
+      sharding: the leaves' sharding, where it is known.
+      rank: r, the columns of a basis; 0 while it is not decided.
+      uncompressed: why the group runs uncompressed; empty for a compressed one.
+
+    Example:
+      Attention at rank 32, everything else at a quarter of the short side:
+
+      >>> import gum_optax
+      >>> def rank(group):
+      ...     return 32 if "attn" in group.name else group.m // 4
+      >>> tx = gum_optax.gum(0.02, gum_optax.LowRank(rank=rank))
+    """
+
+    name: str
+    leaves: tuple[int, ...]
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    sharding: NamedSharding | None = None
+    rank: int = 0
+    uncompressed: str = ""
+
+    @property
+    def batch(self) -> tuple[int, ...]:
+        """Sizes of a leaf's batch axes."""
+        return self.shape[:-2]
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """Sizes of the leading axes of the group's state.
+
+        One axis over the leaves, then their batch axes, which stay apart so that each can be
+        sharded as the leaf's is; without the first if the group is a single leaf with batch axes.
+        """
+        alone = len(self.leaves) == 1 and self.batch
+        return self.batch if alone else (len(self.leaves), *self.batch)
+
+    @property
+    def per_leaf(self) -> int:
+        """Number of matrices in one leaf: the product of its batch axes."""
+        return math.prod(self.batch)
+
+    @property
+    def count(self) -> int:
+        """Number of matrices, N."""
+        return self.per_leaf * len(self.leaves)
+
+    @property
+    def tall(self) -> bool:
+        """Whether the leaves have more rows than columns, so that they are transposed."""
+        return self.shape[-2] > self.shape[-1]
+
+    @property
+    def m(self) -> int:
+        """The short side of a matrix."""
+        return min(self.shape[-2:])
+
+    @property
+    def n(self) -> int:
+        """The long side of a matrix."""
+        return max(self.shape[-2:])
+
+    @property
+    def compute_dtype(self) -> np.dtype:
+        """Float32, or float64 for float64 leaves: a bfloat16 basis is not orthonormal."""
+        return jnp.promote_types(self.dtype, jnp.float32)
+
+    @property
+    def basis_sharding(self) -> NamedSharding | None:
+        """Sharding of bases ``[*lead, m, r]``: lead and m as in the leaves, r replicated."""
+        return self._inherit("lead", "m", None)
+
+    @property
+    def low_sharding(self) -> NamedSharding | None:
+        """Sharding of projected values ``[*lead, r, n]``: lead and n as in the leaves."""
+        return self._inherit("lead", None, "n")
+
+    @property
+    def slots_sharding(self) -> NamedSharding | None:
+        """Sharding of slots ``[slots, m, n]``: both sides as in the leaves."""
+        return self._inherit(None, "m", "n")
+
+    @property
+    def wide_sharding(self) -> NamedSharding | None:
+        """Sharding of a leaf's wide matrices ``[*batch, m, n]``."""
+        return self._inherit("batch", "m", "n")
+
+    def _inherit(self, *sides: str | None) -> NamedSharding | None:
+        """The leaves' sharding for an array with the named sides; None is a replicated axis."""
+        if self.sharding is None:
+            return None
+        *batch, rows, columns = _mesh.spec_entries(self.sharding, len(self.shape))
+        m, n = (columns, rows) if self.tall else (rows, columns)
+        # The axis over separate leaves is new, so no mesh axis shards it.
+        lead = [None] * (len(self.lead) - len(batch)) + batch
+        entries = {"lead": lead, "batch": batch, "m": [m], "n": [n], None: [None]}
+        return _mesh.sharding_like(self.sharding, [e for side in sides for e in entries[side]])
+
+
+def find_groups(tree: PyTree, group_by: GroupBy) -> list[Group]:
+    """Groups the leaves of a tree; empty leaves belong to no group.
+
+    Leaves that ``group_by`` puts together but that differ in shape or dtype become several groups,
+    told apart by a suffix of the name.
+
+    Args:
+      tree: arrays or ``jax.ShapeDtypeStruct``s; the last two axes are a matrix, others are batch.
+      group_by: for example `by_role`.
+
+    Raises:
+      ValueError: if a leaf has fewer than two axes.
+      TypeError: if a leaf is not real floating point, or ``group_by`` returns no str.
+    """
+    # 1. Positions of leaves by key, and for each key by shape and dtype.
+    keys: dict[str, dict[tuple[Any, Any], list[int]]] = {}
+    named = leaves_with_names(tree)
+    for position, (path, leaf) in enumerate(named):
+        _check_matrix(path, leaf)
+        if math.prod(leaf.shape) == 0:
+            continue
+        key = group_by(path, leaf)
+        if not isinstance(key, str):
+            raise TypeError(f"`group_by` must return a str, got {key!r} for the leaf `{path}`.")
+        kinds = keys.setdefault(key, {})
+        kinds.setdefault((leaf.shape, jnp.dtype(leaf.dtype)), []).append(position)
+    # 2. One group for each kind, under a name of its own.
+    groups: dict[str, Group] = {}
+    for key, kinds in keys.items():
+        for (shape, dtype), positions in kinds.items():
+            name = _group_name(key, shape, dtype, list(kinds))
+            while name in groups:  # A suffixed name can be another group's own.
+                name += "'"
+            sharding = _mesh.common_sharding([named[position][1] for position in positions])
+            groups[name] = Group(name, tuple(positions), shape, dtype, sharding)
+    return list(groups.values())
+
+
+def _group_name(key: str, shape: tuple[int, ...], dtype: Any, kinds: Sequence[Any]) -> str:
+    if len({kind[0] for kind in kinds}) > 1:
+        key += f"[{','.join(map(str, shape))}]"
+    if len({kind[1] for kind in kinds if kind[0] == shape}) > 1:
+        key += f":{dtype.name}"
+    return key
+
+
+def _check_matrix(path: str, leaf: Any) -> None:
+    if len(leaf.shape) < 2:
+        raise ValueError(
+            f"The leaf `{path}` has shape {leaf.shape}, and a matrix needs at least two axes; use "
+            "`gum_optax.gum` or `gum_optax.for_matrices`, which send such leaves to `fallback`, or "
+            "`optax.masked`."
+        )
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        raise TypeError(
+            f"The leaf `{path}` has dtype {leaf.dtype}; low-rank projection is defined here for "
+            "real floating-point leaves."
+        )

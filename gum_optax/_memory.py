@@ -1,0 +1,171 @@
+"""`memory_plan`: what every group of a model costs in optimizer state, from shapes alone.
+
+Tests: tests/library/test_memory.py.
+"""
+
+import dataclasses
+import sys
+import warnings
+from collections.abc import Sequence
+
+import jax
+import optax
+
+from gum_optax import _ledger
+from gum_optax._ledger import PlanRow
+from gum_optax._paths import PyTree
+
+_TERMINAL = 80
+_HEADER = ("group", "count", "shape", "rank", "slots", "state", "/ AdamW")
+_TREATMENTS = ("sampled", "low rank", "uncompressed", "fallback", "shared")
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of optimizer state, group by group. ``str()`` gives a table of 80 columns.
+
+    Attributes:
+      rows: one `PlanRow` for each group, for each role of fallback leaves, and for what they share.
+      parameter_bytes: bytes of the parameters.
+      adamw_bytes: state of ``optax.adamw`` for the same parameters.
+    """
+
+    rows: tuple[PlanRow, ...]
+    parameter_bytes: int
+    adamw_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """The state that the transformation allocates, in bytes."""
+        return sum(row.bytes for row in self.rows)
+
+    def __str__(self) -> str:
+        cells = [_cells(row) for row in self.rows]
+        widths = [max(map(len, column)) for column in zip(_HEADER, *cells, strict=True)]
+        # Numbers have the width of their longest; the name has the columns that they leave.
+        widths[0] = min(widths[0] + 2, _TERMINAL - sum(widths[1:]) - 2 * len(widths[1:]))
+        names = _shortened([row[0] for row in cells], widths[0] - 2)
+        header = _line(_HEADER, widths)
+        lines, section = [header, "-" * len(header)], ""
+        for row, name, (_, *numbers) in zip(self.rows, names, cells, strict=True):
+            # A line for each treatment and reason, and the rows that have it below.
+            heading = f"{row.treatment}: {row.why}" if row.why else row.treatment
+            if heading != section:
+                section = heading
+                lines.append(heading)
+            lines.append(_line((f"  {name}", *numbers), widths))
+        share = _percent(self.total_bytes, self.adamw_bytes)
+        lines.append(
+            f"state {_human(self.total_bytes)}, {share} of AdamW's {_human(self.adamw_bytes)} "
+            f"(parameters {_human(self.parameter_bytes)})"
+        )
+        return "\n".join(lines)
+
+
+def memory_plan(tx: optax.GradientTransformation, params: PyTree) -> MemoryPlan:
+    """Plans the optimizer state of a transformation from shapes alone; nothing is allocated.
+
+    ``tx.init`` is traced on shapes, and every `low_rank` and `for_matrices` in it tells its groups,
+    how it treats them and why. So the plan is that of any composition: in chains, under masks, with
+    a quantized or an own inner transformation.
+
+    Args:
+      tx: any ``optax.GradientTransformation``.
+      params: real arrays, ``jax.ShapeDtypeStruct``s, or a Flax NNX model (also from
+        ``nnx.eval_shape``), of which the ``nnx.Param``s count.
+
+    Returns:
+      A `MemoryPlan` whose ``total_bytes`` equals, to the byte, what ``tx.init(params)`` allocates.
+
+    Raises:
+      TypeError, ValueError: as ``tx.init`` does.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import gum_optax
+      >>> kernel = jax.ShapeDtypeStruct((1024, 2816), jnp.float32)
+      >>> tx = gum_optax.gum(0.02, gum_optax.LowRank(rank=128))
+      >>> print(gum_optax.memory_plan(tx, [{"kernel": kernel} for _ in range(16)]))
+      group                    count      shape  rank  slots     state  / AdamW
+      -------------------------------------------------------------------------
+      sampled
+        */kernel                  16  1024x2816   128      2  52.0 MiB     15 %
+      shared
+        counters and wrappers      -          -     -      -      16 B        -
+      state 52.0 MiB, 15 % of AdamW's 352.0 MiB (parameters 176.0 MiB)
+    """
+    params = _pure(params)
+    with warnings.catch_warnings(), _ledger.opened() as rows:
+        # The plan itself shows what is not compressed, and what goes to the fallback.
+        warnings.simplefilter("ignore", UserWarning)
+        # A function of its own: a trace of `tx.init` that JAX has kept would write no rows.
+        total = _ledger.bytes_of(jax.eval_shape(lambda params: tx.init(params), params))
+    adamw = _ledger.bytes_of(jax.eval_shape(optax.adamw(1.0).init, params))
+    # Whatever nobody claims is shared: step counts, keys, and what wrappers keep of their own.
+    shared = total - sum(row.bytes for row in rows)
+    claimed = sum(row.adamw_bytes for row in rows)
+    rows.append(
+        PlanRow("counters and wrappers", "shared", "", 0, (), None, None, shared, adamw - claimed)
+    )
+    rows.sort(key=lambda row: (_TREATMENTS.index(row.treatment), row.why))
+    return MemoryPlan(tuple(rows), _ledger.bytes_of(params), adamw)
+
+
+def _pure(params: PyTree) -> PyTree:
+    """The ``nnx.Param``s of an NNX model; anything else is a tree of arrays already."""
+    nnx = sys.modules.get("flax.nnx")  # A model can only come from a Flax that is loaded.
+    if nnx is not None and isinstance(params, nnx.Module):
+        return nnx.state(params, nnx.Param)
+    return params
+
+
+def _cells(row: PlanRow) -> tuple[str, ...]:
+    def optional(value: int | None) -> str:
+        return "-" if value is None else str(value)
+
+    return (
+        row.name,
+        str(row.count) if row.count else "-",
+        "x".join(map(str, row.shape)) or "-",
+        optional(row.rank),
+        optional(row.slots),
+        _human(row.bytes),
+        _percent(row.bytes, row.adamw_bytes) if row.count else "-",
+    )
+
+
+def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    """Cells beside each other: the name to the left, numbers to the right."""
+    name, *numbers = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
+    numbers = [cell.strip().rjust(len(cell)) for cell in numbers]
+    return "  ".join([name, *numbers]).rstrip()
+
+
+def _shortened(names: Sequence[str], width: int) -> list[str]:
+    """Names cut in the middle to a width; those that are then equal are told apart by a number."""
+
+    def cut(name: str, width: int) -> str:
+        if len(name) <= width:
+            return name
+        # The end says more than the start: it names the weight.
+        start = (width - 3) // 3
+        return name[:start] + "..." + name[len(name) - (width - 3 - start) :]
+
+    short = [cut(name, width) for name in names]
+    for name in list(short):
+        twins = [i for i, other in enumerate(short) if other == name]
+        if len(twins) > 1:
+            for number, twin in enumerate(twins, start=1):
+                short[twin] = cut(names[twin], width - len(f" #{number}")) + f" #{number}"
+    return short
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.0f} %" if whole else "-"
+
+
+def _human(size: int) -> str:
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if size >= scale:
+            return f"{size / scale:.1f} {unit}"
+    return f"{size} B"

@@ -1,0 +1,64 @@
+"""Names of leaves: key paths as text, and the Flax boxes that must not show in them.
+
+A leaf's *name* is its key path joined by ``/``, as in ``layers/3/attn/q/kernel``. A *box* is a
+container of one array, such as a Flax NNX variable or a Linen ``Partitioned``: it appears in the
+key path at ``init`` and not always at ``update``, so names leave it out.
+
+Tests: tests/library/test_groups.py, tests/library/test_flax_nnx.py.
+"""
+
+import collections.abc
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import jax
+
+PyTree: TypeAlias = Any
+"""Any tree of arrays: parameters, updates, states."""
+
+
+def leaves_with_names(tree: PyTree) -> list[tuple[str, Any]]:
+    """Flattens a tree into (name, leaf) pairs, in the order of ``jax.tree.leaves``."""
+    return [(path_name(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]]
+
+
+def path_name(path: Sequence[Any]) -> str:
+    """Joins the entries of a key path by ``/``; a bare array is called ``param``."""
+    if path and _opens_box(path[-1]):
+        path = path[:-1]
+    return "/".join(map(_entry_name, path)) or "param"
+
+
+def is_box(node: Any) -> bool:
+    """Whether a node is a container of one array that it holds in an attribute ``value``."""
+    # Only the node itself is opened, so `path` has one entry for each child.
+    children = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)[0]
+    if len(children) != 1:
+        return False
+    [(path, child)] = children
+    return bool(path) and _opens_box(path[-1]) and jax.tree_util.all_leaves([child])
+
+
+def is_stand_in(tree: PyTree) -> bool:
+    """Whether a tree merely stands for parameters, as in ``optax.tree.map_params``.
+
+    That function calls ``init`` with an object of its own that has no leaves and is no container.
+    Its type is private, so it is recognized by these two properties. An empty dict is a container:
+    a model without matrices, and no stand-in. A user's own node without leaves passes for a
+    stand-in, which does no harm: without leaves there is nothing to keep state for.
+    """
+    if tree is None or isinstance(tree, collections.abc.Collection):
+        return False
+    return not jax.tree.leaves(tree) and not jax.tree_util.all_leaves([tree])
+
+
+def _opens_box(entry: Any) -> bool:
+    return getattr(entry, "name", None) in ("value", "raw_value")
+
+
+def _entry_name(entry: Any) -> str:
+    # Dict keys, positions in sequences, and attributes have one of these each.
+    for attribute in ("key", "idx", "name"):
+        if hasattr(entry, attribute):
+            return str(getattr(entry, attribute))
+    return str(entry)

@@ -1,0 +1,324 @@
+"""Recipes: optimizers by name, and compressions named after their papers.
+
+An optimizer takes a compression, so that every pair is one call:
+
+- ``gum(0.02, LowRank())`` is GUM, ``gum(0.02, galore())`` is GaLore-Muon;
+- ``adamw(1e-3, LowRank())`` is unbiased AdamW, ``adamw(1e-3, galore())`` is GaLore.
+
+Tests: tests/library/test_recipes.py.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gum_optax import _checks, _mesh, carries, projectors, residuals
+from gum_optax import dimension_numbers as dims
+from gum_optax._low_rank import LowRank, low_rank
+from gum_optax._matrices import Mask, ScalarOrSchedule, fallback_rate, for_matrices
+from gum_optax._orthogonal import scale_by_polar
+
+Number = float | jax.Array
+_POLAR = scale_by_polar()
+
+
+def scale_by_gum(
+    compression: LowRank = LowRank(),
+    *,
+    beta: Number = 0.95,
+    nesterov: bool = False,
+    orthogonalizer: optax.GradientTransformation = _POLAR,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Rescales updates by GUM: low-rank Muon, made unbiased by layer sampling.
+
+    Every ``period`` steps each matrix G (m x n, m <= n) gets a basis P of its top-r left subspace,
+    gamma of the N matrices of each group are drawn, and momentum restarts at zero. With
+    ``q = gamma / N``, at every step
+
+    .. math::
+        R \leftarrow \beta R + P^\top G / (1 - q), \quad U = P \,\text{NS}(R)
+        \qquad\text{(undrawn matrices)}
+
+        R \leftarrow \beta R + (G - P P^\top G) / q, \quad U = \text{NS}(R)
+        \qquad\text{(drawn matrices)}
+
+    where NS is Muon's Newton-Schulz iteration. The gradient estimate that momentum sees is
+    unbiased. NS removes scale, so within one branch 1/q and 1/(1-q) do not change a direction.
+
+    Every leaf is taken as matrices (its last two axes); `gum` chooses leaves.
+
+    Args:
+      compression: rank, period, gamma and the rest, see `LowRank`.
+      beta: momentum decay, in [0, 1).
+      nesterov: whether to use Nesterov momentum.
+      orthogonalizer: what follows momentum, by default `scale_by_polar()`.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs``: directions without learning rate, sign or shape
+      scaling, in the gradients' shapes and dtypes.
+
+    Raises:
+      TypeError, ValueError: if an argument is malformed, and as `low_rank` does.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import optax
+      >>> import gum_optax
+      >>> tx = optax.chain(
+      ...     optax.clip_by_global_norm(1.0),
+      ...     gum_optax.scale_by_gum(gum_optax.LowRank(rank=4, period=100)),
+      ...     optax.scale_by_learning_rate(0.02))
+      >>> params = [jnp.ones((16, 32)) for _ in range(8)]
+      >>> updates, state = jax.jit(tx.update)(params, tx.init(params), params)
+      >>> updates[0].shape
+      (16, 32)
+
+    References:
+      Pan et al., Unbiased Gradient Low-Rank Projection, arXiv 2510.17802.
+    """
+    _compression(compression)
+    _checks.hyperparameter("beta", beta, below=1.0)
+    _checks.transformation("orthogonalizer", orthogonalizer)
+
+    # Muon's direction: R <- beta R + G, U = NS(R).
+    def muon(beta: Number) -> optax.GradientTransformation:
+        return optax.chain(optax.trace(decay=beta, nesterov=nesterov), orthogonalizer)
+
+    return _mesh.handing_over(partial(low_rank, compression=compression), muon, beta=beta)
+
+
+def gum(
+    learning_rate: ScalarOrSchedule,
+    compression: LowRank = LowRank(),
+    *,
+    beta: Number = 0.95,
+    nesterov: bool = False,
+    orthogonalizer: optax.GradientTransformation = _POLAR,
+    consistent_rms: Number | None = None,
+    weight_decay: Number = 0.0,
+    weight_decay_mask: Mask = None,
+    weight_dimension_numbers: dims.DimensionNumbers | None = None,
+    fallback: optax.GradientTransformation | None = None,
+    fallback_learning_rate: ScalarOrSchedule | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""GUM: GaLore Unbiased with Muon, in place of ``optax.contrib.muon``.
+
+    Matrices get `scale_by_gum`, Muon's shape scaling, decoupled weight decay and the learning rate;
+    everything else gets the fallback, see `for_matrices`. With ``galore()`` as compression this is
+    GaLore-Muon.
+
+    Args:
+      learning_rate: a number, or a schedule of the step count.
+      compression: rank, period, full-rank layers and the rest, see `LowRank`.
+      beta: as for `scale_by_gum`.
+      nesterov: as for `scale_by_gum`.
+      orthogonalizer: as for `scale_by_gum`.
+      consistent_rms: if given, updates are scaled by ``consistent_rms * sqrt(max(fan_in,
+        fan_out))`` (0.2 matches AdamW's RMS, arXiv 2502.16982); by default by ``sqrt(max(1, fan_out
+        / fan_in))``.
+      weight_decay: as for `for_matrices`.
+      weight_decay_mask: as for `for_matrices`.
+      weight_dimension_numbers: as for `for_matrices`.
+      fallback: as for `for_matrices`.
+      fallback_learning_rate: as for `for_matrices`.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs``.
+
+    Raises:
+      TypeError, ValueError: if an argument is malformed, and as `low_rank` does.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import gum_optax
+      >>> params = {"layers": [{"w": jnp.eye(16, 32), "b": jnp.zeros(32)} for _ in range(4)]}
+      >>> tx = gum_optax.gum(0.02, gum_optax.LowRank(rank=4), fallback_learning_rate=1e-2)
+      >>> state = tx.init(params)
+      >>> updates, state = jax.jit(tx.update)(params, state, params)
+      >>> params = optax.apply_updates(params, updates)
+
+    References:
+      Pan et al., Unbiased Gradient Low-Rank Projection, arXiv 2510.17802.
+      Jordan et al., Muon, https://kellerjordan.github.io/posts/muon/
+    """
+    if consistent_rms is not None:
+        _checks.hyperparameter("consistent_rms", consistent_rms)
+    # Low-rank Muon, then the factor that makes updates of all shapes move outputs alike.
+    direction = scale_by_gum(
+        compression, beta=beta, nesterov=nesterov, orthogonalizer=orthogonalizer
+    )
+    return for_matrices(
+        optax.chain(direction, _scale_by_shape(consistent_rms)),
+        learning_rate,
+        weight_decay=weight_decay,
+        weight_decay_mask=weight_decay_mask,
+        weight_dimension_numbers=weight_dimension_numbers,
+        fallback=fallback,
+        fallback_learning_rate=fallback_learning_rate,
+    )
+
+
+def adamw(
+    learning_rate: ScalarOrSchedule,
+    compression: LowRank = LowRank(),
+    *,
+    b1: Number = 0.9,
+    b2: Number = 0.999,
+    eps: Number = 1e-8,
+    weight_decay: Number = 1e-4,
+    weight_decay_mask: Mask = None,
+    weight_dimension_numbers: dims.DimensionNumbers | None = None,
+    fallback: optax.GradientTransformation | None = None,
+    fallback_learning_rate: ScalarOrSchedule | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """AdamW on compressed gradients, in place of ``optax.adamw``.
+
+    With the default compression Adam sees unbiased estimates of the gradients; with ``galore()``
+    this is GaLore, whose factor alpha on the updates of matrices is a learning rate of their own:
+    ``adamw(alpha * rate, galore(), fallback_learning_rate=rate)``.
+
+    Args:
+      learning_rate: a number, or a schedule of the step count.
+      compression: rank, period, full-rank layers and the rest, see `LowRank`.
+      b1: decay of the first moment, in [0, 1); of the default fallback, too.
+      b2: decay of the second moment, in [0, 1); of the default fallback, too.
+      eps: added to the root of the second moment; of the default fallback, too.
+      weight_decay: as for `for_matrices`.
+      weight_decay_mask: as for `for_matrices`.
+      weight_dimension_numbers: as for `for_matrices`.
+      fallback: as for `for_matrices`.
+      fallback_learning_rate: as for `for_matrices`.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs``.
+
+    Raises:
+      TypeError, ValueError: if an argument is malformed, and as `low_rank` does.
+
+    Example:
+      >>> import gum_optax
+      >>> unbiased = gum_optax.adamw(1e-3, gum_optax.LowRank(rank=64))
+      >>> galore = gum_optax.adamw(1e-3, gum_optax.galore(rank=64))
+
+    References:
+      Zhao et al., GaLore, arXiv 2403.03507; Pan et al., arXiv 2510.17802.
+    """
+    _compression(compression)
+    _checks.hyperparameter("b1", b1, below=1.0)
+    _checks.hyperparameter("b2", b2, below=1.0)
+    _checks.hyperparameter("eps", eps)
+    _checks.scalar_or_schedule("learning_rate", learning_rate)
+    _checks.hyperparameter("weight_decay", weight_decay)
+    # The default fallback is the same AdamW, on gradients as they are.
+    if fallback is None:
+        rate = fallback_rate(learning_rate, fallback_learning_rate)
+        fallback_learning_rate = None
+        fallback = optax.adamw(rate, b1, b2, eps, weight_decay=weight_decay, mask=weight_decay_mask)
+    direction = _mesh.handing_over(
+        partial(low_rank, compression=compression), optax.scale_by_adam, b1=b1, b2=b2, eps=eps
+    )
+    return for_matrices(
+        direction,
+        learning_rate,
+        weight_decay=weight_decay,
+        weight_decay_mask=weight_decay_mask,
+        weight_dimension_numbers=weight_dimension_numbers,
+        fallback=fallback,
+        fallback_learning_rate=fallback_learning_rate,
+    )
+
+
+def galore(rank: Any = 128, period: int = 200, **parts: Any) -> LowRank:
+    """The compression of GaLore: exact singular subspaces, the residual is dropped. Biased.
+
+    Moments continue over a refresh. Matrices are projected on their short side, as in the paper.
+
+    Args:
+      rank: as for `LowRank`.
+      period: as for `LowRank`; GaLore's ``update_proj_gap``.
+      **parts: any other option of `LowRank`, for example a faster ``projector``.
+
+    Returns:
+      A `LowRank`.
+
+    Raises:
+      TypeError, ValueError: as `LowRank` does.
+
+    Example:
+      >>> import gum_optax
+      >>> galore = gum_optax.adamw(1e-3, gum_optax.galore(rank=64))
+      >>> galore_muon = gum_optax.gum(0.02, gum_optax.galore(rank=64))
+
+    References:
+      Zhao et al., GaLore, arXiv 2403.03507.
+    """
+    defaults = {"residual": residuals.drop(), "projector": projectors.svd, "carry": carries.keep}
+    return LowRank(rank, period, **defaults | parts)
+
+
+def golore(
+    rank: Any = 128,
+    period: int = 200,
+    *,
+    switch_step: int,
+    before: projectors.Projector = projectors.svd,
+    after: projectors.Projector = projectors.random_orthonormal,
+    **parts: Any,
+) -> LowRank:
+    """The compression of GoLore: GaLore's, then random subspaces, where noise rules the gradient.
+
+    Args:
+      rank: as for `LowRank`.
+      period: as for `LowRank`.
+      switch_step: refreshes at this step and later use ``after``, an int >= 0.
+      before: the projector of the first phase.
+      after: the projector of the second phase.
+      **parts: any other option of `LowRank`.
+
+    Returns:
+      A `LowRank`.
+
+    Raises:
+      TypeError, ValueError: as `LowRank` does.
+
+    Example:
+      >>> import gum_optax
+      >>> tx = gum_optax.adamw(1e-3, gum_optax.golore(rank=64, switch_step=5000))
+
+    References:
+      He et al., GoLore, arXiv 2410.11289.
+    """
+    # GaLore, with a schedule of projectors in place of one.
+    step = _checks.non_negative_int("switch_step", switch_step)
+    return galore(rank, period, projector=projectors.switch(before, after, step), **parts)
+
+
+def _compression(compression: Any) -> None:
+    _checks.instance("compression", compression, LowRank, "such as `LowRank(rank=64)`")
+
+
+def _scale_by_shape(consistent_rms: Number | None) -> optax.GradientTransformation:
+    """Muon's shape scaling of matrices ``[..., fan_in, fan_out]``.
+
+    References:
+      ``sqrt(max(1, fan_out / fan_in))``: Jordan et al., Muon. ``consistent_rms * sqrt(max(fan_in,
+      fan_out))``: Liu et al., arXiv 2502.16982.
+    """
+
+    def scale(update: jax.Array) -> jax.Array:
+        if update.size == 0:
+            return update
+        # A matrix maps fan_in inputs (rows) to fan_out outputs (columns).
+        fan_in, fan_out = update.shape[-2:]
+        if consistent_rms is None:
+            factor = jnp.sqrt(max(1.0, fan_out / fan_in))
+        else:
+            factor = jnp.sqrt(float(max(fan_in, fan_out))) * consistent_rms
+        return (factor * update).astype(update.dtype)
+
+    return optax.stateless(lambda updates, params: jax.tree.map(scale, updates))

@@ -1,0 +1,115 @@
+"""The order in which work on several matrices runs, where memory or speed depends on it.
+
+Two means, for two places in which XLA's own order costs memory:
+
+- `one_by_one` applies a function to the matrices of *one* array in a loop, so that temporaries of
+  one matrix exist at a time, not of all of them.
+- `in_sequence` makes calls on *separate* arrays wait for one another, on CPUs.
+
+Neither changes the mathematics; a loop and a batch of products may round differently.
+
+Tests: tests/library/test_scheduling.py.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gum_optax import _mesh
+
+LARGE_SIDE = 256
+"""Matrices whose short side exceeds this length are large, see `is_large`."""
+
+
+def is_large(matrices: jax.Array) -> bool:
+    """Whether each matrix of ``[..., m, n]`` keeps the machine busy by itself.
+
+    Batching makes products of small matrices faster. It gains nothing for large ones, and their
+    temporaries, several times the size of the batch, are what memory runs out for.
+    """
+    return min(matrices.shape[-2:]) > LARGE_SIDE
+
+
+def one_by_one(function: Callable[[jax.Array], jax.Array], matrices: jax.Array) -> jax.Array:
+    """Applies a function to one matrix after the other, and skips those that are zero.
+
+    Empty slots of sampled layers hold zero matrices, so they cost no more than a comparison.
+
+    Args:
+      function: maps a matrix ``[m, n]`` to one of the same shape and dtype, and **zero to zero**:
+        it is not called for a zero matrix, which is returned unchanged.
+      matrices: ``[..., m, n]``, with the batch axes unsharded: a loop over a sharded axis would
+        gather it.
+
+    Returns:
+      The results ``[..., m, n]``.
+    """
+    if matrices.size == 0:
+        return matrices
+    batch = math.prod(matrices.shape[:-2])
+    flat = matrices.reshape(batch, *matrices.shape[-2:])  # [batch, m, n]
+
+    # The loop carries the batch and overwrites it in place: no second copy of it exists.
+    def in_place(i: jax.Array, flat: jax.Array) -> jax.Array:
+        matrix = flat[i]  # [m, n]
+        result = jax.lax.cond(jnp.any(matrix != 0), function, jnp.zeros_like, matrix)
+        return flat.at[i].set(result)
+
+    return jax.lax.fori_loop(0, batch, in_place, flat).reshape(matrices.shape)
+
+
+def in_sequence(
+    function: Callable[..., jax.Array],
+    *columns: Iterable[Any],
+    after: jax.Array | None = None,
+) -> list[jax.Array]:
+    """Maps a function over rows of arguments; on CPUs each call waits for the previous result.
+
+    Args:
+      function: takes one entry of each column and returns an array.
+      *columns: iterables of equal length. The entries of the first are arrays, those of the others
+        may be anything.
+      after: an array that the first call waits for, or None.
+
+    Returns:
+      ``[function(*row) for row in zip(*columns, strict=True)]``.
+
+    Raises:
+      ValueError: if the columns differ in length.
+    """
+    results: list[jax.Array] = []
+    for first, *others in zip(*columns, strict=True):
+        after = function(scheduled_after(first, after), *others)
+        results.append(after)
+    return results
+
+
+def scheduled_after(value: jax.Array, after: jax.Array | None) -> jax.Array:
+    """Returns ``value``, which on CPUs is not ready before ``after`` is.
+
+    XLA's CPU backend schedules breadth first: left to itself it computes all updates before the
+    first of them is applied, and holds as many bytes of updates as there are parameters. The
+    backend drops an ``optimization_barrier`` before it schedules, so the order has to be a data
+    dependence. Other backends schedule for memory themselves.
+
+    Args:
+      value: an array of any shape.
+      after: a floating-point array of any shape, or None for no order.
+
+    Returns:
+      ``value``, unchanged. On a mesh there is no order.
+    """
+    if after is None or after.size == 0 or _mesh.on_mesh(value):
+        return value
+
+    def wait(value: jax.Array, after: jax.Array) -> jax.Array:
+        # One entry of `after` is enough. The factor is always one, max(first == first, 1), also for
+        # a NaN. XLA cannot know that, since a NaN differs from itself, and computes `after` first.
+        first = after[(0,) * after.ndim]
+        one = jnp.maximum((first == first).astype(value.dtype), 1)
+        return value * one
+
+    return jax.lax.platform_dependent(value, after, cpu=wait, default=lambda value, after: value)

@@ -1,0 +1,185 @@
+"""Carries: what the inner state keeps when a period ends and its bases change.
+
+A carry is a function ``(fresh, old, previous_basis, basis) -> state``:
+
+- ``fresh``: the inner state as ``init`` makes it;
+- ``old``: the inner state before the refresh;
+- ``previous_basis``, ``basis``: the bases before and after, group -> ``[*lead, m, r]``; zero before
+  the first refresh.
+
+States of slots (`Compressed.residual`) must come from ``fresh``: slots serve other matrices from
+now on. Any function of this signature plugs into ``LowRank(carry=...)``.
+
+A ready carry finds the state of a group by its place. The inner transformation is run on a dict of
+groups, so a state that keeps the structure of its gradients holds such dicts: ``mu`` and ``nu`` of
+Adam, for example. A state that does not, such as that of ``optax.flatten``, mixes the momentum of
+slots with that of other matrices; then only `restart` is right, and the others raise.
+
+Tests: tests/library/test_carries.py.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from gum_optax._codec import Compressed
+from gum_optax._orthogonal import matmul_highest
+from gum_optax._paths import PyTree
+
+Bases: TypeAlias = dict[str, jax.Array]
+Carry: TypeAlias = Callable[[PyTree, PyTree, Bases, Bases], PyTree]
+
+
+def restart(fresh: PyTree, old: PyTree, previous_basis: Bases, basis: Bases) -> PyTree:
+    """Restarts the whole inner state at every refresh: the paper's choice, and the default.
+
+    Args:
+      fresh: the inner state as ``init`` makes it.
+      old: unused.
+      previous_basis: unused.
+      basis: unused.
+
+    Returns:
+      ``fresh``.
+
+    Example:
+      >>> import gum_optax
+      >>> tx = gum_optax.gum(1e-2, gum_optax.LowRank(carry=gum_optax.carries.restart))
+
+    References:
+      Pan et al., arXiv 2510.17802.
+    """
+    del old, previous_basis, basis
+    return fresh
+
+
+def keep(fresh: PyTree, old: PyTree, previous_basis: Bases, basis: Bases) -> PyTree:
+    """Restarts slots; low-rank state continues in the new basis unrotated, as in GaLore.
+
+    A step count that the inner transformation shares between matrices, such as Adam's, continues,
+    so that restarted slots miss their bias correction.
+
+    Args:
+      fresh: the inner state as ``init`` makes it.
+      old: the inner state before the refresh.
+      previous_basis: unused.
+      basis: the bases by group, for their names.
+
+    Returns:
+      ``old``, with the ``residual`` of ``fresh`` in every `Compressed`.
+
+    Raises:
+      ValueError: if there are slots and the state does not keep the structure of the gradients.
+
+    Example:
+      >>> import gum_optax
+      >>> tx = gum_optax.gum(1e-2, gum_optax.LowRank(carry=gum_optax.carries.keep))
+
+    References:
+      Zhao et al., GaLore, arXiv 2403.03507.
+    """
+    del previous_basis
+    return _each_group("keep", lambda name, low: low, fresh, old, basis)
+
+
+def rotate(fresh: PyTree, old: PyTree, previous_basis: Bases, basis: Bases) -> PyTree:
+    r"""Restarts slots; low-rank momentum is carried into the new basis.
+
+    .. math:: R \leftarrow P_\text{new}^\top P_\text{old} R
+
+    The part of the momentum outside of the new basis is lost. This is right for momentum, which is
+    linear in the gradients. It takes ``r^2 (m + n)`` multiplications per matrix, at every step:
+    `low_rank` chooses between old and carried states entry by entry.
+
+    Args:
+      fresh: the inner state as ``init`` makes it.
+      old: the inner state before the refresh.
+      previous_basis: by group, ``[*lead, m, r]``; zero before the first refresh.
+      basis: by group, ``[*lead, m, r]``.
+
+    Returns:
+      The state, in the dtypes of ``old``.
+
+    Raises:
+      ValueError: if the state has a second moment (``nu``), since squares do not rotate; or if it
+        does not keep the structure of the gradients.
+
+    Example:
+      >>> import gum_optax
+      >>> tx = gum_optax.gum(1e-2, gum_optax.LowRank(carry=gum_optax.carries.rotate))
+
+    References:
+      Robert et al., LDAdam, arXiv 2410.16103, for the first moment.
+    """
+
+    def carried(name: str, low: jax.Array) -> jax.Array:
+        # [*lead, m, r_new]' [*lead, m, r_old] -> [*lead, r_new, r_old]
+        rotation = matmul_highest(basis[name].mT, previous_basis[name])
+        if low.shape[:-1] != (*rotation.shape[:-2], rotation.shape[-1]):
+            raise ValueError(
+                f"`carry=carries.rotate` needs states [*lead, r, n] for group `{name}` with bases "
+                f"{basis[name].shape}, and `inner` keeps one of shape {low.shape}; use "
+                "`carries.restart` or `carries.keep`."
+            )
+        return jnp.matmul(rotation, low.astype(rotation.dtype)).astype(low.dtype)
+
+    # Squares of rotated values are no rotation of squares.
+    _refuse_second_moments(old)
+    return _each_group("rotate", carried, fresh, old, basis)
+
+
+def _each_group(
+    carry: str,
+    low_of: Callable[[str, jax.Array], jax.Array],
+    fresh: PyTree,
+    old: PyTree,
+    basis: Bases,
+) -> PyTree:
+    """``old``, with low-rank states changed by group, and the slots of ``fresh``."""
+
+    def is_compressed(node: Any) -> bool:
+        return isinstance(node, Compressed)
+
+    def is_by_group(node: Any) -> bool:
+        if not isinstance(node, dict) or not basis or node.keys() != basis.keys():
+            return False
+        # States by label, as in `optax.partition`, may have the names of groups; theirs lie deeper.
+        return any(map(is_compressed, node.values())) or not any(
+            map(is_compressed, jax.tree.leaves(node, is_leaf=is_compressed))
+        )
+
+    def of_group(name: str, new: Any, kept: Any) -> Any:
+        # A wrapper such as `optax.masked` may have put something else in place of a group.
+        if not is_compressed(kept):
+            return kept
+        return Compressed(low_of(name, kept.low), new.residual)
+
+    def merge(path: Any, new: Any, kept: Any) -> Any:
+        if is_by_group(kept):
+            return {name: of_group(name, new[name], kept[name]) for name in kept}
+        # Scalars such as step counts belong to all groups; arrays belong to nobody knows whom.
+        if basis and jnp.ndim(kept) and jnp.issubdtype(jnp.result_type(kept), jnp.inexact):
+            raise ValueError(
+                f"`carry=carries.{carry}` needs an `inner` whose state keeps the structure of its "
+                "gradients, to tell slots, which serve other matrices after a refresh, from "
+                f"low-rank states; `state{jax.tree_util.keystr(path)}` is one array of shape "
+                f"{jnp.shape(kept)} for all groups. Use `carries.restart`."
+            )
+        return kept
+
+    return jax.tree_util.tree_map_with_path(merge, fresh, old, is_leaf=is_by_group)
+
+
+def _refuse_second_moments(state: PyTree) -> None:
+    def is_compressed(node: Any) -> bool:
+        return isinstance(node, Compressed)
+
+    for path, leaf in jax.tree_util.tree_flatten_with_path(state, is_leaf=is_compressed)[0]:
+        if is_compressed(leaf) and any(getattr(key, "name", None) == "nu" for key in path):
+            raise ValueError(
+                "`carry=carries.rotate` cannot carry the second moment "
+                f"`state{jax.tree_util.keystr(path)}` of `inner` into another basis; use "
+                "`carries.restart` or `carries.keep`."
+            )

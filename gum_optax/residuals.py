@@ -1,0 +1,388 @@
+r"""Residual rules: the answer to the question, what becomes of the part that a basis leaves out?
+
+A basis P splits a gradient into its projection and its residual, ``G = P P'G + (G - P P'G)``. The
+projection always goes through the inner transformation. For the residual there are four rules:
+
+- `drop` forgets it (GaLore);
+- `sampled` sends that of a few drawn matrices through the inner transformation at full size, with
+  weights that make the gradient estimate unbiased (GUM);
+- `through` gives it an optax transformation of its own, and adds the two updates (Fira, FRUGAL);
+- `feedback` adds it to the next gradient (LDAdam, Dion).
+
+A rule is a `Residual`: a few functions of one group of matrices. Any `Residual` plugs into
+``LowRank(residual=...)``; replace functions of a ready one with ``_replace``.
+
+Example:
+  GaLore-Muon whose residual takes a sign step at a hundredth of the size:
+
+  >>> import optax
+  >>> import gum_optax
+  >>> from gum_optax import residuals
+  >>> sign = optax.chain(optax.scale_by_sign(), optax.scale(0.01))
+  >>> tx = gum_optax.gum(0.02, gum_optax.LowRank(rank=64, residual=residuals.through(sign)))
+
+Tests: tests/library/test_residuals.py, tests/library/test_unbiased.py.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gum_optax import _checks, _codec, samplers
+from gum_optax._codec import Compressed, Frame, Leaves
+from gum_optax._groups import Group
+from gum_optax._scheduling import in_sequence
+
+State: TypeAlias = Any
+"""What a rule keeps for a group between steps: any tree of arrays."""
+
+
+def _keep_gradients(group: Group, gradients: Leaves, state: State) -> Leaves:
+    del group, state
+    return gradients
+
+
+def _project(frame: Frame, gradients: Leaves) -> Compressed:
+    return Compressed(_codec.project(frame, gradients), None)
+
+
+def _expand(
+    frame: Frame, updates: Compressed, encoded: Compressed, gradients: Leaves, state: State
+) -> tuple[Leaves, State]:
+    del encoded
+    return _leaf_by_leaf(frame, lambda basis, low: basis @ low, updates.low, gradients), state
+
+
+class Residual(NamedTuple):
+    """A residual rule, as functions of one group.
+
+    Leaves are arrays ``[*batch, rows, columns]``, in the order of the group. A `Frame` holds the
+    group with its bases and slots. The functions are traced, and must not depend on values.
+
+    Attributes:
+      init: ``(group) -> state``, by default nothing.
+      correct: ``(group, gradients, state) -> gradients``, what is projected, by default the
+        gradients.
+      draw: ``(group, key) -> int32[slots]``, the matrix that each slot serves in a period; only
+        called for a group with slots.
+      encode: ``(frame, gradients) -> Compressed``, what the inner transformation sees; it also
+        encodes parameters, so it must be linear. By default the projection.
+      decode: ``(frame, updates, encoded, gradients, state) -> (updates, state)``: the updates of
+        the leaves from those of the inner transformation, where ``encoded`` is what it saw. By
+        default the expansion of ``updates.low``.
+      slots: ``(group) -> int``, the number of full-size matrices that ``encode`` gives beside the
+        projections; by default 0.
+      uncompressed: ``(group) -> str``: why a group had better run uncompressed; empty if not.
+    """
+
+    init: Callable[[Group], State] = lambda group: ()
+    correct: Callable[[Group, Leaves, State], Leaves] = _keep_gradients
+    draw: Callable[[Group, jax.Array], jax.Array | None] = lambda group, key: None
+    encode: Callable[[Frame, Leaves], Compressed] = _project
+    decode: Callable[[Frame, Compressed, Compressed, Leaves, State], tuple[Leaves, State]] = _expand
+    slots: Callable[[Group], int] = lambda group: 0
+    uncompressed: Callable[[Group], str] = lambda group: ""
+
+
+def drop() -> Residual:
+    """Drops the residual: GaLore's rule, which is biased.
+
+    Returns:
+      A `Residual` without state and without slots.
+
+    Example:
+      >>> import gum_optax
+      >>> galore_muon = gum_optax.gum(0.02, gum_optax.LowRank(residual=gum_optax.residuals.drop()))
+
+    References:
+      Zhao et al., GaLore, arXiv 2403.03507.
+    """
+    return Residual()
+
+
+def sampled(
+    full_rank: int | samplers.Sampler = 2,
+    *,
+    form: Literal["exclusive", "additive"] = "exclusive",
+    undrawn: optax.GradientTransformation | None = None,
+) -> Residual:
+    r"""Gives a few drawn matrices their residual at full size: GUM's rule, which is unbiased.
+
+    In every period each of a group's N matrices is drawn with probability q. In the *exclusive*
+    form of the paper, the inner transformation sees
+
+    .. math::
+        P^\top G / (1 - q) \;\text{(undrawn matrices)}, \qquad
+        (G - P P^\top G) / q \;\text{(drawn matrices)}
+
+    and a drawn matrix takes the second update *instead of* the first. In the *additive* form it
+    sees ``P'G`` of all matrices, and a drawn matrix takes the update of ``(G - P P'G) / q``
+    *beside* that of its projection, so that it does not lose its leading directions for a period.
+    Either way, the expectation over the draw of the decoded estimate is G. With s the residual's
+    share of ``|G|^2``, the variances of the two estimates, as shares of ``|G|^2``, are
+
+    .. math::
+        (1 - s) \frac{q}{1 - q} + s \frac{1 - q}{q} \quad\text{(exclusive)}, \qquad
+        s \frac{1 - q}{q} \quad\text{(additive)}
+
+    Only the gradient estimate is unbiased. The update, after a nonlinear transformation such as
+    Adam or Newton-Schulz, is not. Nor is it if ``undrawn`` is given.
+
+    The group's state holds one slot m x n for each matrix that can be drawn. A group whose matrices
+    are always drawn, such as one of a single matrix, is uncompressed.
+
+    Args:
+      full_rank: gamma, the matrices of a group that are drawn in a period: an int >= 0, clipped to
+        ``N // 2``, or a function of `gum_optax.samplers`.
+      form: ``"exclusive"`` or ``"additive"``, see above.
+      undrawn: an optax transformation for the residuals of undrawn matrices, as in `through`; its
+        updates are added to theirs. None: these residuals are dropped.
+
+    Returns:
+      A `Residual`.
+
+    Raises:
+      TypeError, ValueError: if an argument is malformed.
+
+    Example:
+      >>> import gum_optax
+      >>> from gum_optax import residuals
+      >>> compression = gum_optax.LowRank(rank=64, residual=residuals.sampled(1, form="additive"))
+
+    References:
+      Pan et al., arXiv 2510.17802, for the exclusive form.
+    """
+    sampler = full_rank if callable(full_rank) else samplers.fixed_size(full_rank)
+    _checks.function("full_rank", sampler, "(count) -> samplers.Sampling")
+    _checks.one_of("form", form, ("exclusive", "additive"))
+    # The forms differ in two places: the weight of P'G, and what a drawn matrix takes beside F.
+    additive = form == "additive"
+    transform = _transform_of("undrawn", undrawn)
+
+    # A sampler is asked once for each number of matrices, not at every use.
+    of_count = functools.cache(functools.partial(samplers.resolve, sampler))
+
+    def sampling(group: Group) -> samplers.Sampling:
+        return of_count(group.count)
+
+    def encode(frame: Frame, gradients: Leaves) -> Compressed:
+        q = sampling(frame.group).probability
+        # R = P'G, [*lead, r, n], of all matrices.
+        low = _codec.project(frame, gradients)
+        # (G - P R) / q, [slots, m, n], of drawn ones.
+        residual = None
+        if frame.slots is not None:
+            residual = _codec.drawn_complements(frame, gradients, low) / q
+        return Compressed(low if additive else low / (1.0 - q), residual)
+
+    def decode(
+        frame: Frame, updates: Compressed, encoded: Compressed, gradients: Leaves, state: State
+    ) -> tuple[Leaves, State]:
+        # The state of `undrawn` for each leaf, in the order in which the leaves are expanded.
+        new_state = []
+
+        def update_of(basis, low, position, *of_leaf):
+            # U = P L; an undrawn matrix adds the transformed residual, if that is asked for.
+            expanded = update = basis @ low
+            if transform is not None:
+                added, of_leaf_state = transform(frame.group, basis, low, *of_leaf)
+                new_state.append(of_leaf_state)
+                update = expanded + added
+            # A drawn matrix has F, the update of its slot; in the additive form P L + F.
+            if updates.residual is None:
+                return update
+            beside = expanded if additive else None
+            return _codec.place(frame, position, update, updates.residual, beside)
+
+        columns = [range(len(gradients))]
+        if transform is not None:
+            # What encoding divided by 1 - q is P'G again.
+            q = 0.0 if additive else sampling(frame.group).probability
+            columns += [_codec.split(frame.group, encoded.low * (1.0 - q)), gradients, state]
+        leaves = _leaf_by_leaf(frame, update_of, updates.low, gradients, *columns)
+        return leaves, tuple(new_state) or state
+
+    return Residual(
+        init=Residual().init if undrawn is None else through(undrawn).init,
+        draw=lambda group, key: samplers.draw(sampling(group), key),
+        encode=encode,
+        decode=decode,
+        slots=lambda group: sampling(group).slots,
+        uncompressed=lambda group: _always_drawn(sampling(group), group),
+    )
+
+
+def through(transformation: optax.GradientTransformation) -> Residual:
+    r"""Sends the residual through an optax transformation, and adds the two updates: Fira, FRUGAL.
+
+    With ``E = G - P P'G``, and D the inner transformation's update of ``P'G``, the update is
+
+    .. math::
+        U = P D + \text{transformation}(E)
+
+    The transformation sees the residual of one leaf at a time, as wide matrices ``[*batch, m, n]``,
+    m <= n, and has a state for each leaf, which a refresh does not touch. As extra arguments it is
+    given ``projected`` (``P'G``, ``[*batch, r, n]``) and ``projected_update`` (``D``, likewise), so
+    that it can measure the residual against them. It is given no parameters. A transformation that
+    keeps full-size state costs full-size memory: stateless ones are the point of this rule.
+
+    Args:
+      transformation: any optax transformation, for example `gum_optax.normalize_columns`.
+
+    Returns:
+      A `Residual` without slots.
+
+    Raises:
+      TypeError: if ``transformation`` is none.
+
+    Example:
+      Low-rank Muon beside a column-normalized residual, without any full-size state:
+
+      >>> import gum_optax
+      >>> residual = gum_optax.residuals.through(gum_optax.normalize_columns())
+      >>> tx = gum_optax.gum(0.02, gum_optax.LowRank(rank=64, residual=residual))
+
+    References:
+      Chen et al., Fira, arXiv 2410.01623; Zmushko et al., FRUGAL, arXiv 2411.07837.
+    """
+    _checks.transformation("transformation", transformation)
+    transform = _transform_of("transformation", transformation)
+    assert transform is not None
+
+    def init(group: Group) -> State:
+        shape = (*group.batch, group.m, group.n)
+        # The transformation sees wide matrices, so its state is made for such.
+        zeros = [jnp.zeros(shape, group.dtype, device=group.wide_sharding) for _ in group.leaves]
+        return tuple(map(transformation.init, zeros))
+
+    def decode(
+        frame: Frame, updates: Compressed, encoded: Compressed, gradients: Leaves, state: State
+    ) -> tuple[Leaves, State]:
+        new_state = []
+
+        def update_of(basis, low, *of_leaf):
+            added, of_leaf_state = transform(frame.group, basis, low, *of_leaf)
+            new_state.append(of_leaf_state)
+            # U = P D + transformation(E)
+            return basis @ low + added
+
+        columns = [_codec.split(frame.group, encoded.low), gradients, state]
+        leaves = _leaf_by_leaf(frame, update_of, updates.low, gradients, *columns)
+        return leaves, tuple(new_state)
+
+    return Residual(init=init, decode=decode)
+
+
+def feedback(decay: float = 0.0) -> Residual:
+    r"""Adds the residual to the next gradient: error feedback, as in LDAdam and Dion.
+
+    With an error buffer E that starts at zero, every step projects
+
+    .. math::
+        B = G + E, \qquad E \leftarrow B - (1 - \text{decay}) P P^\top B
+
+    With decay 0 nothing is ever lost: the decoded gradients and the last error add up to the sum of
+    all gradients. With decay mu, E is Dion's momentum. The basis comes from B, too; both methods
+    refresh it at every step, ``LowRank(period=1)``.
+
+    The buffer has a matrix's full size, so no memory is saved over momentum SGD. It is never
+    restarted: an entry that is not finite stays so.
+
+    Args:
+      decay: the share of ``P P'B`` that stays in the buffer, in [0, 1).
+
+    Returns:
+      A `Residual` without slots.
+
+    Raises:
+      TypeError, ValueError: if ``decay`` is not a number in [0, 1).
+
+    Example:
+      >>> import gum_optax
+      >>> from gum_optax import carries, residuals
+      >>> compression = gum_optax.LowRank(
+      ...     rank=64, period=1, residual=residuals.feedback(), carry=carries.rotate)
+      >>> tx = gum_optax.gum(0.02, compression)
+
+    References:
+      Robert et al., LDAdam, arXiv 2410.16103; Ahn et al., Dion, arXiv 2504.05295.
+    """
+    _checks.hyperparameter("decay", decay, below=1.0)
+
+    def init(group: Group) -> State:
+        return tuple(
+            jnp.zeros(group.shape, group.dtype, device=group.sharding) for _ in group.leaves
+        )
+
+    def correct(group: Group, gradients: Leaves, state: State) -> Leaves:
+        # B = G + E
+        dtype = group.compute_dtype
+        return [g.astype(dtype) + e.astype(dtype) for g, e in zip(gradients, state, strict=True)]
+
+    def decode(
+        frame: Frame, updates: Compressed, encoded: Compressed, gradients: Leaves, state: State
+    ) -> tuple[Leaves, State]:
+        # `gradients` are the corrected ones. E <- B - (1 - decay) P R, with R = P'B.
+        kept, _ = _expand(frame, encoded, encoded, gradients, ())
+        error = [b - (1.0 - decay) * k for b, k in zip(gradients, kept, strict=True)]
+        # U = P D
+        leaves, _ = _expand(frame, updates, encoded, gradients, ())
+        return leaves, tuple(error)
+
+    return Residual(init=init, correct=correct, decode=decode)
+
+
+def _leaf_by_leaf(
+    frame: Frame,
+    update_of: Callable[..., jax.Array],
+    low: jax.Array,
+    gradients: Leaves,
+    *columns: Sequence[Any],
+) -> list[jax.Array]:
+    """The updates of a group's leaves, each made after the one before, in the gradients' dtypes.
+
+    Args:
+      frame: the group's bases and slots.
+      update_of: ``(basis, low, *column entries) -> wide update``, of one leaf.
+      low: the inner transformation's updates, ``[*lead, r, n]``.
+      gradients: the leaves, for their dtypes.
+      *columns: what else ``update_of`` is given, one entry for each leaf.
+    """
+    group = frame.group
+
+    def one(low: jax.Array, basis: jax.Array, gradient: jax.Array, *entries: Any) -> jax.Array:
+        update = update_of(basis, low, *entries)
+        return _codec.wide(group, update.astype(gradient.dtype))
+
+    lows, bases = _codec.split(group, low), _codec.split(group, frame.basis)
+    return in_sequence(one, lows, bases, gradients, *columns, after=frame.after)
+
+
+def _transform_of(
+    name: str, transformation: optax.GradientTransformation | None
+) -> Callable[..., tuple[jax.Array, State]] | None:
+    """``transformation.update`` as a function of one leaf's gradient and projections."""
+    if transformation is None:
+        return None
+    _checks.transformation(name, transformation)
+    inner: Any = optax.with_extra_args_support(transformation)
+
+    def transform(group, basis, projected_update, projected, gradient, state):
+        # E = G - P R, [*batch, m, n]
+        gradient = _codec.wide(group, gradient.astype(basis.dtype))
+        left_out = _codec.complement(basis, projected, gradient)
+        return inner.update(
+            left_out, state, None, projected=projected, projected_update=projected_update
+        )
+
+    return transform
+
+
+def _always_drawn(sampling: samplers.Sampling, group: Group) -> str:
+    if sampling.probability < 1.0:
+        return ""
+    return "single matrix" if group.count == 1 else "always drawn"

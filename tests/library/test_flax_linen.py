@@ -1,0 +1,157 @@
+"""Under Linen's `TrainState`, boxed and sharded: what happens to a plain tree of arrays."""
+
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportOperatorIssue=false
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from flax.training.train_state import TrainState
+from jax.sharding import AxisType
+
+import gum_optax
+from experiments import flax_linen
+from tests.helpers import jit_once, low_rank_state
+from tests.tables import SIMPLE, assert_close, assert_equal
+
+WIDTH, HEADS, LAYERS, STEPS = 8, 4, 2, 3
+# More tokens than `WIDTH`: of gradients without full rank, Newton-Schulz magnifies the rounding.
+INPUTS, TARGETS = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 8, WIDTH)), jnp.float32)
+
+
+def _kernel(*axes):
+    """An initializer whose results are boxed, with the mesh axes that shard them."""
+    return nn.with_partitioning(nn.initializers.lecun_normal(), axes)
+
+
+class Attention(nn.Module):
+    """A residual layer, as `nn.scan` wants it."""
+
+    @nn.compact
+    def __call__(self, x, _):
+        attention = nn.MultiHeadDotProductAttention(
+            HEADS,
+            use_bias=False,  # A key's bias has no gradient but rounding, which Adam magnifies.
+            kernel_init=_kernel("fsdp", "tensor", None),
+            out_kernel_init=_kernel("tensor", None, "fsdp"),
+        )
+        return x + attention(x, x), None
+
+
+class Model(nn.Module):
+    """Stacked attention kernels ``[layers, embed, heads, head_dim]`` and separate dense ones."""
+
+    @nn.compact
+    def __call__(self, x):
+        attention = nn.scan(
+            Attention,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=LAYERS,
+            metadata_params={nn.PARTITION_NAME: None},
+        )
+        x, _ = attention(name="attention")(x, None)
+        for layer in range(LAYERS):
+            x = x + jnp.tanh(nn.Dense(WIDTH, kernel_init=_kernel("fsdp", "tensor"))(x))
+            x = nn.LayerNorm(name=f"norm_{layer}")(x)
+        return x
+
+
+def _optimizer():
+    ready = gum_optax.dimension_numbers.flax_attention
+    return gum_optax.gum(0.1, SIMPLE, weight_dimension_numbers=ready)
+
+
+def _create():
+    params = Model().init(jax.random.key(0), INPUTS)["params"]
+    state = TrainState.create(apply_fn=Model().apply, params=params, tx=_optimizer())
+    # Flax counts from a Python int, and so compiles twice.
+    return state.replace(step=jnp.zeros((), jnp.int32))
+
+
+def _loss(params):
+    return jnp.mean((Model().apply({"params": params}, INPUTS) - TARGETS) ** 2)
+
+
+def _train(state, shardings=None):
+    """Some steps, compiled once."""
+
+    def step(state):
+        return state.apply_gradients(grads=jax.grad(_loss)(state.params))
+
+    step = jit_once(step, out_shardings=shardings)
+    for _ in range(STEPS):
+        state = step(state)
+    return state
+
+
+@functools.cache
+def _expected():
+    """The same on a plain dict of arrays, without Flax's containers."""
+    params, tx = nn.meta.unbox(_create().params), _optimizer()
+
+    @jax.jit
+    def step(params, opt_state):
+        updates, opt_state = tx.update(jax.grad(_loss)(params), opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    opt_state = tx.init(params)
+    for _ in range(STEPS):
+        params, opt_state = step(params, opt_state)
+    return params, opt_state
+
+
+def _assert_same(state):
+    """Parameters up to the order of float32 sums in another program."""
+    params, opt_state = _expected()
+    assert_close(nn.meta.unbox(state.params), params)
+    got, expected = low_rank_state(state.opt_state), low_rank_state(opt_state)
+    assert_equal((got.slots, got.key, got.count), (expected.slots, expected.key, expected.count))
+
+
+def test_every_role_is_a_group():
+    groups = {name: basis.shape for name, basis in low_rank_state(_expected()[1]).basis.items()}
+    attention = "attention/MultiHeadDotProductAttention_*"
+    assert groups == {
+        "Dense_*/kernel": (LAYERS, WIDTH, 2),
+        **{f"{attention}/{role}/kernel": (LAYERS, WIDTH, 2) for role in ("query", "key", "value")},
+        f"{attention}/out/kernel": (LAYERS, WIDTH, 2),
+    }
+
+
+def test_boxed_parameters_do_what_the_plain_tree_does():
+    _assert_same(_train(_create()))
+
+
+def test_boxed_parameters_on_a_mesh():
+    """Created where they belong: parameters by their boxes, the state by `state_shardings`."""
+    mesh = jax.make_mesh((2, 4), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    shapes = jax.eval_shape(_create)
+    shardings = nn.get_sharding(shapes, mesh)
+    shardings = shardings.replace(
+        opt_state=gum_optax.state_shardings(shapes.tx, shapes.params, shardings.params)
+    )
+    # Without `jax.set_mesh`, under which Linen applies the three axes of an attention kernel's box
+    # to the two that the kernel is initialized in.
+    state = jax.jit(_create, out_shardings=shardings)()
+    _assert_sharded(state)
+    state = _train(state, shardings)
+    _assert_same(state)
+    _assert_sharded(state)
+
+
+def _assert_sharded(state):
+    for basis in low_rank_state(state.opt_state).basis.values():
+        assert basis.sharding.shard_shape(basis.shape)[-2] < WIDTH
+    kernel = state.params["Dense_0"]["kernel"].unbox()
+    assert kernel.sharding.shard_shape(kernel.shape) == (WIDTH // 2, WIDTH // 4)
+
+
+@pytest.mark.slow
+def test_the_example_learns():
+    losses = flax_linen.train(steps=60)
+    assert losses[-1] < 0.7 * losses[0]

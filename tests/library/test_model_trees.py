@@ -1,0 +1,265 @@
+"""Models of Equinox, Haiku and Keras: roots that can be called, and lists without names.
+
+Keras itself is left out: it brings a backend of several hundred megabytes. What its stateless calls
+hand to an optimizer is ``model.trainable_variables`` as arrays, a flat list in the order of the
+layers.
+"""
+
+# optax types a state as any tree of arrays, so its fields are unknown to a type checker.
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportIndexIssue=false
+# pyright: reportCallIssue=false
+
+import collections
+import dataclasses
+import functools
+
+import equinox as eqx
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import gum_optax
+from gum_optax import dimension_numbers
+from tests.helpers import described, jit_once, low_rank_state
+from tests.tables import (
+    PERIOD,
+    RANK,
+    SIMPLE,
+    any_number_of_steps,
+    assert_close,
+    assert_equal,
+    program,
+)
+
+WIDTH, HIDDEN = 6, 10
+# More inputs than features: of gradients without full rank, Newton-Schulz magnifies the rounding.
+INPUTS = jnp.asarray(np.random.default_rng(0).normal(size=(32, WIDTH)), jnp.float32)
+TARGETS = jnp.cumsum(INPUTS, axis=-1)
+
+
+class Block(eqx.Module):
+    """Two weights ``[out, in]``, as all of Equinox has them."""
+
+    up: eqx.nn.Linear
+    down: eqx.nn.Linear
+
+    def __init__(self, key):
+        up, down = jax.random.split(key)
+        self.up = eqx.nn.Linear(WIDTH, HIDDEN, key=up)
+        self.down = eqx.nn.Linear(HIDDEN, WIDTH, key=down)
+
+    def __call__(self, x):
+        return x + self.down(jnp.tanh(self.up(x)))
+
+
+class Model(eqx.Module):
+    """The root can be called: whoever asks `callable` whether it is a function is answered yes."""
+
+    blocks: list[Block]
+    name: str = "a field that is no array"
+
+    def __call__(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+@functools.cache
+def _model():
+    return Model([Block(key) for key in jax.random.split(jax.random.key(0), 3)])
+
+
+def _params():
+    return eqx.filter(_model(), eqx.is_array)
+
+
+def _replaced(kind, weight, bias):
+    """A tree rooted in the module, with one value at all weights and one at all biases."""
+    values = {2: weight, 1: bias}
+    return jax.tree.map(lambda leaf: values[leaf.ndim], kind)
+
+
+OPTIMIZERS = {
+    "gum": functools.partial(gum_optax.gum, 0.1, SIMPLE),
+    "adamw": functools.partial(gum_optax.adamw, 0.1, SIMPLE),
+    "gum_galore": functools.partial(
+        gum_optax.gum, 0.1, gum_optax.galore(RANK, PERIOD, projector=SIMPLE.projector)
+    ),
+    "for_matrices": functools.partial(
+        gum_optax.for_matrices, gum_optax.low_rank(optax.trace(0.9), SIMPLE), 0.1
+    ),
+}
+every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
+
+
+def _plain(module):
+    """The same leaves by the same names and in the same order, in containers."""
+
+    def linear(layer):
+        return collections.OrderedDict(weight=layer.weight, bias=layer.bias)
+
+    blocks = [
+        collections.OrderedDict(up=linear(block.up), down=linear(block.down))
+        for block in module.blocks
+    ]
+    return {"blocks": blocks}
+
+
+@every_optimizer
+def test_an_equinox_model_runs_the_program_of_a_tree_of_dicts(name):
+    """`optax.partition` would call a tree of labels whose root is a module."""
+    optimizer, params = OPTIMIZERS[name](), _params()
+    assert callable(params)
+    state = optimizer.init(params)
+    assert program(optimizer.init, params) == program(optimizer.init, _plain(params))
+    assert program(optimizer.update, params, state, params) == program(
+        optimizer.update, _plain(params), optimizer.init(_plain(params)), _plain(params)
+    )
+    first, after, updates = any_number_of_steps(optimizer, params)
+    assert described(after) == described(first) == described(state)
+    assert jax.tree.structure(updates) == jax.tree.structure(params)
+    assert set(low_rank_state(state).basis) == {"blocks/*/up/weight", "blocks/*/down/weight"}
+    assert_equal(optax.tree.map_params(optimizer, lambda x: x, state), state)
+
+
+def _gradients(seed):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), p.dtype), _params())
+
+
+def test_an_equinox_model_learns_by_its_own_idiom():
+    optimizer = gum_optax.gum(0.05, SIMPLE)
+    traces = []
+
+    @eqx.filter_value_and_grad
+    def loss(model):
+        return jnp.mean((jax.vmap(model)(INPUTS) - TARGETS) ** 2)
+
+    @eqx.filter_jit
+    def step(model, state):
+        traces.append(None)
+        value, gradients = loss(model)
+        updates, state = optimizer.update(gradients, state, eqx.filter(model, eqx.is_array))
+        return eqx.apply_updates(model, updates), state, value
+
+    model = _model()
+    state = optimizer.init(eqx.filter(model, eqx.is_array))
+    values = []
+    for _ in range(40):
+        model, state, value = step(model, state)
+        values.append(float(value))
+    assert len(traces) == 1
+    assert values[-1] < 0.5 * values[0]
+
+
+@every_optimizer
+def test_dimension_numbers_rooted_in_a_module(name):
+    """Rows and columns turned, for weights ``[out, in]``; a function and the default say more."""
+    turned = dimension_numbers.MuonDimensionNumbers(reduction_axis=1, output_axis=0)
+    params = _params()
+    tree = _replaced(params, turned, None)
+    given = OPTIMIZERS[name](weight_dimension_numbers=tree)
+    function = OPTIMIZERS[name](weight_dimension_numbers=lambda params: tree)
+    state, after, updates = any_number_of_steps(given, params)
+    assert described(after) == described(state)
+    assert described(updates) == described(params)
+    assert described(function.init(params)) == described(state)
+    # The state is that of the transposed matrices: short sides are short sides.
+    default = jax.eval_shape(OPTIMIZERS[name]().init, params)
+    assert described(low_rank_state(state)) == described(low_rank_state(default))
+
+
+def test_shape_scaling_follows_dimension_numbers_rooted_in_a_module():
+    """``sqrt(max(1, fan_out / fan_in))``: Equinox's first axis is the output."""
+    turned = dimension_numbers.MuonDimensionNumbers(reduction_axis=1, output_axis=0)
+    params, gradients = _params(), _gradients(0)
+
+    def first_updates(**numbers):
+        optimizer = gum_optax.gum(1.0, SIMPLE, orthogonalizer=optax.identity(), **numbers)
+        updates, _ = jax.jit(optimizer.update)(gradients, optimizer.init(params), params)
+        return updates.blocks[0]
+
+    default = first_updates()
+    given = first_updates(weight_dimension_numbers=_replaced(params, turned, None))
+    factor = np.sqrt(HIDDEN / WIDTH)
+    # [10, 6] maps 6 to 10 features, and the default takes the first axis as the input.
+    assert_close(given.up.weight, factor * default.up.weight)
+    assert_close(given.down.weight, default.down.weight / factor)
+
+
+MASKS = {
+    "tree": lambda tree: tree,
+    "function": lambda tree: lambda params: tree,
+}
+
+
+@every_optimizer
+def test_a_weight_decay_mask_rooted_in_a_module_is_a_tree_and_no_function(name):
+    params = _params()
+    state = OPTIMIZERS[name](weight_decay=0.5).init(params)
+    tree = _replaced(params, True, False)
+    programs = set()
+    for mask in MASKS.values():
+        optimizer = OPTIMIZERS[name](weight_decay=0.5, weight_decay_mask=mask(tree))
+        programs.add(program(optimizer.update, params, optimizer.init(params), params))
+    assert len(programs) == 1
+    without = OPTIMIZERS[name](weight_decay=0.5)
+    assert program(without.update, params, state, params) not in programs
+
+
+@pytest.mark.parametrize("kind", MASKS)
+def test_a_weight_decay_mask_rooted_in_a_module_decides_what_decays(kind):
+    params, zeros = _params(), jax.tree.map(jnp.zeros_like, _params())
+    mask = MASKS[kind](_replaced(params, False, True))
+    optimizer = gum_optax.for_matrices(
+        optax.scale(0.0), 0.1, weight_decay=0.5, weight_decay_mask=mask
+    )
+    updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+    for update, param in zip(jax.tree.leaves(updates), jax.tree.leaves(params), strict=True):
+        # Learning rate times weight decay; of zero gradients there is no other update.
+        assert_close(update, (-0.1 * 0.5 if param.ndim == 1 else 0.0) * param)
+
+
+def test_haiku_parameters():
+    """Modules by name, numbered from the second on: layers of one shape form one group."""
+
+    def forward(x):
+        for _ in range(3):
+            x = x + hk.Linear(WIDTH, name="linear")(jnp.tanh(x))
+        return x
+
+    model = hk.without_apply_rng(hk.transform(forward))
+    params = model.init(jax.random.key(0), INPUTS)
+    optimizer = gum_optax.gum(0.05, dataclasses.replace(SIMPLE, group_by=gum_optax.by_shape))
+
+    def loss(params):
+        return jnp.mean((model.apply(params, INPUTS) - TARGETS) ** 2)
+
+    def step(params, state):
+        updates, state = optimizer.update(jax.grad(loss)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    step, state, before = jit_once(step), optimizer.init(params), loss(params)
+    for _ in range(20):
+        params, state = step(params, state)
+    assert {name: basis.shape for name, basis in low_rank_state(state).basis.items()} == {
+        "6x6": (3, WIDTH, RANK)
+    }
+    assert loss(params) < 0.8 * before
+
+
+def test_keras_variables_without_names():
+    """``[kernel, bias, kernel, bias]``: kernels of one shape form one group, ``*[6,10]``."""
+    shapes = [(WIDTH, HIDDEN), (HIDDEN,), (HIDDEN, WIDTH), (WIDTH,)] * 3
+    rng = np.random.default_rng(0)
+    variables = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+    state, after, updates = any_number_of_steps(gum_optax.gum(0.1, SIMPLE), variables)
+    assert described(after) == described(state)
+    assert described(updates) == described(variables)
+    assert {name: basis.shape for name, basis in low_rank_state(state).basis.items()} == {
+        "*[6,10]": (3, WIDTH, RANK),
+        "*[10,6]": (3, WIDTH, RANK),
+    }

@@ -1,0 +1,371 @@
+"""Newton-Schulz against optax and a loop in float64; power iteration against Householder's QR."""
+
+# Malformed arguments are the point of some tests.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false
+# pyright: reportAttributeAccessIssue=false
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import gum_optax
+from gum_optax import _orthogonal, _scheduling, newton_schulz
+from gum_optax._orthogonal import (
+    matmul_highest,
+    orthonormal_rows,
+    power_iteration_basis,
+    safe_scale,
+    well_conditioned_rows,
+)
+
+MUON = (3.4445, -4.7750, 2.0315)
+CUBIC = (1.5, -0.5, 0.0)
+SHAPES = [(8, 20), (20, 8), (12, 12), (1, 9), (9, 1), (1, 1), (3, 8, 20), (2, 3, 20, 8)]
+
+# Float32 against float64 over all cases here: measured 1.4e-6 (entries of size about 0.3).
+TOLERANCE = 1e-5
+
+
+def _gaussian(shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+def _oracle(x, coefficients=MUON, steps=5, eps=1e-8):
+    """Muon's iteration of one matrix, straight from its definition, in float64."""
+    x = np.asarray(x, np.float64)
+    if x.ndim > 2:
+        return np.stack([_oracle(part, coefficients, steps, eps) for part in x])
+    triples = coefficients if np.ndim(coefficients) == 2 else [coefficients] * steps
+    y = x / (np.linalg.norm(x) + eps)
+    for a, b, c in triples:
+        gram = y @ y.T
+        y = a * y + b * gram @ y + c * gram @ gram @ y
+    return y
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_equals_the_float64_loop(shape):
+    x = _gaussian(shape)
+    got = newton_schulz(jnp.asarray(x, jnp.float32))
+    assert got.shape == shape
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, _oracle(x), atol=TOLERANCE)
+
+
+SPECTRA = {
+    "flat": np.ones(12),
+    "to_1e-2": np.logspace(0, -2, 12),
+    "to_1e-6": np.logspace(0, -6, 12),
+    "rank_one": np.eye(12)[0],
+    "one_large": np.r_[1, np.full(11, 1e-4)],
+}
+
+
+@pytest.mark.parametrize(("steps", "tolerance"), [(1, 1e-6), (5, 4e-5), (7, 5e-4)])
+@pytest.mark.parametrize("spectrum", SPECTRA)
+def test_very_wide_matrices_equal_the_float64_loop(spectrum, steps, tolerance):
+    """Where n is many times m the iteration runs on Gram matrices, whose spectra are squared."""
+    left, _, right = np.linalg.svd(_gaussian((12, 200)), full_matrices=False)
+    x = left * SPECTRA[spectrum] @ right
+    stack = jnp.asarray([x, x[::-1]], jnp.float32)
+    got = jax.jit(newton_schulz, static_argnames="ns_steps")(stack, ns_steps=steps)
+    expected = _oracle([x, x[::-1]], steps=steps)
+    # Measured 4.1e-7, 3.4e-5 and 2.3e-4 (on another CPU 2e-7, 2e-5 and 2.3e-4); the iteration on
+    # the matrix itself 1e-7, 1.3e-5 and 1.5e-4. One unit in the last place at one, times the slope
+    # of 3.4, is 4e-7.
+    assert np.linalg.norm(got - expected, 2, axis=(-2, -1)).max() < tolerance
+
+
+def test_very_wide_matrices_equal_the_float64_loop_to_rounding():
+    with jax.enable_x64(True):
+        x = _gaussian((6, 40))
+        np.testing.assert_allclose(newton_schulz(jnp.asarray(x)), _oracle(x), atol=1e-13)
+
+
+@pytest.mark.parametrize("shape", [(8, 20), (20, 8), (12, 12)], ids=str)
+def test_equals_optax_muon_without_momentum(shape):
+    x = {"w": jnp.asarray(_gaussian(shape), jnp.float32)}
+    muon = optax.contrib.scale_by_muon(
+        beta=0.0,
+        nesterov=False,
+        weight_dimension_numbers={"w": optax.contrib.MuonDimensionNumbers()},
+    )
+    expected, _ = muon.update(x, muon.init(x))
+    np.testing.assert_allclose(newton_schulz(x["w"]), expected["w"], atol=TOLERANCE)
+    got, _ = gum_optax.scale_by_polar().update(x, optax.EmptyState())
+    np.testing.assert_allclose(got["w"], expected["w"], atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("coefficients", "steps"),
+    [
+        (MUON, 1),
+        (MUON, 8),
+        (CUBIC, 5),
+        ([CUBIC] * 3, 5),
+        ([MUON, MUON, CUBIC, (2.0, -1.5, 0.5)], 5),
+        (np.array([MUON, CUBIC]), 1),
+        (jnp.array([MUON, CUBIC]), 1),
+    ],
+    ids=["one step", "eight steps", "cubic", "steps from k", "mixed", "numpy", "jax"],
+)
+def test_coefficients_and_steps(coefficients, steps):
+    x = _gaussian((8, 20))
+    got = newton_schulz(jnp.asarray(x, jnp.float32), coefficients, steps)
+    expected = _oracle(x, np.asarray(coefficients, np.float64), steps)
+    np.testing.assert_allclose(got, expected, atol=TOLERANCE)
+
+
+def test_a_convergent_iteration_reaches_the_polar_factor():
+    x = _gaussian((8, 20))
+    left, _, right = np.linalg.svd(x, full_matrices=False)
+    got = newton_schulz(jnp.asarray(x, jnp.float32), CUBIC, 25)
+    np.testing.assert_allclose(got, left @ right, atol=TOLERANCE)
+
+
+def test_singular_values_end_near_one():
+    values = np.linalg.svd(newton_schulz(jnp.asarray(_gaussian((8, 20)), jnp.float32)))[1]
+    assert values.min() > 0.6
+    assert values.max() < 1.25
+
+
+@pytest.mark.parametrize("shape", [(8, 20), (20, 8), (3, 8, 20)], ids=str)
+def test_zero_stays_zero(shape):
+    np.testing.assert_array_equal(newton_schulz(jnp.zeros(shape)), np.zeros(shape))
+    np.testing.assert_array_equal(newton_schulz(jnp.zeros(shape), eps=0.0), np.zeros(shape))
+
+
+def test_a_zero_matrix_in_a_batch_leaves_the_others_alone():
+    x = _gaussian((3, 8, 20))
+    x[1] = 0
+    got = newton_schulz(jnp.asarray(x, jnp.float32))
+    np.testing.assert_array_equal(got[1], np.zeros((8, 20)))
+    np.testing.assert_allclose(got, _oracle(x), atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-8, 1e30, 1e37])
+@pytest.mark.parametrize("eps", [0.0, 1e-8])
+def test_extreme_scales_follow_the_definition(scale, eps):
+    """At 1e30 squares overflow float32, at 1e-30 they vanish; and eps must still be in force."""
+    x = _gaussian((8, 20))
+    got = newton_schulz(jnp.asarray(scale * x, jnp.float32), eps=eps)
+    expected = _oracle(scale * x, eps=eps)
+    np.testing.assert_allclose(got, expected, atol=TOLERANCE)
+    assert np.isfinite(got).all()
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+def test_half_precision_keeps_its_dtype_and_stays_finite(dtype, scale):
+    x = _gaussian((8, 20))
+    got = newton_schulz((jnp.asarray(x, jnp.float32) * scale).astype(dtype))
+    assert got.dtype == dtype
+    # Measured: 0.053 in bfloat16 (eps 2^-8 grows through five steps of slope 3.4).
+    np.testing.assert_allclose(np.asarray(got, np.float64), _oracle(x), atol=0.1)
+
+
+def test_gradient_scale_does_not_matter():
+    x = jnp.asarray(_gaussian((8, 20)), jnp.float32)
+    np.testing.assert_allclose(newton_schulz(x), newton_schulz(1024.0 * x), atol=1e-6)
+
+
+def test_scale_by_polar_takes_trees_with_batches():
+    tree = {"a": _gaussian((8, 20)), "b": [_gaussian((2, 20, 8)), _gaussian((1, 3))]}
+    updates = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)
+    got, _ = jax.jit(gum_optax.scale_by_polar().update)(updates, optax.EmptyState())
+    for result, x in zip(jax.tree.leaves(got), jax.tree.leaves(tree), strict=True):
+        np.testing.assert_allclose(result, _oracle(x), atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("shape", [(0, 8, 20), (3, 0, 20), (8, 0), (2, 0, 3, 4)], ids=str)
+def test_empty_arrays_pass_through(shape):
+    assert newton_schulz(jnp.zeros(shape)).shape == shape
+    updates, _ = gum_optax.scale_by_polar().update(jnp.zeros(shape), optax.EmptyState())
+    assert updates.shape == shape
+
+
+# (shape, whether it is looped over) with matrices above a short side of 7 called large.
+LOOPED = [((3, 8, 20), True), ((2, 3, 20, 8), True), ((3, 7, 20), False), ((8, 20), False)]
+
+
+@pytest.mark.parametrize(("shape", "looped"), LOOPED, ids=str)
+def test_large_matrices_of_a_batch_are_orthogonalized_one_by_one(monkeypatch, shape, looped):
+    monkeypatch.setattr(_scheduling, "LARGE_SIDE", 7)
+    seen = []
+
+    def spy(x, *args):
+        seen.append(x.shape)
+        return newton_schulz(x, *args)
+
+    monkeypatch.setattr(_orthogonal, "newton_schulz", spy)
+    x = _gaussian(shape)
+    x[0] = 0
+    update = jax.jit(gum_optax.scale_by_polar().update)
+    got, _ = update(jnp.asarray(x, jnp.float32), optax.EmptyState())
+    np.testing.assert_allclose(got, _oracle(x), atol=TOLERANCE)
+    assert set(seen) == {shape[-2:] if looped else shape}
+
+
+@pytest.mark.parametrize("kind", ["Explicit", "Auto"])
+def test_scale_by_polar_keeps_shardings(monkeypatch, kind):
+    monkeypatch.setattr(_scheduling, "LARGE_SIDE", 7)  # or a loop would gather the batch
+    mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(getattr(jax.sharding.AxisType, kind),) * 2)
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("a", None, "b"))
+    x = _gaussian((2, 8, 20))
+    update = jax.jit(lambda x: gum_optax.scale_by_polar().update(x, optax.EmptyState())[0])
+    got = update(jax.device_put(jnp.asarray(x, jnp.float32), sharding))
+    assert got.sharding.is_equivalent_to(sharding, 3)
+    np.testing.assert_allclose(got, _oracle(x), atol=TOLERANCE)
+
+
+BAD_COEFFICIENTS = {
+    "two": (1.0, 2.0),
+    "four": (1.0, 2.0, 3.0, 4.0),
+    "scalar": 1.5,
+    "none of them": np.zeros((0, 3)),
+    "pairs": np.ones((2, 2)),
+    "three axes": np.ones((1, 1, 3)),
+    "nan": (float("nan"), 1.0, 1.0),
+    "inf": (float("inf"), 1.0, 1.0),
+    "text": ("a", "b", "c"),
+    "None": None,
+    "ragged": [(1.0, 2.0, 3.0), (1.0, 2.0)],
+}
+
+
+@pytest.mark.parametrize("coefficients", BAD_COEFFICIENTS.values(), ids=BAD_COEFFICIENTS)
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda c: newton_schulz(jnp.ones((2, 3)), c),
+        lambda c: gum_optax.scale_by_polar(c),
+    ],
+    ids=["newton_schulz", "scale_by_polar"],
+)
+def test_bad_coefficients_fail_at_once(coefficients, build):
+    with pytest.raises((TypeError, ValueError), match="`ns_coeffs` must"):
+        build(coefficients)
+
+
+@pytest.mark.parametrize("steps", [0, -1, 1.5, True, "5", None], ids=repr)
+def test_bad_steps_fail_at_once(steps):
+    for build in (
+        lambda: newton_schulz(jnp.ones((2, 3)), ns_steps=steps),
+        lambda: gum_optax.scale_by_polar(ns_steps=steps),
+    ):
+        with pytest.raises((TypeError, ValueError), match="`ns_steps` must"):
+            build()
+
+
+# Products and scales -----------------------------------------------------------------------------
+
+
+def test_products_ask_for_the_highest_precision():
+    jaxpr = jax.make_jaxpr(matmul_highest)(jnp.ones((2, 3)), jnp.ones((3, 2)))
+    precisions = [equation.params.get("precision") for equation in jaxpr.jaxpr.eqns]
+    assert (jax.lax.Precision.HIGHEST, jax.lax.Precision.HIGHEST) in precisions
+
+
+def test_the_safe_scale_is_the_largest_entry():
+    x = jnp.array([[0.0, 3.0, 1e-40], [0.0, -4.0, 0.0]])
+    assert safe_scale(x) == 4.0
+    assert safe_scale(0 * x) == 1.0
+    # Neither a zero nor a denormal column has an inverse in float32.
+    columns = safe_scale(x, axis=-2)
+    assert columns.shape == (1, 3)
+    np.testing.assert_array_equal(columns[0, :2], [1.0, 4.0])
+    assert np.isfinite(1 / columns).all()
+
+
+# Bases -------------------------------------------------------------------------------------------
+
+# Measured over all cases here: 4e-7.
+ORTHONORMAL = 2e-6
+
+BASIS = jax.jit(power_iteration_basis, static_argnums=2)
+
+
+def _departure(basis):
+    basis = np.asarray(basis, np.float64)
+    return np.abs(basis.T @ basis - np.eye(basis.shape[1])).max()
+
+
+def _householder(gradient, start, iterations):
+    """Power iteration in float64, orthonormalized by NumPy's QR."""
+    basis = start
+    for _ in range(iterations):
+        basis = np.linalg.qr(gradient @ np.linalg.qr(gradient.T @ basis)[0])[0]
+    return basis
+
+
+@pytest.mark.parametrize("iterations", [1, 2, 3])
+@pytest.mark.parametrize("shape", [(12, 30, 4), (8, 8, 3), (6, 9, 6), (1, 5, 1)], ids=str)
+def test_the_basis_equals_the_float64_iteration(shape, iterations):
+    m, n, r = shape
+    gradient, start = _gaussian((m, n)), _gaussian((m, r), seed=1)
+    expected = _householder(gradient, start, iterations)
+    with jax.enable_x64(True):
+        basis = np.asarray(BASIS(jnp.asarray(gradient), jnp.asarray(start), iterations))
+    # Subspaces, not vectors: the columns may be rotated. Measured: 7e-16.
+    np.testing.assert_allclose(basis @ basis.T, expected @ expected.T, atol=1e-12)
+
+
+@pytest.mark.parametrize("decades", [3, 5, 8])
+def test_steep_spectra_keep_every_direction(decades):
+    """Once, the weakest of 64 directions were lost in rounding, and the basis was not finite."""
+    rng = np.random.default_rng(0)
+    left, right = (np.linalg.qr(rng.normal(size=(128, 128)))[0] for _ in range(2))
+    gradient = jnp.asarray(left * np.logspace(0, -decades, 128) @ right, jnp.float32)
+    start = np.linalg.qr(rng.normal(size=(128, 64)))[0]
+    basis = BASIS(gradient, jnp.asarray(start, jnp.float32), 3)
+    assert _departure(basis) < ORTHONORMAL
+    G = np.asarray(gradient, np.float64)
+    oracle = _householder(G, start, 2)
+    missed = [1 - np.sum((P.T @ G) ** 2) / np.sum(G**2) for P in (np.asarray(basis), oracle)]
+    assert missed[0] < 1.05 * missed[1] + 1e-9
+
+
+@pytest.mark.parametrize(("kind", "cholesky"), [("gaussian", True), ("zero", False)])
+def test_householder_is_for_where_cholesky_fails(monkeypatch, kind, cholesky):
+    """Cholesky does what it can, several times as fast: spoil the other and see who notices."""
+    monkeypatch.setattr(jnp.linalg, "qr", lambda x: (jnp.full_like(x, jnp.nan), None))
+    gradient = jnp.asarray((kind == "gaussian") * _gaussian((40, 60)), jnp.float32)
+    start = jnp.asarray(_gaussian((40, 6), seed=1), jnp.float32)
+    basis = jax.jit(lambda *args: power_iteration_basis(*args, 3))(gradient, start)
+    assert bool(jnp.isfinite(basis).all()) == cholesky
+
+
+def test_where_cholesky_fails_householder_takes_over(monkeypatch):
+    """XLA's CPU backend passes over NaNs in a maximum: the check must not rest on one."""
+
+    def failed(x, shift):
+        return jnp.full_like(x, jnp.nan), jnp.array(jnp.nan)
+
+    monkeypatch.setattr(_orthogonal, "orthonormal_rows", failed)
+    gradient, start = (jnp.asarray(_gaussian((16, n)), jnp.float32) for n in (24, 4))
+    basis = jax.jit(lambda *args: power_iteration_basis(*args, 3))(gradient, start)
+    assert _departure(basis) < ORTHONORMAL
+
+
+@pytest.mark.parametrize(("decades", "shift"), [(0, 1e-6), (3, 1e-6), (8, 1e-6), (8, 1e-3)])
+def test_what_a_shift_takes_from_the_rows_is_known(decades, shift):
+    """It decides whether they are taken again, and bounds what every direction lost."""
+    with jax.enable_x64(True):
+        x = jnp.logspace(0, -decades, 8)[:, None] * _gaussian((8, 20))
+        rows, lost = map(np.asarray, orthonormal_rows(x, shift))
+    missing = np.linalg.eigvalsh(np.eye(8) - rows @ rows.T)
+    np.testing.assert_allclose(lost, missing.sum(), atol=1e-9)
+    assert missing.max() < lost + 1e-9
+
+
+@pytest.mark.parametrize(("decades", "again"), [(0, False), (2, False), (4, True)])
+def test_rows_are_taken_again_only_where_much_was_lost(decades, again):
+    with jax.enable_x64(True):
+        x = jnp.logspace(0, -decades, 8)[:, None] * np.linalg.qr(_gaussian((20, 8)))[0].T
+        rows = np.asarray(well_conditioned_rows(x))
+        once = np.asarray(orthonormal_rows(x, 1e-6)[0])
+    assert np.linalg.svd(rows, compute_uv=False).min() > 0.9
+    assert (np.linalg.svd(once, compute_uv=False).min() < 0.2) == again
+    assert (rows != once).any() == again

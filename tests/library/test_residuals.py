@@ -1,0 +1,401 @@
+"""Residual rules against the float64 reference, their laws, and examples worked out by hand."""
+
+# optax types a state as any tree of arrays, so its fields are unknown to a type checker.
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import gum_optax
+from gum_optax import LowRank, carries, low_rank, normalize_columns, projectors, residuals
+from tests import cases, helpers, reference
+from tests.cases import CASES, EXPERTS, SEPARATE, SQUARE, STACKED, label
+
+BETA = 0.9
+MUON = optax.chain(optax.trace(BETA), gum_optax.scale_by_polar())
+# The inner transformation, and the same in the reference.
+INNER: dict[str, Any] = {
+    "identity": (optax.identity(), reference.identity()),
+    "muon": (MUON, reference.momentum_polar(BETA)),
+    "adam": (optax.scale_by_adam(), reference.adam()),
+}
+
+
+def fira(limit: float | None = 1.01) -> optax.GradientTransformationExtraArgs:
+    """Fira, as a user writes it: residual columns grow as the inner transformation's do."""
+
+    def init(params):
+        # The norm of the last update, of each matrix; zero stands for none.
+        return jnp.zeros(params.shape[:-2], params.dtype)
+
+    def update(updates, state, params=None, *, projected, projected_update, **extra_args):
+        del params, extra_args
+        grown = jnp.linalg.norm(projected_update, axis=-2, keepdims=True)
+        seen = jnp.linalg.norm(projected, axis=-2, keepdims=True)
+        scaled = grown / (seen + 1e-8) * updates
+        norm = jnp.sqrt(jnp.sum(scaled**2, axis=(-2, -1)))
+        if limit is not None:
+            excess = jnp.maximum(norm / (state + 1e-8), limit) / limit
+            divisor = jnp.where(state > 0, excess, 1.0)
+            scaled, norm = scaled / divisor[..., None, None], norm / divisor
+        return scaled, norm
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+# A transformation of residuals, and the same in the reference.
+THROUGH: dict[str, Any] = {
+    "sign": (optax.scale_by_sign(), reference.sign()),
+    "momentum": (optax.trace(0.5), reference.of_residual(reference.momentum(0.5))),
+    "columns": (normalize_columns(), reference.columns()),
+    "fira": (fira(), reference.fira()),
+    "fira without limit": (fira(None), reference.fira(None)),
+}
+
+EVERY_LAYOUT = [SEPARATE, STACKED, EXPERTS, SQUARE]
+
+
+@pytest.mark.parametrize(
+    ("case", "inner"),
+    [(case, "muon") for case in CASES if case.gamma] + [(STACKED, "adam"), (EXPERTS, "identity")],
+    ids=label,
+)
+def test_additive_form_equals_the_reference(case, inner):
+    tx, oracle = INNER[inner]
+    gradients = cases.gradients_of(case)
+    rule = residuals.sampled(case.gamma, form="additive")
+    compression = case.compression(residual=rule, projector=projectors.svd)
+    run = cases.run(low_rank(tx, compression), case, gradients)
+    sizes = run.sizes(case)
+    expected = reference.sampled(oracle, gradients, form="additive", **sizes)
+    cases.assert_close(run.updates, expected)
+    exclusive = np.asarray(reference.sampled(oracle, gradients, **sizes))
+    assert np.abs(run.updates - exclusive).max() > 0.1, "the two must be told apart"
+
+
+@pytest.mark.parametrize(
+    ("case", "form", "undrawn"),
+    [
+        (SEPARATE, "exclusive", "momentum"),
+        (SEPARATE, "additive", "fira"),
+        (STACKED, "exclusive", "fira"),
+        (STACKED, "additive", "columns"),
+        (EXPERTS, "exclusive", "columns"),
+        (EXPERTS, "additive", "momentum"),
+        (SQUARE, "exclusive", "sign"),
+    ],
+    ids=label,
+)
+def test_undrawn_matrices_send_their_residual_through_a_transformation(case, form, undrawn):
+    transformation, rule = THROUGH[undrawn]
+    gradients = cases.gradients_of(case)
+    residual = residuals.sampled(case.gamma, form=form, undrawn=transformation)
+    compression = case.compression(residual=residual, projector=projectors.svd)
+    run = cases.run(low_rank(MUON, compression), case, gradients)
+    muon, sizes = reference.momentum_polar(BETA), run.sizes(case) | {"form": form}
+    expected = reference.sampled(muon, gradients, undrawn=rule, **sizes)
+    cases.assert_close(run.updates, expected)
+    dropped = np.asarray(reference.sampled(muon, gradients, **sizes))
+    assert np.abs(run.updates - dropped).max() > 0.1, "the two must be told apart"
+
+
+@pytest.mark.parametrize(
+    ("case", "inner", "rule"),
+    [
+        (SEPARATE, "identity", "momentum"),
+        (SEPARATE, "adam", "fira"),
+        (SEPARATE, "adam", "sign"),
+        (STACKED, "identity", "fira without limit"),
+        (STACKED, "adam", "momentum"),
+        (STACKED, "muon", "columns"),
+        (EXPERTS, "adam", "fira"),
+        (EXPERTS, "identity", "columns"),
+        (SQUARE, "adam", "fira"),
+        (SQUARE, "identity", "sign"),
+    ],
+    ids=label,
+)
+def test_residuals_through_a_transformation_equal_the_reference(case, inner, rule):
+    tx, oracle = INNER[inner]
+    transformation, oracle_rule = THROUGH[rule]
+    gradients = cases.gradients_of(case)
+    compression = case.compression(
+        residual=residuals.through(transformation), projector=projectors.svd, carry=carries.keep
+    )
+    run = cases.run(low_rank(tx, compression), case, gradients)
+    assert run.draws == [set()] * cases.PERIODS
+    sizes = {"rank": case.rank, "K": case.K, "bases": run.bases, "carry": "keep"}
+    cases.assert_close(run.updates, reference.through(oracle, oracle_rule, gradients, **sizes))
+
+
+# LDAdam and Dion refresh at every step; between refreshes the rule must hold as well.
+@pytest.mark.parametrize(
+    ("case", "inner", "decay"),
+    [
+        (SEPARATE._replace(K=1), "adam", 0.0),
+        (SEPARATE, "muon", 0.0),
+        (STACKED._replace(K=1), "muon", 0.7),
+        (STACKED, "identity", 0.0),
+        (EXPERTS, "identity", 0.7),
+        (SQUARE, "adam", 0.0),
+    ],
+    ids=label,
+)
+def test_feedback_equals_the_reference(case, inner, decay):
+    tx, oracle = INNER[inner]
+    gradients = cases.gradients_of(case._replace(K=max(case.K, 2)))
+    compression = case.compression(residual=residuals.feedback(decay), projector=projectors.svd)
+    run = cases.run(low_rank(tx, compression), case, gradients)
+    # What Adam sees depends on the signs of singular vectors; the others show that the basis comes
+    # from the corrected gradient.
+    bases = run.bases if inner == "adam" else None
+    sizes = {"rank": case.rank, "K": case.K, "bases": bases}
+    cases.assert_close(run.updates, reference.feedback(oracle, gradients, decay=decay, **sizes))
+
+
+# Laws ---------------------------------------------------------------------------------------------
+
+
+@cases.each(SEPARATE, STACKED, EXPERTS)
+def test_feedback_loses_nothing(case):
+    """Decoded gradients and the last error add up to the sum of all gradients."""
+    gradients = cases.gradients_of(case)
+    compression = case.compression(
+        residual=residuals.feedback(), projector=helpers.first_coordinates
+    )
+    with jax.enable_x64(True):
+        trees = [helpers.pack(case.layout, jnp.asarray(G_t)) for G_t in gradients]
+        runs = list(helpers.run(low_rank(optax.identity(), compression), trees))
+        [error] = runs[-1][1].residual.values()
+        total = sum(helpers.unpack(updates) for updates, _ in runs) + helpers.unpack(error)
+        assert np.abs(helpers.unpack(error)).max() > 0.1
+    # Measured: 4e-16.
+    np.testing.assert_allclose(total, gradients.sum(0), rtol=0, atol=1e-13)
+
+
+def test_feedback_keeps_dions_momentum():
+    """M <- B - (1 - mu) P P'B with B = M + G, which at full rank is momentum: M <- mu (M + G)."""
+    mu = 0.8
+    gradients = helpers.gradients(0, 6, 2, 10, 6)
+    rule = residuals.feedback(mu)
+    tx = low_rank(optax.identity(), LowRank(2, 1, rule, projectors.svd))
+    momentum = np.zeros_like(gradients[0])
+    with jax.enable_x64(True):
+        trees = [jnp.asarray(G_t) for G_t in gradients]
+        for G_t, (_, state) in zip(gradients, helpers.run(tx, trees), strict=True):
+            corrected = momentum + G_t
+            for i, B in enumerate(corrected):
+                P = np.linalg.svd(B)[2][:2].T  # Tall: the short side is on the right.
+                momentum[i] = B - (1 - mu) * B @ P @ P.T
+            [error] = state.residual["param"]
+            np.testing.assert_allclose(error, momentum, rtol=0, atol=1e-12)  # Measured: 3e-15.
+
+
+def recorder(told: list[Any]) -> optax.GradientTransformationExtraArgs:
+    """Keeps what a transformation of residuals is told, and changes nothing."""
+
+    def update(updates, state, params=None, **extra_args):
+        assert params is None
+        told.append(jax.tree.map(np.asarray, (updates, extra_args)))
+        return updates, state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+@pytest.mark.parametrize("shape", helpers.SHAPES)
+@pytest.mark.parametrize("layout", helpers.LAYOUTS)
+def test_projected_is_what_the_inner_transformation_saw_and_projected_update_what_it_gave(
+    layout, shape
+):
+    m, n = sorted(helpers.SHAPES[shape])
+    seen, told = [], []
+
+    def inner(updates, state, params=None):
+        given = jax.tree.map(lambda x: 3.0 * x + 1.0, updates)
+        seen.append((updates, given))
+        return given, state
+
+    spy = optax.GradientTransformation(lambda params: optax.EmptyState(), inner)
+    rule = residuals.through(recorder(told))
+    tx = low_rank(spy, LowRank(2, 1, rule, helpers.first_coordinates))
+    matrices = jnp.asarray(helpers.gradients(0, 4, *helpers.SHAPES[shape]), jnp.float32)
+    tree = helpers.pack(layout, matrices)
+    tx.update(tree, tx.init(tree))
+
+    [(saw, gave)] = seen
+    assert saw[helpers.group_name(layout)].residual is None, "through has no slots"
+    saw, gave = (np.asarray(part[helpers.group_name(layout)].low) for part in (saw, gave))
+    leaves = jax.tree.leaves(tree)
+    # [*lead, 2, n] -> one array for each leaf
+    saw, gave = (part if len(leaves) > 1 else part[None] for part in (saw, gave))
+    assert len(told) == len(leaves)
+    for (residual, extra), leaf, projected, update in zip(told, leaves, saw, gave, strict=True):
+        wide = np.asarray(leaf).swapaxes(-1, -2) if shape == "tall" else np.asarray(leaf)
+        assert residual.shape == (*leaf.shape[:-2], m, n)
+        assert extra.keys() == {"projected", "projected_update"}
+        np.testing.assert_array_equal(extra["projected"], projected)
+        np.testing.assert_array_equal(extra["projected_update"], update)
+        np.testing.assert_allclose(projected, wide[..., :2, :], rtol=1e-6)
+        expected = np.concatenate([0 * wide[..., :2, :], wide[..., 2:, :]], -2)
+        np.testing.assert_allclose(residual, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["exclusive", "additive"])
+def test_undrawn_is_told_the_projection_without_its_weight(form):
+    told = []
+    rule = residuals.sampled(1, form=form, undrawn=recorder(told))
+    tx = low_rank(optax.identity(), LowRank(2, 1, rule, helpers.first_coordinates))
+    tree = list(jnp.asarray(helpers.gradients(0, 3, 5, 8), jnp.float32))
+    tx.update(tree, tx.init(tree))
+    weight = 1.0 if form == "additive" else 1.5
+    for (_, extra), leaf in zip(told, tree, strict=True):
+        np.testing.assert_allclose(extra["projected"], leaf[:2], rtol=1e-6)
+        np.testing.assert_allclose(extra["projected_update"], weight * leaf[:2], rtol=1e-6)
+
+
+@pytest.mark.parametrize("rule", ["through", "undrawn"])
+def test_a_refresh_does_not_touch_the_state_of_a_transformation_of_residuals(rule):
+    counter = optax.scale_by_schedule(lambda count: 1.0 + count)
+    rules = {
+        "through": residuals.through(counter),
+        "undrawn": residuals.sampled(1, undrawn=counter),
+    }
+    tx = low_rank(optax.trace(0.9), LowRank(2, 2, rules[rule], helpers.first_coordinates))
+    tree = {"a": [jnp.ones((4, 6))] * 3, "b": jnp.ones((2, 6, 4))}
+    *_, (_, state) = helpers.run(tx, [tree] * 5)
+    counts = {name: [int(leaf.count) for leaf in part] for name, part in state.residual.items()}
+    assert counts == {"a/*": [5, 5, 5], "b": [5]}
+
+
+# By hand ------------------------------------------------------------------------------------------
+
+
+def first_update(gradient: Any, inner: Any, residual: Any) -> np.ndarray:
+    """The first update of one matrix 2 x 3, on the basis e1."""
+    tx = low_rank(inner, LowRank(1, 1, residual, helpers.first_coordinates))
+    gradient = jnp.asarray(gradient, jnp.float32)
+    return np.asarray(tx.update(gradient, tx.init(gradient))[0])
+
+
+@pytest.mark.parametrize("limit", [None, 1.01])
+def test_fira_by_hand(limit):
+    """R = (3, 0, 1) and D = sign R, so the columns of the residual are scaled by 1/3, 0 and 1."""
+    got = first_update(
+        [[3, 0, 1], [4, 2, 1]], optax.scale_by_sign(), residuals.through(fira(limit))
+    )
+    np.testing.assert_allclose(got, [[1, 0, 1], [4 / 3, 0, 1]], rtol=1e-6, atol=1e-7)
+
+
+def test_firas_norm_grows_by_its_limit():
+    """A gradient of ten times the size, after a first; none after a residual of zero."""
+    inner = optax.scale_by_schedule(lambda count: 10.0**count)
+    tx = low_rank(inner, LowRank(1, 9, residuals.through(fira()), helpers.first_coordinates))
+    gradient = jnp.asarray([[3.0, 0, 1], [4, 2, 1]])
+    frozen = gradient.at[1].set(0.0)  # Its residual is zero, and so is its norm.
+    norms = [float(state.residual["param"][0]) for _, state in helpers.run(tx, [gradient] * 3)]
+    np.testing.assert_allclose(np.divide(norms[1:], norms[:-1]), 1.01, rtol=1e-5)
+    norms = [float(state.residual["param"][0]) for _, state in helpers.run(tx, [frozen, gradient])]
+    np.testing.assert_allclose(norms, [0.0, 10 * np.linalg.norm([4, 1])], rtol=1e-5)
+
+
+def test_frugal_by_hand():
+    sign = optax.scale_by_sign()
+    got = first_update([[3, 0, 1], [4, 2, -1]], sign, residuals.through(sign))
+    np.testing.assert_array_equal(got, [[1, 0, 1], [1, 1, -1]])
+
+
+def test_drop_by_hand():
+    got = first_update([[3, 0, 1], [4, 2, -1]], optax.identity(), residuals.drop())
+    np.testing.assert_array_equal(got, [[3, 0, 1], [0, 0, 0]])
+
+
+@pytest.mark.parametrize("shape", helpers.SHAPES)
+def test_a_column_normalized_residual_has_the_size_of_the_directions_that_are_left_out(shape):
+    """Its Frobenius norm is sqrt(m - r), as if m - r singular values had been set to one."""
+    G = jnp.asarray(helpers.gradients(0, 3, *helpers.SHAPES[shape]), jnp.float32)
+    m, n = sorted(helpers.SHAPES[shape])
+
+    def updates(residual):
+        tx = low_rank(optax.identity(), LowRank(2, 1, residual, helpers.first_coordinates))
+        return np.asarray(tx.update(G, tx.init(G))[0])
+
+    added = updates(residuals.through(normalize_columns())) - updates(residuals.drop())
+    np.testing.assert_allclose(np.linalg.norm(added, axis=(-2, -1)), np.sqrt(m - 2), rtol=1e-5)
+    along = -1 if shape == "tall" else -2
+    np.testing.assert_allclose(np.linalg.norm(added, axis=along), np.sqrt((m - 2) / n), rtol=1e-5)
+
+
+# A user's rule, and the shape of states -----------------------------------------------------------
+
+
+def test_a_users_rule_replaces_functions_of_a_ready_one():
+    """Half of the residual comes along as it is."""
+
+    def decode(period, updates, encoded, gradients, state):
+        kept, _ = residuals.drop().decode(period, updates, encoded, gradients, state)
+        [seen] = residuals.drop().decode(period, encoded, encoded, gradients, state)[0]
+        return [kept[0] + 0.5 * (gradients[0] - seen)], state + 1
+
+    mine = residuals.drop()._replace(init=lambda group: jnp.zeros((), jnp.int32), decode=decode)
+    tx = low_rank(optax.scale(2.0), LowRank(1, 1, mine, helpers.first_coordinates))
+    G = jnp.asarray([[3.0, 0, 1], [4, 2, -1]])
+    *_, (updates, state) = helpers.run(tx, [G] * 3)
+    np.testing.assert_array_equal(updates, [[6, 0, 2], [2, 1, -0.5]])
+    assert int(state.residual["param"]) == 3
+
+
+def test_a_users_rule_may_leave_groups_uncompressed():
+    mine = residuals.drop()._replace(uncompressed=lambda group: "mine" if group.name == "b" else "")
+    tree = {"a": jnp.ones((4, 6)), "b": jnp.ones((4, 6))}
+    tx = low_rank(optax.trace(0.9), LowRank(2, 1, mine))
+    state = tx.init(tree)
+    assert set(state.basis) == {"a"}
+    plan = gum_optax.memory_plan(tx, tree)
+    assert {row.name: row.why for row in plan.rows[:2]} == {"a": "", "b": "mine"}
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        residuals.drop(),
+        residuals.sampled(1),
+        residuals.sampled(1, form="additive"),
+        residuals.sampled(1, undrawn=optax.trace(0.5)),
+        residuals.through(optax.trace(0.5)),
+        residuals.feedback(0.5),
+    ],
+    ids=["drop", "sampled", "additive", "undrawn", "through", "feedback"],
+)
+def test_states_keep_their_shapes_and_dtypes_over_steps(rule):
+    """In bfloat16, where a float32 basis promotes whatever it touches."""
+    tree = {"a": [jnp.ones((6, 4), jnp.bfloat16)] * 3, "b": jnp.ones((2, 3, 4, 6), jnp.bfloat16)}
+    tx = low_rank(optax.trace(0.9), LowRank(2, 2, rule))
+    state = jax.eval_shape(tx.init, tree)
+    updates, after = jax.eval_shape(tx.update, tree, state)
+    assert helpers.described(after) == helpers.described(state)
+    assert helpers.described(updates) == helpers.described(tree)
+    assert all(dtype == jnp.bfloat16 for _, shape, dtype in helpers.described(state.residual))
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda: residuals.sampled(-1), "gamma"),
+        (lambda: residuals.sampled(1.5), "gamma"),
+        (lambda: residuals.sampled(1, form="both"), "form"),
+        (lambda: residuals.sampled(1, undrawn="sign"), "undrawn"),
+        (lambda: residuals.through(None), "transformation"),
+        (lambda: residuals.through(optax.identity), "transformation"),
+        (lambda: residuals.feedback(1.0), "decay"),
+        (lambda: residuals.feedback(-0.1), "decay"),
+        (lambda: residuals.feedback("0.5"), "decay"),
+    ],
+)
+def test_malformed_arguments_are_named(make, name):
+    with pytest.raises((TypeError, ValueError), match=f"`{name}`"):
+        make()

@@ -1,0 +1,129 @@
+"""Loops and sequences change the order of work, and no result."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gum_optax import _scheduling, newton_schulz
+from gum_optax._scheduling import in_sequence, is_large, one_by_one, scheduled_after
+
+
+def _gaussian(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+@pytest.mark.parametrize(
+    ("shape", "large"),
+    [
+        ((256, 1000), False),
+        ((257, 1000), True),
+        ((1000, 257), True),
+        ((8, 1000, 256), False),
+        ((8, 2, 257, 257), True),
+    ],
+    ids=str,
+)
+def test_the_short_side_decides_what_is_large(shape, large):
+    assert _scheduling.LARGE_SIDE == 256
+    matrices: Any = jax.ShapeDtypeStruct(shape, jnp.float32)
+    assert is_large(matrices) == large
+
+
+# One by one ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(4, 6, 9), (2, 3, 9, 6), (1, 5, 5), (6, 9)], ids=str)
+def test_the_loop_equals_the_batch(shape):
+    x = _gaussian(*shape)
+    got = jax.jit(lambda x: one_by_one(newton_schulz, x))(x)
+    assert got.shape == shape
+    # Products of one matrix and of a batch may sum in another order. Measured: 5e-7.
+    np.testing.assert_allclose(got, jax.jit(newton_schulz)(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(0, 6, 9), (3, 0, 9), (2, 0, 3, 4)], ids=str)
+def test_the_loop_over_nothing_is_nothing(shape):
+    assert one_by_one(newton_schulz, jnp.zeros(shape)).shape == shape
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_the_loop_keeps_the_dtype(dtype):
+    assert one_by_one(newton_schulz, _gaussian(2, 4, 6).astype(dtype)).dtype == dtype
+
+
+@pytest.mark.parametrize("zeros", [[], [1], [0, 2, 3], [0, 1, 2, 3]], ids=str)
+def test_zero_matrices_cost_no_newton_schulz(zeros):
+    calls = []
+
+    def counted(matrix):
+        jax.debug.callback(lambda: calls.append(1))
+        return newton_schulz(matrix)
+
+    x = _gaussian(4, 6, 9).at[jnp.array(zeros, int)].set(0.0)
+    got = jax.block_until_ready(jax.jit(lambda x: one_by_one(counted, x))(x))
+    jax.effects_barrier()
+    assert len(calls) == 4 - len(zeros)
+    np.testing.assert_allclose(got, newton_schulz(x), atol=1e-5)
+    np.testing.assert_array_equal(got[jnp.array(zeros, int)], 0.0)
+
+
+def test_a_matrix_that_is_not_finite_is_not_skipped():
+    x = jnp.zeros((2, 3, 4)).at[1, 0, 0].set(jnp.nan)
+    got = one_by_one(lambda matrix: matrix + matrix, x)
+    np.testing.assert_array_equal(got, x)
+
+
+# In sequence --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("after", [None, jnp.ones(3), jnp.full((2, 2), jnp.nan), jnp.zeros((0, 3))])
+def test_a_sequence_is_a_map_in_order(after):
+    xs, names = [_gaussian(2, 3, seed=i) for i in range(4)], "abcd"
+    seen = []
+
+    def double(x, name):
+        seen.append(name)
+        return 2 * x
+
+    got = in_sequence(double, xs, names, after=after)
+    assert "".join(seen) == names
+    for result, x in zip(got, xs, strict=True):
+        np.testing.assert_array_equal(result, 2 * x)
+
+
+def test_a_sequence_of_nothing_is_empty():
+    assert in_sequence(jnp.sin, []) == []
+
+
+def test_columns_of_a_sequence_have_equal_lengths():
+    with pytest.raises(ValueError, match="shorter"):
+        in_sequence(jnp.multiply, [jnp.ones(2)] * 2, [jnp.ones(2)])
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_waiting_changes_no_value(dtype):
+    value = jnp.array([1.5, -0.0, jnp.inf, -jnp.inf, jnp.nan, 3e38], dtype)
+    for other in (jnp.zeros((2, 3)), jnp.array(jnp.nan), jnp.array([jnp.inf], jnp.bfloat16)):
+        got = jax.jit(scheduled_after)(value, other)
+        assert got.dtype == dtype
+        got, expected = (np.asarray(x, np.float32) for x in (got, value))
+        np.testing.assert_array_equal(got, expected)
+        np.testing.assert_array_equal(np.signbit(got), np.signbit(expected))
+
+
+def test_xla_cannot_remove_the_wait():
+    """The comparison with itself survives compilation for CPUs, so there is an order."""
+    compiled = jax.jit(scheduled_after).lower(jnp.ones(4), jnp.ones(3)).compile()
+    assert "compare(" in (compiled.as_text() or "")
+
+
+def test_other_backends_and_meshes_do_not_wait():
+    exported = jax.export.export(jax.jit(scheduled_after), platforms=["cuda"])
+    assert "compare" not in exported(jnp.ones(4), jnp.ones(3)).mlir_module()
+    mesh = jax.make_mesh((2,), ("a",), axis_types=(jax.sharding.AxisType.Explicit,))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("a"))
+    value = jax.device_put(jnp.arange(4.0), sharding)
+    assert scheduled_after(value, jnp.ones(3)) is value

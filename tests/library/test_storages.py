@@ -1,0 +1,247 @@
+"""Storages: dtypes, bytes and values of the inner state between two steps."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import gum_optax
+from gum_optax import LowRank, carries, low_rank, storages
+from tests import helpers, tables
+
+TREE = {
+    "a": [jnp.asarray(G, jnp.float32) for G in helpers.gradients(0, 4, 5, 8)],
+    "b": jnp.asarray(helpers.gradients(1, 2, 3, 8, 5), jnp.float32),
+    "single": jnp.asarray(helpers.gradients(2, 6, 6), jnp.float32),  # Uncompressed.
+}
+STEPS = 5
+
+
+def trees(dtype: Any = jnp.float32, steps: int = STEPS) -> list[Any]:
+    scales = [1.0, -0.7, 1.9, 0.4, 1.1]
+    return [
+        jax.tree.map(lambda x, s=scale: (s * x).astype(dtype), TREE) for scale in scales[:steps]
+    ]
+
+
+def around(inner: Any, storage: storages.Storage, **parts: Any) -> Any:
+    """Low rank with one slot for each group, refreshed every other step."""
+    return low_rank(inner, dataclasses.replace(tables.SIMPLE, storage=storage, **parts))
+
+
+class Quantized(NamedTuple):
+    """Integers, and what one of them is worth in each row."""
+
+    values: Any
+    scale: Any
+
+
+def _quantize(array: jax.Array) -> Quantized:
+    scale = jnp.max(jnp.abs(array), axis=-1, keepdims=True) / 127
+    values = jnp.round(array / jnp.where(scale > 0, scale, 1)).astype(jnp.int8)
+    return Quantized(values, scale.astype(jnp.float32))
+
+
+INT8 = storages.Storage(
+    pack=_quantize,
+    unpack=lambda packed, like: (packed.values * packed.scale).astype(like.dtype),
+)
+
+INNER = {
+    "trace": optax.trace(0.9),
+    "adam": optax.scale_by_adam(),
+    "chain": optax.chain(optax.trace(0.9), gum_optax.scale_by_polar(), optax.scale(-0.1)),
+}
+
+
+# Cast ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, "bfloat16", np.dtype("float16")], ids=str)
+@pytest.mark.parametrize("inner", INNER)
+def test_cast_changes_floating_arrays_of_the_inner_state_alone(inner, dtype):
+    storage = storages.cast(dtype)
+    plain, cast = (
+        jax.eval_shape(around(INNER[inner], s).init, TREE) for s in (storages.plain(), storage)
+    )
+    for before, after in zip(helpers.described(plain), helpers.described(cast), strict=True):
+        path, shape, was = before
+        inside = path.startswith((".inner", ".uncompressed"))
+        floating = jnp.issubdtype(was, jnp.floating)
+        expected = jnp.dtype(dtype) if inside and floating else was
+        assert after == (path, shape, expected)
+    # Half of the bytes of moments; bases, slots, counts and keys are as before.
+    moments = [
+        leaf.size
+        for part in (plain.inner, plain.uncompressed)
+        for leaf in jax.tree.leaves(part)
+        if jnp.issubdtype(leaf.dtype, jnp.floating)
+    ]
+    assert helpers.state_bytes(plain) - helpers.state_bytes(cast) == 2 * sum(moments) > 0
+
+
+def test_a_cast_state_is_the_float32_state_rounded():
+    """Step by step: what is kept is rounded, what is computed from it is not."""
+    bfloat16 = around(optax.trace(0.9), storages.cast(jnp.bfloat16), carry=carries.keep)
+    exact = around(optax.trace(0.9), storages.plain(), carry=carries.keep)
+    state, update = exact.init(TREE), jax.jit(exact.update, compiler_options=helpers.QUICK)
+    for tree, (updates, packed) in zip(trees(), helpers.run(bfloat16, trees()), strict=True):
+        expected, state = update(tree, state)
+        # Updates are those of the unrounded momentum.
+        helpers.assert_trees_close(updates, expected, 1e-6)
+        rounded = jax.tree.map(
+            lambda leaf: leaf.astype(jnp.bfloat16), (state.inner, state.uncompressed)
+        )
+        for got, want in zip(
+            jax.tree.leaves((packed.inner, packed.uncompressed)),
+            jax.tree.leaves(rounded),
+            strict=True,
+        ):
+            assert got.dtype == jnp.bfloat16
+            # Two programs: where float32 differs in its last bit, rounding may go the other way.
+            np.testing.assert_allclose(
+                got.astype(jnp.float32), want.astype(jnp.float32), rtol=2**-8
+            )
+        # The next step starts from the rounded state on both sides.
+        as_float32 = lambda leaf: leaf.astype(jnp.float32)  # noqa: E731
+        state = state._replace(
+            inner=jax.tree.map(as_float32, packed.inner),
+            uncompressed=jax.tree.map(as_float32, packed.uncompressed),
+        )
+
+
+@pytest.mark.parametrize("parameters", ["float64", "float32", "bfloat16"])
+def test_the_inner_transformation_computes_in_float32_or_in_float64(parameters):
+    seen = []
+
+    def inner(updates, state, params=None):
+        seen.extend(leaf.dtype for leaf in jax.tree.leaves(state))
+        return updates, state
+
+    spy = optax.GradientTransformation(optax.trace(0.9).init, inner)
+    with jax.enable_x64(True):
+        tree = jax.tree.map(lambda leaf: leaf.astype(parameters), TREE)
+        tx = around(spy, storages.cast(jnp.bfloat16))
+        state = jax.eval_shape(tx.init, tree)
+        updates, after = jax.eval_shape(tx.update, tree, state)
+        assert helpers.described(after) == helpers.described(state)
+        assert helpers.described(updates) == helpers.described(tree)
+    assert set(seen) == {jnp.promote_types(parameters, jnp.float32)}
+    assert {leaf.dtype for leaf in jax.tree.leaves(after.inner)} == {jnp.dtype(jnp.bfloat16)}
+
+
+@pytest.mark.parametrize("dtype", ["int32", jnp.int32, bool, jnp.complex64, "bogus", 3.0, None])
+def test_cast_rejects_what_is_no_real_floating_dtype(dtype):
+    with pytest.raises(TypeError, match="`dtype` must be a real floating-point dtype"):
+        storages.cast(dtype)
+
+
+def test_plain_is_the_default_and_keeps_the_dtypes_of_the_parameters():
+    tree = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), TREE)
+    default = jax.eval_shape(low_rank(optax.trace(0.9), tables.SIMPLE).init, tree)
+    plain = jax.eval_shape(around(optax.trace(0.9), storages.plain()).init, tree)
+    assert helpers.described(default) == helpers.described(plain)
+    assert {leaf.dtype for leaf in jax.tree.leaves(plain.inner)} == {jnp.dtype(jnp.bfloat16)}
+
+
+# A user's storage that changes the structure ------------------------------------------------------
+
+
+def numbers(state: Any) -> list[np.ndarray]:
+    """A packed state in float32."""
+
+    def is_packed(node):
+        return isinstance(node, Quantized)
+
+    return [
+        np.asarray(node.values * node.scale if is_packed(node) else node, np.float32)
+        for node in jax.tree.leaves(state, is_leaf=is_packed)
+    ]
+
+
+@pytest.mark.parametrize("carry", ["restart", "keep", "rotate"])
+@pytest.mark.parametrize("inner", ["trace", "adam"])
+def test_a_structure_changing_storage_works_with_every_carry(inner, carry):
+    if (inner, carry) == ("adam", "rotate"):
+        pytest.skip("second moments do not rotate")
+    parts = {"carry": getattr(carries, carry)}
+    packed = helpers.run(around(INNER[inner], INT8, **parts), trees())
+    plain = helpers.run(around(INNER[inner], storages.plain(), **parts), trees())
+    for (_, got), (_, expected) in zip(packed, plain, strict=True):
+        for part in ("inner", "uncompressed"):
+            mine, theirs = numbers(getattr(got, part)), numbers(getattr(expected, part))
+            for a, b in zip(mine, theirs, strict=True):
+                # At most five roundings of half a 127th of the largest entry; decay 0.9 and
+                # rotations do not enlarge them.
+                np.testing.assert_allclose(a, b, rtol=0, atol=STEPS / 254 * np.abs(b).max())
+
+
+@pytest.mark.parametrize("storage", [storages.cast(jnp.bfloat16), INT8], ids=["cast", "int8"])
+@pytest.mark.parametrize("inner", INNER)
+def test_dtypes_and_structure_are_stable_over_a_scan(inner, storage):
+    tx = around(INNER[inner], storage, carry=carries.keep)
+
+    def steps(state):
+        def step(state, _):
+            updates, state = tx.update(TREE, state)
+            return state, updates
+
+        # A scan raises unless a step keeps structure, shapes and dtypes of the state.
+        return jax.lax.scan(step, state, length=3)
+
+    state = jax.eval_shape(tx.init, TREE)
+    after, updates = jax.eval_shape(steps, state)
+    assert helpers.described(after) == helpers.described(state)
+    assert {leaf.dtype for leaf in jax.tree.leaves(updates)} == {jnp.dtype(jnp.float32)}
+
+
+@pytest.mark.parametrize("storage", [storages.cast(jnp.bfloat16), INT8], ids=["cast", "int8"])
+@pytest.mark.parametrize("inner", INNER)
+def test_the_plan_counts_a_packed_state_to_the_byte(inner, storage):
+    tx = gum_optax.for_matrices(around(INNER[inner], storage), 0.1)
+    params = TREE | {"bias": jnp.ones(7)}
+    state = tx.init(params)
+    plan = gum_optax.memory_plan(tx, params)
+    assert plan.total_bytes == helpers.state_bytes(state)
+    [row] = [row for row in plan.rows if row.name == "a/*"]
+    own = helpers.low_rank_state(state)
+    of_group = (own.basis["a/*"], own.slots["a/*"])
+    moments = [
+        node["a/*"]
+        for node in jax.tree.leaves(
+            own.inner, is_leaf=lambda node: isinstance(node, dict) and "a/*" in node
+        )
+        if isinstance(node, dict)
+    ]
+    assert row.bytes == helpers.state_bytes((of_group, moments))
+
+
+def test_an_int8_state_takes_a_quarter():
+    plain, int8 = (
+        helpers.state_bytes(jax.eval_shape(around(optax.trace(0.9), s).init, TREE).inner)
+        for s in (storages.plain(), INT8)
+    )
+    rows = 4 * 2 + 5 + 6 * 2 + 5  # Of a: low and slot; of b likewise.
+    assert int8 == plain / 4 + 4 * rows
+
+
+def test_a_storage_sees_floating_arrays_alone():
+    seen = []
+
+    def pack(array):
+        seen.append(array.dtype)
+        return array
+
+    spy = storages.Storage(pack, lambda packed, like: packed)
+    tx = around(optax.scale_by_adam(), spy)
+    jax.eval_shape(tx.update, TREE, jax.eval_shape(tx.init, TREE))
+    assert set(seen) == {jnp.dtype(jnp.float32)}
+
+
+def test_what_is_no_storage_is_named():
+    with pytest.raises(TypeError, match="`storage` must be a Storage"):
+        LowRank(storage=jnp.bfloat16)  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,321 @@
+"""The tables of the library's tests: transformations, their parts, and trees of parameters.
+
+A new projector, residual rule or carry joins its table here and no other file; so does a new
+optimizer. The suites ``test_conformance*.py`` run every transformation over every tree. Compiling
+takes nearly all of their time, so every transformation has one compiled update (`compiled`), shared
+by the tests that change neither it nor the types of its arguments.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import flax.core
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import gum_optax
+from gum_optax import (
+    LowRank,
+    carries,
+    dimension_numbers,
+    normalize_columns,
+    projectors,
+    residuals,
+    samplers,
+    storages,
+)
+from tests import helpers
+
+# Parts -------------------------------------------------------------------------------------------
+
+PROJECTORS: dict[str, Any] = {
+    "svd": projectors.svd,
+    "subspace_iteration": projectors.subspace_iteration,
+    # Little oversampling, for matrices as small as those of the tests.
+    "randomized_svd": functools.partial(projectors.randomized_svd, oversampling=1),
+    "random_orthonormal": projectors.random_orthonormal,
+}
+every_projector = pytest.mark.parametrize("projector", PROJECTORS.values(), ids=PROJECTORS)
+
+RESIDUALS: dict[str, Any] = {
+    "drop": residuals.drop(),
+    "sampled": residuals.sampled(1),
+    "additive": residuals.sampled(1, form="additive"),
+    "sampled, undrawn through columns": residuals.sampled(1, undrawn=normalize_columns()),
+    "through columns": residuals.through(normalize_columns()),
+    "through momentum": residuals.through(optax.trace(0.5)),
+    "feedback": residuals.feedback(0.5),
+}
+every_residual = pytest.mark.parametrize("residual", RESIDUALS.values(), ids=RESIDUALS)
+
+CARRIES: dict[str, Any] = {
+    "restart": carries.restart,
+    "keep": carries.keep,
+    "rotate": carries.rotate,
+}
+every_carry = pytest.mark.parametrize("carry", CARRIES.values(), ids=CARRIES)
+
+# Inner transformations of every kind: without state, one moment, two and a count, one that reads
+# parameters, a chain. Each with the parts that it is tested with.
+INNER: dict[str, tuple[Callable[[], optax.GradientTransformation], dict[str, Any]]] = {
+    "identity": (optax.identity, {}),
+    "trace": (lambda: optax.trace(0.9), {}),
+    "adam": (optax.scale_by_adam, {}),
+    "adamw": (lambda: optax.adamw(0.1, weight_decay=0.1), {"carry": carries.keep}),
+    "nesterov": (
+        lambda: optax.sgd(0.1, momentum=0.9, nesterov=True),
+        {"carry": carries.rotate},
+    ),
+}
+
+# Compressions ------------------------------------------------------------------------------------
+
+RANK, PERIOD = 2, 2
+
+
+def _one_of(count: int) -> samplers.Sampling:
+    """One of N, a function of the key that compiles at once (so not quite uniform)."""
+    if count == 1:
+        return samplers.fixed_size(1)(1)
+
+    def draw(key: jax.Array) -> jax.Array:
+        return (jax.random.key_data(key)[:1] % count).astype(jnp.int32)
+
+    return samplers.Sampling(1, 1 / count, draw)
+
+
+def _coordinates(key: Any, gradient: Any, rank: int, previous_basis: Any) -> jax.Array:
+    """Neighbouring coordinates, from one that the key decides: compiles at once."""
+    m = gradient.shape[0]
+    first = jax.random.key_data(key)[0] % m
+    return jnp.roll(jnp.eye(m, rank), first.astype(jnp.int32), axis=0)
+
+
+# With the projector and the sampler that are the defaults, and with the cheapest.
+STRUCTURE = LowRank(RANK, PERIOD, residuals.sampled(1))
+SIMPLE = LowRank(RANK, PERIOD, residuals.sampled(_one_of), _coordinates)
+PROJECTED = gum_optax.galore(RANK, PERIOD, projector=_coordinates)
+
+# Transformations ---------------------------------------------------------------------------------
+
+_STACKED: dict[str, Any] = {"weight_dimension_numbers": dimension_numbers.scanned_layers}
+
+
+def gum(learning_rate: Any, compression: LowRank) -> optax.GradientTransformationExtraArgs:
+    return gum_optax.gum(learning_rate, compression, weight_decay=0.01, **_STACKED)
+
+
+def adamw(learning_rate: Any, compression: LowRank) -> optax.GradientTransformationExtraArgs:
+    return gum_optax.adamw(learning_rate, compression, **_STACKED)
+
+
+def galore(learning_rate: Any, compression: LowRank) -> optax.GradientTransformationExtraArgs:
+    return gum_optax.adamw(learning_rate, compression, weight_decay=0.0, **_STACKED)
+
+
+def _around(inner: str) -> Callable[[Any, LowRank], optax.GradientTransformationExtraArgs]:
+    return lambda learning_rate, compression: gum_optax.low_rank(INNER[inner][0](), compression)
+
+
+_replace = functools.partial(dataclasses.replace, SIMPLE)
+
+# name -> optimizer, from a learning rate and a compression; and its compression.
+TRANSFORMATIONS: dict[str, tuple[Callable[[Any, LowRank], Any], LowRank]] = {
+    "gum": (gum, SIMPLE),
+    "scale_by_gum": (lambda _, compression: gum_optax.scale_by_gum(compression), SIMPLE),
+    **{f"low_rank_{inner}": (_around(inner), _replace(**INNER[inner][1])) for inner in INNER},
+    # The default projector and sampler, around what is cheapest to compile.
+    "low_rank_identity": (_around("identity"), STRUCTURE),
+    "adamw": (adamw, SIMPLE),
+    "adamw_galore": (galore, PROJECTED),
+    "adamw_golore": (galore, gum_optax.golore(RANK, PERIOD, switch_step=PERIOD)),
+    "gum_galore": (gum, PROJECTED),
+    # Every residual rule that none of these has; `drop` is GaLore's.
+    **{
+        name: (_around("trace"), _replace(residual=residual))
+        for name, residual in RESIDUALS.items()
+        if name not in ("drop", "sampled")
+    },
+    "bfloat16 storage": (_around("trace"), _replace(storage=storages.cast(jnp.bfloat16))),
+}
+# Those of whole models: they have a fallback.
+ALIASES = ["gum", "adamw", "adamw_galore", "adamw_golore", "gum_galore"]
+# These come with a learning rate of their own.
+OPTIMIZERS = [*ALIASES, "low_rank_adamw", "low_rank_nesterov"]
+every = pytest.mark.parametrize("name", TRANSFORMATIONS)
+# Where each case is a compilation of its own: every kind of inner transformation, slots or none,
+# with a fallback or alone.
+each_kind = pytest.mark.parametrize("name", ["gum", "low_rank_adamw", "adamw_galore"])
+
+
+def transformation(
+    name: str, learning_rate: Any = 0.1, **parts: Any
+) -> optax.GradientTransformationExtraArgs:
+    """A transformation of the table, with other parts of its compression if they are given."""
+    make, compression = TRANSFORMATIONS[name]
+    return make(learning_rate, dataclasses.replace(compression, **parts))
+
+
+# Trees -------------------------------------------------------------------------------------------
+
+
+def _array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+class Pair(NamedTuple):
+    first: Any
+    second: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class CallableTree:
+    """A tree whose root can be called, as that of an Equinox model."""
+
+    layers: Any
+    bias: Any = None
+
+    def __call__(self, inputs: Any) -> Any:
+        raise AssertionError("A model is no function of its parameters.")
+
+
+_WIDE, _TALL = _array(5, 8), _array(8, 5)
+_HALF = _array(5, 8, dtype=jnp.bfloat16)
+
+# Every leaf is a matrix or a stack of matrices: for all transformations.
+MATRICES: dict[str, Any] = {
+    "separate": {"layers": [{"w": _WIDE}, {"w": _WIDE}], "single": _TALL},
+    "stacked": {"layers": {"w": _array(3, 5, 8)}},
+    "experts": {"layers": {"w": _array(2, 2, 8, 5)}},
+    "rank above the short side": {"layers": [_array(2, 9), _array(2, 9)]},
+    "mixed dtypes": {"layers": [{"w": _WIDE}, {"w": _HALF}, {"w": _HALF}], "single": _HALF},
+    "frozen dict": flax.core.freeze({"layers": {"0": {"w": _WIDE}, "1": {"w": _WIDE}}}),
+    "tuples": ((_WIDE, _WIDE), (_TALL, (_TALL,))),
+    "named tuples": Pair(Pair(_WIDE, _WIDE), [_TALL, Pair(_TALL, None)]),
+    "callable root": CallableTree([CallableTree(_WIDE), CallableTree(_WIDE)]),
+    "None leaves": {"w": [_WIDE, None, _WIDE], "none": None},
+    "masked nodes": {"w": [_WIDE, optax.MaskedNode(), _WIDE]},
+    "only None": [None],
+    "empty dict": {},
+    "empty list": [],
+    "empty frozen dict": flax.core.freeze({}),
+    "array": _WIDE,
+}
+# With leaves that are none: for those that have a fallback.
+MODELS: dict[str, Any] = {
+    "vectors and tables": MATRICES["separate"] | {"bias": _array(8), "embed": _array(7, 5)},
+    "stacked vectors": {"layers": {"w": _array(3, 5, 8), "bias": _array(3, 8)}, "x": _array()},
+    "frozen model": flax.core.freeze({"layers": [_WIDE, _WIDE], "bias": _array(8)}),
+    "callable model": CallableTree(
+        [CallableTree(_WIDE, _array(8)), CallableTree(_WIDE, _array(8))]
+    ),
+    # Haiku: modules by name, numbered from the second on, with leaves `w` and `b`.
+    "haiku": {
+        "mlp/~/linear": {"w": _WIDE, "b": _array(8)},
+        "mlp/~/linear_1": {"w": _WIDE, "b": _array(8)},
+        "mlp/~/linear_2": {"w": _WIDE, "b": _array(8)},
+    },
+    # Keras, whose stateless calls take variables as a list without names.
+    "keras": [_WIDE, _array(8), _TALL, _array(5), _WIDE, _array(8), _TALL, _array(5)],
+    "no matrices": {"bias": _array(8), "embed": _array(7, 5), "none": None},
+}
+TREES = MATRICES | MODELS
+# Nothing is compressed here: a group of one matrix is always drawn, and rank 2 is the short side.
+_UNCOMPRESSED = ("array", "named tuples", "rank above the short side")
+expects_no_compression = pytest.mark.filterwarnings("ignore:None of .* is compressed:UserWarning")
+
+
+def _cases() -> list[Any]:
+    pairs = [(name, tree) for name in TRANSFORMATIONS for tree in MATRICES]
+    pairs += [(name, tree) for name in ALIASES for tree in MODELS]
+    return [
+        pytest.param(*pair, marks=[expects_no_compression] if pair[1] in _UNCOMPRESSED else [])
+        for pair in pairs
+    ]
+
+
+every_tree = pytest.mark.parametrize(("name", "tree"), _cases())
+
+
+def values(description: Any, seed: int = 0, dtype: Any = None) -> Any:
+    """A tree of Gaussian numbers, of the described shapes."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape), dtype or leaf.dtype), description
+    )
+
+
+def parameters(name: str, seed: int = 0, dtype: Any = None) -> Any:
+    """Sampled matrices and one always drawn; where there is a fallback, a vector and a table."""
+    kind = "vectors and tables" if name in ALIASES else "separate"
+    return values(TREES[kind], seed, dtype)
+
+
+# Runs --------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def compiled(name: str) -> tuple[optax.GradientTransformationExtraArgs, Any]:
+    """A transformation and its compiled update, for arguments like `parameters` in float32."""
+    optimizer = transformation(name)
+    return optimizer, helpers.jit_once(optimizer.update)
+
+
+def run(
+    update: Any, state: Any, name: str, steps: int = 2 * PERIOD + 1, params: Any = None
+) -> tuple[list[Any], Any]:
+    """Updates over several periods on fixed gradients; returns all updates and the state."""
+    params = parameters(name) if params is None else params
+    results = []
+    for step in range(steps):
+        updates, state = update(parameters(name, seed=step + 1), state, params)
+        results.append(updates)
+    return results, state
+
+
+def any_number_of_steps(optimizer: Any, params: Any, gradients: Any = None) -> tuple[Any, Any, Any]:
+    """Described: the first state, that after any number of steps, and the updates.
+
+    `jax.lax.scan` raises unless a step keeps the structure, shapes and dtypes of the state.
+    """
+
+    def steps(state: Any, gradients: Any, params: Any) -> Any:
+        def step(state: Any, _: Any) -> tuple[Any, Any]:
+            updates, state = optimizer.update(gradients, state, params)
+            return state, updates
+
+        return jax.lax.scan(step, state, length=PERIOD + 1)
+
+    state = jax.eval_shape(optimizer.init, params)
+    after, updates = jax.eval_shape(
+        steps, state, params if gradients is None else gradients, params
+    )
+    one = jax.tree.map(lambda leaf: _array(*leaf.shape[1:], dtype=leaf.dtype), updates)
+    return state, after, one
+
+
+def program(function: Callable[..., Any], *args: Any) -> str:
+    """What a function computes on its arguments' leaves, whatever containers hold them."""
+    return str(jax.make_jaxpr(function)(*args))
+
+
+def assert_equal(left: Any, right: Any) -> None:
+    """The same tree with the same dtypes, bit for bit."""
+    chex.assert_trees_all_equal_dtypes(left, right)
+    chex.assert_trees_all_equal(left, right, strict=True)
+
+
+def assert_close(left: Any, right: Any, atol: float = 5e-6) -> None:
+    """The same tree with the same dtypes, up to the order of float32 operations.
+
+    Measured over the tests here: 5e-7; 8e-6 where averages of gradients are orthogonalized.
+    """
+    chex.assert_trees_all_equal_dtypes(left, right)
+    chex.assert_trees_all_close(left, right, atol=atol, rtol=1e-5, strict=True)
