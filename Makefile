@@ -25,7 +25,7 @@ demo: $(STAMP) ## Run the demonstration
 	$(BIN)/python -m experiments.demo $(ARGS)
 
 test: lint ## Run lint, then the tests and documented examples
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m 'not slow' $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m 'not slow' $(ARGS)
 
 slow: $(STAMP) ## Run the tests that `make test` leaves out: several processes, kills, full disks
 	$(BIN)/python -m pytest -m slow $(ARGS)
@@ -43,7 +43,7 @@ format: $(STAMP) ## Rewrite the sources in the house style
 	$(BIN)/ruff format $(SOURCES)
 
 clean: ## Remove the environment, caches and builds (results and runs stay)
-	rm -rf $(VENV) build dist .hypothesis .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist .cache/jax .hypothesis .pytest_cache .ruff_cache
 	find $(wildcard $(SOURCES)) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml $(CONSTRAINTS)

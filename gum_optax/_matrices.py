@@ -5,7 +5,7 @@ parameters into matrices, which get the direction, and the rest, which gets the 
 Dimension numbers say which axes of a leaf are a matrix's rows and columns, see
 `dimension_numbers`; the direction sees every matrix as ``[*batch, rows, columns]``.
 
-Tests: tests/library/test_matrices.py.
+Tests: tests/library/test_recipes.py, tests/library/test_dimension_numbers.py.
 """
 
 import math

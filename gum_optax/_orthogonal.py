@@ -254,21 +254,21 @@ def power_iteration_basis(gradient: jax.Array, start: jax.Array, iterations: int
     scale = safe_scale(gradient)
 
     def iterate(orthonormalize: Callable[[jax.Array], jax.Array]) -> jax.Array:
-        # Bases are kept transposed, Q = P': rows of length n are contiguous for the products.
-        rows = start.T  # [r, m]
-        for _ in range(iterations):
-            # Q <- orth(orth(Q G) G'). On tensor cores these products may round their operands: the
-            # start is random anyway, and the captured energy was measured equal to four digits with
-            # bfloat16 operands.
+        # Q <- orth(orth(Q G) G'). On tensor cores these products may round their operands: the
+        # start is random anyway, and the captured energy was measured equal to four digits with
+        # bfloat16 operands.
+        def once(_: int, rows: jax.Array) -> jax.Array:
             rows = orthonormalize(jnp.matmul(rows / scale, gradient))  # [r, n]
-            rows = orthonormalize(jnp.matmul(rows / scale, gradient.T))  # [r, m]
-        return rows
+            return orthonormalize(jnp.matmul(rows / scale, gradient.T))  # [r, m]
+
+        # Bases are kept transposed, Q = P': rows of length n are contiguous for the products. A
+        # loop, since every iteration that is written out is compiled again for every group.
+        return jax.lax.fori_loop(0, iterations, once, start.T)
 
     # 1. The fast way. Cholesky is several times as fast as Householder reflections on CPUs, and on
     #    accelerators nearly all of it is matrix products.
     fast = iterate(well_conditioned_rows)
-    for _ in range(2):
-        fast, _ = orthonormal_rows(fast, shift=0.0)
+    fast = jax.lax.fori_loop(0, 2, lambda _, rows: orthonormal_rows(rows, shift=0.0)[0], fast)
 
     # 2. It can fail on gradients of a rank below r, so check |Q Q' - I| entry by entry.
     eye = jnp.eye(len(fast), dtype=fast.dtype)
