@@ -161,7 +161,7 @@ def sampled(
     _checks.one_of("form", form, ("exclusive", "additive"))
     # The forms differ in two places: the weight of P'G, and what a drawn matrix takes beside F.
     additive = form == "additive"
-    transform = _transform_of("undrawn", undrawn)
+    transform = None if undrawn is None else _transform_of("undrawn", undrawn)
 
     # A sampler is asked once for each number of matrices, not at every use.
     of_count = functools.cache(functools.partial(samplers.resolve, sampler))
@@ -249,9 +249,7 @@ def through(transformation: optax.GradientTransformation) -> Residual:
     References:
       Chen et al., Fira, arXiv 2410.01623; Zmushko et al., FRUGAL, arXiv 2411.07837.
     """
-    _checks.transformation("transformation", transformation)
     transform = _transform_of("transformation", transformation)
-    assert transform is not None
 
     def init(group: Group) -> State:
         shape = (*group.batch, group.m, group.n)
@@ -363,11 +361,9 @@ def _leaf_by_leaf(
 
 
 def _transform_of(
-    name: str, transformation: optax.GradientTransformation | None
-) -> Callable[..., tuple[jax.Array, State]] | None:
+    name: str, transformation: optax.GradientTransformation
+) -> Callable[..., tuple[jax.Array, State]]:
     """``transformation.update`` as a function of one leaf's gradient and projections."""
-    if transformation is None:
-        return None
     _checks.transformation(name, transformation)
     inner: Any = optax.with_extra_args_support(transformation)
 

@@ -432,6 +432,15 @@ def test_every_row_says_how_it_is_treated_and_why():
     assert told["layers/*/up"] == told["gate"] == ("low rank", "")
 
 
+def test_a_second_plan_of_a_transformation_is_the_first():
+    """JAX keeps what it has traced, and an `init` that is not run again writes no rows."""
+    tx = gum()
+    jax.eval_shape(tx.init, LAYERS)
+    first = gum_optax.memory_plan(tx, LAYERS)
+    assert len(first.rows) > 1
+    assert gum_optax.memory_plan(tx, LAYERS) == first
+
+
 def test_rows_describe_their_group():
     [row] = [r for r in gum_optax.memory_plan(gum(), LAYERS).rows if r.name == "layers/*/down"]
     assert row == gum_optax.PlanRow(
