@@ -217,4 +217,4 @@ def matching_leaves(params: Any, leaves: list[jax.Array], treedef: Any) -> list[
             f"`params` must have the structure and shapes of the updates, {treedef} with shapes "
             f"{expected}; got {jax.tree.structure(params)} with shapes {shapes}."
         )
-    return parameters
+    return list(map(jnp.asarray, parameters))

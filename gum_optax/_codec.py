@@ -17,12 +17,14 @@ Tests: tests/library/test_low_rank.py, tests/library/test_memory.py.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
 from gum_optax._groups import Group
+from gum_optax._scheduling import at, put
 
 Leaves: TypeAlias = Sequence[jax.Array]
 """The leaves of a group, ``[*batch, rows, columns]`` each, in any real dtype."""
@@ -68,11 +70,18 @@ def project(frame: Frame, leaves: Leaves) -> jax.Array:
     """Projects every matrix of a group, leaf by leaf: ``R = P'G``, ``[*lead, r, n]``."""
     group, basis = frame.group, frame.basis
     projected = [
-        # [*batch, m, r]' [*batch, m, n] -> [*batch, r, n]
-        jnp.einsum("...mr,...mn->...rn", part, wide(group, leaf.astype(basis.dtype)))
+        _from_left(part, wide(group, leaf.astype(basis.dtype)))
         for part, leaf in zip(split(group, basis), leaves, strict=True)
     ]
     return join(group, projected)
+
+
+def _from_left(basis: jax.Array, matrices: jax.Array) -> jax.Array:
+    """``P'G``: ``[*batch, m, r]``, ``[*batch, m, n]`` -> ``[*batch, r, n]``."""
+    batch = tuple(range(basis.ndim - 2))
+    rows = (basis.ndim - 2,)
+    # A contraction of the rows of both; `basis.mT @ matrices` would leave a transpose to XLA.
+    return jax.lax.dot_general(basis, matrices, ((rows, rows), (batch, batch)))
 
 
 def complement(basis: jax.Array, low: jax.Array, matrices: jax.Array) -> jax.Array:
@@ -88,7 +97,7 @@ def drawn_complements(frame: Frame, leaves: Leaves, low: jax.Array) -> jax.Array
 
     def one(index: jax.Array) -> jax.Array:
         inside = jnp.minimum(index, group.count - 1)  # An empty slot reads any matrix.
-        where = jnp.unravel_index(inside, group.lead)
+        where = _unravel(inside, group.lead)
         left_out = complement(_pick(basis, where), _pick(low, where), gradient_at(inside))
         return jnp.where(index < group.count, left_out, 0.0)
 
@@ -96,7 +105,7 @@ def drawn_complements(frame: Frame, leaves: Leaves, low: jax.Array) -> jax.Array
     # keeps while gradients are computed. These wait for the slots, and so for the gradients.
     start = jnp.broadcast_to(slots[0].astype(basis.dtype), (len(slots), group.m, group.n))
     return jax.lax.fori_loop(
-        0, len(slots), lambda slot, found: found.at[slot].set(one(slots[slot])), start
+        0, len(slots), lambda slot, found: put(found, slot, one(at(slots, slot))), start
     )
 
 
@@ -125,13 +134,13 @@ def place(
         serves = slots == position
         # Not a `cond`: it costs a round trip to the host on a GPU, and XLA's CPU backend gives each
         # one's inside memory of its own.
-        drawn = residual[jnp.argmax(serves)]
+        drawn = at(residual, jnp.argmax(serves))
         if beside is not None:
             drawn = drawn + beside
         return jnp.where(jnp.any(serves), drawn.astype(matrices.dtype), matrices)
     local = slots - position * group.per_leaf
     here = (local >= 0) & (local < group.per_leaf)
-    first, *others = jnp.unravel_index(jnp.where(here, local, 0), group.batch)
+    first, *others = _unravel(jnp.where(here, local, 0), group.batch)
     # A slot that serves another leaf is sent out of bounds, and dropped there.
     target = (jnp.where(here, first, group.batch[0]), *others)
     if beside is not None:
@@ -143,10 +152,8 @@ def matrix_at(group: Group, leaves: Leaves, dtype: Any) -> Callable[[jax.Array],
     """Returns the function ``index -> wide matrix [m, n]`` for a traced index into a group."""
 
     def take(index: jax.Array) -> jax.Array:
-        where = jnp.unravel_index(index % group.per_leaf, group.batch) if group.batch else ()
-        matrix = jax.lax.switch(
-            index // group.per_leaf, [lambda leaf=leaf: _pick(leaf, where) for leaf in leaves]
-        )
+        leaf_number, *where = _unravel(index, (len(leaves), *group.batch))
+        matrix = jax.lax.switch(leaf_number, [partial(_pick, leaf, where) for leaf in leaves])
         return wide(group, matrix.astype(dtype))
 
     return take
@@ -161,10 +168,13 @@ def split(group: Group, joined: jax.Array) -> list[jax.Array]:
     """The inverse of `join`."""
     if group.lead == group.batch:
         return [joined]
-    return [joined[position] for position in range(len(group.leaves))]
+    return [
+        jax.lax.index_in_dim(joined, position, keepdims=False)
+        for position in range(len(group.leaves))
+    ]
 
 
-def _pick(stacked: jax.Array, where: tuple[jax.Array, ...]) -> jax.Array:
+def _pick(stacked: jax.Array, where: Sequence[jax.Array]) -> jax.Array:
     """The matrix at a traced position of the leading axes.
 
     A gather, not a dynamic slice: where a leading axis is sharded, XLA turns a gather into a masked
@@ -172,4 +182,18 @@ def _pick(stacked: jax.Array, where: tuple[jax.Array, ...]) -> jax.Array:
     """
     if not where:
         return stacked
-    return stacked.at[tuple(index[None] for index in where)].get(mode="promise_in_bounds")[0]
+    picked = stacked.at[tuple(jnp.expand_dims(index, 0) for index in where)]
+    return picked.get(mode="promise_in_bounds", wrap_negative_indices=False).squeeze(0)
+
+
+def _unravel(index: jax.Array, shape: Sequence[int]) -> tuple[jax.Array, ...]:
+    """The position of an index >= 0 along axes of these lengths, the last one fastest.
+
+    Python's ``//`` and ``%`` round negative numbers down, as `jnp.unravel_index` does, and JAX
+    spends ten operations on each; of other numbers, the remainder of the machine is the same.
+    """
+    where = []
+    for length in map(index.dtype.type, reversed(shape[1:])):
+        where.append(jax.lax.rem(index, length))
+        index = jax.lax.div(index, length)
+    return (index, *reversed(where))

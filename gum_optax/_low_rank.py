@@ -239,7 +239,8 @@ def low_rank(
         updates: PyTree, state: LowRankState, params: PyTree | None, extra_args: dict[str, Any]
     ) -> tuple[PyTree, LowRankState]:
         # 0. Groups are a matter of shapes alone, so they are found anew; the state must fit them.
-        leaves, treedef = jax.tree.flatten(updates)
+        #    Arrays of NumPy, which reach a step outside of `jit`, become JAX's.
+        leaves, treedef = jax.tree.flatten(jax.tree.map(jnp.asarray, updates))
         parameters = None if params is None else _checks.matching_leaves(params, leaves, treedef)
         groups = compression.groups(treedef.unflatten(_checks.as_at_init(leaves, parameters)))
         compressed, uncompressed = _divided(groups)
@@ -283,11 +284,9 @@ def low_rank(
         #    low_updates[group]: like encoded[group]
         old = storages.unpack(storage, state.inner, fresh.inner)
         carried = keep_dtypes(compression.carry(fresh.inner, old, state.basis, basis), old)
+        inner_state = jax.tree.map(partial(jax.lax.select, due), carried, old)
         low_updates, inner_state = run.update(
-            encoded,
-            jax.tree.map(partial(jnp.where, due), carried, old),
-            encoded_parameters,
-            **extra_args,
+            encoded, inner_state, encoded_parameters, **extra_args
         )
 
         # 5. Back to the shapes of the parameters: U = P L, and what the rule makes of residuals.

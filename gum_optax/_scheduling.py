@@ -54,11 +54,25 @@ def one_by_one(function: Callable[[jax.Array], jax.Array], matrices: jax.Array) 
 
     # The loop carries the batch and overwrites it in place: no second copy of it exists.
     def in_place(i: jax.Array, flat: jax.Array) -> jax.Array:
-        matrix = flat[i]  # [m, n]
+        matrix = at(flat, i)  # [m, n]
         result = jax.lax.cond(jnp.any(matrix != 0), function, jnp.zeros_like, matrix)
-        return flat.at[i].set(result)
+        return put(flat, i, result)
 
     return jax.lax.fori_loop(0, batch, in_place, flat).reshape(matrices.shape)
+
+
+def at(stacked: jax.Array, index: jax.Array) -> jax.Array:
+    """``stacked[index]`` for a traced index >= 0, whose sign ``[]`` would check at every use."""
+    return jax.lax.dynamic_index_in_dim(
+        stacked, index, keepdims=False, allow_negative_indices=False
+    )
+
+
+def put(stacked: jax.Array, index: jax.Array, entry: jax.Array) -> jax.Array:
+    """``stacked.at[index].set(entry)``, likewise."""
+    return jax.lax.dynamic_update_index_in_dim(
+        stacked, entry, index, axis=0, allow_negative_indices=False
+    )
 
 
 def in_sequence(
