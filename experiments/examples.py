@@ -202,20 +202,23 @@ BAD_LEAVES = {
 OTHER_GRADIENTS = "gradients of other shapes"
 
 
-def trees(shapes: list[tuple[int, ...]], dtypes: list[str]) -> st.SearchStrategy:
-    """Trees like those of models: leaves, blocks of named leaves, layers of equal blocks, None."""
+def trees(shapes: list[tuple[int, ...]], dtypes: list[str], parts: int) -> st.SearchStrategy:
+    """Trees like those of models: leaves, blocks of named leaves, layers of equal blocks, None.
+
+    At most `parts` of them.
+    """
     leaf = st.builds(Leaf, st.sampled_from(shapes), st.sampled_from(dtypes))
     some = st.one_of(leaf, leaf, leaf, st.none())
     block = st.dictionaries(st.sampled_from(NAMES), some, min_size=1, max_size=4)
     layers = st.tuples(st.one_of(leaf, block), st.integers(2, 5)).map(lambda x: [x[0]] * x[1])
     part = st.one_of(some, block, layers, layers, st.lists(leaf, max_size=4))
-    parts = st.one_of(part, st.dictionaries(st.sampled_from(NAMES), part, min_size=1, max_size=3))
-    return st.dictionaries(st.sampled_from(NAMES), parts, max_size=5)
+    some_parts = st.dictionaries(st.sampled_from(NAMES), part, min_size=1, max_size=3)
+    return st.dictionaries(st.sampled_from(NAMES), st.one_of(part, some_parts), max_size=parts)
 
 
 @st.composite
-def examples(draw: Callable) -> Example:
-    """Examples, about one in eight with a flaw."""
+def examples(draw: Callable, parts_of_tree: int = 5) -> Example:
+    """Examples, about one in eight with a flaw; trees have at most so many parts."""
     name = draw(st.sampled_from([*OPTIMIZERS]))
     options = draw(st.fixed_dictionaries(OPTIONS[name]))
     method = draw(st.sampled_from(["LowRank", "LowRank", "LowRank", "galore", "golore"]))
@@ -224,7 +227,8 @@ def examples(draw: Callable) -> Example:
     if squares and parts.get("carry") is carries.rotate:
         parts["carry"] = carries.keep
     direction = name in DIRECTIONS
-    tree = draw(trees(MATRICES, DTYPES) if direction else trees(MATRICES + OTHERS, WHOLE_DTYPES))
+    kinds = (MATRICES, DTYPES) if direction else (MATRICES + OTHERS, WHOLE_DTYPES)
+    tree = draw(trees(*kinds, parts_of_tree))
     flaw = None
     if draw(st.sampled_from([False] * 7 + [True])):
         leaves = [*BAD_LEAVES] if direction else []
@@ -248,7 +252,8 @@ def arrays(tree: Any, size: str, seed: int, other: bool = False) -> Any:
         values = rng.standard_normal(leaf.shape)
         if size == "rank one" and len(leaf.shape) > 1:
             values = values[..., :1] * values[..., :1, :]
-        return jnp.asarray(values * _scale(size, leaf, rng), dtype)
+        # Rounded by NumPy, which compiles nothing.
+        return jnp.asarray((values * _scale(size, leaf, rng)).astype(jnp.dtype(dtype)))
 
     return jax.tree.map(array, tree)
 

@@ -92,7 +92,7 @@ def _run(example: Example) -> Counter[str]:
         changed = example.flaw == OTHER_GRADIENTS and step == 1
         gradients = arrays(example.tree, example.size, seed=1 + step, other=example.other_dtype)
         if changed:
-            gradients["changing"] = jnp.ones((4, 5))
+            gradients["changing"] = np.ones((4, 5), np.float32)
         updates, state = update(gradients, state, params)
         assert _described(updates) == _described(gradients), "updates do not fit the gradients"
         assert _described(state) == described, "the state drifts"
@@ -165,7 +165,7 @@ def _check_nothing_is_lost(example: Example) -> int:
     state, _ = _initial(tx, steps[0])
     first, state = tx.update(steps[0], state)
     second, state = tx.update(steps[1], state)
-    left = [jnp.zeros_like(leaf) for leaf in jax.tree.leaves(steps[0])]
+    left: list[Any] = [np.zeros(leaf.shape) for leaf in jax.tree.leaves(steps[0])]
     for group in _compression(example, feedback).groups(steps[0]):
         for position, error in zip(group.leaves, state.residual.get(group.name, ()), strict=False):
             left[position] = error

@@ -90,7 +90,9 @@ def start(
 
     if mesh is None:
         params = place(None)
-        return State(params, optimizer.init(params)), jax.jit(step, donate_argnums=0)
+        # Committed to the device, as restored arrays are: a resumed run compiles the same program.
+        state = jax.device_put(State(params, jax.jit(optimizer.init)(params)), jax.devices()[0])
+        return state, jax.jit(step, donate_argnums=0)
     where = meshes.param_shardings(mesh, shapes)
     shardings = State(where, gum_optax.state_shardings(optimizer, shapes, where))
     params = place(where)

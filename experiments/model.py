@@ -5,6 +5,7 @@ H query heads, K key/value heads, E width of a head, V vocabulary.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -121,6 +122,16 @@ class Cache(NamedTuple):
             for seen in (self.k_BxSxKxE, self.v_BxSxKxE)
         )
         return Cache(k_BxSxKxE, v_BxSxKxE, self.end)
+
+
+class _Keys:
+    """Hands out the keys of `nnx.Rngs(seed)`, whose counter is an array and slow to trace."""
+
+    def __init__(self, seed: int):
+        self._key, self._counts = jax.random.key(seed), itertools.count()
+
+    def params(self) -> jax.Array:
+        return jax.random.fold_in(self._key, next(self._counts))
 
 
 class Linear(nnx.Module):
@@ -298,7 +309,8 @@ def create(
       seed: seed of the weights.
       remat: keep only what enters each block for the backward pass, which computes the rest again.
     """
-    static, state = nnx.split(Llama(arch, jnp.dtype(dtype), nnx.Rngs(seed), remat=remat))
+    rngs: Any = _Keys(seed)
+    static, state = nnx.split(Llama(arch, jnp.dtype(dtype), rngs, remat=remat))
     return static, nnx.to_pure_dict(state)
 
 

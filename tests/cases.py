@@ -7,7 +7,6 @@ import contextlib
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -92,10 +91,10 @@ def run(
     name = helpers.group_name(case.layout)
     updates, draws, bases = [], [], []
     with double:
-        trees = [helpers.pack(case.layout, jnp.asarray(G_t, dtype)) for G_t in gradients]
-        params = None if params is None else helpers.pack(case.layout, jnp.asarray(params, dtype))
+        trees = [helpers.pack(case.layout, np.asarray(G_t, dtype)) for G_t in gradients]
+        params = None if params is None else helpers.pack(case.layout, np.asarray(params, dtype))
         for t, (update, state) in enumerate(helpers.run(tx, trees, params)):
-            assert jax.tree.map(jnp.shape, update) == jax.tree.map(jnp.shape, trees[0])
+            assert jax.tree.map(np.shape, update) == jax.tree.map(np.shape, trees[0])
             updates.append(helpers.unpack(update))
             draw = helpers.drawn(state.slots.get(name, []), case.N)
             basis = np.asarray(state.basis[name])

@@ -4,28 +4,34 @@ import importlib.metadata
 import os
 import pathlib
 
-# Code generation takes less than half of the time without XLA's fusion emitters. Before JAX is
-# imported, and in the environment, so that the processes that tests start have it too. Versions
-# that do not know the flag would stop at it.
+# Compiling is most of the work of these tests, so XLA is told to do less of it. This is done before
+# JAX is imported, and in the environment, so that the processes that tests start are told the same.
+# 1. One module for each program: cut into pieces for several threads, it takes a fifth more time of
+#    processors that have other tests to run.
+os.environ.setdefault("XLA_FLAGS", "")
+os.environ["XLA_FLAGS"] += " --xla_cpu_parallel_codegen_split_count=1"
+# 2. No fusion emitters, without which code generation takes less than half of the time. Versions
+#    that do not know the flag would stop at it.
 if importlib.metadata.version("jaxlib").startswith(("0.7.", "0.8.", "0.9.", "0.10.")):
-    os.environ["XLA_FLAGS"] = " ".join(
-        [os.environ.get("XLA_FLAGS", ""), "--xla_cpu_use_fusion_emitters=false"]
-    ).strip()
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+
+# 3. Hardly any optimizations: shapes here are tiny, and code need not be fast.
+os.environ["XLA_FLAGS"] += (
+    " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+)
+# 4. One thread for NumPy's and JAX's LAPACK: OpenBLAS's others wait busily for their turn where the
+#    processors are taken, and a decomposition of a small matrix then takes a hundred times as long.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+# Workers, and the processes that tests start, share compiled programs through a cache on disk; a
+# second run finds most of them there. What compiles faster than 0.2 s is not worth a file.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).resolve().parents[1] / ".cache" / "jax")
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 import hypothesis
 import jax
-
-# Nearly all of the time of these tests is compilation. Workers, and the processes that tests start,
-# share compiled programs through a cache on disk; a second run finds most of them there.
-_CACHE = pathlib.Path(__file__).resolve().parents[1] / ".cache" / "jax"
-for _name, _value in {
-    "jax_compilation_cache_dir": str(_CACHE),
-    # Programs that compile faster than this are not worth a file.
-    "jax_persistent_cache_min_compile_time_secs": 0.2,
-}.items():
-    # In the environment for processes that tests start, and in the configuration for this one.
-    os.environ.setdefault(_name.upper(), str(_value))
-    jax.config.update(_name, _value)
 
 # Derandomized: a run is a function of the code alone, so a failure can be repeated as it is.
 hypothesis.settings.register_profile(
@@ -41,5 +47,5 @@ hypothesis.settings.load_profile("repeatable")
 # Enough for a mesh of three axes; what runs on one device uses the first of them.
 jax.config.update("jax_num_cpu_devices", 8)
 
-# Shapes here are tiny, so compiling is nearly all of the time; this halves it.
+# As the third point above, for what JAX sets itself.
 jax.config.update("jax_disable_most_optimizations", True)

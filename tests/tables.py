@@ -1,9 +1,10 @@
 """The tables of the library's tests: transformations, their parts, and trees of parameters.
 
 A new projector, residual rule or carry joins its table here and no other file; so does a new
-optimizer. The suites ``test_conformance*.py`` run every transformation over every tree. Compiling
-takes nearly all of their time, so every transformation has one compiled update (`compiled`), shared
-by the tests that change neither it nor the types of its arguments.
+optimizer. The suites ``test_conformance*.py`` run every transformation over every tree. Tracing and
+compiling take nearly all of their time, so every transformation has one compiled update
+(`compiled`), shared by the tests that change neither it nor the types of its arguments, and one
+update under ``jit`` (`traced`), whose traces are shared by the tests that look at types alone.
 """
 
 import dataclasses
@@ -134,7 +135,17 @@ TRANSFORMATIONS: dict[str, tuple[Callable[[Any, LowRank], Any], LowRank]] = {
     "low_rank_identity": (_around("identity"), STRUCTURE),
     "adamw": (adamw, SIMPLE),
     "adamw_galore": (galore, PROJECTED),
-    "adamw_golore": (galore, gum_optax.golore(RANK, PERIOD, switch_step=PERIOD)),
+    # A switch of projectors; those of GoLore are in test_projectors.py.
+    "adamw_golore": (
+        galore,
+        gum_optax.golore(
+            RANK,
+            PERIOD,
+            switch_step=PERIOD,
+            before=helpers.first_coordinates,
+            after=_coordinates,
+        ),
+    ),
     "gum_galore": (gum, PROJECTED),
     # Every residual rule that none of these has; `drop` is GaLore's.
     **{
@@ -149,9 +160,13 @@ ALIASES = ["gum", "adamw", "adamw_galore", "adamw_golore", "gum_galore"]
 # These come with a learning rate of their own.
 OPTIMIZERS = [*ALIASES, "low_rank_adamw", "low_rank_nesterov"]
 every = pytest.mark.parametrize("name", TRANSFORMATIONS)
+# Those that are compiled: of the others, the factory and the compression are parts of these.
+COMPILED = [name for name in TRANSFORMATIONS if name not in ("adamw", "gum_galore")]
+every_compiled = pytest.mark.parametrize("name", COMPILED)
 # Where each case is a compilation of its own: every kind of inner transformation, slots or none,
 # with a fallback or alone.
-each_kind = pytest.mark.parametrize("name", ["gum", "low_rank_adamw", "adamw_galore"])
+KINDS = ["gum", "low_rank_adamw", "adamw_galore"]
+each_kind = pytest.mark.parametrize("name", KINDS)
 
 
 def transformation(
@@ -196,22 +211,30 @@ MATRICES: dict[str, Any] = {
     "experts": {"layers": {"w": _array(2, 2, 8, 5)}},
     "rank above the short side": {"layers": [_array(2, 9), _array(2, 9)]},
     "mixed dtypes": {"layers": [{"w": _WIDE}, {"w": _HALF}, {"w": _HALF}], "single": _HALF},
-    "frozen dict": flax.core.freeze({"layers": {"0": {"w": _WIDE}, "1": {"w": _WIDE}}}),
-    "tuples": ((_WIDE, _WIDE), (_TALL, (_TALL,))),
-    "named tuples": Pair(Pair(_WIDE, _WIDE), [_TALL, Pair(_TALL, None)]),
-    "callable root": CallableTree([CallableTree(_WIDE), CallableTree(_WIDE)]),
-    "None leaves": {"w": [_WIDE, None, _WIDE], "none": None},
-    "masked nodes": {"w": [_WIDE, optax.MaskedNode(), _WIDE]},
     "only None": [None],
     "empty dict": {},
     "empty list": [],
     "empty frozen dict": flax.core.freeze({}),
     "array": _WIDE,
 }
+# The same matrices in other containers. `low_rank` takes them out before its parts see them, so a
+# transformation of each kind stands for all.
+CONTAINERS: dict[str, Any] = {
+    "frozen dict": flax.core.freeze({"layers": {"0": {"w": _WIDE}, "1": {"w": _WIDE}}}),
+    "tuples": ((_WIDE, _WIDE), (_TALL, (_TALL,))),
+    "named tuples": Pair(Pair(_WIDE, _WIDE), [_TALL, Pair(_TALL, None)]),
+    "callable root": CallableTree([CallableTree(_WIDE), CallableTree(_WIDE)]),
+    "None leaves": {"w": [_WIDE, None, _WIDE], "none": None},
+    "masked nodes": {"w": [_WIDE, optax.MaskedNode(), _WIDE]},
+}
 # With leaves that are none: for those that have a fallback.
 MODELS: dict[str, Any] = {
     "vectors and tables": MATRICES["separate"] | {"bias": _array(8), "embed": _array(7, 5)},
     "stacked vectors": {"layers": {"w": _array(3, 5, 8), "bias": _array(3, 8)}, "x": _array()},
+    "no matrices": {"bias": _array(8), "embed": _array(7, 5), "none": None},
+}
+# Of these, only the labels of leaves look at the containers: for both factories of optimizers.
+MODEL_CONTAINERS: dict[str, Any] = {
     "frozen model": flax.core.freeze({"layers": [_WIDE, _WIDE], "bias": _array(8)}),
     "callable model": CallableTree(
         [CallableTree(_WIDE, _array(8)), CallableTree(_WIDE, _array(8))]
@@ -224,9 +247,8 @@ MODELS: dict[str, Any] = {
     },
     # Keras, whose stateless calls take variables as a list without names.
     "keras": [_WIDE, _array(8), _TALL, _array(5), _WIDE, _array(8), _TALL, _array(5)],
-    "no matrices": {"bias": _array(8), "embed": _array(7, 5), "none": None},
 }
-TREES = MATRICES | MODELS
+TREES = MATRICES | CONTAINERS | MODELS | MODEL_CONTAINERS
 # Nothing is compressed here: a group of one matrix is always drawn, and rank 2 is the short side.
 _UNCOMPRESSED = ("array", "named tuples", "rank above the short side")
 expects_no_compression = pytest.mark.filterwarnings("ignore:None of .* is compressed:UserWarning")
@@ -234,7 +256,9 @@ expects_no_compression = pytest.mark.filterwarnings("ignore:None of .* is compre
 
 def _cases() -> list[Any]:
     pairs = [(name, tree) for name in TRANSFORMATIONS for tree in MATRICES]
+    pairs += [(name, tree) for name in (*KINDS, "through momentum") for tree in CONTAINERS]
     pairs += [(name, tree) for name in ALIASES for tree in MODELS]
+    pairs += [(name, tree) for name in ("gum", "adamw_galore") for tree in MODEL_CONTAINERS]
     return [
         pytest.param(*pair, marks=[expects_no_compression] if pair[1] in _UNCOMPRESSED else [])
         for pair in pairs
@@ -245,10 +269,10 @@ every_tree = pytest.mark.parametrize(("name", "tree"), _cases())
 
 
 def values(description: Any, seed: int = 0, dtype: Any = None) -> Any:
-    """A tree of Gaussian numbers, of the described shapes."""
+    """A tree of Gaussian numbers in NumPy arrays, of the described shapes."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(
-        lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape), dtype or leaf.dtype), description
+        lambda leaf: np.asarray(rng.standard_normal(leaf.shape), dtype or leaf.dtype), description
     )
 
 
@@ -264,8 +288,21 @@ def parameters(name: str, seed: int = 0, dtype: Any = None) -> Any:
 @functools.cache
 def compiled(name: str) -> tuple[optax.GradientTransformationExtraArgs, Any]:
     """A transformation and its compiled update, for arguments like `parameters` in float32."""
-    optimizer = transformation(name)
+    optimizer = traced(name)
     return optimizer, helpers.jit_once(optimizer.update)
+
+
+@functools.cache
+def traced(name: str) -> optax.GradientTransformationExtraArgs:
+    """A transformation whose update is traced once for each type of its arguments."""
+    optimizer = transformation(name)
+    return optimizer._replace(update=jax.jit(optimizer.update))
+
+
+@functools.cache
+def first_state(name: str) -> Any:
+    """The state of `compiled` before its first step."""
+    return compiled(name)[0].init(parameters(name))
 
 
 def run(
@@ -302,8 +339,12 @@ def any_number_of_steps(optimizer: Any, params: Any, gradients: Any = None) -> t
 
 
 def program(function: Callable[..., Any], *args: Any) -> str:
-    """What a function computes on its arguments' leaves, whatever containers hold them."""
-    return str(jax.make_jaxpr(function)(*args))
+    """What a function computes on its arguments' leaves, whatever containers hold them.
+
+    Of functions that are under ``jit`` already, such as `traced`, known traces are used.
+    """
+    jitted: Any = function if hasattr(function, "trace") else jax.jit(function)
+    return str(jitted.trace(*args).jaxpr)
 
 
 def assert_equal(left: Any, right: Any) -> None:

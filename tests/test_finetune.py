@@ -11,7 +11,19 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from experiments import accuracy, cli, data, finetune, kills, loop, losses, model, pretrained, sft
+from experiments import (
+    accuracy,
+    checkpoint,
+    cli,
+    data,
+    finetune,
+    kills,
+    loop,
+    losses,
+    model,
+    pretrained,
+    sft,
+)
 from experiments import mesh as meshes
 from experiments.accuracy import Accuracy, Answer
 from experiments.config import ConfigError
@@ -26,7 +38,11 @@ STEPS = 8
 
 
 def write_model(directory, vocab_size=300, context=128):
-    """A random LLaMA as transformers saves one, with a chat template."""
+    """A random LLaMA as transformers saves one, with a chat template.
+
+    At rank 16 the attention's q and o are compressed; all other matrices, 16 wide, are not, which
+    halves the time to compile a step.
+    """
     words = ["What is one plus two? Three. What is 4 + 5? 9 user assistant"] * 20
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=data.train_tokenizer(iter(words), vocab_size - 2), eos_token="<|im_end|>"
@@ -35,12 +51,12 @@ def write_model(directory, vocab_size=300, context=128):
     tokenizer.chat_template = CHATML
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 32,
-        "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "vocab_size": vocab_size, "max_position_embeddings": context,
         "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "hidden_act": "silu",
         "rope_theta": 10000.0,
     }  # fmt: skip
-    arch = model.Architecture(32, 48, 2, 4, 2, vocab_size, 128, tied=True, norm_eps=1e-5)
+    arch = model.Architecture(32, 16, 2, 4, 2, vocab_size, 128, tied=True, norm_eps=1e-5)
     pretrained.save(directory, model.create(arch)[1], config, tokenizer)
     return directory
 
@@ -67,7 +83,7 @@ def options(home, run_dir, **more):
     settings = Config(
         run_dir=str(run_dir), model=str(home / "model"), task=str(home / "sums.jsonl"),
         steps=STEPS, batch_size=4, seq_len=64, train_examples=100, eval_examples=6,
-        eval_batch_size=4, rank=4, period=4, learning_rate=3e-3, validate_every=4,
+        eval_batch_size=4, rank=16, period=4, learning_rate=3e-3, validate_every=4,
         validation_batches=2, checkpoint_every=100, log_every=2,
     )  # fmt: skip
     return dataclasses.replace(settings, **more)
@@ -209,8 +225,10 @@ def batch_and_model(home, **more):
     config = options(home, home / "none", **more)
     base = pretrained.load(config.model, dtype=config.weights)
     material = finetune._data(config, None, base).material
-    static = jax.eval_shape(lambda: model.create(base.arch))[0]
-    return config, static, base.params, next(material.batches)
+    # Its first block is enough.
+    static = jax.eval_shape(lambda: model.create(dataclasses.replace(base.arch, layers=1)))[0]
+    params = base.params | {"layers": {0: base.params["layers"][0]}}
+    return config, static, params, next(material.batches)
 
 
 def test_the_loss_is_of_answers_alone(home):
@@ -254,7 +272,8 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(home, weights):
     np.testing.assert_allclose(summed, once, rtol=exact)
     for a, b in zip(jax.tree.leaves(accumulated), jax.tree.leaves(grads), strict=True):
         assert a.dtype == jnp.float32
-        assert jnp.abs(a - b).max() <= exact * jnp.abs(b.astype(jnp.float32)).max()
+        part, whole = np.asarray(a), np.asarray(b, np.float32)
+        assert np.abs(part - whole).max() <= exact * np.abs(whole).max()
 
 
 @pytest.mark.parametrize(
@@ -276,7 +295,9 @@ def test_other_ways_to_compute_learn_alike(unbroken, home, tmp_path, options_of_
     assert kinds == {jnp.dtype(config.weights)}
 
 
-def test_a_mesh_changes_no_loss(unbroken, home, tmp_path):
+def test_a_mesh_changes_no_loss(unbroken, home, tmp_path, monkeypatch):
+    # Each layout of an array compiles programs of its own to be saved; test_multi_process.py does.
+    monkeypatch.setattr(checkpoint.Checkpoints, "save", lambda *_: None)
     config = options(home, tmp_path / "run", mesh="data=2,fsdp=2,tensor=2", eval_examples=2)
     outcome = finetune.finetune(config, show=False)
     mine, plain = (
@@ -302,10 +323,12 @@ def test_the_limits_of_a_loss_cover_it():
     totals = counts * rng.gamma(2.0, 1.0, 4000)
     true = totals.sum() / counts.sum()
 
+    def by_window(_, sums):  # one function, compiled once for all samples
+        return sums
+
     def sample() -> accuracy.Loss:
         chosen = rng.choice(4000, 60, replace=False)
-        batch = jnp.asarray(totals[chosen]), jnp.asarray(counts[chosen])
-        return accuracy.loss(lambda _, sums: sums, {}, [batch])
+        return accuracy.loss(by_window, {}, [(totals[chosen], counts[chosen])])
 
     covered = sum(found.low <= true <= found.high for found in (sample() for _ in range(400)))
     # 95 % of 400 is 380, with a standard deviation of 4.4; 60 skewed windows cover a little less.

@@ -1,6 +1,7 @@
 """Greedy decoding with a cache against a loop that has none, alone, batched and on a mesh."""
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,12 +21,15 @@ ALL = dataclasses.replace(
     norm_eps=1e-3,
     rope_scaling=model.RopeScaling(8.0, 1.0, 4.0, original_length=64),
 )
+ONE_BLOCK = dataclasses.replace(TINY, layers=1)
+# Each block has a cache of its own; two of them are in one case, since each takes time to compile.
 ARCHITECTURES = {
-    "as pretrained": TINY,
-    "no shared heads": dataclasses.replace(TINY, kv_heads=TINY.heads),
+    "as pretrained": ONE_BLOCK,
+    "no shared heads": dataclasses.replace(ONE_BLOCK, kv_heads=TINY.heads),
     "every option": ALL,
 }
 NEW = 12
+NEVER = (TINY.vocab_size, TINY.vocab_size + 1)  # no tokens; as many as stop in other tests
 APPLY = jax.jit(model.apply, static_argnums=0)
 LENGTHS = (5, 1, 33, 12, 32)  # both sides of a padded width, and a batch that is not full
 
@@ -37,13 +41,14 @@ def prompts_of(arch, lengths=LENGTHS):
 
 def create(arch, **options):
     """A model with weights so large that its tokens differ, and its biases matter."""
-    static, params = model.create(arch, **options)
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    noise = [
-        0.3 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)
-    ]
-    return static, jax.tree.map(jnp.add, params, tree.unflatten(noise))
+    static, shapes = jax.eval_shape(partial(model.create, arch, **options))
+    rng = np.random.default_rng(1)
+
+    def weights(path, leaf):
+        mean = float(path[-1].key == "scale")
+        return rng.normal(mean, 0.3, leaf.shape).astype(np.float32)
+
+    return static, jax.tree.map_with_path(weights, shapes)
 
 
 def without_cache(static, params, prompt, stop=(), new=NEW):
@@ -52,7 +57,7 @@ def without_cache(static, params, prompt, stop=(), new=NEW):
     for _ in range(new):
         window = np.zeros((1, max(LENGTHS) + new), np.int32)
         window[0, : len(tokens)] = tokens
-        token = int(APPLY(static, params, window)[0, len(tokens) - 1].argmax())
+        token = int(np.asarray(APPLY(static, params, window))[0, len(tokens) - 1].argmax())
         if token in stop:
             break
         tokens.append(token)
@@ -68,14 +73,15 @@ def case(request):
 
 
 # Measured: logits of windows of different lengths differ by up to 1e-5, and of the tokens that are
-# chosen in these tests, the closest call is won by 2e-3.
+# chosen in these tests, the closest call is won by 1e-2.
 def test_a_batch_is_answered_as_each_prompt_is_without_a_cache(case):
     static, params, prompts, wanted = case
     assert len({token for answer in wanted for token in answer}) > 10, "the model says one thing"
-    answers = generate.greedy(static, params, prompts, stop=(), max_new_tokens=NEW, batch_size=3)
+    answers = generate.greedy(static, params, prompts, stop=NEVER, max_new_tokens=NEW, batch_size=3)
     assert answers == wanted
 
 
+@pytest.mark.parametrize("case", ["every option"], indirect=True)
 def test_a_prompt_is_answered_alone_as_in_a_batch(case):
     static, params, prompts, wanted = case
     for prompt, answer in zip(prompts, wanted, strict=True):
@@ -91,25 +97,27 @@ def test_an_answer_ends_before_the_first_of_the_stop_tokens(case):
 
     wanted = [ended(answer) for answer in unstopped]
     assert [] in wanted and wanted[0] and any(len(answer) == NEW for answer in wanted)
-    assert generate.greedy(static, params, prompts, stop=stop, max_new_tokens=NEW) == wanted
+    # The programs of the batches above.
+    options = {"stop": stop, "max_new_tokens": NEW, "batch_size": 3}
+    assert generate.greedy(static, params, prompts, **options) == wanted
 
 
 def test_decoding_ends_with_the_last_answer():
     """Filling a cache of 20,000 slots, each step reading all of it, would take minutes."""
-    static, params = create(TINY)
+    static, params = create(ONE_BLOCK)
     every = range(TINY.vocab_size)
     answers = generate.greedy(static, params, [[1], [2, 3]], stop=every, max_new_tokens=20_000)
     assert answers == [[], []]
 
 
 def test_an_answer_of_one_token_is_the_prefills():
-    static, params = create(TINY)
+    static, params = create(ONE_BLOCK)
     wanted = [without_cache(static, params, [1, 2], new=1)]
     assert generate.greedy(static, params, [[1, 2]], stop=(), max_new_tokens=1) == wanted
 
 
 def test_few_compilations_and_progress():
-    static, params = create(dataclasses.replace(TINY, layers=1))
+    static, params = create(ONE_BLOCK)
     done = []
     decode: Any = generate._decode
     compiled = decode._cache_size()
@@ -122,7 +130,7 @@ def test_few_compilations_and_progress():
 
 
 def test_nothing_is_asked_nothing_answered():
-    static, params = create(TINY)
+    static, params = create(ONE_BLOCK)
     assert generate.greedy(static, params, [], stop=(), max_new_tokens=3) == []
     with pytest.raises(ValueError, match=r"`prompts`: \[1\] are empty"):
         generate.greedy(static, params, [[1], []], stop=(), max_new_tokens=3)
@@ -130,7 +138,7 @@ def test_nothing_is_asked_nothing_answered():
 
 def test_bfloat16_weights_and_float32_ones_computed_in_bfloat16_answer_alike():
     """The weights are cast to the model's type once, which is what each module does with them."""
-    static, params = create(ALL, dtype="bfloat16")
+    static, params = create(dataclasses.replace(ALL, layers=1), dtype="bfloat16")
     small = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
     options = {"stop": (), "max_new_tokens": NEW}
     first, second = (
@@ -139,8 +147,13 @@ def test_bfloat16_weights_and_float32_ones_computed_in_bfloat16_answer_alike():
     assert first == second
 
 
-# Five prompts are not divided evenly by any of these.
-@pytest.mark.parametrize("text", ["data=8", "data=2,fsdp=2,tensor=2"])
+# Five prompts are not divided evenly by either mesh. Where devices divide prompts alone, they treat
+# all models alike.
+@pytest.mark.parametrize(
+    ("case", "text"),
+    [("every option", "data=8"), *((name, "data=2,fsdp=2,tensor=2") for name in ARCHITECTURES)],
+    indirect=["case"],
+)
 def test_a_mesh_changes_no_answer(text, case):
     static, params, prompts, wanted = case
     mesh = meshes.build(text)

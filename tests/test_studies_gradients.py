@@ -227,15 +227,16 @@ def test_variance_of_the_library_over_all_draws(gamma):
     count = 4
     G = random(0, count, 3, 5).astype(np.float32)
     q = samplers.fixed_size(gamma)(count).probability
-    errors = []
-    for drawn in itertools.combinations(range(count), gamma):
-        sampling = samplers.Sampling(gamma, q, lambda key, d=drawn: jnp.array(d, jnp.int32))
-        rule = residuals.sampled(lambda count, s=sampling: s)
+    draws = np.array(list(itertools.combinations(range(count), gamma)), np.int32)
+
+    def estimate(drawn):
+        rule = residuals.sampled(lambda _: samplers.Sampling(gamma, q, lambda key: drawn))
         compression = LowRank(rank=2, period=10, residual=rule, projector=first_coordinates)
         tx = low_rank(optax.identity(), compression)
-        leaf = jnp.asarray(G)
-        estimate, _ = tx.update(leaf, tx.init(leaf))
-        errors.append(square(np.asarray(estimate) - G))
+        return tx.update(jnp.asarray(G), tx.init(G))[0]
+
+    estimates = np.asarray(jax.jit(partial(jax.lax.map, estimate))(draws))
+    errors = [square(each - G) for each in estimates]
     parts = Norms(*(np.array([square(g) for g in part]) for part in (G[:, :2], G[:, 2:])))
     expected = variance.variance(*parts, variance.equal(*parts, gamma)).sum()
     np.testing.assert_allclose(np.mean(errors), expected, rtol=1e-5)

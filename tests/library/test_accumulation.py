@@ -1,5 +1,6 @@
 """Gradient accumulation: what `optax.MultiSteps` costs here, and the way that costs nothing."""
 
+import functools
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ import optax
 
 import gum_optax
 from gum_optax import LowRank
-from tests.helpers import first_coordinates, low_rank_state
+from tests.helpers import QUICK, first_coordinates, low_rank_state
 
 MINI_STEPS, PERIOD, STEPS, LAYERS = 4, 2, 3, 3
 REFRESHES = 2  # At steps 0 and 2 of three.
@@ -23,8 +24,8 @@ def _loss(params, inputs, targets):
 
 def _problem():
     rng = np.random.default_rng(0)
-    params = [jnp.asarray(rng.standard_normal((6, 6)), jnp.float32) for _ in range(LAYERS)]
-    batches = jnp.asarray(rng.standard_normal((STEPS, 2, 8, 6)), jnp.float32)
+    params = list(rng.standard_normal((LAYERS, 6, 6)).astype(np.float32))
+    batches = rng.standard_normal((STEPS, 2, 8, 6)).astype(np.float32)
     return params, batches
 
 
@@ -41,7 +42,7 @@ def _counting(counts: list[int]) -> Any:
 def _by_multi_steps(optimizer, params, batches):
     multi = optax.MultiSteps(optimizer, MINI_STEPS)
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=QUICK)
     def mini_step(params, state, inputs, targets):
         gradients = jax.grad(_loss)(params, inputs, targets)
         updates, state = multi.update(gradients, state, params)
@@ -62,7 +63,7 @@ def _by_microbatches(optimizer, params, batches):
         accumulator=optax.microbatching.AccumulationType.MEAN,
     )
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=QUICK)
     def step(params, state, inputs, targets):
         updates, state = optimizer.update(gradient(params, inputs, targets), state, params)
         return optax.apply_updates(params, updates), state

@@ -17,10 +17,11 @@ from flax import nnx
 
 import gum_optax
 from gum_optax import dimension_numbers
+from tests.helpers import QUICK, first_coordinates
 
 MuonDims = optax.contrib.MuonDimensionNumbers
 LAST_TWO = MuonDims(-2, -1)
-RANK_2 = gum_optax.LowRank(rank=2, residual=gum_optax.residuals.drop())
+RANK_2 = gum_optax.LowRank(rank=2, residual=gum_optax.residuals.drop(), projector=first_coordinates)
 D, F, V, L, H, E = 8, 16, 32, 3, 2, 4
 
 
@@ -536,15 +537,19 @@ def test_is_function():
 # Leaves with three or more axes ------------------------------------------------------------------
 
 
+def _ones(*shape):
+    return np.ones(shape, np.float32)
+
+
 def _messages(optimizer, params):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        state = optimizer.init(params)
+        state = jax.jit(optimizer.init)(params)
     return state, [str(w.message) for w in caught]
 
 
 def test_ambiguous_leaves_warn_once_at_init_and_never_at_update():
-    params = {"layers": {"up": jnp.ones((3, 8, 12)), "w": jnp.ones((8, 12))}}
+    params = {"layers": {"up": _ones(3, 8, 12), "w": _ones(8, 12)}}
     optimizer = gum_optax.gum(0.1, RANK_2)
     state, messages = _messages(optimizer, params)
     assert len(messages) == 1
@@ -554,13 +559,13 @@ def test_ambiguous_leaves_warn_once_at_init_and_never_at_update():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         updates, state = jax.jit(optimizer.update)(params, state, params)
-        optimizer.update(params, state, params)
+        jax.make_jaxpr(lambda state: optimizer.update(params, state, params))(state)
     # Adam's first step is a step of the learning rate.
     np.testing.assert_allclose(updates["layers"]["up"], -0.1, rtol=1e-5)
 
 
 def test_one_warning_names_several_leaves():
-    params = {f"w{i}": jnp.ones((3, 8, 12)) for i in range(9)}
+    params = {f"w{i}": _ones(3, 8, 12) for i in range(9)}
     _, messages = _messages(gum_optax.gum(0.1), params)
     assert len(messages) == 1
     assert messages[0].startswith("9 leaves")
@@ -570,11 +575,11 @@ def test_one_warning_names_several_leaves():
 @pytest.mark.parametrize(
     ("params", "options"),
     [
-        ({"w": jnp.ones((3, 8, 12))}, {"weight_dimension_numbers": dimension_numbers.default}),
-        ({"w": jnp.ones((3, 8, 12))}, {"weight_dimension_numbers": {"w": None}}),
-        ({"w": jnp.ones((3, 8, 12))}, {"weight_dimension_numbers": LAST_TWO}),
-        ({"pos_embedding": jnp.ones((1, 8, 12))}, {}),
-        ({"w": jnp.ones((8, 12)), "b": jnp.ones(3)}, {}),
+        ({"w": _ones(3, 8, 12)}, {"weight_dimension_numbers": dimension_numbers.default}),
+        ({"w": _ones(3, 8, 12)}, {"weight_dimension_numbers": {"w": None}}),
+        ({"w": _ones(3, 8, 12)}, {"weight_dimension_numbers": LAST_TWO}),
+        ({"pos_embedding": _ones(1, 8, 12)}, {}),
+        ({"w": _ones(8, 12), "b": _ones(3)}, {}),
         ({}, {}),
     ],
     ids=["default", "None", "given", "table", "no such leaf", "empty"],
@@ -587,14 +592,14 @@ def test_no_warning_where_nothing_is_ambiguous(params, options):
 @pytest.mark.parametrize("compression", [gum_optax.galore(), gum_optax.LowRank()])
 def test_other_optimizers_warn_too(compression):
     optimizer = gum_optax.adamw(0.1, compression)
-    _, messages = _messages(optimizer, {"w": jnp.ones((3, 8, 12))})
+    _, messages = _messages(optimizer, {"w": _ones(3, 8, 12)})
     assert len(messages) == 1
 
 
 def test_the_warning_points_at_the_callers_line():
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        gum_optax.gum(0.1).init({"w": jnp.ones((3, 8, 12))})
+        gum_optax.gum(0.1).init({"w": _ones(3, 8, 12)})
     assert caught[0].filename == __file__
 
 
@@ -625,20 +630,34 @@ def test_scanned_layers():
 
 
 def test_scanned_layers_are_sampled_like_separate_ones():
-    stacked = {"w": jnp.asarray(_gaussian(4, 8, 12), jnp.float32)}
+    stacked = {"w": np.asarray(_gaussian(4, 8, 12), np.float32)}
     separate = [{"w": w} for w in stacked["w"]]
     ready = dimension_numbers.scanned_layers
-    compression = gum_optax.LowRank(rank=2, period=2, projector=_coordinates)
-    one = gum_optax.gum(0.1, compression, weight_dimension_numbers=ready)
-    many = gum_optax.gum(0.1, compression)
-    left, right = jax.jit(one.update), jax.jit(many.update)
-    states = one.init(stacked), many.init(separate)
-    for _ in range(3):
-        got, a = left(stacked, states[0], stacked)
-        expected, b = right(separate, states[1], separate)
-        states = a, b
+    one, many = _direction(weight_dimension_numbers=ready), _direction()
+    for got, expected in _runs(one, stacked, many, separate):
         # The draws are equal; the arithmetic is batched or not: measured equal.
-        np.testing.assert_allclose(got["w"], jnp.stack([u["w"] for u in expected]), atol=1e-6)
+        np.testing.assert_allclose(got["w"], np.stack([u["w"] for u in expected]), atol=1e-6)
+
+
+def _direction(**options):
+    """GUM without Newton-Schulz, which has no axes of its own and takes long to compile."""
+    compression = gum_optax.LowRank(rank=2, period=2, projector=first_coordinates)
+    return gum_optax.gum(0.1, compression, orthogonalizer=optax.identity(), **options)
+
+
+def _runs(one, leaves, two, others):
+    """The updates of two optimizers, each on its own leaves, step by step in one program."""
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def step(states, leaves, others):
+        left, a = one.update(leaves, states[0], leaves)
+        right, b = two.update(others, states[1], others)
+        return (left, right), (a, b)
+
+    states = jax.jit(lambda: (one.init(leaves), two.init(others)))()
+    for _ in range(3):
+        updates, states = step(states, leaves, others)
+        yield updates
 
 
 class LinenStack(nn.Module):
@@ -780,39 +799,25 @@ def _gaussian(*shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape)
 
 
-def _coordinates(key, gradient, rank, previous_basis):
-    """A projector that costs nothing to compile."""
-    return jnp.eye(gradient.shape[0], rank)
-
-
 @pytest.mark.parametrize(("shape", "numbers", "as_matrix"), AXES.values(), ids=AXES)
 def test_axes_do_not_matter(shape, numbers, as_matrix):
     """A leaf with dimension numbers gets the update of the same matrix given as it is."""
-    compression = gum_optax.LowRank(rank=2, period=2, projector=_coordinates)
-    make = functools.partial(gum_optax.gum, 0.1, compression, consistent_rms=0.2)
-    leaves = [jnp.asarray(x, jnp.float32) for x in _gaussian(2, *shape)]
+    leaves = [np.asarray(x, np.float32) for x in _gaussian(2, *shape)]
     matrices = [as_matrix(leaf) for leaf in leaves]
-    one = make(weight_dimension_numbers=numbers)
-    two = make(weight_dimension_numbers=LAST_TWO)
-    left, right = jax.jit(one.update), jax.jit(two.update)
-    states = one.init(leaves), two.init(matrices)
-    for _ in range(3):
-        got, a = left(leaves, states[0], leaves)
-        expected, b = right(matrices, states[1], matrices)
-        states = a, b
+    one = _direction(consistent_rms=0.2, weight_dimension_numbers=numbers)
+    two = _direction(consistent_rms=0.2, weight_dimension_numbers=LAST_TWO)
+    for got, expected in _runs(one, leaves, two, matrices):
         for update, leaf, other in zip(got, leaves, expected, strict=True):
             assert update.shape == leaf.shape
             # One program or two, the arithmetic is the same: measured equal.
-            np.testing.assert_allclose(as_matrix(update), other, atol=1e-6)
+            np.testing.assert_allclose(as_matrix(np.asarray(update)), other, atol=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore:None of .* compressed")
 @pytest.mark.parametrize("consistent_rms", [None, 0.2])
 def test_uncompressed_groups_equal_optax_muon(consistent_rms):
     """With a rank above every side nothing is projected, and GUM is Muon, axes and all."""
-    params = {
-        name: jnp.asarray(_gaussian(*shape), jnp.float32) for name, (shape, *_) in AXES.items()
-    }
+    params = {name: np.asarray(_gaussian(*shape), np.float32) for name, (shape, *_) in AXES.items()}
     numbers = {name: case[1] for name, case in AXES.items()}
     ours = gum_optax.gum(
         0.1,
@@ -829,10 +834,10 @@ def test_uncompressed_groups_equal_optax_muon(consistent_rms):
         consistent_rms=consistent_rms,
     )
     left, right = jax.jit(ours.update), jax.jit(theirs.update)
-    states = ours.init(params), theirs.init(params)
+    states = jax.jit(lambda: (ours.init(params), theirs.init(params)))()
     for seed in range(3):
         gradients = jax.tree.map(
-            lambda p, seed=seed: jnp.asarray(_gaussian(*p.shape, seed=seed), jnp.float32), params
+            lambda p, seed=seed: np.asarray(_gaussian(*p.shape, seed=seed), np.float32), params
         )
         got, a = left(gradients, states[0], params)
         expected, b = right(gradients, states[1], params)

@@ -19,14 +19,11 @@ def shapes(*shape: int, dtype: str = "float32") -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-# Separate and stacked leaves, wide and tall, and an uncompressed group, in both dtypes.
+# Separate and stacked leaves, wide and tall, an uncompressed group, and one in lower precision.
 MATRICES = {
-    dtype: {
-        "layers": [{"wide": shapes(4, 6, dtype=dtype)} for _ in range(2)],
-        "stacked": {"tall": shapes(3, 6, 4, dtype=dtype)},
-        "single": shapes(4, 6, dtype=dtype),
-    }
-    for dtype in ("float32", "bfloat16")
+    "layers": [{"wide": shapes(4, 6)} for _ in range(2)],
+    "stacked": {"tall": shapes(3, 6, 4, dtype="bfloat16")},
+    "single": shapes(4, 6),
 }
 MODEL = MATRICES | {"embedding": shapes(8, 4), "norm": shapes(4)}
 
@@ -49,26 +46,25 @@ def assert_lowers(tx: optax.GradientTransformation, params: Any) -> None:
     assert not [name for name in calls if "lapack" in name]
 
 
-def gum(projector: Any, **parts: Any) -> Any:
+def momentum(projector: Any, **parts: Any) -> Any:
     parts = {"residual": residuals.sampled(1), "projector": projector} | parts
-    compression = LowRank(2, 2, **parts)
-    return gum_optax.scale_by_gum(compression)
+    return low_rank(optax.trace(0.9), LowRank(2, 2, **parts))
 
 
 @pytest.mark.parametrize("projector", [*PROJECTORS.values(), SWITCH], ids=[*PROJECTORS, "switch"])
 def test_every_projector(projector):
-    assert_lowers(gum(projector), MATRICES)
+    assert_lowers(momentum(projector), MATRICES)
 
 
 @pytest.mark.parametrize("residual", RESIDUALS.values(), ids=RESIDUALS)
 def test_every_residual_rule(residual):
-    assert_lowers(gum(projectors.svd, residual=residual), MATRICES)
+    assert_lowers(momentum(projectors.svd, residual=residual), MATRICES)
 
 
 @pytest.mark.parametrize("carry", CARRIES.values(), ids=CARRIES)
 def test_every_carry(carry):
     storage = storages.cast("bfloat16")
-    assert_lowers(gum(projectors.svd, carry=carry, storage=storage), MATRICES)
+    assert_lowers(momentum(projectors.svd, carry=carry, storage=storage), MATRICES)
 
 
 def test_low_rank_adam_that_goes_on():
@@ -94,4 +90,4 @@ def test_a_projector_on_the_host_is_refused():
         return jax.pure_callback(lambda basis: basis, like, previous_basis)
 
     with pytest.raises(NotImplementedError, match="lowering for python_callback"):
-        assert_lowers(gum(on_the_host), MATRICES)
+        assert_lowers(momentum(on_the_host), MATRICES)

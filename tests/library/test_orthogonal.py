@@ -4,6 +4,8 @@
 # pyright: reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false
 # pyright: reportAttributeAccessIssue=false
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +21,7 @@ from gum_optax._orthogonal import (
     safe_scale,
     well_conditioned_rows,
 )
+from tests import helpers
 
 MUON = (3.4445, -4.7750, 2.0315)
 CUBIC = (1.5, -0.5, 0.0)
@@ -30,6 +33,18 @@ TOLERANCE = 1e-5
 
 def _gaussian(shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape)
+
+
+def _float32(x):
+    return np.asarray(x, np.float32)
+
+
+# Coefficients are given as tuples, to be hashed.
+_newton_schulz = jax.jit(
+    newton_schulz,
+    static_argnames=("ns_coeffs", "ns_steps", "eps"),
+    compiler_options=helpers.QUICK,
+)
 
 
 def _oracle(x, coefficients=MUON, steps=5, eps=1e-8):
@@ -48,10 +63,15 @@ def _oracle(x, coefficients=MUON, steps=5, eps=1e-8):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_equals_the_float64_loop(shape):
     x = _gaussian(shape)
-    got = newton_schulz(jnp.asarray(x, jnp.float32))
+    got = _newton_schulz(_float32(x))
     assert got.shape == shape
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, _oracle(x), atol=TOLERANCE)
+
+
+@functools.partial(jax.jit, compiler_options=helpers.QUICK)
+def _polar(updates):
+    return gum_optax.scale_by_polar().update(updates, optax.EmptyState())[0]
 
 
 SPECTRA = {
@@ -69,8 +89,7 @@ def test_very_wide_matrices_equal_the_float64_loop(spectrum, steps, tolerance):
     """Where n is many times m the iteration runs on Gram matrices, whose spectra are squared."""
     left, _, right = np.linalg.svd(_gaussian((12, 200)), full_matrices=False)
     x = left * SPECTRA[spectrum] @ right
-    stack = jnp.asarray([x, x[::-1]], jnp.float32)
-    got = jax.jit(newton_schulz, static_argnames="ns_steps")(stack, ns_steps=steps)
+    got = _newton_schulz(_float32([x, x[::-1]]), ns_steps=steps)
     expected = _oracle([x, x[::-1]], steps=steps)
     # Measured 4.1e-7, 3.4e-5 and 2.3e-4 (on another CPU 2e-7, 2e-5 and 2.3e-4); the iteration on
     # the matrix itself 1e-7, 1.3e-5 and 1.5e-4. One unit in the last place at one, times the slope
@@ -81,20 +100,20 @@ def test_very_wide_matrices_equal_the_float64_loop(spectrum, steps, tolerance):
 def test_very_wide_matrices_equal_the_float64_loop_to_rounding():
     with jax.enable_x64(True):
         x = _gaussian((6, 40))
-        np.testing.assert_allclose(newton_schulz(jnp.asarray(x)), _oracle(x), atol=1e-13)
+        np.testing.assert_allclose(_newton_schulz(x), _oracle(x), atol=1e-13)
 
 
 @pytest.mark.parametrize("shape", [(8, 20), (20, 8), (12, 12)], ids=str)
 def test_equals_optax_muon_without_momentum(shape):
-    x = {"w": jnp.asarray(_gaussian(shape), jnp.float32)}
+    x = {"w": _float32(_gaussian(shape))}
     muon = optax.contrib.scale_by_muon(
         beta=0.0,
         nesterov=False,
         weight_dimension_numbers={"w": optax.contrib.MuonDimensionNumbers()},
     )
-    expected, _ = muon.update(x, muon.init(x))
-    np.testing.assert_allclose(newton_schulz(x["w"]), expected["w"], atol=TOLERANCE)
-    got, _ = gum_optax.scale_by_polar().update(x, optax.EmptyState())
+    expected = jax.jit(lambda x: muon.update(x, muon.init(x))[0], compiler_options=helpers.QUICK)(x)
+    np.testing.assert_allclose(_newton_schulz(x["w"]), expected["w"], atol=TOLERANCE)
+    got = _polar(x)
     np.testing.assert_allclose(got["w"], expected["w"], atol=TOLERANCE)
 
 
@@ -113,7 +132,9 @@ def test_equals_optax_muon_without_momentum(shape):
 )
 def test_coefficients_and_steps(coefficients, steps):
     x = _gaussian((8, 20))
-    got = newton_schulz(jnp.asarray(x, jnp.float32), coefficients, steps)
+    # Bound, because lists and arrays cannot be static arguments.
+    bound = jax.jit(lambda x: newton_schulz(x, coefficients, steps), compiler_options=helpers.QUICK)
+    got = bound(_float32(x))
     expected = _oracle(x, np.asarray(coefficients, np.float64), steps)
     np.testing.assert_allclose(got, expected, atol=TOLERANCE)
 
@@ -121,26 +142,27 @@ def test_coefficients_and_steps(coefficients, steps):
 def test_a_convergent_iteration_reaches_the_polar_factor():
     x = _gaussian((8, 20))
     left, _, right = np.linalg.svd(x, full_matrices=False)
-    got = newton_schulz(jnp.asarray(x, jnp.float32), CUBIC, 25)
+    got = _newton_schulz(_float32(x), CUBIC, 25)
     np.testing.assert_allclose(got, left @ right, atol=TOLERANCE)
 
 
 def test_singular_values_end_near_one():
-    values = np.linalg.svd(newton_schulz(jnp.asarray(_gaussian((8, 20)), jnp.float32)))[1]
+    values = np.linalg.svd(_newton_schulz(_float32(_gaussian((8, 20)))))[1]
     assert values.min() > 0.6
     assert values.max() < 1.25
 
 
 @pytest.mark.parametrize("shape", [(8, 20), (20, 8), (3, 8, 20)], ids=str)
 def test_zero_stays_zero(shape):
-    np.testing.assert_array_equal(newton_schulz(jnp.zeros(shape)), np.zeros(shape))
-    np.testing.assert_array_equal(newton_schulz(jnp.zeros(shape), eps=0.0), np.zeros(shape))
+    zero = np.zeros(shape, np.float32)
+    np.testing.assert_array_equal(_newton_schulz(zero), zero)
+    np.testing.assert_array_equal(_newton_schulz(zero, eps=0.0), zero)
 
 
 def test_a_zero_matrix_in_a_batch_leaves_the_others_alone():
     x = _gaussian((3, 8, 20))
     x[1] = 0
-    got = newton_schulz(jnp.asarray(x, jnp.float32))
+    got = np.asarray(_newton_schulz(_float32(x)))
     np.testing.assert_array_equal(got[1], np.zeros((8, 20)))
     np.testing.assert_allclose(got, _oracle(x), atol=TOLERANCE)
 
@@ -150,7 +172,7 @@ def test_a_zero_matrix_in_a_batch_leaves_the_others_alone():
 def test_extreme_scales_follow_the_definition(scale, eps):
     """At 1e30 squares overflow float32, at 1e-30 they vanish; and eps must still be in force."""
     x = _gaussian((8, 20))
-    got = newton_schulz(jnp.asarray(scale * x, jnp.float32), eps=eps)
+    got = _newton_schulz(_float32(scale * x), eps=eps)
     expected = _oracle(scale * x, eps=eps)
     np.testing.assert_allclose(got, expected, atol=TOLERANCE)
     assert np.isfinite(got).all()
@@ -160,30 +182,29 @@ def test_extreme_scales_follow_the_definition(scale, eps):
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
 def test_half_precision_keeps_its_dtype_and_stays_finite(dtype, scale):
     x = _gaussian((8, 20))
-    got = newton_schulz((jnp.asarray(x, jnp.float32) * scale).astype(dtype))
+    got = _newton_schulz((_float32(x) * np.float32(scale)).astype(dtype))
     assert got.dtype == dtype
     # Measured: 0.053 in bfloat16 (eps 2^-8 grows through five steps of slope 3.4).
     np.testing.assert_allclose(np.asarray(got, np.float64), _oracle(x), atol=0.1)
 
 
 def test_gradient_scale_does_not_matter():
-    x = jnp.asarray(_gaussian((8, 20)), jnp.float32)
-    np.testing.assert_allclose(newton_schulz(x), newton_schulz(1024.0 * x), atol=1e-6)
+    x = _float32(_gaussian((8, 20)))
+    np.testing.assert_allclose(_newton_schulz(x), _newton_schulz(1024 * x), atol=1e-6)
 
 
 def test_scale_by_polar_takes_trees_with_batches():
     tree = {"a": _gaussian((8, 20)), "b": [_gaussian((2, 20, 8)), _gaussian((1, 3))]}
-    updates = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)
-    got, _ = jax.jit(gum_optax.scale_by_polar().update)(updates, optax.EmptyState())
+    got = _polar(jax.tree.map(_float32, tree))
     for result, x in zip(jax.tree.leaves(got), jax.tree.leaves(tree), strict=True):
         np.testing.assert_allclose(result, _oracle(x), atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("shape", [(0, 8, 20), (3, 0, 20), (8, 0), (2, 0, 3, 4)], ids=str)
 def test_empty_arrays_pass_through(shape):
-    assert newton_schulz(jnp.zeros(shape)).shape == shape
-    updates, _ = gum_optax.scale_by_polar().update(jnp.zeros(shape), optax.EmptyState())
-    assert updates.shape == shape
+    zero = np.zeros(shape, np.float32)
+    assert newton_schulz(jnp.asarray(zero)).shape == shape
+    assert _polar(zero).shape == shape
 
 
 # (shape, whether it is looped over) with matrices above a short side of 7 called large.
@@ -202,8 +223,8 @@ def test_large_matrices_of_a_batch_are_orthogonalized_one_by_one(monkeypatch, sh
     monkeypatch.setattr(_orthogonal, "newton_schulz", spy)
     x = _gaussian(shape)
     x[0] = 0
-    update = jax.jit(gum_optax.scale_by_polar().update)
-    got, _ = update(jnp.asarray(x, jnp.float32), optax.EmptyState())
+    update = jax.jit(gum_optax.scale_by_polar().update, compiler_options=helpers.QUICK)
+    got, _ = update(_float32(x), optax.EmptyState())
     np.testing.assert_allclose(got, _oracle(x), atol=TOLERANCE)
     assert set(seen) == {shape[-2:] if looped else shape}
 
@@ -215,7 +236,7 @@ def test_scale_by_polar_keeps_shardings(monkeypatch, kind):
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("a", None, "b"))
     x = _gaussian((2, 8, 20))
     update = jax.jit(lambda x: gum_optax.scale_by_polar().update(x, optax.EmptyState())[0])
-    got = update(jax.device_put(jnp.asarray(x, jnp.float32), sharding))
+    got = update(jax.device_put(_float32(x), sharding))
     assert got.sharding.is_equivalent_to(sharding, 3)
     np.testing.assert_allclose(got, _oracle(x), atol=TOLERANCE)
 
@@ -239,7 +260,7 @@ BAD_COEFFICIENTS = {
 @pytest.mark.parametrize(
     "build",
     [
-        lambda c: newton_schulz(jnp.ones((2, 3)), c),
+        lambda c: newton_schulz(np.ones((2, 3), np.float32), c),
         lambda c: gum_optax.scale_by_polar(c),
     ],
     ids=["newton_schulz", "scale_by_polar"],
@@ -252,7 +273,7 @@ def test_bad_coefficients_fail_at_once(coefficients, build):
 @pytest.mark.parametrize("steps", [0, -1, 1.5, True, "5", None], ids=repr)
 def test_bad_steps_fail_at_once(steps):
     for build in (
-        lambda: newton_schulz(jnp.ones((2, 3)), ns_steps=steps),
+        lambda: newton_schulz(np.ones((2, 3), np.float32), ns_steps=steps),
         lambda: gum_optax.scale_by_polar(ns_steps=steps),
     ):
         with pytest.raises((TypeError, ValueError), match="`ns_steps` must"):
@@ -269,11 +290,12 @@ def test_products_ask_for_the_highest_precision():
 
 
 def test_the_safe_scale_is_the_largest_entry():
-    x = jnp.array([[0.0, 3.0, 1e-40], [0.0, -4.0, 0.0]])
-    assert safe_scale(x) == 4.0
-    assert safe_scale(0 * x) == 1.0
+    x = np.array([[0.0, 3.0, 1e-40], [0.0, -4.0, 0.0]], np.float32)
+    scale = jax.jit(safe_scale, static_argnames="axis")
+    assert scale(x) == 4.0
+    assert scale(0 * x) == 1.0
     # Neither a zero nor a denormal column has an inverse in float32.
-    columns = safe_scale(x, axis=-2)
+    columns = np.asarray(scale(x, axis=-2))
     assert columns.shape == (1, 3)
     np.testing.assert_array_equal(columns[0, :2], [1.0, 4.0])
     assert np.isfinite(1 / columns).all()
@@ -284,7 +306,9 @@ def test_the_safe_scale_is_the_largest_entry():
 # Measured over all cases here: 4e-7.
 ORTHONORMAL = 2e-6
 
-BASIS = jax.jit(power_iteration_basis, static_argnums=2)
+ROWS = jax.jit(orthonormal_rows, static_argnums=1, compiler_options=helpers.QUICK)
+WELL_CONDITIONED_ROWS = jax.jit(well_conditioned_rows, compiler_options=helpers.QUICK)
+BASIS = jax.jit(power_iteration_basis, static_argnums=2, compiler_options=helpers.QUICK)
 
 
 def _departure(basis):
@@ -307,7 +331,7 @@ def test_the_basis_equals_the_float64_iteration(shape, iterations):
     gradient, start = _gaussian((m, n)), _gaussian((m, r), seed=1)
     expected = _householder(gradient, start, iterations)
     with jax.enable_x64(True):
-        basis = np.asarray(BASIS(jnp.asarray(gradient), jnp.asarray(start), iterations))
+        basis = np.asarray(BASIS(gradient, start, iterations))
     # Subspaces, not vectors: the columns may be rotated. Measured: 7e-16.
     np.testing.assert_allclose(basis @ basis.T, expected @ expected.T, atol=1e-12)
 
@@ -317,9 +341,9 @@ def test_steep_spectra_keep_every_direction(decades):
     """Once, the weakest of 64 directions were lost in rounding, and the basis was not finite."""
     rng = np.random.default_rng(0)
     left, right = (np.linalg.qr(rng.normal(size=(128, 128)))[0] for _ in range(2))
-    gradient = jnp.asarray(left * np.logspace(0, -decades, 128) @ right, jnp.float32)
+    gradient = _float32(left * np.logspace(0, -decades, 128) @ right)
     start = np.linalg.qr(rng.normal(size=(128, 64)))[0]
-    basis = BASIS(gradient, jnp.asarray(start, jnp.float32), 3)
+    basis = BASIS(gradient, _float32(start), 3)
     assert _departure(basis) < ORTHONORMAL
     G = np.asarray(gradient, np.float64)
     oracle = _householder(G, start, 2)
@@ -331,10 +355,10 @@ def test_steep_spectra_keep_every_direction(decades):
 def test_householder_is_for_where_cholesky_fails(monkeypatch, kind, cholesky):
     """Cholesky does what it can, several times as fast: spoil the other and see who notices."""
     monkeypatch.setattr(jnp.linalg, "qr", lambda x: (jnp.full_like(x, jnp.nan), None))
-    gradient = jnp.asarray((kind == "gaussian") * _gaussian((40, 60)), jnp.float32)
-    start = jnp.asarray(_gaussian((40, 6), seed=1), jnp.float32)
-    basis = jax.jit(lambda *args: power_iteration_basis(*args, 3))(gradient, start)
-    assert bool(jnp.isfinite(basis).all()) == cholesky
+    gradient = _float32((kind == "gaussian") * _gaussian((40, 60)))
+    start = _float32(_gaussian((40, 6), seed=1))
+    spoiled = jax.jit(lambda *args: power_iteration_basis(*args, 3), compiler_options=helpers.QUICK)
+    assert bool(np.isfinite(spoiled(gradient, start)).all()) == cholesky
 
 
 def test_where_cholesky_fails_householder_takes_over(monkeypatch):
@@ -344,17 +368,17 @@ def test_where_cholesky_fails_householder_takes_over(monkeypatch):
         return jnp.full_like(x, jnp.nan), jnp.array(jnp.nan)
 
     monkeypatch.setattr(_orthogonal, "orthonormal_rows", failed)
-    gradient, start = (jnp.asarray(_gaussian((16, n)), jnp.float32) for n in (24, 4))
-    basis = jax.jit(lambda *args: power_iteration_basis(*args, 3))(gradient, start)
-    assert _departure(basis) < ORTHONORMAL
+    gradient, start = (_float32(_gaussian((16, n))) for n in (24, 4))
+    spoiled = jax.jit(lambda *args: power_iteration_basis(*args, 3), compiler_options=helpers.QUICK)
+    assert _departure(spoiled(gradient, start)) < ORTHONORMAL
 
 
 @pytest.mark.parametrize(("decades", "shift"), [(0, 1e-6), (3, 1e-6), (8, 1e-6), (8, 1e-3)])
 def test_what_a_shift_takes_from_the_rows_is_known(decades, shift):
     """It decides whether they are taken again, and bounds what every direction lost."""
     with jax.enable_x64(True):
-        x = jnp.logspace(0, -decades, 8)[:, None] * _gaussian((8, 20))
-        rows, lost = map(np.asarray, orthonormal_rows(x, shift))
+        x = np.logspace(0, -decades, 8)[:, None] * _gaussian((8, 20))
+        rows, lost = map(np.asarray, ROWS(x, shift))
     missing = np.linalg.eigvalsh(np.eye(8) - rows @ rows.T)
     np.testing.assert_allclose(lost, missing.sum(), atol=1e-9)
     assert missing.max() < lost + 1e-9
@@ -363,9 +387,9 @@ def test_what_a_shift_takes_from_the_rows_is_known(decades, shift):
 @pytest.mark.parametrize(("decades", "again"), [(0, False), (2, False), (4, True)])
 def test_rows_are_taken_again_only_where_much_was_lost(decades, again):
     with jax.enable_x64(True):
-        x = jnp.logspace(0, -decades, 8)[:, None] * np.linalg.qr(_gaussian((20, 8)))[0].T
-        rows = np.asarray(well_conditioned_rows(x))
-        once = np.asarray(orthonormal_rows(x, 1e-6)[0])
+        x = np.logspace(0, -decades, 8)[:, None] * np.linalg.qr(_gaussian((20, 8)))[0].T
+        rows = np.asarray(WELL_CONDITIONED_ROWS(x))
+        once = np.asarray(ROWS(x, 1e-6)[0])
     assert np.linalg.svd(rows, compute_uv=False).min() > 0.9
     assert (np.linalg.svd(once, compute_uv=False).min() < 0.2) == again
     assert (rows != once).any() == again

@@ -130,9 +130,9 @@ def _same_program(first, second):
     """On parameters with a fallback: the same state and the same update."""
     params = parameters("gum")
     assert program(first.init, params) == program(second.init, params)
-    state = first.init(params)
-    assert program(first.update, params, state, params) == program(
-        second.update, params, second.init(params), params
+    states = [jax.eval_shape(optimizer.init, params) for optimizer in (first, second)]
+    assert program(first.update, params, states[0], params) == program(
+        second.update, params, states[1], params
     )
 
 
@@ -141,7 +141,7 @@ def test_gum_around_galore_is_galore_muon():
     muon = optax.chain(optax.trace(0.9), gum_optax.scale_by_polar())
     optimizer = gum_optax.gum(0.1, PROJECTED, beta=0.9)
     params = parameters("gum")
-    state = low_rank_state(optimizer.init(params))
+    state = low_rank_state(jax.eval_shape(optimizer.init, params))
     assert state.slots == {}
     assert state.uncompressed is None
     direct = gum_optax.low_rank(muon, PROJECTED)
@@ -179,12 +179,14 @@ def test_golores_rank_and_period_reach_the_state():
     }
 
 
+# What becomes of the matrices is not looked at here, so it is what is traced the soonest.
 FACTORIES = {
-    "gum": lambda **options: gum_optax.gum(0.1, SIMPLE, **options),
-    "adamw": lambda **options: gum_optax.adamw(0.1, SIMPLE, **options),
-    "gum around galore": lambda **options: gum_optax.gum(0.1, PROJECTED, **options),
+    "gum": lambda **options: gum_optax.gum(
+        0.1, PROJECTED, orthogonalizer=optax.identity(), **options
+    ),
+    "adamw": lambda **options: gum_optax.adamw(0.1, PROJECTED, **options),
     "for_matrices": lambda **options: gum_optax.for_matrices(
-        gum_optax.low_rank(optax.trace(0.9), SIMPLE), 0.1, **options
+        gum_optax.low_rank(optax.trace(0.9), PROJECTED), 0.1, **options
     ),
 }
 every_factory = pytest.mark.parametrize("factory", FACTORIES.values(), ids=FACTORIES)
@@ -212,10 +214,10 @@ def test_weight_decay_reaches_matrices_and_the_default_fallback_alike(mask):
     optimizer = gum_optax.for_matrices(
         optax.scale_by_sign(), 0.1, weight_decay=0.5, weight_decay_mask=mask
     )
-    zeros = jax.tree.map(jnp.zeros_like, params)
+    zeros = jax.tree.map(np.zeros_like, params)
     updates, _ = jit_once(optimizer.update)(zeros, optimizer.init(params), params)
     for name, update in updates.items():
-        decay = -0.1 * 0.5 * (mask is None or mask[name])
+        decay = np.float32(-0.1 * 0.5 * (mask is None or mask[name]))
         assert_close(update, jax.tree.map(lambda p, decay=decay: decay * p, params[name]))
 
 
@@ -229,7 +231,7 @@ def test_a_fallback_of_ones_own_decays_as_it_says(factory):
             updates, _ = optimizer.update(gradients, state, params)
             return updates["bias"], updates["embed"]
 
-        return jax.make_jaxpr(update)(params, optimizer.init(params), params)
+        return jax.make_jaxpr(update)(params, jax.eval_shape(optimizer.init, params), params)
 
     # What is not used for the two results is dropped from the programs.
     assert _pruned(fallback_updates(plain)) == _pruned(fallback_updates(decayed))
@@ -257,6 +259,10 @@ def test_the_default_fallback_is_adamw_with_its_own_learning_rate(factory, rate)
     _same_program(
         factory(**options, fallback_learning_rate=rate), factory(**options, fallback=fallback)
     )
+
+
+@every_factory
+def test_the_learning_rate_of_the_default_fallback_is_that_of_the_matrices(factory):
     _same_program(factory(), factory(fallback_learning_rate=0.1))
 
 
@@ -268,11 +274,11 @@ def test_a_schedule_of_the_fallback_leaves_matrices_alone():
     )
     update, update_own = jit_once(plain.update), jit_once(own.update)
     state, state_own = plain.init(params), own.init(params)
-    for factor in (2.0, 1.0, 1.0):
+    for factor in np.asarray([2.0, 1.0, 1.0], np.float32):
         expected, state = update(params, state, params)
         updates, state_own = update_own(params, state_own, params)
         for name in ("bias", "embed"):
-            assert_close(updates[name], jax.tree.map(lambda u, f=factor: f * u, expected[name]))
+            assert_close(updates[name], factor * np.asarray(expected[name]))
         for name in ("layers", "single"):
             assert_equal(updates[name], expected[name])
 
@@ -329,8 +335,9 @@ def test_init_warns_once_where_nothing_is_compressed(factory, case):
     [message] = messages
     for text in (reason, advice, "leave compression out", r"`gum_optax.memory_plan\(tx, params\)`"):
         assert re.search(text, message), message
-    _, messages = _warnings(jax.eval_shape, optimizer.update, params, state, params)
-    assert messages == []
+    if factory is gum_optax.adamw:  # In the step of `low_rank`, which both have.
+        _, messages = _warnings(jax.eval_shape, optimizer.update, params, state, params)
+        assert messages == []
     # The plan shows the same, so it need not warn.
     plan, messages = _warnings(gum_optax.memory_plan, optimizer, params)
     assert messages == []
@@ -388,11 +395,11 @@ def test_always_drawn_matrices_are_no_mistake_of_the_rank():
 
 def test_a_model_of_one_layer_is_trained_as_by_muon():
     """The warning says so: the inner transformation without low rank."""
-    params = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(5, 8)), jnp.float32)}
+    params = {"w": np.asarray(np.random.default_rng(0).normal(size=(5, 8)), np.float32)}
     muon = optax.chain(optax.trace(0.95), gum_optax.scale_by_polar())
     direction = gum_optax.scale_by_gum(LowRank(rank=2))
     with pytest.warns(UserWarning, match="is compressed, so this is the inner transformation"):
         state = direction.init(params)
-    updates, _ = direction.update(params, state)
-    expected, _ = muon.update(params, muon.init(params))
+    updates, _ = jax.jit(direction.update)(params, state)
+    expected, _ = jax.jit(muon.update)(params, muon.init(params))
     assert_close(updates, expected)

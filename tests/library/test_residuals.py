@@ -3,6 +3,7 @@
 # optax types a state as any tree of arrays, so its fields are unknown to a type checker.
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false
 
+import functools
 from typing import Any
 
 import jax
@@ -14,13 +15,14 @@ import pytest
 import gum_optax
 from gum_optax import LowRank, carries, low_rank, normalize_columns, projectors, residuals
 from tests import cases, helpers, reference
-from tests.cases import CASES, EXPERTS, SEPARATE, SQUARE, STACKED, label
+from tests.cases import EXPERTS, SEPARATE, SQUARE, STACKED, label
 
 BETA = 0.9
 MUON = optax.chain(optax.trace(BETA), gum_optax.scale_by_polar())
 # The inner transformation, and the same in the reference.
 INNER: dict[str, Any] = {
     "identity": (optax.identity(), reference.identity()),
+    "momentum": (optax.trace(BETA), reference.momentum(BETA)),
     "muon": (MUON, reference.momentum_polar(BETA)),
     "adam": (optax.scale_by_adam(), reference.adam()),
 }
@@ -57,12 +59,11 @@ THROUGH: dict[str, Any] = {
     "fira without limit": (fira(None), reference.fira(None)),
 }
 
-EVERY_LAYOUT = [SEPARATE, STACKED, EXPERTS, SQUARE]
-
 
 @pytest.mark.parametrize(
     ("case", "inner"),
-    [(case, "muon") for case in CASES if case.gamma] + [(STACKED, "adam"), (EXPERTS, "identity")],
+    # A layout each, as the codec is that of the exclusive form: its cases are in test_low_rank.py.
+    [(SEPARATE, "muon"), (STACKED, "adam"), (EXPERTS, "identity"), (SQUARE, "momentum")],
     ids=label,
 )
 def test_additive_form_equals_the_reference(case, inner):
@@ -79,28 +80,29 @@ def test_additive_form_equals_the_reference(case, inner):
 
 
 @pytest.mark.parametrize(
-    ("case", "form", "undrawn"),
+    ("case", "inner", "form", "undrawn"),
     [
-        (SEPARATE, "exclusive", "momentum"),
-        (SEPARATE, "additive", "fira"),
-        (STACKED, "exclusive", "fira"),
-        (STACKED, "additive", "columns"),
-        (EXPERTS, "exclusive", "columns"),
-        (EXPERTS, "additive", "momentum"),
-        (SQUARE, "exclusive", "sign"),
+        (SEPARATE, "momentum", "exclusive", "momentum"),
+        (SEPARATE, "muon", "additive", "fira"),
+        (STACKED, "momentum", "exclusive", "fira"),
+        (STACKED, "momentum", "additive", "columns"),
+        (EXPERTS, "momentum", "exclusive", "columns"),
+        (EXPERTS, "momentum", "additive", "momentum"),
+        (SQUARE, "momentum", "exclusive", "sign"),
     ],
     ids=label,
 )
-def test_undrawn_matrices_send_their_residual_through_a_transformation(case, form, undrawn):
+def test_undrawn_matrices_send_their_residual_through_a_transformation(case, inner, form, undrawn):
+    tx, oracle = INNER[inner]
     transformation, rule = THROUGH[undrawn]
     gradients = cases.gradients_of(case)
     residual = residuals.sampled(case.gamma, form=form, undrawn=transformation)
     compression = case.compression(residual=residual, projector=projectors.svd)
-    run = cases.run(low_rank(MUON, compression), case, gradients)
-    muon, sizes = reference.momentum_polar(BETA), run.sizes(case) | {"form": form}
-    expected = reference.sampled(muon, gradients, undrawn=rule, **sizes)
+    run = cases.run(low_rank(tx, compression), case, gradients)
+    sizes = run.sizes(case) | {"form": form}
+    expected = reference.sampled(oracle, gradients, undrawn=rule, **sizes)
     cases.assert_close(run.updates, expected)
-    dropped = np.asarray(reference.sampled(muon, gradients, **sizes))
+    dropped = np.asarray(reference.sampled(oracle, gradients, **sizes))
     assert np.abs(run.updates - dropped).max() > 0.1, "the two must be told apart"
 
 
@@ -109,14 +111,10 @@ def test_undrawn_matrices_send_their_residual_through_a_transformation(case, for
     [
         (SEPARATE, "identity", "momentum"),
         (SEPARATE, "adam", "fira"),
-        (SEPARATE, "adam", "sign"),
         (STACKED, "identity", "fira without limit"),
-        (STACKED, "adam", "momentum"),
         (STACKED, "muon", "columns"),
         (EXPERTS, "adam", "fira"),
-        (EXPERTS, "identity", "columns"),
-        (SQUARE, "adam", "fira"),
-        (SQUARE, "identity", "sign"),
+        (SQUARE, "adam", "sign"),
     ],
     ids=label,
 )
@@ -139,7 +137,7 @@ def test_residuals_through_a_transformation_equal_the_reference(case, inner, rul
     [
         (SEPARATE._replace(K=1), "adam", 0.0),
         (SEPARATE, "muon", 0.0),
-        (STACKED._replace(K=1), "muon", 0.7),
+        (STACKED._replace(K=1), "momentum", 0.7),
         (STACKED, "identity", 0.0),
         (EXPERTS, "identity", 0.7),
         (SQUARE, "adam", 0.0),
@@ -169,7 +167,7 @@ def test_feedback_loses_nothing(case):
         residual=residuals.feedback(), projector=helpers.first_coordinates
     )
     with jax.enable_x64(True):
-        trees = [helpers.pack(case.layout, jnp.asarray(G_t)) for G_t in gradients]
+        trees = [helpers.pack(case.layout, G_t) for G_t in gradients]
         runs = list(helpers.run(low_rank(optax.identity(), compression), trees))
         [error] = runs[-1][1].residual.values()
         total = sum(helpers.unpack(updates) for updates, _ in runs) + helpers.unpack(error)
@@ -186,8 +184,7 @@ def test_feedback_keeps_dions_momentum():
     tx = low_rank(optax.identity(), LowRank(2, 1, rule, projectors.svd))
     momentum = np.zeros_like(gradients[0])
     with jax.enable_x64(True):
-        trees = [jnp.asarray(G_t) for G_t in gradients]
-        for G_t, (_, state) in zip(gradients, helpers.run(tx, trees), strict=True):
+        for G_t, (_, state) in zip(gradients, helpers.run(tx, gradients), strict=True):
             corrected = momentum + G_t
             for i, B in enumerate(corrected):
                 P = np.linalg.svd(B)[2][:2].T  # Tall: the short side is on the right.
@@ -197,14 +194,27 @@ def test_feedback_keeps_dions_momentum():
 
 
 def recorder(told: list[Any]) -> optax.GradientTransformationExtraArgs:
-    """Keeps what a transformation of residuals is told, and changes nothing."""
+    """Keeps what a transformation of residuals is told, and changes nothing.
+
+    For one trace; see `first_step`, which turns what was kept into numbers.
+    """
 
     def update(updates, state, params=None, **extra_args):
         assert params is None
-        told.append(jax.tree.map(np.asarray, (updates, extra_args)))
+        told.append((updates, extra_args))
         return updates, state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def first_step(tx: Any, tree: Any, *kept: list[Any]) -> Any:
+    """The first updates, and the values of what spies have kept meanwhile, compiled together."""
+
+    @functools.partial(jax.jit, compiler_options=helpers.QUICK)
+    def step(tree):
+        return tx.update(tree, tx.init(tree))[0], *kept
+
+    return jax.tree.map(np.asarray, step(tree))
 
 
 @pytest.mark.parametrize("shape", helpers.SHAPES)
@@ -216,18 +226,18 @@ def test_projected_is_what_the_inner_transformation_saw_and_projected_update_wha
     seen, told = [], []
 
     def inner(updates, state, params=None):
-        given = jax.tree.map(lambda x: 3.0 * x + 1.0, updates)
+        # Exact, so that it is the same wherever the compiler computes it.
+        given = jax.tree.map(lambda x: -2.0 * x, updates)
         seen.append((updates, given))
         return given, state
 
     spy = optax.GradientTransformation(lambda params: optax.EmptyState(), inner)
     rule = residuals.through(recorder(told))
     tx = low_rank(spy, LowRank(2, 1, rule, helpers.first_coordinates))
-    matrices = jnp.asarray(helpers.gradients(0, 4, *helpers.SHAPES[shape]), jnp.float32)
+    matrices = np.asarray(helpers.gradients(0, 4, *helpers.SHAPES[shape]), np.float32)
     tree = helpers.pack(layout, matrices)
-    tx.update(tree, tx.init(tree))
+    _, [(saw, gave)], told = first_step(tx, tree, seen, told)
 
-    [(saw, gave)] = seen
     assert saw[helpers.group_name(layout)].residual is None, "through has no slots"
     saw, gave = (np.asarray(part[helpers.group_name(layout)].low) for part in (saw, gave))
     leaves = jax.tree.leaves(tree)
@@ -250,8 +260,8 @@ def test_undrawn_is_told_the_projection_without_its_weight(form):
     told = []
     rule = residuals.sampled(1, form=form, undrawn=recorder(told))
     tx = low_rank(optax.identity(), LowRank(2, 1, rule, helpers.first_coordinates))
-    tree = list(jnp.asarray(helpers.gradients(0, 3, 5, 8), jnp.float32))
-    tx.update(tree, tx.init(tree))
+    tree = list(np.asarray(helpers.gradients(0, 3, 5, 8), np.float32))
+    _, told = first_step(tx, tree, told)
     weight = 1.0 if form == "additive" else 1.5
     for (_, extra), leaf in zip(told, tree, strict=True):
         np.testing.assert_allclose(extra["projected"], leaf[:2], rtol=1e-6)
@@ -266,7 +276,8 @@ def test_a_refresh_does_not_touch_the_state_of_a_transformation_of_residuals(rul
         "undrawn": residuals.sampled(1, undrawn=counter),
     }
     tx = low_rank(optax.trace(0.9), LowRank(2, 2, rules[rule], helpers.first_coordinates))
-    tree = {"a": [jnp.ones((4, 6))] * 3, "b": jnp.ones((2, 6, 4))}
+    ones = functools.partial(np.ones, dtype=np.float32)
+    tree = {"a": [ones((4, 6))] * 3, "b": ones((2, 6, 4))}
     *_, (_, state) = helpers.run(tx, [tree] * 5)
     counts = {name: [int(leaf.count) for leaf in part] for name, part in state.residual.items()}
     assert counts == {"a/*": [5, 5, 5], "b": [5]}
@@ -278,8 +289,7 @@ def test_a_refresh_does_not_touch_the_state_of_a_transformation_of_residuals(rul
 def first_update(gradient: Any, inner: Any, residual: Any) -> np.ndarray:
     """The first update of one matrix 2 x 3, on the basis e1."""
     tx = low_rank(inner, LowRank(1, 1, residual, helpers.first_coordinates))
-    gradient = jnp.asarray(gradient, jnp.float32)
-    return np.asarray(tx.update(gradient, tx.init(gradient))[0])
+    return first_step(tx, np.asarray(gradient, np.float32))[0]
 
 
 @pytest.mark.parametrize("limit", [None, 1.01])
@@ -295,8 +305,10 @@ def test_firas_norm_grows_by_its_limit():
     """A gradient of ten times the size, after a first; none after a residual of zero."""
     inner = optax.scale_by_schedule(lambda count: 10.0**count)
     tx = low_rank(inner, LowRank(1, 9, residuals.through(fira()), helpers.first_coordinates))
-    gradient = jnp.asarray([[3.0, 0, 1], [4, 2, 1]])
-    frozen = gradient.at[1].set(0.0)  # Its residual is zero, and so is its norm.
+    gradient = np.asarray([[3.0, 0, 1], [4, 2, 1]], np.float32)
+    # Its residual is zero, and so is its norm.
+    frozen = gradient * np.asarray([[1], [0]], np.float32)
+    tx = tx._replace(update=jax.jit(tx.update))  # One trace for both runs.
     norms = [float(state.residual["param"][0]) for _, state in helpers.run(tx, [gradient] * 3)]
     np.testing.assert_allclose(np.divide(norms[1:], norms[:-1]), 1.01, rtol=1e-5)
     norms = [float(state.residual["param"][0]) for _, state in helpers.run(tx, [frozen, gradient])]
@@ -317,12 +329,12 @@ def test_drop_by_hand():
 @pytest.mark.parametrize("shape", helpers.SHAPES)
 def test_a_column_normalized_residual_has_the_size_of_the_directions_that_are_left_out(shape):
     """Its Frobenius norm is sqrt(m - r), as if m - r singular values had been set to one."""
-    G = jnp.asarray(helpers.gradients(0, 3, *helpers.SHAPES[shape]), jnp.float32)
+    G = np.asarray(helpers.gradients(0, 3, *helpers.SHAPES[shape]), np.float32)
     m, n = sorted(helpers.SHAPES[shape])
 
     def updates(residual):
         tx = low_rank(optax.identity(), LowRank(2, 1, residual, helpers.first_coordinates))
-        return np.asarray(tx.update(G, tx.init(G))[0])
+        return first_step(tx, G)[0]
 
     added = updates(residuals.through(normalize_columns())) - updates(residuals.drop())
     np.testing.assert_allclose(np.linalg.norm(added, axis=(-2, -1)), np.sqrt(m - 2), rtol=1e-5)
@@ -343,7 +355,7 @@ def test_a_users_rule_replaces_functions_of_a_ready_one():
 
     mine = residuals.drop()._replace(init=lambda group: jnp.zeros((), jnp.int32), decode=decode)
     tx = low_rank(optax.scale(2.0), LowRank(1, 1, mine, helpers.first_coordinates))
-    G = jnp.asarray([[3.0, 0, 1], [4, 2, -1]])
+    G = np.asarray([[3.0, 0, 1], [4, 2, -1]], np.float32)
     *_, (updates, state) = helpers.run(tx, [G] * 3)
     np.testing.assert_array_equal(updates, [[6, 0, 2], [2, 1, -0.5]])
     assert int(state.residual["param"]) == 3
@@ -351,9 +363,10 @@ def test_a_users_rule_replaces_functions_of_a_ready_one():
 
 def test_a_users_rule_may_leave_groups_uncompressed():
     mine = residuals.drop()._replace(uncompressed=lambda group: "mine" if group.name == "b" else "")
-    tree = {"a": jnp.ones((4, 6)), "b": jnp.ones((4, 6))}
+    tree = {"a": jax.ShapeDtypeStruct((4, 6), jnp.float32)}
+    tree |= {"b": tree["a"]}
     tx = low_rank(optax.trace(0.9), LowRank(2, 1, mine))
-    state = tx.init(tree)
+    state = jax.eval_shape(tx.init, tree)
     assert set(state.basis) == {"a"}
     plan = gum_optax.memory_plan(tx, tree)
     assert {row.name: row.why for row in plan.rows[:2]} == {"a": "", "b": "mine"}
@@ -373,8 +386,9 @@ def test_a_users_rule_may_leave_groups_uncompressed():
 )
 def test_states_keep_their_shapes_and_dtypes_over_steps(rule):
     """In bfloat16, where a float32 basis promotes whatever it touches."""
-    tree = {"a": [jnp.ones((6, 4), jnp.bfloat16)] * 3, "b": jnp.ones((2, 3, 4, 6), jnp.bfloat16)}
-    tx = low_rank(optax.trace(0.9), LowRank(2, 2, rule))
+    half = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+    tree = {"a": [half((6, 4))] * 3, "b": half((2, 3, 4, 6))}
+    tx = low_rank(optax.trace(0.9), LowRank(2, 2, rule, helpers.first_coordinates))
     state = jax.eval_shape(tx.init, tree)
     updates, after = jax.eval_shape(tx.update, tree, state)
     assert helpers.described(after) == helpers.described(state)

@@ -1,6 +1,5 @@
 """On eight devices: numbers, draws, shardings and what is sent between devices."""
 
-import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 import gum_optax
 from experiments.collectives import collectives
 from gum_optax import LowRank, projectors, residuals
-from tests import helpers
+from tests import helpers, tables
 
 # No dimension equals another; each is a multiple of the mesh axes that cut it.
 M, N, R, GAMMA, PERIOD = 16, 24, 4, 2, 2
@@ -51,7 +50,7 @@ class Case(NamedTuple):
 
     def gradients(self, seed: int) -> Any:
         seeds = iter(range(100 * seed, 100 * seed + 50))
-        return self.tree(lambda shape, _: jnp.asarray(helpers.gradients(next(seeds), *shape)))
+        return self.tree(lambda shape, _: helpers.gradients(next(seeds), *shape))
 
     def make_mesh(self, mode: str) -> jax.sharding.Mesh:
         names, sizes = tuple(self.mesh), tuple(self.mesh.values())
@@ -106,14 +105,17 @@ RUNS += [(name, "Explicit") for name in EXPLICIT]
 every_case = pytest.mark.parametrize("name", CASES)
 
 
-# A refresh by the default projector takes most of the time to compile; so not in every case.
-DEFAULT_PROJECTOR = ("fsdp x tensor", "layers x fsdp")
+# A refresh by the library's projectors takes most of the time to compile. Elsewhere, coordinates
+# that the key decides.
+PROJECTORS: dict[str, Any] = {
+    "fsdp, rows": projectors.random_orthonormal,
+    "fsdp x tensor": projectors.subspace_iteration,
+    "layers x fsdp": projectors.subspace_iteration,
+}
 
 
-def scale_by_gum(name: str) -> optax.GradientTransformationExtraArgs:
-    compression = LowRank(R, PERIOD, residuals.sampled(GAMMA))
-    if name not in DEFAULT_PROJECTOR:
-        compression = dataclasses.replace(compression, projector=projectors.random_orthonormal)
+def scale_by_gum(projector: Any) -> optax.GradientTransformationExtraArgs:
+    compression = LowRank(R, PERIOD, residuals.sampled(GAMMA), projector)
     return gum_optax.scale_by_gum(compression)
 
 
@@ -133,24 +135,30 @@ def assert_close(actual: Any, expected: Any, atol: float = TOLERANCE) -> None:
 
 @functools.cache
 @jax.enable_x64(True)
-def unsharded(name: str) -> list[tuple[Any, Any]]:
-    trees = [CASES[name].gradients(t) for t in range(PERIOD + 1)]
-    return list(helpers.run(scale_by_gum(name), trees))
+def unsharded(
+    leaves: int, batch: tuple[int, ...], projector: Any
+) -> tuple[Any, list[tuple[Any, Any]]]:
+    """The first state and, after each step, updates and state; of cases with the same leaves."""
+    tx, case = scale_by_gum(projector), Case(leaves, batch, {}, P(), P())
+    trees = [case.gradients(t) for t in range(PERIOD + 1)]
+    state = tx.init(trees[0])
+    return jax.device_get((state, list(helpers.run(tx, trees, state=state))))
 
 
 @pytest.mark.parametrize(("name", "mode"), RUNS)
 @jax.enable_x64(True)
 def test_equals_the_unsharded_run(name, mode):
-    case, tx = CASES[name], scale_by_gum(name)
-    mesh = case.make_mesh(mode)
+    case, projector = CASES[name], PROJECTORS.get(name, tables.SIMPLE.projector)
+    tx, mesh = scale_by_gum(projector), case.make_mesh(mode)
     shardings = case.shardings(mesh)
     params = jax.device_put(case.gradients(0), shardings)
     state_shardings = gum_optax.state_shardings(tx, params, shardings)
+    first_state, expected_steps = unsharded(case.leaves, case.batch, projector)
     with jax.set_mesh(mesh):
-        state = jax.jit(tx.init, out_shardings=state_shardings)(params)
+        state = jax.device_put(first_state, state_shardings)
         # A compiled program refuses arrays of other types or shardings than it was made for.
         update = jax.jit(tx.update).lower(params, state).compile(compiler_options=helpers.QUICK)
-        for t, (expected, expected_state) in enumerate(unsharded(name)):
+        for t, (expected, expected_state) in enumerate(expected_steps):
             grads = jax.device_put(case.gradients(t), shardings)
             updates, state = update(grads, state)
             assert_placed(updates, shardings)
@@ -163,7 +171,8 @@ def test_equals_the_unsharded_run(name, mode):
 
 def plain_step(name: str) -> str:
     """The HLO of a step that is no refresh: its counter is a constant, so XLA drops the branch."""
-    case, tx = CASES[name], scale_by_gum(name)
+    # The projector is part of that branch, so the cheapest will do.
+    case, tx = CASES[name], scale_by_gum(helpers.first_coordinates)
     mesh = case.make_mesh("Auto")
     shardings = case.shardings(mesh)
     params = case.tree(
@@ -216,6 +225,7 @@ def _entries(arrays: Sequence[tuple[int, tuple[int, ...]]]) -> int:
 
 
 def test_one_device_needs_no_mesh():
-    tx, tree = gum_optax.scale_by_gum(LowRank(R)), CASES["fsdp, rows"].gradients(0)
-    hlo = jax.jit(tx.update).lower(tree, tx.init(tree)).as_text()
+    tx, case = gum_optax.scale_by_gum(LowRank(R)), CASES["fsdp, rows"]
+    tree = case.tree(lambda shape, _: jax.ShapeDtypeStruct(shape, jnp.float32))
+    hlo = jax.jit(tx.update).lower(tree, jax.eval_shape(tx.init, tree)).as_text()
     assert "sharding_constraint" not in hlo
