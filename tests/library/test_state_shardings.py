@@ -45,9 +45,10 @@ def model(layer: Any, embed: Any) -> Any:
 def gradients(seed: int) -> Any:
     rng = np.random.default_rng(seed)
     layers = [
-        {name: rng.normal(size=shape) for name, shape in SHAPES.items()} for _ in range(LAYERS)
+        {name: jnp.asarray(rng.normal(size=shape)) for name, shape in SHAPES.items()}
+        for _ in range(LAYERS)
     ]
-    return {"embed": rng.normal(size=(32, 16)), "layers": layers}
+    return {"embed": jnp.asarray(rng.normal(size=(32, 16))), "layers": layers}
 
 
 def dimension_numbers(params: Any) -> Any:
