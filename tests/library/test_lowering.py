@@ -56,6 +56,11 @@ def test_every_projector(projector):
     assert_lowers(momentum(projector), MATRICES)
 
 
+def test_every_leaf_in_bfloat16():
+    halves = jax.tree.map(lambda leaf: shapes(*leaf.shape, dtype="bfloat16"), MATRICES)
+    assert_lowers(momentum(projectors.subspace_iteration), halves)
+
+
 @pytest.mark.parametrize("residual", RESIDUALS.values(), ids=RESIDUALS)
 def test_every_residual_rule(residual):
     assert_lowers(momentum(projectors.svd, residual=residual), MATRICES)
