@@ -87,10 +87,12 @@ def _group(files: list[Path], name: str) -> list[Source]:
 
 
 def _stdlib() -> tuple[Path, ...]:
-    root = Path(sysconfig.get_path("stdlib"))
-    files = (file for file in root.rglob("*.py") if file.is_file())
-    kept = (f for f in files if not _NOT_LIBRARY & set(f.relative_to(root).parts))
-    return tuple(sorted(kept))
+    found = []
+    for directory, below, names in os.walk(sysconfig.get_path("stdlib")):
+        # Cut here, as installed packages are many more files than the library itself.
+        below[:] = [name for name in below if name not in _NOT_LIBRARY]
+        found += [Path(directory, name) for name in names if name.endswith(".py")]
+    return tuple(sorted(file for file in found if file.is_file()))
 
 
 def _read(file: Path) -> str:

@@ -282,7 +282,7 @@ def _encode(
 ) -> None:
     """Appends each document, and the token that ends it, to the file of its split."""
     end = tokenizer.encode(END, add_special_tokens=False).ids
-    while train.length < max_tokens and (chunk := list(itertools.islice(documents, 256))):
+    while train.length < max_tokens and (chunk := list(itertools.islice(documents, 64))):
         encoded = tokenizer.encode_batch([text for text, _ in chunk], add_special_tokens=False)
         for encoding, (_, held_out) in zip(encoded, chunk, strict=True):
             if held_out:

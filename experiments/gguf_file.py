@@ -51,8 +51,15 @@ def read(file: Path) -> Contents:
 def _open(file: Path) -> "GGUFReader":
     from gguf import GGUFReader
 
+    class Reader(GGUFReader):
+        def _build_fields(self, offs: int, count: int) -> int:
+            # The tokens of a vocabulary are cut from the file one by one, which takes seconds from
+            # a memory map, for its slices are maps too, and a third of that from a plain array.
+            self.data = np.asarray(self.data)
+            return super()._build_fields(offs, count)
+
     try:
-        return GGUFReader(file)
+        return Reader(file)
     except (OSError, ValueError, IndexError, OverflowError) as error:
         reason = huggingface.reason(error)
         raise ConfigError(f"--model: cannot read {file} as GGUF: {reason}") from error
