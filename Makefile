@@ -16,7 +16,7 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2
 STAMP := $(VENV)/.installed-$(VERSION)-$(or $(notdir $(CONSTRAINTS)),newest)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow notebooks lint format clean
+.PHONY: help demo test tests slow notebooks lint format clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -24,7 +24,10 @@ help: ## Show this list
 demo: $(STAMP) ## Run the demonstration
 	$(BIN)/python -m experiments.demo $(ARGS)
 
-test: lint ## Run lint, then the tests and documented examples
+test: $(STAMP) ## Run lint and, beside it, the tests and documented examples
+	@$(MAKE) --no-print-directory -j 2 lint tests
+
+tests: $(STAMP)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m 'not slow' $(ARGS)
 
 slow: $(STAMP) ## Run the tests that `make test` leaves out: several processes, kills, full disks

@@ -51,7 +51,6 @@ class Job:
             "JAX_PLATFORMS": "cpu",
             "JAX_NUM_CPU_DEVICES": str(DEVICES // count),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         }
         self.run_dir: Path = options["run_dir"]
         self.run_dir.mkdir(exist_ok=True)

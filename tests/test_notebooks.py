@@ -82,8 +82,6 @@ def isolated(home, monkeypatch):
         monkeypatch.setenv(variable, str(home))
     monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    # Nearly all of the time is compilation; this halves it.
-    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 
 def test_every_notebook_has_a_budget():
