@@ -154,11 +154,16 @@ def write_description(config: Training, digest: str) -> None:
     _description(config).write_text(text + "\n")
 
 
+def newest(config: Training) -> int | None:
+    """The step of the newest complete checkpoint, without opening it; None if there is none."""
+    return max(_complete(config), default=None)
+
+
 def last_good(config: Training) -> str:
     """A phrase that names the newest complete checkpoint."""
-    steps = _complete(config)
+    step = newest(config)
     return (
-        f"the last good checkpoint is step {max(steps)}" if steps else "there is no checkpoint yet"
+        "there is no checkpoint yet" if step is None else f"the last good checkpoint is step {step}"
     )
 
 

@@ -40,15 +40,18 @@ def parse(kind: type[T], program: str, arguments: Sequence[str], default: T | No
 
 
 def run(main: Callable[[Sequence[str]], int], program: str) -> int:
-    """Calls `main` with the command line; returns its exit code, or 2 for a `ConfigError`."""
+    """Calls `main` with the command line; returns its exit code, or 2 for a `ConfigError`.
+
+    An interruption is 130, or the `code` that it has.
+    """
     try:
         return main(sys.argv[1:])
     except ConfigError as error:
         print(f"{program}: error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"{program}: interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        print(f"{program}: {stop or 'interrupted'}", file=sys.stderr)
+        return getattr(stop, "code", 130)
 
 
 @contextlib.contextmanager

@@ -1,22 +1,32 @@
 """Sets of training runs and their result file: what is missing is run, what is there is kept.
 
-The file is rewritten after each run, one entry a line, so a study may be stopped at any time and
-goes on by the same command. Several runs may train at a time, each on cores of its own.
+The file is rewritten after each run, one entry a line, and a run that was stopped goes on from its
+last checkpoint: a study may be stopped at any time, and continued by the same command. Several runs
+may train at a time, each on cores of its own.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import json
 import multiprocessing
 import os
 import shutil
+import signal
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
+from experiments import checkpoint
 from experiments.config import FREE_ON_RESUME, Training
 from experiments.loop import Result
+from experiments.report import metrics_path
 from experiments.train import train
 
 Entry = dict[str, Any]
@@ -28,6 +38,25 @@ Trainer = Callable[..., tuple[Result, dict[str, Any]]]
 class Stopped(KeyboardInterrupt):
     """A run was ended by a signal, so the set is not complete."""
 
+    code = 130
+
+
+class OutOfTime(Stopped):
+    """The time that a set was given is up; its runs are saved, and go on by the same command."""
+
+    code = 75  # EX_TEMPFAIL of sysexits.h: not done, and worth another try
+
+
+class Allowance:
+    """The minutes that a whole study may take, from the moment at which this is made."""
+
+    def __init__(self, minutes: float | None):
+        self._end = None if minutes is None else time.time() + 60 * minutes
+
+    def left(self) -> float | None:
+        """The minutes that are left, at least 0; None if there is no limit."""
+        return None if self._end is None else max(self._end - time.time(), 0.0) / 60
+
 
 def pretrain(config: Any, *, show: bool) -> tuple[Result, dict[str, Any]]:
     """Pretrains; an entry keeps losses, seconds and bytes."""
@@ -35,27 +64,45 @@ def pretrain(config: Any, *, show: bool) -> tuple[Result, dict[str, Any]]:
 
 
 def complete(
-    configs: Sequence[Training], out: Path, *, jobs: int = 1, trainer: Trainer = pretrain
+    configs: Sequence[Training],
+    out: Path,
+    *,
+    jobs: int = 1,
+    trainer: Trainer = pretrain,
+    minutes: float | None = None,
 ) -> list[Entry]:
     """Trains with every configuration that `out` does not hold yet; returns the entries of all.
 
     Args:
       configs: the configurations, all of one kind; equal ones are run once.
       out: the JSON file to read, and to rewrite after each run. Other entries stay in it.
-      jobs: how many runs train at a time; with one, it shows its progress.
+      jobs: how many runs train at a time, each with a line that shows its progress.
       trainer: runs a configuration.
+      minutes: when to stop, counted from this call. Runs are then saved after their current step.
+        None: never.
 
     Raises:
       Stopped: a run was stopped by a signal; finished ones are in `out`.
+      OutOfTime: the minutes are over; finished runs are in `out`.
     """
+    deadline = None if minutes is None else time.time() + 60 * minutes
     entries: list[Entry] = json.loads(out.read_text()) if out.exists() else []
     default = identity(type(configs[0])())  # of options that are newer than an entry
     known = [default | entry["config"] for entry in entries]
     missing = [c for c in dict.fromkeys(configs) if identity(c) not in known]
-    for number, entry in enumerate(_run(missing, jobs, trainer), 1):
-        entries.append(entry)
-        _write(out, entries)
-        print(f"[{number} of {len(missing)}] {summary(entry)}", flush=True)
+    done = 0
+    try:
+        for entry in _run(missing, jobs, trainer, deadline):
+            entries.append(entry)
+            _write(out, entries)
+            done += 1
+            tqdm.write(f"[{done} of {len(missing)}] {summary(entry)}", file=sys.stdout)
+            sys.stdout.flush()
+    except OutOfTime:
+        raise OutOfTime(
+            f"the time is up: {done} of {len(missing)} runs are done, those that were training are "
+            "saved; the same command goes on"
+        ) from None
     by_identity = {_key(default | entry["config"]): entry for entry in entries}
     return [by_identity[_key(identity(config))] for config in configs]
 
@@ -82,23 +129,108 @@ def summary(entry: Entry) -> str:
     )
 
 
-def _run(configs: list[Training], jobs: int, trainer: Trainer) -> Iterator[Entry]:
+def _run(
+    configs: list[Training], jobs: int, trainer: Trainer, deadline: float | None
+) -> Iterator[Entry]:
     """Entries in the order in which runs end."""
     if jobs == 1 or len(configs) < 2:
         for config in configs:
-            yield _entry(config, trainer, show=True)
+            yield _entry(config, trainer, deadline, show=True)
         return
     context = multiprocessing.get_context("spawn")  # JAX does not survive a fork
     cores: Any = context.Queue()
     for share in _shares(sorted(os.sched_getaffinity(0)), jobs):
         cores.put(share)
-    with concurrent.futures.ProcessPoolExecutor(jobs, context, _use_cores, (cores,)) as pool:
-        futures = [pool.submit(_entry, config, trainer) for config in configs]
+    stopped: Stopped | None = None
+    with (
+        concurrent.futures.ProcessPoolExecutor(jobs, context, _use_cores, (cores,)) as pool,
+        contextlib.closing(Progress(configs)) as progress,
+    ):
+        running = {pool.submit(_entry, config, trainer, deadline) for config in configs}
         try:
-            for future in concurrent.futures.as_completed(futures):
-                yield future.result()
+            while running:
+                ended, running = concurrent.futures.wait(
+                    running, progress.seconds, concurrent.futures.FIRST_COMPLETED
+                )
+                if not ended:
+                    progress.show()
+                for future in ended:
+                    try:
+                        yield future.result()
+                    except Stopped as stop:  # runs that end at the same time are still kept
+                        stopped = stop
         finally:
             pool.shutdown(cancel_futures=True)
+    if stopped:
+        raise stopped
+
+
+class Progress:
+    """A line for each run that is training now: steps, loss, tokens per second, time left.
+
+    The lines are made from the files of metrics that the runs write. Where the output is no
+    terminal, a line is printed every few minutes.
+    """
+
+    def __init__(self, configs: Sequence[Training]):
+        self._terminal = sys.stderr.isatty()
+        self.seconds = 2.0 if self._terminal else 300.0
+        self._configs = configs
+        self._bars: dict[str, tqdm] = {}
+
+    def show(self) -> None:
+        """Reads the files and draws the lines anew."""
+        for config in self._configs:
+            bar = self._bars.get(config.run_dir)
+            timed = [r for r in _tail(metrics_path(config)) if "seconds" in r]
+            if not timed:
+                if bar is not None:  # the run has ended, and its directory is gone
+                    self._bars.pop(config.run_dir).close()
+                continue
+            if not self._terminal:
+                name, step = Path(config.run_dir).name, timed[-1]["step"]
+                print(f"  {name}: step {step}/{config.steps}, {_speed(config, timed)}", flush=True)
+                continue
+            if bar is None:
+                bar = self._bars[config.run_dir] = tqdm(
+                    desc=Path(config.run_dir).name, total=config.steps, file=sys.stderr,
+                    initial=timed[-1]["step"], leave=False,
+                    bar_format="{desc} |{bar:16}| {n_fmt}/{total_fmt}{postfix}",
+                )  # fmt: skip
+            bar.n = timed[-1]["step"]
+            bar.set_postfix_str(_speed(config, timed), refresh=True)
+
+    def close(self) -> None:
+        """Removes the lines."""
+        for bar in self._bars.values():
+            bar.close()
+
+
+def _tail(path: Path, size: int = 4096) -> list[dict]:
+    """The last records of a file of metrics; none if there is no such file."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(path.stat().st_size - size, 0))
+            lines = file.read().decode().splitlines()
+    except FileNotFoundError:
+        return []
+    records = []
+    for line in lines:
+        # The first line may begin in the middle, the last may not be written to its end.
+        with contextlib.suppress(ValueError):
+            records.append(json.loads(line))
+    return [record for record in records if isinstance(record, dict)]
+
+
+def _speed(config: Training, timed: list[dict]) -> str:
+    """The loss and, of the last steps, tokens per second and the time that is left."""
+    text = f"loss {timed[-1]['loss']:.3f}"
+    steps = timed[-1]["step"] - timed[0]["step"]
+    seconds = timed[-1]["seconds"] - timed[0]["seconds"]
+    if steps <= 0 or seconds <= 0:
+        return text
+    left = (config.steps - timed[-1]["step"]) * seconds / steps
+    return f"{text}, {seconds / steps:.3f} s a step, {tqdm.format_interval(left)} left"
 
 
 def _shares(cores: list[int], jobs: int) -> list[list[int]]:
@@ -107,20 +239,36 @@ def _shares(cores: list[int], jobs: int) -> list[list[int]]:
 
 
 def _use_cores(cores: Any) -> None:
-    """Keeps this process, before JAX starts its threads, on cores of its own."""
+    """Keeps this process, before JAX starts its threads, on cores of its own, and ends it in time.
+
+    A process whose parent was killed would go on writing to a directory that another run resumes.
+    """
     os.sched_setaffinity(0, cores.get())
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
-def _entry(config: Training, trainer: Trainer, show: bool = False) -> Entry:
-    """Trains; what the result file keeps of the run."""
+def _entry(
+    config: Training, trainer: Trainer, deadline: float | None = None, show: bool = False
+) -> Entry:
+    """Trains, from the last checkpoint if there is one; what the result file keeps of the run."""
     if show:
         print(
             f"\n== {config.optimizer}, learning rate {config.learning_rate:g}, seed {config.seed}"
         )
-    shutil.rmtree(config.run_dir, ignore_errors=True)
-    result, more = trainer(config, show=show)
+    saved = checkpoint.newest(config) is not None
+    if not saved:
+        shutil.rmtree(config.run_dir, ignore_errors=True)
+    with _until(deadline):
+        result, more = trainer(dataclasses.replace(config, resume=saved), show=show)
     if result.stopped_by:
-        raise Stopped
+        raise OutOfTime if _over(deadline) else Stopped
     described = json.loads((Path(config.run_dir) / "config.json").read_text())
     held_out = [record for record in result.metrics if "validation_loss" in record]
     shutil.rmtree(config.run_dir)
@@ -134,6 +282,42 @@ def _entry(config: Training, trainer: Trainer, show: bool = False) -> Entry:
         "peak_bytes": result.peak_bytes,
         **more,
     }
+
+
+def _over(deadline: float | None) -> bool:
+    return deadline is not None and time.time() >= deadline
+
+
+@contextlib.contextmanager
+def _until(deadline: float | None) -> Iterator[None]:
+    """Ends what runs within as SIGTERM does, after a step and with a checkpoint, at the deadline.
+
+    Raises:
+      OutOfTime: it has passed already.
+    """
+    if deadline is None:
+        yield
+        return
+    if _over(deadline):
+        raise OutOfTime
+
+    def ignore(*_: Any) -> None:
+        """What SIGTERM does outside of the training loop, which has a handler of its own."""
+
+    before = {
+        signal.SIGTERM: signal.signal(signal.SIGTERM, ignore),
+        signal.SIGALRM: signal.signal(
+            signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGTERM)
+        ),
+    }
+    # Again every few seconds: the first signal may come before the loop has begun.
+    signal.setitimer(signal.ITIMER_REAL, max(deadline - time.time(), 1e-3), 5.0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _key(options: dict[str, Any]) -> str:

@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+import signal
+import time
 
 import pytest
 
-from experiments import kills, runs, tune
+from experiments import checkpoint, kills, loop, processes, runs, tune
 from experiments.config import Config
 from experiments.train import train
 
@@ -32,9 +34,7 @@ def configurations(base, home, **changes):
     return [dataclasses.replace(p, run_dir=runs.directory(str(home), p)) for p in points]
 
 
-def test_a_set_is_completed_once_whoever_runs_it(base, tmp_path, capsys, monkeypatch):
-    # The processes of a set compile as this one does: soon, and not for speed.
-    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+def test_a_set_is_completed_once_whoever_runs_it(base, tmp_path, capsys):
     configs = configurations(base, tmp_path / "parallel")
     together = runs.complete(configs, tmp_path / "parallel.json", jobs=2, trainer=pretrain)
     assert [e["config"]["optimizer"] for e in together] == ["muon", "adamw"]
@@ -49,6 +49,47 @@ def test_a_set_is_completed_once_whoever_runs_it(base, tmp_path, capsys, monkeyp
     assert "[1 of 1] adamw" in capsys.readouterr().out
     assert len(json.loads(out.read_text())) == 2 and alone[0] == alone[2] == together[0]
     assert alone[1]["validation_loss"] == pytest.approx(together[1]["validation_loss"], rel=1e-5)
+
+
+def test_a_run_that_was_stopped_goes_on_from_its_checkpoint(base, tmp_path, monkeypatch):
+    """By SIGTERM after step 3, between two validations; nothing of it is lost or run again."""
+    [config] = configurations(base, tmp_path / "stopped", checkpoint_every=100)[1:]
+    whole = runs.complete([config], tmp_path / "whole.json")
+    taken = []
+    step = loop.Report.step
+
+    def stop_after_three(self, number, metrics):
+        step(self, number, metrics)
+        taken.append(number)
+        if taken == [1, 2, 3]:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(loop.Report, "step", stop_after_three)
+    out = tmp_path / "stopped.json"
+    with pytest.raises(runs.Stopped):
+        runs.complete([config], out)
+    assert not out.exists() and checkpoint.newest(config) == 3
+    [entry] = runs.complete([config], out)
+    assert taken == [1, 2, 3, 4]
+    assert entry["curve"] == whole[0]["curve"] and entry["config"] == whole[0]["config"]
+
+
+def test_a_set_stops_when_its_time_is_up(base, tmp_path, monkeypatch):
+    """The signal comes again until the training loop has taken it; then nothing is started."""
+    setitimer = signal.setitimer
+    monkeypatch.setattr(signal, "setitimer", lambda w, first, every=0.0: setitimer(w, first, 0.1))
+    with runs._until(time.time() + 0.05):
+        time.sleep(0.2)  # a signal outside of the loop ends nothing
+        with processes.signals(0) as stop:
+            while not stop.signal:
+                time.sleep(0.01)
+    setitimer(signal.ITIMER_REAL, 0.0)
+    assert stop.signal == signal.SIGTERM
+    out = tmp_path / "none.json"
+    with pytest.raises(runs.OutOfTime, match="the time is up: 0 of 2 runs are done"):
+        runs.complete(configurations(base, tmp_path / "none"), out, minutes=0.0)
+    assert not out.exists() and not (tmp_path / "none").exists()
+    assert runs.Allowance(None).left() is None and 0 < runs.Allowance(1.0).left() <= 1.0
 
 
 def test_an_entry_from_before_an_option_has_its_default(base, tmp_path):
