@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 Optimizer = Literal[
-    "gum", "adamw", "muon", "galore", "galore_muon", "golore", "golore_muon", "unbiased_adamw"
-]
+    "gum", "adamw", "muon", "galore", "galore_muon", "golore", "golore_muon", "unbiased_adamw",
+    "scale",
+]  # fmt: skip
+Residual = Literal["drop", "sampled", "additive", "columns", "rows", "sign", "plain"]
 Projector = Literal["subspace_iteration", "svd", "randomized_svd", "random_orthonormal"]
 Preset = Literal["tiny", "nano", "60m", "130m", "350m", "1b"]
 Recipe = Literal["60m", "130m", "350m", "1b"]
@@ -46,7 +48,8 @@ class Training:
     """Windows in one step."""
     optimizer: Optimizer = "gum"
     """Which optimizer: gum, adamw, muon (full rank), galore, galore_muon (biased low rank), golore,
-    golore_muon (biased, random projections late in the run), unbiased_adamw."""
+    golore_muon (biased, random projections late in the run), unbiased_adamw, scale (columns of
+    gradients are normalized, no state)."""
     learning_rate: float = 1e-2
     """Peak learning rate; on nano about 1e-2 suits gum and muon, 1e-3 adamw."""
     fallback_learning_rate: float | None = None
@@ -69,14 +72,21 @@ class Training:
     full_rank_layers: int = 2
     """Gamma: layers of each role drawn in a period, whose residual is kept at full rank (gum,
     unbiased_adamw)."""
+    residual: Residual = "sampled"
+    """gum, unbiased_adamw: what becomes of the part of a gradient that its basis leaves out. It is
+    dropped; or --full-rank-layers keep it (sampled instead of their projection, additive beside
+    it); or it is added without momentum, its columns, rows, signs or the whole (plain) brought to
+    the size of an orthogonal matrix, and --full-rank-layers keep it beside that."""
+    residual_scale: float = 1.0
+    """Factor of a residual that is added without momentum."""
     projector: Projector | None = None
     """How bases come from gradients (gum, unbiased_adamw, galore, galore_muon). None: gum and
     unbiased_adamw use subspace_iteration, the others svd."""
     sampler: Literal["fixed_size", "bernoulli"] = "fixed_size"
     """gum: draws --full-rank-layers of each role, or each layer by itself, as many on average."""
     restart: Literal["everything", "slots", "rotate"] = "everything"
-    """gum: what restarts at a refresh. slots carries low-rank momentum over as it is, rotate turns
-    it into the new basis."""
+    """gum, unbiased_adamw: what restarts at a refresh. slots carries low-rank momentum over as it
+    is, rotate turns it into the new basis."""
     draw_seed: int | None = None
     """Seed of the optimizer's draws alone. None: --seed."""
     consistent_rms: float | None = 0.2
@@ -161,14 +171,16 @@ _COUNTS = ("vocab_size", "seq_len", "tokenizer_chars", "max_tokens", "steps", "b
 _COUNTS += ("accumulate", "train_examples", "eval_examples", "eval_batch_size")
 _PERIODS = ("period", "log_every", "validate_every", "checkpoint_every")
 _AMOUNTS = ("rank", "validation_batches", "keep_checkpoints")
-_RATES = ("learning_rate", "fallback_learning_rate", "consistent_rms")
+_RATES = ("learning_rate", "fallback_learning_rate", "consistent_rms", "residual_scale")
 _PENALTIES = ("seed", "draw_seed", "full_rank_layers", "weight_decay", "clip_norm", "shown")
 _SHARES = ("warmup", "final_learning_rate", "golore_switch")
 # Variants of some optimizers, and those that have them.
 _USERS = {
     "projector": ("gum", "unbiased_adamw", "galore", "galore_muon"),
     "sampler": ("gum",),
-    "restart": ("gum",),
+    "restart": ("gum", "unbiased_adamw"),
+    "residual": ("gum", "unbiased_adamw"),
+    "residual_scale": ("gum", "unbiased_adamw"),
 }
 
 

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 import gum_optax
@@ -38,9 +39,7 @@ def gum(
 ) -> Optimizer:
     """Unbiased low-rank Muon: the paper's method, and the library's subject."""
     compression = gum_optax.LowRank(
-        residual=gum_optax.residuals.sampled(
-            config.full_rank_layers if full_rank is None else full_rank
-        ),
+        residual=_residual(config, config.full_rank_layers if full_rank is None else full_rank),
         projector=_projector(config, "subspace_iteration"),
         carry=CARRIES[config.restart],
         **_common(config),
@@ -79,9 +78,11 @@ def golore(config: Training, rate: optax.Schedule) -> Optimizer:
 
 def unbiased_adamw(config: Training, rate: optax.Schedule) -> Optimizer:
     """Adam on unbiased compressed gradients."""
+    # An entry of Adam's update is about 0.2; an orthogonal matrix's are smaller by sqrt(n).
     compression = gum_optax.LowRank(
-        residual=gum_optax.residuals.sampled(config.full_rank_layers),
+        residual=_residual(config, config.full_rank_layers, _as_adam),
         projector=_projector(config, "subspace_iteration"),
+        carry=CARRIES[config.restart],
         **_common(config),
     )
     return _low_rank_adamw(config, rate, compression)
@@ -106,7 +107,20 @@ def adamw(config: Training, rate: optax.Schedule) -> Optimizer:
     plain = _plain_adamw(config, rate)
     if config.fallback_learning_rate is None:
         return plain
-    return optax.partition({"matrix": plain, "rest": _fallback(config)}, _matrix_or_rest)
+    return optax.partition({"matrix": plain, "rest": _fallback(config)}, matrix_or_rest)
+
+
+def scale(config: Training, rate: optax.Schedule) -> Optimizer:
+    """SCALE on the hidden matrices: columns of the gradient are normalized, and nothing is kept.
+
+    Its head, which SCALE gives momentum, has AdamW here as under every other optimizer.
+    """
+    return gum_optax.for_matrices(
+        gum_optax.normalize_columns(),
+        rate,
+        weight_decay=config.weight_decay,
+        fallback=_fallback(config),
+    )
 
 
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
@@ -118,9 +132,12 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "golore": golore,
     "golore_muon": golore_muon,
     "unbiased_adamw": unbiased_adamw,
+    "scale": scale,
 }
 
-FULL_RANK = frozenset({"adamw", "muon"})  # nothing is projected; rank and period do nothing
+FULL_RANK = frozenset(
+    {"adamw", "muon", "scale"}
+)  # nothing is projected; rank and period do nothing
 
 # What `--restart` says happens at a refresh.
 CARRIES: dict[str, gum_optax.carries.Carry] = {
@@ -167,6 +184,68 @@ def _low_rank_adamw(
     )
 
 
+def _residual(
+    config: Training,
+    full_rank: int | gum_optax.samplers.Sampler,
+    also: Callable[[], Optimizer] = optax.identity,
+) -> gum_optax.residuals.Residual:
+    """What `--residual` names; `also` brings a residual without momentum to its update's size."""
+    residuals = gum_optax.residuals
+    match config.residual:
+        case "drop":
+            return residuals.drop()
+        case "sampled":
+            return residuals.sampled(full_rank)
+        case "additive":
+            return residuals.sampled(full_rank, form="additive")
+    direct = optax.chain(DIRECTIONS[config.residual](), also(), optax.scale(config.residual_scale))
+    if full_rank == 0:
+        return residuals.through(direct)
+    return residuals.sampled(full_rank, form="additive", undrawn=direct)
+
+
+def _sized(direction: Callable[[jax.Array], jax.Array]) -> optax.GradientTransformationExtraArgs:
+    """A direction of residuals E [..., m, n], brought to the norm of m - r orthonormal rows.
+
+    That is the size that `gum_optax.normalize_columns` gives them: |E|_F = sqrt(m - r).
+    """
+
+    def one(residual: jax.Array, projected: jax.Array) -> jax.Array:
+        m, r = residual.shape[-2], projected.shape[-2]
+        found = direction(residual)
+        norm = jnp.linalg.norm(found, axis=(-2, -1), keepdims=True)
+        return (m - r) ** 0.5 * found / jnp.maximum(norm, jnp.finfo(found.dtype).tiny)
+
+    def update(updates: Any, state: Any, params: Any = None, *, projected: Any, **_: Any) -> Any:
+        del params
+        return jax.tree.map(one, updates, projected), state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+
+
+def _unit_rows(residual: jax.Array) -> jax.Array:
+    norms = jnp.linalg.norm(residual, axis=-1, keepdims=True)
+    return residual / jnp.maximum(norms, jnp.finfo(residual.dtype).tiny)
+
+
+# How a residual without momentum is normalized, by the name that `--residual` has for it.
+DIRECTIONS: dict[str, Callable[[], Optimizer]] = {
+    "columns": gum_optax.normalize_columns,
+    "rows": lambda: _sized(_unit_rows),
+    "sign": lambda: _sized(jnp.sign),
+    "plain": lambda: _sized(lambda residual: residual),
+}
+
+
+def _as_adam() -> Optimizer:
+    """Brings an orthogonal matrix [..., m, n] to the size of Adam's update (2502.16982)."""
+
+    def one(update: jax.Array) -> jax.Array:
+        return 0.2 * max(update.shape[-2:]) ** 0.5 * update
+
+    return optax.stateless(lambda updates, params: jax.tree.map(one, updates))
+
+
 def _common(config: Training) -> dict[str, Any]:
     """What every compression is given."""
     return {
@@ -192,7 +271,8 @@ def _plain_adamw(config: Training, rate: optax.Schedule) -> Optimizer:
     return optax.adamw(rate, b2=config.b2, weight_decay=config.weight_decay, mask=_decayed)
 
 
-def _matrix_or_rest(params: optax.Params) -> optax.Params:
+def matrix_or_rest(params: optax.Params) -> optax.Params:
+    """A tree like `params`: "matrix" for hidden matrices, "rest" for what AdamW gets everywhere."""
     numbers = gum_optax.dimension_numbers.default(params)
     return jax.tree.map(lambda _, number: "rest" if number is None else "matrix", params, numbers)
 

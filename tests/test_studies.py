@@ -12,7 +12,15 @@ from experiments.config import Config as Run
 from experiments.config import ConfigError, check
 from experiments.loop import Result
 from experiments.model import architecture
-from experiments.studies import ablations, draws, finetuning, pretraining, spectra, weights
+from experiments.studies import (
+    ablations,
+    draws,
+    finetuning,
+    frontier,
+    pretraining,
+    spectra,
+    weights,
+)
 
 
 def entry(config, loss=None):
@@ -241,3 +249,74 @@ def test_other_tasks_in_a_result_file_are_left_out():
     other = dataclasses.replace(better, task="gsm_symbolic")
     kept = finetuning.finals_of([answered(c) for c in (run, better, other)])
     assert [entry["config"] for entry in kept] == [runs.identity(better)]
+
+
+def test_the_frontier_searches_until_both_neighbours_are_worse(trained, tmp_path, capsys):
+    out = tmp_path / "frontier.json"
+    options = ["--contenders", "columns", "scale", "--seeds", "0", "1", "--out", str(out)]
+    assert frontier.main(options) == 0
+    *rounds, first, second = trained
+    # Low-rank Muon begins at the best rate, 3e-3; SCALE climbs from 1e-3 to 4e-3.
+    tried = {
+        name: [[c.learning_rate for c in asked if c.optimizer == name] for asked in rounds]
+        for name in ("gum", "scale")
+    }
+    assert tried["gum"] == [[1.5e-3, 3e-3, 6e-3], [], []]
+    assert tried["scale"] == [[5e-4, 1e-3, 2e-3], [4e-3], [8e-3]][: len(rounds)]
+    assert {c.steps for asked in rounds for c in asked} == {frontier.TUNING_STEPS}
+    for asked, corpus in ((first, "stdlib"), (second, "runs/sotu")):
+        assert {(c.optimizer, c.seed) for c in asked} == {
+            (name, seed) for name in ("gum", "scale") for seed in (0, 1)
+        }
+        assert {(c.corpus, c.steps) for c in asked} == {((corpus,), frontier.STEPS)}
+        assert {c.learning_rate for c in asked if c.optimizer == "gum"} == {3e-3}
+    for asked in trained:
+        for config in asked:
+            check(config)
+    assert out.with_suffix(".png").exists()
+    assert "low-rank Muon + columns" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("key", frontier.CONTENDERS)
+def test_every_contender_is_another_transformation_of_the_same_rest(key):
+    """Bytes of the hidden matrices, by hand, in 8 blocks of nano."""
+    config = frontier.point(frontier.Config(), key, 1e-3)
+    check(config)
+    shapes = [(128, 128)] * 2 + [(64, 128)] * 2 + [(128, 352)] * 3
+    rank = config.rank
+    numbers = {
+        "muon": sum(m * n for m, n in shapes),
+        "adamw": sum(2 * m * n for m, n in shapes),
+        "scale": 0,
+        "low rank": sum((m + n) * rank for m, n in shapes),
+        "adam": sum((m + 2 * n) * rank for m, n in shapes),
+        # Two of eight matrices of each role in full.
+        "slots": sum((m + n) * rank + m * n / 4 for m, n in shapes),
+    }
+    kind = {
+        "muon": "muon", "adamw": "adamw", "scale": "scale", "galore": "adam",
+        "adam_columns": "adam", "gum": "slots", "additive": "slots", "columns_slots": "slots",
+    }.get(key, "low rank")  # fmt: skip
+    # Counters, keys and the slots' numbers are a few bytes more.
+    assert 0 <= frontier.hidden_bytes(config) - 8 * 4 * numbers[kind] < 200
+    names = [c.name for c in frontier.CONTENDERS.values()]
+    assert len(set(names)) == len(names)
+
+
+def test_residuals_without_momentum_have_the_size_of_the_directions_left_out():
+    rng = np.random.default_rng(0)
+    residual, projected = rng.normal(size=(2, 6, 10)), rng.normal(size=(2, 2, 10))
+    for name, make in optimizers.DIRECTIONS.items():
+        direction = make()
+        found, _ = direction.update(
+            np.float32(residual), direction.init(residual), projected=np.float32(projected)
+        )
+        np.testing.assert_allclose(np.linalg.norm(found, axis=(1, 2)), 2.0, rtol=1e-5)
+        equal = {
+            "columns": np.linalg.norm(found, axis=1),
+            "rows": np.linalg.norm(found, axis=2),
+            "sign": np.abs(found),
+            "plain": np.asarray(found) / residual,
+        }[name]
+        for each in equal:
+            np.testing.assert_allclose(each, each.ravel()[0], rtol=1e-4)
