@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 Optimizer = Literal[
     "gum", "adamw", "muon", "galore", "galore_muon", "golore", "golore_muon", "unbiased_adamw",
-    "scale",
+    "scale", "fira", "frugal", "apollo", "apollo_mini",
 ]  # fmt: skip
 Residual = Literal["drop", "sampled", "additive", "columns", "rows", "sign", "plain"]
 Projector = Literal["subspace_iteration", "svd", "randomized_svd", "random_orthonormal"]
@@ -49,7 +49,7 @@ class Training:
     optimizer: Optimizer = "gum"
     """Which optimizer: gum, adamw, muon (full rank), galore, galore_muon (biased low rank), golore,
     golore_muon (biased, random projections late in the run), unbiased_adamw, scale (columns of
-    gradients are normalized, no state)."""
+    gradients are normalized, no state), fira, frugal, apollo, apollo_mini."""
     learning_rate: float = 1e-2
     """Peak learning rate; on nano about 1e-2 suits gum and muon, 1e-3 adamw."""
     fallback_learning_rate: float | None = None
@@ -66,7 +66,7 @@ class Training:
     b2: float = 0.95
     """Decay of Adam's second moment, wherever Adam is used."""
     rank: int = 32
-    """Rank of the projection (gum, galore, galore_muon, golore, unbiased_adamw)."""
+    """Rank of the projection, of every optimizer that projects but apollo_mini."""
     period: int = 100
     """Steps between two refreshes of the projection, and of the draw of full-rank layers."""
     full_rank_layers: int = 2

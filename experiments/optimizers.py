@@ -123,6 +123,28 @@ def scale(config: Training, rate: optax.Schedule) -> Optimizer:
     )
 
 
+def fira(config: Training, rate: optax.Schedule) -> Optimizer:
+    """GaLore, and the residual at the gain of its Adam."""
+    return _low_rank_adamw(config, rate, gum_optax.fira(**_common(config)))
+
+
+def frugal(config: Training, rate: optax.Schedule) -> Optimizer:
+    """GaLore, and the signs of the residual."""
+    return _low_rank_adamw(config, rate, gum_optax.frugal(**_common(config)))
+
+
+def apollo(config: Training, rate: optax.Schedule) -> Optimizer:
+    """Gradients whose columns have the gain of an Adam on random projections."""
+    return _low_rank_adamw(config, rate, gum_optax.apollo(**_common(config)))
+
+
+def apollo_mini(config: Training, rate: optax.Schedule) -> Optimizer:
+    """Gradients with the gain of an Adam on one random direction."""
+    common = _common(config)
+    del common["rank"]
+    return _low_rank_adamw(config, rate, gum_optax.apollo_mini(**common))
+
+
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "gum": gum,
     "adamw": adamw,
@@ -133,6 +155,10 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "golore_muon": golore_muon,
     "unbiased_adamw": unbiased_adamw,
     "scale": scale,
+    "fira": fira,
+    "frugal": frugal,
+    "apollo": apollo,
+    "apollo_mini": apollo_mini,
 }
 
 FULL_RANK = frozenset(

@@ -9,6 +9,7 @@ from gum_optax import storages as storages
 from gum_optax._codec import Compressed as Compressed
 from gum_optax._codec import Frame as Frame
 from gum_optax._columns import normalize_columns as normalize_columns
+from gum_optax._gains import scale_by_gain as scale_by_gain
 from gum_optax._groups import Group as Group
 from gum_optax._groups import by_role as by_role
 from gum_optax._groups import by_shape as by_shape
@@ -23,6 +24,10 @@ from gum_optax._memory import memory_plan as memory_plan
 from gum_optax._orthogonal import newton_schulz as newton_schulz
 from gum_optax._orthogonal import scale_by_polar as scale_by_polar
 from gum_optax._recipes import adamw as adamw
+from gum_optax._recipes import apollo as apollo
+from gum_optax._recipes import apollo_mini as apollo_mini
+from gum_optax._recipes import fira as fira
+from gum_optax._recipes import frugal as frugal
 from gum_optax._recipes import galore as galore
 from gum_optax._recipes import golore as golore
 from gum_optax._recipes import gum as gum

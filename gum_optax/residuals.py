@@ -1,12 +1,13 @@
 r"""Residual rules: the answer to the question, what becomes of the part that a basis leaves out?
 
 A basis P splits a gradient into its projection and its residual, ``G = P P'G + (G - P P'G)``. The
-projection always goes through the inner transformation. For the residual there are four rules:
+projection always goes through the inner transformation. For the residual there are these rules:
 
 - `drop` forgets it (GaLore);
 - `sampled` sends that of a few drawn matrices through the inner transformation at full size, with
   weights that make the gradient estimate unbiased (GUM);
 - `through` gives it an optax transformation of its own, and adds the two updates (Fira, FRUGAL);
+- `guided` gives such a transformation the whole gradient, and takes its update alone (APOLLO);
 - `feedback` adds it to the next gradient (LDAdam, Dion).
 
 A rule is a `Residual`: a few functions of one group of matrices. Any `Residual` plugs into
@@ -249,30 +250,37 @@ def through(transformation: optax.GradientTransformation) -> Residual:
     References:
       Chen et al., Fira, arXiv 2410.01623; Zmushko et al., FRUGAL, arXiv 2411.07837.
     """
-    transform = _transform_of("transformation", transformation)
+    return _sent(transformation, _left_out, lambda expanded, sent: expanded + sent)
 
-    def init(group: Group) -> State:
-        shape = (*group.batch, group.m, group.n)
-        # The transformation sees wide matrices, so its state is made for such.
-        zeros = [jnp.zeros(shape, group.dtype, device=group.wide_sharding) for _ in group.leaves]
-        return tuple(map(transformation.init, zeros))
 
-    def decode(
-        frame: Frame, updates: Compressed, encoded: Compressed, gradients: Leaves, state: State
-    ) -> tuple[Leaves, State]:
-        new_state = []
+def guided(transformation: optax.GradientTransformation) -> Residual:
+    r"""Sends the whole gradient through an optax transformation, guided by the projection: APOLLO.
 
-        def update_of(basis, low, *of_leaf):
-            added, of_leaf_state = transform(frame.group, basis, low, *of_leaf)
-            new_state.append(of_leaf_state)
-            # U = P D + transformation(E)
-            return basis @ low + added
+    The inner transformation's update D of ``R = P'G`` is not expanded. It only tells the
+    transformation, as `through` does, what an optimizer would do to the gradient:
 
-        columns = [_codec.split(frame.group, encoded.low), gradients, state]
-        leaves = _leaf_by_leaf(frame, update_of, updates.low, gradients, *columns)
-        return leaves, tuple(new_state)
+    .. math::
+        U = \text{transformation}(G;\, R, D)
 
-    return Residual(init=init, decode=decode)
+    Args:
+      transformation: an optax transformation of wide matrices ``[*batch, m, n]`` that uses the
+        extra arguments ``projected`` and ``projected_update``, such as `gum_optax.scale_by_gain`.
+
+    Returns:
+      A `Residual` without slots.
+
+    Raises:
+      TypeError: if ``transformation`` is none.
+
+    Example:
+      >>> import gum_optax
+      >>> residual = gum_optax.residuals.guided(gum_optax.scale_by_gain("matrix"))
+      >>> tx = gum_optax.adamw(1e-2, gum_optax.LowRank(rank=1, residual=residual))
+
+    References:
+      Zhu et al., APOLLO, arXiv 2412.05270, algorithm 1.
+    """
+    return _sent(transformation, lambda basis, low, whole: whole, lambda expanded, sent: sent)
 
 
 def feedback(decay: float = 0.0) -> Residual:
@@ -360,20 +368,66 @@ def _leaf_by_leaf(
     return in_sequence(one, lows, bases, gradients, *columns, after=frame.after)
 
 
+# (basis, R, G) -> a part of the gradient, all of one leaf.
+_Part: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def _left_out(basis: jax.Array, projected: jax.Array, gradient: jax.Array) -> jax.Array:
+    """E = G - P R, ``[*batch, m, n]``."""
+    return _codec.complement(basis, projected, gradient)
+
+
+def _sent(
+    transformation: optax.GradientTransformation,
+    part: _Part,
+    combine: Callable[[jax.Array, jax.Array], jax.Array],
+) -> Residual:
+    """The rule that sends a part of the gradient through a transformation, leaf by leaf.
+
+    Args:
+      transformation: what the part is sent through.
+      part: which part.
+      combine: ``(P D, sent part) -> update``.
+    """
+    transform = _transform_of("transformation", transformation, part)
+
+    def init(group: Group) -> State:
+        shape = (*group.batch, group.m, group.n)
+        # The transformation sees wide matrices, so its state is made for such.
+        zeros = [jnp.zeros(shape, group.dtype, device=group.wide_sharding) for _ in group.leaves]
+        return tuple(map(transformation.init, zeros))
+
+    def decode(
+        frame: Frame, updates: Compressed, encoded: Compressed, gradients: Leaves, state: State
+    ) -> tuple[Leaves, State]:
+        new_state = []
+
+        def update_of(basis, low, *of_leaf):
+            sent, of_leaf_state = transform(frame.group, basis, low, *of_leaf)
+            new_state.append(of_leaf_state)
+            # U = P D + transformation(E), or what the rule makes of the two.
+            return combine(basis @ low, sent)
+
+        columns = [_codec.split(frame.group, encoded.low), gradients, state]
+        leaves = _leaf_by_leaf(frame, update_of, updates.low, gradients, *columns)
+        return leaves, tuple(new_state)
+
+    return Residual(init=init, decode=decode)
+
+
 def _transform_of(
-    name: str, transformation: optax.GradientTransformation
+    name: str, transformation: optax.GradientTransformation, part: _Part = _left_out
 ) -> Callable[..., tuple[jax.Array, State]]:
     """``transformation.update`` as a function of one leaf's gradient and projections."""
     _checks.transformation(name, transformation)
     inner: Any = optax.with_extra_args_support(transformation)
 
     def transform(group, basis, projected_update, projected, gradient, state):
-        # E = G - P R, [*batch, m, n]
         gradient = _codec.wide(group, gradient.astype(basis.dtype))
-        left_out = _codec.complement(basis, projected, gradient)
         return inner.update(
-            left_out, state, None, projected=projected, projected_update=projected_update
-        )
+            part(basis, projected, gradient), state, None,
+            projected=projected, projected_update=projected_update,
+        )  # fmt: skip
 
     return transform
 

@@ -97,13 +97,17 @@ def columns() -> Rule:
     return step
 
 
-def fira(limit: float | None = 1.01, eps: float = 1e-8) -> Rule:
-    """Fira, arXiv 2410.01623, with alpha = 1; ``limit`` bounds the growth of its norm."""
+def fira(limit: float | None = 1.01, eps: float = 1e-8, per: str = "column") -> Rule:
+    """Fira, arXiv 2410.01623, with alpha = 1; ``limit`` bounds the growth of its norm.
+
+    Of the whole gradient this is APOLLO, arXiv 2412.05270; ``per="matrix"`` is APOLLO-Mini.
+    """
 
     def step(z: float | None, E: Matrix, R: Matrix, D: Matrix) -> tuple[Matrix, float]:
         S = np.zeros_like(E)
         for j in range(E.shape[1]):
-            S[:, j] = np.linalg.norm(D[:, j]) / (np.linalg.norm(R[:, j]) + eps) * E[:, j]
+            seen, given = (D[:, j], R[:, j]) if per == "column" else (D, R)
+            S[:, j] = np.linalg.norm(seen) / (np.linalg.norm(given) + eps) * E[:, j]
         if limit is not None and z is not None and z > 0:
             S = S / (max(np.linalg.norm(S) / (z + eps), limit) / limit)
         return S, float(np.linalg.norm(S))
@@ -234,6 +238,27 @@ def through(
             D = low.update(R)
             V, state = rule(state, G - P @ R, R, D)
             yield P @ D + V
+
+    return _one_by_one(updates, gradients)
+
+
+def guided(
+    inner: Inner,
+    rule: Rule,
+    gradients: Sequence[Matrices] | np.ndarray,
+    *,
+    bases: Sequence[Matrices] | None = None,
+    **compression: Any,
+) -> list[list[Matrix]]:
+    """Whole gradients through a rule that is told what the inner transformation did: APOLLO."""
+
+    def updates(i: int, G_i: list[Matrix]) -> Iterator[Matrix]:
+        low = Projection(inner, bases=_of_matrix(bases, i), **compression)
+        state = None
+        for t, G in enumerate(G_i):
+            R = low.basis(t, G).T @ G
+            V, state = rule(state, G, R, low.update(R))
+            yield V
 
     return _one_by_one(updates, gradients)
 

@@ -51,6 +51,7 @@ RESIDUALS: dict[str, Any] = {
     "sampled, undrawn through columns": residuals.sampled(1, undrawn=normalize_columns()),
     "through columns": residuals.through(normalize_columns()),
     "through momentum": residuals.through(optax.trace(0.5)),
+    "guided by a gain": residuals.guided(gum_optax.scale_by_gain()),
     "feedback": residuals.feedback(0.5),
 }
 every_residual = pytest.mark.parametrize("residual", RESIDUALS.values(), ids=RESIDUALS)

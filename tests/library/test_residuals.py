@@ -13,7 +13,15 @@ import optax
 import pytest
 
 import gum_optax
-from gum_optax import LowRank, carries, low_rank, normalize_columns, projectors, residuals
+from gum_optax import (
+    LowRank,
+    carries,
+    low_rank,
+    normalize_columns,
+    projectors,
+    residuals,
+    scale_by_gain,
+)
 from tests import cases, helpers, reference
 from tests.cases import EXPERTS, SEPARATE, SQUARE, STACKED, label
 
@@ -28,35 +36,13 @@ INNER: dict[str, Any] = {
 }
 
 
-def fira(limit: float | None = 1.01) -> optax.GradientTransformationExtraArgs:
-    """Fira, as a user writes it: residual columns grow as the inner transformation's do."""
-
-    def init(params):
-        # The norm of the last update, of each matrix; zero stands for none.
-        return jnp.zeros(params.shape[:-2], params.dtype)
-
-    def update(updates, state, params=None, *, projected, projected_update, **extra_args):
-        del params, extra_args
-        grown = jnp.linalg.norm(projected_update, axis=-2, keepdims=True)
-        seen = jnp.linalg.norm(projected, axis=-2, keepdims=True)
-        scaled = grown / (seen + 1e-8) * updates
-        norm = jnp.sqrt(jnp.sum(scaled**2, axis=(-2, -1)))
-        if limit is not None:
-            excess = jnp.maximum(norm / (state + 1e-8), limit) / limit
-            divisor = jnp.where(state > 0, excess, 1.0)
-            scaled, norm = scaled / divisor[..., None, None], norm / divisor
-        return scaled, norm
-
-    return optax.GradientTransformationExtraArgs(init, update)
-
-
 # A transformation of residuals, and the same in the reference.
 THROUGH: dict[str, Any] = {
     "sign": (optax.scale_by_sign(), reference.sign()),
     "momentum": (optax.trace(0.5), reference.of_residual(reference.momentum(0.5))),
     "columns": (normalize_columns(), reference.columns()),
-    "fira": (fira(), reference.fira()),
-    "fira without limit": (fira(None), reference.fira(None)),
+    "gain": (scale_by_gain(), reference.fira()),
+    "gain without limit": (scale_by_gain(growth_limit=None), reference.fira(None)),
 }
 
 
@@ -83,8 +69,8 @@ def test_additive_form_equals_the_reference(case, inner):
     ("case", "inner", "form", "undrawn"),
     [
         (SEPARATE, "momentum", "exclusive", "momentum"),
-        (SEPARATE, "muon", "additive", "fira"),
-        (STACKED, "momentum", "exclusive", "fira"),
+        (SEPARATE, "muon", "additive", "gain"),
+        (STACKED, "momentum", "exclusive", "gain"),
         (STACKED, "momentum", "additive", "columns"),
         (EXPERTS, "momentum", "exclusive", "columns"),
         (EXPERTS, "momentum", "additive", "momentum"),
@@ -110,10 +96,10 @@ def test_undrawn_matrices_send_their_residual_through_a_transformation(case, inn
     ("case", "inner", "rule"),
     [
         (SEPARATE, "identity", "momentum"),
-        (SEPARATE, "adam", "fira"),
-        (STACKED, "identity", "fira without limit"),
+        (SEPARATE, "adam", "gain"),
+        (STACKED, "identity", "gain without limit"),
         (STACKED, "muon", "columns"),
-        (EXPERTS, "adam", "fira"),
+        (EXPERTS, "adam", "gain"),
         (SQUARE, "adam", "sign"),
     ],
     ids=label,
@@ -290,29 +276,6 @@ def first_update(gradient: Any, inner: Any, residual: Any) -> np.ndarray:
     """The first update of one matrix 2 x 3, on the basis e1."""
     tx = low_rank(inner, LowRank(1, 1, residual, helpers.first_coordinates))
     return first_step(tx, np.asarray(gradient, np.float32))[0]
-
-
-@pytest.mark.parametrize("limit", [None, 1.01])
-def test_fira_by_hand(limit):
-    """R = (3, 0, 1) and D = sign R, so the columns of the residual are scaled by 1/3, 0 and 1."""
-    got = first_update(
-        [[3, 0, 1], [4, 2, 1]], optax.scale_by_sign(), residuals.through(fira(limit))
-    )
-    np.testing.assert_allclose(got, [[1, 0, 1], [4 / 3, 0, 1]], rtol=1e-6, atol=1e-7)
-
-
-def test_firas_norm_grows_by_its_limit():
-    """A gradient of ten times the size, after a first; none after a residual of zero."""
-    inner = optax.scale_by_schedule(lambda count: 10.0**count)
-    tx = low_rank(inner, LowRank(1, 9, residuals.through(fira()), helpers.first_coordinates))
-    gradient = np.asarray([[3.0, 0, 1], [4, 2, 1]], np.float32)
-    # Its residual is zero, and so is its norm.
-    frozen = gradient * np.asarray([[1], [0]], np.float32)
-    tx = tx._replace(update=jax.jit(tx.update))  # One trace for both runs.
-    norms = [float(state.residual["param"][0]) for _, state in helpers.run(tx, [gradient] * 3)]
-    np.testing.assert_allclose(np.divide(norms[1:], norms[:-1]), 1.01, rtol=1e-5)
-    norms = [float(state.residual["param"][0]) for _, state in helpers.run(tx, [frozen, gradient])]
-    np.testing.assert_allclose(norms, [0.0, 10 * np.linalg.norm([4, 1])], rtol=1e-5)
 
 
 def test_frugal_by_hand():

@@ -1,0 +1,107 @@
+r"""Gains: matrices are scaled by what an optimizer did to their projection (Fira, APOLLO).
+
+A low-rank optimizer sees ``R = P'G`` and gives an update D. The ratio of their norms, the *gain*,
+tells how much it enlarges a direction; the part of G that it does not see is given the same gain:
+
+.. math::
+    S_j = \frac{\|D_j\|}{\|R_j\| + \epsilon}\, X_j \quad\text{(per column)}, \qquad
+    S = \frac{\|D\|_F}{\|R\|_F + \epsilon}\, X \quad\text{(per matrix)}
+
+    \text{then, with } z = \|S\|_F \text{ of the step before, if } z > 0: \quad
+    S \leftarrow S / \max\!\left(1, \frac{\|S\|_F}{\text{limit}\,(z + \epsilon)}\right)
+
+Tests: tests/library/test_gains.py.
+"""
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gum_optax import _checks
+from gum_optax._paths import PyTree
+
+
+def scale_by_gain(
+    per: Literal["column", "matrix"] = "column",
+    *,
+    growth_limit: float | None = 1.01,
+    eps: float = 1e-8,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Scales matrices by the gain of a low-rank optimizer: the rule of Fira and of APOLLO.
+
+    For `residuals.through` (Fira) and `residuals.guided` (APOLLO), which tell it, as extra
+    arguments, the projected gradients R and their update D. See the module for the formulas.
+
+    The *norm-growth limiter* keeps the norm of a matrix's result from growing faster than
+    ``growth_limit`` per step. A norm of zero limits nothing, unlike in the official codes, where a
+    matrix whose gradient was once zero stays frozen for 1,387 steps.
+
+    Args:
+      per: ``"column"``: one gain for each column of a wide matrix; ``"matrix"``: one for all of it.
+      growth_limit: the largest ratio of the norms of two successive steps, > 0; None: no limit.
+      eps: added to the norm that is divided by, > 0.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs`` for trees of wide matrices ``[..., m, n]``. Its
+      state is the last norm of each matrix, ``[...]`` in the dtype of the leaf. ``update`` needs
+      ``projected`` and ``projected_update``, trees alike with arrays ``[..., r, n]``.
+
+    Raises:
+      TypeError, ValueError: if an argument is malformed, and from ``update``, if the extra
+        arguments are missing.
+
+    Example:
+      >>> import gum_optax
+      >>> residual = gum_optax.residuals.through(gum_optax.scale_by_gain())
+      >>> fira = gum_optax.adamw(1e-3, gum_optax.galore(rank=64, residual=residual))
+
+    References:
+      Chen et al., Fira, arXiv 2410.01623, equations 5 to 9; Zhu et al., APOLLO, arXiv 2412.05270.
+    """
+    _checks.one_of("per", per, ("column", "matrix"))
+    _checks.hyperparameter("eps", eps)
+    if growth_limit is not None:
+        _checks.hyperparameter("growth_limit", growth_limit)
+    axes = -2 if per == "column" else (-2, -1)
+
+    def init(params: PyTree) -> PyTree:
+        # z: the norm of the last result of each matrix; zero stands for none.
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape[:-2], leaf.dtype), params)
+
+    def scaled(x: jax.Array, low: jax.Array, low_update: jax.Array, last: jax.Array) -> Any:
+        # gain = |D| / (|R| + eps), [..., 1, n] or [..., 1, 1]
+        gain = _norm(low_update, axes) / (_norm(low, axes) + eps)
+        result = gain * x  # S, [..., m, n]
+        if growth_limit is None:
+            return result, last
+        norm = _norm(result, (-2, -1))[..., 0, 0]  # |S|, [...]
+        z = last.astype(norm.dtype)
+        excess = jnp.maximum(norm / (growth_limit * (z + eps)), 1.0)
+        divisor = jnp.where(z > 0, excess, 1.0)
+        return result / divisor[..., None, None], (norm / divisor).astype(last.dtype)
+
+    def update(
+        updates: PyTree,
+        state: PyTree,
+        params: PyTree | None = None,
+        *,
+        projected: PyTree | None = None,
+        projected_update: PyTree | None = None,
+        **extra: Any,
+    ) -> tuple[PyTree, PyTree]:
+        del params, extra
+        if projected is None or projected_update is None:
+            raise ValueError(
+                "`scale_by_gain` needs `projected` and `projected_update`, which "
+                "`residuals.through` and `residuals.guided` give it; it does nothing by itself."
+            )
+        pairs = jax.tree.map(scaled, updates, projected, projected_update, state)
+        return jax.tree.transpose(jax.tree.structure(updates), None, pairs)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _norm(x: jax.Array, axes: int | tuple[int, int]) -> jax.Array:
+    return jnp.sqrt(jnp.sum(x**2, axis=axes, keepdims=True))
