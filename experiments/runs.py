@@ -247,6 +247,9 @@ def _shares(cores: list[int], jobs: int) -> list[list[int]]:
     return [cores[i::jobs] or [cores[i % len(cores)]] for i in range(jobs)]
 
 
+_SAVING = 600  # seconds for the steps that are under way and a checkpoint, by far enough
+
+
 def _use_cores(cores: Any) -> None:
     """Keeps this process, before JAX starts its threads, on cores of its own, and ends it in time.
 
@@ -260,6 +263,8 @@ def _use_cores(cores: Any) -> None:
         while os.getppid() == parent:
             time.sleep(1)
         os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(_SAVING)
+        os._exit(1)  # it would wait for another run for ever
 
     threading.Thread(target=watch, daemon=True).start()
 
