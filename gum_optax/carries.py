@@ -24,6 +24,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
+from gum_optax import _checks
 from gum_optax._codec import Compressed
 from gum_optax._orthogonal import matmul_highest
 from gum_optax._paths import PyTree
@@ -128,6 +129,81 @@ def rotate(fresh: PyTree, old: PyTree, previous_basis: Bases, basis: Bases) -> P
     # Squares of rotated values are no rotation of squares.
     _refuse_second_moments(old)
     return _each_group("rotate", carried, fresh, old, basis)
+
+
+def projection_aware(b1: float = 0.9, b2: float = 0.999) -> Carry:
+    r"""Carries the moments of Adam into the new basis: LDAdam's rule.
+
+    The first moment rotates. The second is estimated as the rotation of a variance, as if the
+    coordinates were uncorrelated. With ``C = P_new' P_old``, and hats for bias-corrected moments
+    after t steps,
+
+    .. math::
+        m \leftarrow C m, \qquad
+        \hat v \leftarrow \left| C^{\circ 2} (\hat v - \hat m^{\circ 2})
+            + (C \hat m)^{\circ 2} \right|
+
+    Slots restart, as with `keep`. For a signed permutation C this is exact.
+
+    Args:
+      b1: decay of the first moment, that of the inner Adam, in [0, 1).
+      b2: decay of the second moment, that of the inner Adam, in [0, 1).
+
+    Returns:
+      A carry. It raises a ValueError, at ``init`` of the optimizer, if the inner state has no
+      moments of Adam (``count``, ``mu`` and ``nu``).
+
+    Raises:
+      TypeError, ValueError: if ``b1`` or ``b2`` is not a number in [0, 1).
+
+    Example:
+      >>> import gum_optax
+      >>> carry = gum_optax.carries.projection_aware(b2=0.99)
+      >>> tx = gum_optax.adamw(1e-3, gum_optax.galore(rank=64, carry=carry), b2=0.99)
+
+    References:
+      Robert et al., LDAdam, arXiv 2410.16103, algorithm 1.
+    """
+    _checks.hyperparameter("b1", b1, below=1.0)
+    _checks.hyperparameter("b2", b2, below=1.0)
+
+    def carry(fresh: PyTree, old: PyTree, previous_basis: Bases, basis: Bases) -> PyTree:
+        def of_adam(state: Any) -> Any:
+            if not _is_adam(state):
+                return state
+            # 1 - b^t, the factors of the biased moments; before the first step both moments are 0.
+            t = jnp.maximum(state.count, 1)
+            debias1, debias2 = 1 - b1**t, 1 - b2**t
+            mu, nu = dict(state.mu), dict(state.nu)
+            for name in basis:
+                m, v = mu[name].low / debias1, nu[name].low / debias2  # [*lead, r, n]
+                C = matmul_highest(basis[name].mT, previous_basis[name])  # [*lead, r, r]
+                rotated = matmul_highest(C, m)
+                v = jnp.abs(matmul_highest(C**2, v - m**2) + rotated**2)
+                mu[name] = Compressed(_like(mu[name].low, rotated * debias1), mu[name].residual)
+                nu[name] = Compressed(_like(nu[name].low, v * debias2), nu[name].residual)
+            return state._replace(mu=mu, nu=nu)
+
+        nodes = jax.tree.leaves(old, is_leaf=_is_adam)
+        if basis and not any(map(_is_adam, nodes)):
+            raise ValueError(
+                "`carry=carries.projection_aware` carries the moments `mu` and `nu` of Adam, and "
+                "the state of `inner` has none; use `carries.rotate` for momentum, or "
+                "`carries.restart`."
+            )
+        # Slots restart, and whatever else there is continues.
+        kept = _each_group("projection_aware", lambda name, low: low, fresh, old, basis)
+        return jax.tree.map(of_adam, kept, is_leaf=_is_adam)
+
+    return carry
+
+
+def _is_adam(node: Any) -> bool:
+    return all(hasattr(node, field) for field in ("count", "mu", "nu"))
+
+
+def _like(old: jax.Array, new: jax.Array) -> jax.Array:
+    return new.astype(old.dtype)
 
 
 def _each_group(

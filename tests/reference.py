@@ -115,6 +115,19 @@ def fira(limit: float | None = 1.01, eps: float = 1e-8, per: str = "column") -> 
     return step
 
 
+def carried_moments(
+    C: Matrix, M: Matrix, V: Matrix, t: int, b1: float = 0.9, b2: float = 0.999
+) -> tuple[Matrix, Matrix, int]:
+    """LDAdam, arXiv 2410.16103, entry by entry: moments of Adam in coordinates turned by C."""
+    m, v = M / (1 - b1**t), V / (1 - b2**t)
+    turned, spread = np.zeros_like(M), np.zeros_like(V)
+    for i, j in np.ndindex(*M.shape):
+        turned[i, j] = sum(C[i, k] * m[k, j] for k in range(len(m)))
+        variance = sum(C[i, k] ** 2 * (v[k, j] - m[k, j] ** 2) for k in range(len(m)))
+        spread[i, j] = abs(variance + turned[i, j] ** 2)
+    return turned * (1 - b1**t), spread * (1 - b2**t), t
+
+
 # Algorithms of N matrices -------------------------------------------------------------------------
 
 
@@ -127,7 +140,8 @@ class Projection:
       rank: r.
       K: the period.
       bases: one for each period, or None for the top left singular vectors at the refresh.
-      carry: what becomes of the state at a refresh: "restart", "keep", or, of a momentum, "rotate".
+      carry: what becomes of the state at a refresh: "restart", "keep", or, of a momentum, "rotate";
+        of Adam's moments, "projection_aware".
     """
 
     inner: Inner
@@ -149,6 +163,8 @@ class Projection:
                 self.state = None
             if self.carry == "rotate" and old is not None:
                 self.state = self.P.T @ old @ self.state
+            if self.carry == "projection_aware" and old is not None:
+                self.state = carried_moments(self.P.T @ old, *self.state)
         assert self.P is not None
         return self.P
 

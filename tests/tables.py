@@ -41,6 +41,7 @@ PROJECTORS: dict[str, Any] = {
     # Little oversampling, for matrices as small as those of the tests.
     "randomized_svd": functools.partial(projectors.randomized_svd, oversampling=1),
     "random_orthonormal": projectors.random_orthonormal,
+    "grassmann": projectors.grassmann(),
 }
 every_projector = pytest.mark.parametrize("projector", PROJECTORS.values(), ids=PROJECTORS)
 

@@ -87,6 +87,79 @@ def test_rotation_beside_other_residual_rules(rule, case):
     cases.assert_close(run.updates, expected)
 
 
+@pytest.mark.parametrize(
+    ("rule", "case"), [("drop", STACKED), ("through", SEPARATE), ("feedback", EXPERTS)], ids=label
+)
+def test_moments_go_on_in_the_new_basis(rule, case):
+    """LDAdam's carry, without slots and beside two rules for the residual."""
+    rules: dict[str, Any] = {
+        "drop": (residuals.drop(), reference.of_residual(lambda state, E: (0 * E, state))),
+        "through": (residuals.through(optax.scale_by_sign()), reference.sign()),
+        "feedback": (residuals.feedback(), None),
+    }
+    residual, oracle = rules[rule]
+    gradients = cases.gradients_of(case)
+    carry = carries.projection_aware()
+    compression = case.compression(residual=residual, carry=carry, projector=projectors.svd)
+    run = cases.run(low_rank(optax.scale_by_adam(), compression), case, gradients)
+
+    def expected(carry: str) -> np.ndarray:
+        sizes = {"rank": case.rank, "K": case.K, "bases": run.bases, "carry": carry}
+        if oracle is None:
+            return np.asarray(reference.feedback(reference.adam(), gradients, **sizes))
+        return np.asarray(reference.through(reference.adam(), oracle, gradients, **sizes))
+
+    cases.assert_close(run.updates, expected("projection_aware"))
+    assert np.abs(run.updates - expected("keep")).max() > 0.1, "the two must be told apart"
+
+
+def carry_moments(turn: Any, m: Any, v: Any, t: int = 3) -> tuple[np.ndarray, np.ndarray]:
+    """Bias-corrected moments after a carry, of one group of one matrix [r, 1], and one slot."""
+    b1, b2 = 0.9, 0.999
+
+    def moments(low: Any, full: float) -> Any:
+        low = np.asarray(low, np.float32)[:, None]
+        return {"w": gum_optax.Compressed(low, np.full((1, 2, 1), full, np.float32))}
+
+    state = optax.ScaleByAdamState(
+        jnp.asarray(t), moments(np.multiply(m, 1 - b1**t), 5), moments(np.multiply(v, 1 - b2**t), 5)
+    )
+    fresh = optax.ScaleByAdamState(jnp.asarray(0), moments([0, 0], 0), moments([0, 0], 0))
+    eye, turned = {"w": jnp.eye(2)}, {"w": jnp.asarray(turn, jnp.float32).T}
+    after = carries.projection_aware(b1, b2)(fresh, state, eye, turned)
+    for slots in (after.mu["w"].residual, after.nu["w"].residual):
+        assert not slots.any(), "slots restart"
+    assert int(after.count) == t
+    low = [np.asarray(part["w"].low)[:, 0] for part in (after.mu, after.nu)]
+    return low[0] / (1 - b1**t), low[1] / (1 - b2**t)
+
+
+def test_carried_moments_by_hand():
+    """A turn by 45 degrees of m = (1, 0), v = (1, 1) has v = (1, 1) again."""
+    half = 0.5**0.5
+    m, v = carry_moments([[half, half], [-half, half]], [1, 0], [1, 1])
+    np.testing.assert_allclose(m, [half, -half], rtol=1e-5)
+    np.testing.assert_allclose(v, [1, 1], rtol=1e-4)
+    # A signed permutation is exact: first moments change their signs, squares do not.
+    m, v = carry_moments([[0, -1], [1, 0]], [2, 3], [5, 10])
+    np.testing.assert_allclose(m, [-3, 2], rtol=1e-5)
+    np.testing.assert_allclose(v, [10, 5], rtol=1e-4)
+
+
+def test_moments_of_nothing_are_carried_nowhere():
+    """Before the first step t = 0, and both moments are zero: nothing may be divided by zero."""
+    tx = around(optax.scale_by_adam(), carries.projection_aware())
+    [(_, state)] = helpers.run(tx, [TREE])
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+
+
+def test_a_carry_of_moments_needs_adam():
+    with pytest.raises(ValueError, match=r"projection_aware.*`mu` and `nu`"):
+        around(optax.trace(0.9), carries.projection_aware()).init(TREE)
+    with pytest.raises(ValueError, match="`b2`"):
+        carries.projection_aware(b2=1.0)
+
+
 def test_a_users_carry_is_given_both_states_and_both_bases():
     """Half of the low-rank momentum goes on."""
 

@@ -24,7 +24,9 @@ from tests import helpers, tables
 PROJECTORS = {
     name: getattr(projector, "func", projector) for name, projector in tables.PROJECTORS.items()
 }
-ADAPTIVE = {name: p for name, p in PROJECTORS.items() if name != "random_orthonormal"}
+# `grassmann` turns one direction at a time.
+_OTHERS = ("random_orthonormal", "grassmann")
+ADAPTIVE = {name: p for name, p in PROJECTORS.items() if name not in _OTHERS}
 
 # (m, n, rank): wide, rank > m (the basis is square), rank 1, a single row.
 SHAPES = [(16, 40, 5), (8, 12, 20), (8, 8, 1), (1, 5, 1)]
@@ -422,3 +424,49 @@ def test_switch_works_at_one_step_as_a_plain_projector():
     for step, name in [(4, "svd"), (5, "random_orthonormal")]:
         got = at(step, arguments[0], arguments[1], arguments[3])
         np.testing.assert_allclose(got, _jitted(name)(*arguments), atol=1e-6)
+
+
+# A step on the Grassmannian ---------------------------------------------------------------------
+
+
+def _turned(gradient, basis, step):
+    project = projectors.grassmann(step)
+    basis = np.asarray(basis, np.float32)
+    return np.asarray(
+        project(jax.random.key(0), np.asarray(gradient, np.float32), basis.shape[1], basis)
+    )
+
+
+def test_a_turn_of_the_subspace_by_hand():
+    """S = e1 and G = [[2, 0], [1, 0]]: 2 E A' = (0, 4), |G|^2 = 5, so sigma = 4/5 towards e2."""
+    gradient, basis = [[2.0, 0], [1, 0]], [[1.0], [0]]
+    np.testing.assert_allclose(_turned(gradient, basis, np.pi / 2 / 0.8), [[0], [1]], atol=1e-6)
+    # The best turn meets the gradient's direction, (2, 1) / sqrt(5).
+    best = _turned(gradient, basis, np.arctan(0.5) / 0.8)
+    np.testing.assert_allclose(best, np.asarray([[2], [1]]) / 5**0.5, rtol=1e-6)
+
+
+def test_energy_grows_at_the_rate_of_the_slope():
+    """d/d step |S'G|^2 / |G|^2 = sigma^2 at step 0; a wrong sign would lose energy."""
+    gradient = _gaussian(12, 20)
+    basis = np.linalg.qr(_gaussian(12, 3, seed=1))[0]
+    size = np.sum(gradient**2)
+    low = basis.T @ gradient
+    sigma = np.linalg.norm(2 * (gradient - basis @ low) @ low.T / size, 2)
+    step = 1e-2
+    grown = (_energy(_turned(gradient, basis, step), gradient) - _energy(basis, gradient)) / size
+    np.testing.assert_allclose(grown / step, sigma**2, rtol=0.05)
+
+
+def test_turned_subspaces_find_a_gradient_that_stays_and_stay_orthonormal():
+    gradient = _gaussian(12, 20) * np.logspace(0, -2, 12)[:, None]
+    basis = np.linalg.qr(_gaussian(12, 3, seed=1))[0]
+    turn = jax.jit(projectors.grassmann(), static_argnums=2)
+    for scale in 10.0 ** np.random.default_rng(0).uniform(-6, 6, 300):
+        basis = turn(None, np.asarray(scale * gradient, np.float32), 3, basis)
+    assert _departure(basis) < 1e-5  # measured: 2e-6 after 300 turns
+    assert _energy(basis, gradient) > 0.99 * _best_energy(gradient, 3)
+    # A zero gradient, and one that lies in the subspace, turn nothing.
+    np.testing.assert_allclose(turn(None, 0 * np.float32(gradient), 3, basis), basis, atol=1e-6)
+    inside = np.asarray(basis) @ _gaussian(3, 20, seed=2)
+    np.testing.assert_allclose(turn(None, np.float32(inside), 3, basis), basis, atol=1e-4)
