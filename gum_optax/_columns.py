@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import optax
 
 from gum_optax import _checks, _mesh
-from gum_optax._orthogonal import safe_scale
+from gum_optax._numerics import safe_scale
 from gum_optax._paths import PyTree
 
 # Columns below this share of |R_j| are taken for rounding errors: the precision of bfloat16, in

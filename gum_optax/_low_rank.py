@@ -11,8 +11,7 @@ Tests: tests/library/test_low_rank.py, and tests/library/test_unbiased.py for th
 """
 
 import dataclasses
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 from zlib import crc32
@@ -23,9 +22,17 @@ import numpy as np
 import optax
 
 from gum_optax import _checks, _codec, _ledger, _mesh, carries, projectors, residuals, storages
-from gum_optax._codec import Compressed, Frame
+from gum_optax._codec import Frame
 from gum_optax._groups import Group, GroupBy, by_role, find_groups
 from gum_optax._paths import PyTree, is_stand_in
+from gum_optax._treatments import (
+    divided,
+    rows,
+    warn_if_nothing_is_compressed,
+    zero_basis,
+    zero_leaves,
+    zeros,
+)
 
 Key: TypeAlias = int | jax.Array
 """A seed, or a threefry key (typed, or raw ``uint32[2]``)."""
@@ -197,27 +204,27 @@ def low_rank(
         if is_stand_in(params):
             return _stand_in_state()
         groups = compression.groups(params)
-        _warn_if_nothing_is_compressed(groups)
+        warn_if_nothing_is_compressed(groups)
         state = unpacked(groups)
         _check_carry(compression.carry, state)
-        _ledger.write(partial(_rows, run, compression, groups))
+        _ledger.write(partial(rows, run, rule, storage, groups))
         return packed(state)
 
     def unpacked(groups: Sequence[Group]) -> LowRankState:
         """The state before the first step, with inner states that no storage has packed yet."""
-        compressed, uncompressed = _divided(groups)
+        compressed, uncompressed = divided(groups)
         return LowRankState(
             count=jnp.zeros((), jnp.int32),
             key=_checks.key_data(compression.key),
-            basis={group.name: _zero_basis(group) for group in compressed},
+            basis={group.name: zero_basis(group) for group in compressed},
             slots={
                 group.name: jnp.full((slots,), group.count, jnp.int32)
                 for group in compressed
                 if (slots := rule.slots(group))
             },
             residual={group.name: rule.init(group) for group in compressed},
-            inner=run.init(_zeros(compressed, rule)),
-            uncompressed=run.init(_zero_leaves(uncompressed)) if uncompressed else None,
+            inner=run.init(zeros(compressed, rule)),
+            uncompressed=run.init(zero_leaves(uncompressed)) if uncompressed else None,
         )
 
     def packed(state: LowRankState) -> LowRankState:
@@ -243,7 +250,7 @@ def low_rank(
         leaves, treedef = jax.tree.flatten(jax.tree.map(jnp.asarray, updates))
         parameters = None if params is None else _checks.matching_leaves(params, leaves, treedef)
         groups = compression.groups(treedef.unflatten(_checks.as_at_init(leaves, parameters)))
-        compressed, uncompressed = _divided(groups)
+        compressed, uncompressed = divided(groups)
         fresh = unpacked(groups)
         _checks.fits(jax.eval_shape(packed, fresh), state, STATE_VERSION)
 
@@ -342,12 +349,6 @@ def keep_dtypes(new: PyTree, old: PyTree) -> PyTree:
 # Groups and their leaves ---------------------------------------------------------------------
 
 
-def _divided(groups: Sequence[Group]) -> tuple[list[Group], list[Group]]:
-    """Groups that are compressed, and groups that are not."""
-    compressed = [group for group in groups if not group.uncompressed]
-    return compressed, [group for group in groups if group.uncompressed]
-
-
 def _leaves_of(group: Group, leaves: Sequence[jax.Array]) -> list[jax.Array]:
     return [leaves[position] for position in group.leaves]
 
@@ -356,36 +357,6 @@ def _collect(groups: Sequence[Group], leaves: Sequence[jax.Array]) -> dict[str, 
     """Uncompressed leaves, as the inner transformation sees them."""
     return {
         group.name: [leaf.astype(group.compute_dtype) for leaf in _leaves_of(group, leaves)]
-        for group in groups
-    }
-
-
-def _zero_basis(group: Group) -> jax.Array:
-    shape = (*group.lead, group.m, group.rank)
-    return jnp.zeros(shape, group.compute_dtype, device=group.basis_sharding)
-
-
-def _zeros(groups: Sequence[Group], rule: residuals.Residual) -> dict[str, Compressed]:
-    """Compressed zeros, on which the inner state is initialized."""
-
-    def zeros(group: Group) -> Compressed:
-        low = (*group.lead, group.rank, group.n)
-        slots = (rule.slots(group), group.m, group.n)
-        return Compressed(
-            low=jnp.zeros(low, group.dtype, device=group.low_sharding),
-            residual=(
-                jnp.zeros(slots, group.dtype, device=group.slots_sharding) if slots[0] else None
-            ),
-        )
-
-    return {group.name: zeros(group) for group in groups}
-
-
-def _zero_leaves(groups: Sequence[Group]) -> dict[str, list[jax.Array]]:
-    return {
-        group.name: [
-            jnp.zeros(group.shape, group.dtype, device=group.sharding) for _ in group.leaves
-        ]
         for group in groups
     }
 
@@ -457,34 +428,13 @@ def _new_basis(
     return jax.lax.map(one, (jnp.arange(group.count), keys, flat)).reshape(previous.shape)
 
 
-# What `init` and `update` check and tell -----------------------------------------------------
+# What `init` checks ---------------------------------------------------------------------------
 
 
 def _stand_in_state() -> LowRankState:
     """A prefix of every state, without a copy of the parameters: ``map_params`` changes nothing."""
     leaf: Any = jnp.zeros(())
     return LowRankState(*(leaf for _ in LowRankState._fields))
-
-
-def _warn_if_nothing_is_compressed(groups: Sequence[Group]) -> None:
-    if not groups or not all(group.uncompressed for group in groups):
-        return
-    # The first group serves as the example; what to write depends on its reason.
-    first = groups[0]
-    shape = " x ".join(map(str, first.shape[-2:]))
-    advice = f"Write for example `LowRank(rank={max(first.m // 4, 1)})`"
-    if first.rank < first.m:
-        advice = (
-            "Layers are sampled within a group: write `LowRank(group_by=gum_optax.by_shape)` for "
-            "larger groups, or `LowRank(residual=residuals.drop())` for none"
-        )
-    warnings.warn(
-        f"None of {len(groups)} group(s) of matrices is compressed, so this is the inner "
-        f"transformation without low rank: `{first.name}`, {first.count} of {shape}: "
-        f"{first.uncompressed}. {advice}, or leave compression out; "
-        "`gum_optax.memory_plan(tx, params)` shows every group.",
-        stacklevel=3,
-    )
 
 
 def _check_carry(carry: carries.Carry, state: LowRankState) -> None:
@@ -494,36 +444,3 @@ def _check_carry(carry: carries.Carry, state: LowRankState) -> None:
         (state.inner, state.basis),
     )
     jax.eval_shape(lambda inner, basis: carry(inner, inner, basis, basis), *shapes)
-
-
-def _rows(inner: Any, compression: LowRank, groups: Sequence[Group]) -> Iterator[_ledger.PlanRow]:
-    """One row for each group, with the bytes that it adds to the state."""
-    rule, storage = compression.residual, compression.storage
-
-    def inner_bytes(tree: Any) -> int:
-        # What the inner transformation keeps for `tree`, less what it keeps for nothing.
-        return _ledger.bytes_beyond(lambda t: storages.pack(storage, inner.init(t)), tree, {})
-
-    for group in groups:
-        slots = rule.slots(group) if not group.uncompressed else 0
-        if group.uncompressed:
-            treatment, size = (
-                "uncompressed",
-                inner_bytes(jax.eval_shape(lambda group=group: _zero_leaves([group]))),
-            )
-        else:
-            own = jax.eval_shape(lambda group=group: (_zero_basis(group), rule.init(group)))
-            encoded = jax.eval_shape(lambda group=group: _zeros([group], rule))
-            treatment = "sampled" if slots else "low rank"
-            size = _ledger.bytes_of(own) + 4 * slots + inner_bytes(encoded)
-        yield _ledger.PlanRow(
-            name=group.name,
-            treatment=treatment,
-            why=group.uncompressed,
-            count=group.count,
-            shape=group.shape[-2:],
-            rank=None if group.uncompressed else group.rank,
-            slots=slots or None,
-            bytes=size,
-            adamw_bytes=2 * group.count * group.m * group.n * group.dtype.itemsize,
-        )

@@ -1,20 +1,15 @@
-r"""Orthogonalization without a singular value decomposition: polar factors and bases.
+r"""Polar factors without a singular value decomposition: Newton-Schulz.
 
-Words used here, for ``X = U S V'``, the thin singular value decomposition of a matrix [m, n]:
+With ``X = U S V'``, the thin singular value decomposition of a matrix [m, n], the *polar factor* of
+X is ``U V'``, X with all of its nonzero singular values set to one. Muon steps along it.
+`newton_schulz` approximates it by odd polynomials of X, which consist of matrix products.
 
-- The *polar factor* of X is ``U V'``, X with all of its nonzero singular values set to one. Muon
-  steps along it. `newton_schulz` approximates it by odd polynomials of X.
-- A *basis* [m, r] has orthonormal columns that span (nearly) the top r left singular vectors of X.
-  `power_iteration_basis` finds it by repeated products with ``X X'``.
-
-Both consist of matrix products, which accelerators run fastest, and of Cholesky factors r x r.
 Matrices are wide here, m <= n: a tall one is transposed first, so that Gram matrices are small.
 
 Tests: tests/library/test_orthogonal.py.
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -23,38 +18,11 @@ import numpy as np
 import optax
 
 from gum_optax import _checks, _mesh, _scheduling
+from gum_optax._numerics import matmul_highest
 
 MUON_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 _GRAM_ASPECT = 4  # n / m from which steps run on Gram matrices; measured faster there on CPUs
-
-
-# Products and scales --------------------------------------------------------------------------
-
-
-def matmul_highest(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Returns ``a @ b`` at the dtype's full precision.
-
-    By default TPUs and GPUs round float32 operands to 8 to 11 bits.
-    """
-    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
-
-
-def safe_scale(x: jax.Array, axis: int | None = None) -> jax.Array:
-    """Returns a divisor that brings ``x`` into range: its largest absolute entry, or 1 for zero.
-
-    Args:
-      x: any array that is not empty.
-      axis: the axis to take the maximum over, which the result keeps with length 1; by default all
-        axes, which gives a scalar.
-    """
-    # Products of entries such as 1e-30 or 1e30 would leave the range of float32, and so would the
-    # inverse of a denormal scale.
-    entry = jnp.max(jnp.abs(x), axis=axis, keepdims=axis is not None)
-    return jnp.where(entry > 0, jnp.maximum(entry, 100 * jnp.finfo(x.dtype).tiny), 1)
-
-
-# Polar factors --------------------------------------------------------------------------------
 
 
 def newton_schulz(
@@ -235,92 +203,3 @@ def scale_by_polar(
     return optax.stateless(
         lambda updates, params: _mesh.in_auto_mode(apply_all, updates, like=lambda: updates)
     )
-
-
-# Bases ----------------------------------------------------------------------------------------
-
-
-def power_iteration_basis(gradient: jax.Array, start: jax.Array, iterations: int) -> jax.Array:
-    """Returns an orthonormal basis of the span of ``(G G')^iterations start``.
-
-    Args:
-      gradient: G, ``[m, n]``, m <= n.
-      start: ``[m, r]``, r <= m, the subspace to start from.
-      iterations: number of power iterations, an int >= 1.
-
-    Returns:
-      The basis ``[m, r]``, orthonormal to rounding whatever the gradient's rank.
-    """
-    scale = safe_scale(gradient)
-
-    def iterate(orthonormalize: Callable[[jax.Array], jax.Array]) -> jax.Array:
-        # Q <- orth(orth(Q G) G'). On tensor cores these products may round their operands: the
-        # start is random anyway, and the captured energy was measured equal to four digits with
-        # bfloat16 operands.
-        def once(_: int, rows: jax.Array) -> jax.Array:
-            rows = orthonormalize(jnp.matmul(rows / scale, gradient))  # [r, n]
-            return orthonormalize(jnp.matmul(rows / scale, gradient.T))  # [r, m]
-
-        # Bases are kept transposed, Q = P': rows of length n are contiguous for the products. A
-        # loop, since every iteration that is written out is compiled again for every group.
-        return jax.lax.fori_loop(0, iterations, once, start.T)
-
-    # 1. The fast way. Cholesky is several times as fast as Householder reflections on CPUs, and on
-    #    accelerators nearly all of it is matrix products.
-    fast = iterate(well_conditioned_rows)
-    fast = jax.lax.fori_loop(0, 2, lambda _, rows: orthonormal_rows(rows, shift=0.0)[0], fast)
-
-    # 2. It can fail on gradients of a rank below r, so check |Q Q' - I| entry by entry.
-    eye = jnp.eye(len(fast), dtype=fast.dtype)
-    tolerance = 4 * jnp.finfo(fast.dtype).eps * gradient.shape[0] ** 0.5
-    # Not `max(...) <= tolerance`: XLA's CPU backend passes over NaNs in a maximum.
-    succeeded = jnp.all(jnp.abs(matmul_highest(fast, fast.T) - eye) <= tolerance)
-
-    # 3. Where it failed, start again with Householder reflections.
-    slow = partial(iterate, lambda rows: jnp.linalg.qr(rows.T)[0].T)
-    return jax.lax.cond(succeeded, lambda: fast, slow).T
-
-
-def well_conditioned_rows(x: jax.Array) -> jax.Array:
-    """Returns rows with the span of the rows of ``x``, orthonormal up to a factor of about two.
-
-    Where one shifted Cholesky factor has shortened some direction by more than half, weak
-    directions may still be far below unit length. The next product would weaken them again, and
-    soon they would be lost in rounding; so the rows are orthonormalized a second time.
-    """
-    rows, lost = orthonormal_rows(x, shift=1e-6)
-    return jax.lax.cond(lost < 0.5, lambda: rows, lambda: orthonormal_rows(rows, shift=1e-7)[0])
-
-
-def orthonormal_rows(x: jax.Array, shift: float) -> tuple[jax.Array, jax.Array]:
-    r"""Orthonormalizes rows by a shifted Cholesky factor.
-
-    .. math::
-        Q = L^{-1} X \quad\text{with}\quad L L^\top = X X^\top + \text{shift} \cdot
-        \operatorname{tr}(X X^\top) I
-
-    The shift keeps Gram matrices positive definite that rounding may have made indefinite. The rows
-    of Q span the same space as those of X, and are orthonormal where singular values of X are well
-    above the square root of the shift (relative to its norm). For the others, a second call with a
-    smaller shift brings the rows nearer to orthonormal, and two calls without a shift make them
-    orthonormal to rounding.
-
-    Args:
-      x: X, ``[r, n]``.
-      shift: the shift relative to the trace of the Gram matrix.
-
-    Returns:
-      Q, ``[r, n]``, and ``trace(I - Q Q')``, by which at most any direction's squared length falls
-      short of one.
-
-    References:
-      Fukaya et al., Shifted Cholesky QR, arXiv 1809.11085.
-    """
-    gram = matmul_highest(x, x.T)  # [r, r]
-    eye = jnp.eye(len(x), dtype=x.dtype)
-    lift = shift * jnp.trace(gram) + jnp.finfo(x.dtype).tiny
-    lower = jnp.linalg.cholesky(gram + lift * eye)
-    # The inverse of a small matrix and a product are faster than a solve for all n columns.
-    inverse = jax.lax.linalg.triangular_solve(lower, eye, left_side=True, lower=True)
-    # Q Q' = L^-1 (L L' - lift I) L'^-1, so I - Q Q' = lift * L^-1 L'^-1.
-    return matmul_highest(inverse, x), lift * jnp.sum(inverse**2)

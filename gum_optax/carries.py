@@ -26,7 +26,7 @@ import jax.numpy as jnp
 
 from gum_optax import _checks
 from gum_optax._codec import Compressed
-from gum_optax._orthogonal import matmul_highest
+from gum_optax._numerics import matmul_highest
 from gum_optax._paths import PyTree
 
 Bases: TypeAlias = dict[str, jax.Array]

@@ -33,7 +33,8 @@ import jax
 import jax.numpy as jnp
 
 from gum_optax import _checks
-from gum_optax._orthogonal import matmul_highest, power_iteration_basis, safe_scale
+from gum_optax._bases import power_iteration_basis
+from gum_optax._numerics import matmul_highest, safe_scale
 
 Projector: TypeAlias = Callable[[jax.Array, jax.Array, int, jax.Array], jax.Array]
 """``(key, gradient [m, n], rank, previous_basis [m, r]) -> basis [m, r]``."""

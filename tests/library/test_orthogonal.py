@@ -1,4 +1,4 @@
-"""Newton-Schulz against optax and a loop in float64; power iteration against Householder's QR."""
+"""Newton-Schulz against optax and a loop in float64."""
 
 # Malformed arguments are the point of some tests.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false
@@ -14,13 +14,6 @@ import pytest
 
 import gum_optax
 from gum_optax import _orthogonal, _scheduling, newton_schulz
-from gum_optax._orthogonal import (
-    matmul_highest,
-    orthonormal_rows,
-    power_iteration_basis,
-    safe_scale,
-    well_conditioned_rows,
-)
 from tests import helpers
 
 MUON = (3.4445, -4.7750, 2.0315)
@@ -278,118 +271,3 @@ def test_bad_steps_fail_at_once(steps):
     ):
         with pytest.raises((TypeError, ValueError), match="`ns_steps` must"):
             build()
-
-
-# Products and scales -----------------------------------------------------------------------------
-
-
-def test_products_ask_for_the_highest_precision():
-    jaxpr = jax.make_jaxpr(matmul_highest)(jnp.ones((2, 3)), jnp.ones((3, 2)))
-    precisions = [equation.params.get("precision") for equation in jaxpr.jaxpr.eqns]
-    assert (jax.lax.Precision.HIGHEST, jax.lax.Precision.HIGHEST) in precisions
-
-
-def test_the_safe_scale_is_the_largest_entry():
-    x = np.array([[0.0, 3.0, 1e-40], [0.0, -4.0, 0.0]], np.float32)
-    scale = jax.jit(safe_scale, static_argnames="axis")
-    assert scale(x) == 4.0
-    assert scale(0 * x) == 1.0
-    # Neither a zero nor a denormal column has an inverse in float32.
-    columns = np.asarray(scale(x, axis=-2))
-    assert columns.shape == (1, 3)
-    np.testing.assert_array_equal(columns[0, :2], [1.0, 4.0])
-    assert np.isfinite(1 / columns).all()
-
-
-# Bases -------------------------------------------------------------------------------------------
-
-# Measured over all cases here: 4e-7.
-ORTHONORMAL = 2e-6
-
-ROWS = jax.jit(orthonormal_rows, static_argnums=1, compiler_options=helpers.QUICK)
-WELL_CONDITIONED_ROWS = jax.jit(well_conditioned_rows, compiler_options=helpers.QUICK)
-BASIS = jax.jit(power_iteration_basis, static_argnums=2, compiler_options=helpers.QUICK)
-
-
-def _departure(basis):
-    basis = np.asarray(basis, np.float64)
-    return np.abs(basis.T @ basis - np.eye(basis.shape[1])).max()
-
-
-def _householder(gradient, start, iterations):
-    """Power iteration in float64, orthonormalized by NumPy's QR."""
-    basis = start
-    for _ in range(iterations):
-        basis = np.linalg.qr(gradient @ np.linalg.qr(gradient.T @ basis)[0])[0]
-    return basis
-
-
-@pytest.mark.parametrize("iterations", [1, 2, 3])
-@pytest.mark.parametrize("shape", [(12, 30, 4), (8, 8, 3), (6, 9, 6), (1, 5, 1)], ids=str)
-def test_the_basis_equals_the_float64_iteration(shape, iterations):
-    m, n, r = shape
-    gradient, start = _gaussian((m, n)), _gaussian((m, r), seed=1)
-    expected = _householder(gradient, start, iterations)
-    with jax.enable_x64(True):
-        basis = np.asarray(BASIS(gradient, start, iterations))
-    # Subspaces, not vectors: the columns may be rotated. Measured: 7e-16.
-    np.testing.assert_allclose(basis @ basis.T, expected @ expected.T, atol=1e-12)
-
-
-@pytest.mark.parametrize("decades", [3, 5, 8])
-def test_steep_spectra_keep_every_direction(decades):
-    """Once, the weakest of 64 directions were lost in rounding, and the basis was not finite."""
-    rng = np.random.default_rng(0)
-    left, right = (np.linalg.qr(rng.normal(size=(128, 128)))[0] for _ in range(2))
-    gradient = _float32(left * np.logspace(0, -decades, 128) @ right)
-    start = np.linalg.qr(rng.normal(size=(128, 64)))[0]
-    basis = BASIS(gradient, _float32(start), 3)
-    assert _departure(basis) < ORTHONORMAL
-    G = np.asarray(gradient, np.float64)
-    oracle = _householder(G, start, 2)
-    missed = [1 - np.sum((P.T @ G) ** 2) / np.sum(G**2) for P in (np.asarray(basis), oracle)]
-    assert missed[0] < 1.05 * missed[1] + 1e-9
-
-
-@pytest.mark.parametrize(("kind", "cholesky"), [("gaussian", True), ("zero", False)])
-def test_householder_is_for_where_cholesky_fails(monkeypatch, kind, cholesky):
-    """Cholesky does what it can, several times as fast: spoil the other and see who notices."""
-    monkeypatch.setattr(jnp.linalg, "qr", lambda x: (jnp.full_like(x, jnp.nan), None))
-    gradient = _float32((kind == "gaussian") * _gaussian((40, 60)))
-    start = _float32(_gaussian((40, 6), seed=1))
-    spoiled = jax.jit(lambda *args: power_iteration_basis(*args, 3), compiler_options=helpers.QUICK)
-    assert bool(np.isfinite(spoiled(gradient, start)).all()) == cholesky
-
-
-def test_where_cholesky_fails_householder_takes_over(monkeypatch):
-    """XLA's CPU backend passes over NaNs in a maximum: the check must not rest on one."""
-
-    def failed(x, shift):
-        return jnp.full_like(x, jnp.nan), jnp.array(jnp.nan)
-
-    monkeypatch.setattr(_orthogonal, "orthonormal_rows", failed)
-    gradient, start = (_float32(_gaussian((16, n))) for n in (24, 4))
-    spoiled = jax.jit(lambda *args: power_iteration_basis(*args, 3), compiler_options=helpers.QUICK)
-    assert _departure(spoiled(gradient, start)) < ORTHONORMAL
-
-
-@pytest.mark.parametrize(("decades", "shift"), [(0, 1e-6), (3, 1e-6), (8, 1e-6), (8, 1e-3)])
-def test_what_a_shift_takes_from_the_rows_is_known(decades, shift):
-    """It decides whether they are taken again, and bounds what every direction lost."""
-    with jax.enable_x64(True):
-        x = np.logspace(0, -decades, 8)[:, None] * _gaussian((8, 20))
-        rows, lost = map(np.asarray, ROWS(x, shift))
-    missing = np.linalg.eigvalsh(np.eye(8) - rows @ rows.T)
-    np.testing.assert_allclose(lost, missing.sum(), atol=1e-9)
-    assert missing.max() < lost + 1e-9
-
-
-@pytest.mark.parametrize(("decades", "again"), [(0, False), (2, False), (4, True)])
-def test_rows_are_taken_again_only_where_much_was_lost(decades, again):
-    with jax.enable_x64(True):
-        x = np.logspace(0, -decades, 8)[:, None] * np.linalg.qr(_gaussian((20, 8)))[0].T
-        rows = np.asarray(WELL_CONDITIONED_ROWS(x))
-        once = np.asarray(ROWS(x, 1e-6)[0])
-    assert np.linalg.svd(rows, compute_uv=False).min() > 0.9
-    assert (np.linalg.svd(once, compute_uv=False).min() < 0.2) == again
-    assert (rows != once).any() == again

@@ -1,0 +1,29 @@
+"""Products at full precision, and divisors that keep squares in range.
+
+Tests: tests/library/test_numerics.py.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def matmul_highest(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Returns ``a @ b`` at the dtype's full precision.
+
+    By default TPUs and GPUs round float32 operands to 8 to 11 bits.
+    """
+    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+
+
+def safe_scale(x: jax.Array, axis: int | None = None) -> jax.Array:
+    """Returns a divisor that brings ``x`` into range: its largest absolute entry, or 1 for zero.
+
+    Args:
+      x: any array that is not empty.
+      axis: the axis to take the maximum over, which the result keeps with length 1; by default all
+        axes, which gives a scalar.
+    """
+    # Products of entries such as 1e-30 or 1e30 would leave the range of float32, and so would the
+    # inverse of a denormal scale.
+    entry = jnp.max(jnp.abs(x), axis=axis, keepdims=axis is not None)
+    return jnp.where(entry > 0, jnp.maximum(entry, 100 * jnp.finfo(x.dtype).tiny), 1)
