@@ -6,7 +6,9 @@ a flipped bit. So a checkpoint carries a description of its run and checksums of
 
 import dataclasses
 import importlib.metadata
+import json
 import platform
+import zlib
 from typing import Any
 
 import jax
@@ -20,6 +22,8 @@ from experiments.config import ConfigError, Training, first_difference, flag
 # recognized by it, called it a layout.
 STATE_VERSION = "state_layout"
 
+_SEAL = "seal"
+
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers", "numpy")
 _PACKAGES += ("transformers", "reasoning-gym")
 
@@ -32,12 +36,19 @@ def versions() -> dict[str, str]:
 
 def describe(config: Training, state: Any) -> dict:
     """What a checkpoint of `state` says about itself."""
-    return {
+    description = {
         STATE_VERSION: gum_optax.STATE_VERSION,
         "config": dataclasses.asdict(config),
         "versions": versions(),
         "checksums": checksums(state),
     }
+    return description | {_SEAL: _seal(description)}
+
+
+def _seal(description: dict) -> int:
+    """A checksum of all but the seal itself, the same before and after a way through JSON."""
+    rest = {name: value for name, value in description.items() if name != _SEAL}
+    return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
 
 
 def check_same_run(old: dict, config: Training) -> None:
@@ -50,7 +61,13 @@ def check_same_run(old: dict, config: Training) -> None:
 
 
 def check_description(description: dict, config: Training) -> None:
-    """Raises `ConfigError` unless a checkpoint is of this run, of a state version known here."""
+    """Raises `ConfigError` unless a checkpoint is of this run, of a state version known here.
+
+    Raises:
+      ValueError: a flipped bit made it another description; older checkpoints have no seal.
+    """
+    if description.get(_SEAL, _seal(description)) != _seal(description):
+        raise ValueError("its description is not the one that was saved")
     version, written_by = description[STATE_VERSION], description["versions"]["gum_optax"]
     if version != gum_optax.STATE_VERSION:
         raise ConfigError(

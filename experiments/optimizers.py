@@ -242,7 +242,9 @@ def _sized(direction: Callable[[jax.Array], jax.Array]) -> optax.GradientTransfo
         norm = jnp.linalg.norm(found, axis=(-2, -1), keepdims=True)
         return (m - r) ** 0.5 * found / jnp.maximum(norm, jnp.finfo(found.dtype).tiny)
 
-    def update(updates: Any, state: Any, params: Any = None, *, projected: Any, **_: Any) -> Any:
+    def update(
+        updates: Any, state: Any, params: Any = None, *, projected: Any = None, **_: Any
+    ) -> Any:
         del params
         return jax.tree.map(one, updates, projected), state
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -309,7 +310,7 @@ def test_residuals_without_momentum_have_the_size_of_the_directions_left_out():
     rng = np.random.default_rng(0)
     residual, projected = rng.normal(size=(2, 6, 10)), rng.normal(size=(2, 2, 10))
     for name, make in optimizers.DIRECTIONS.items():
-        direction = make()
+        direction: Any = make()
         found, _ = direction.update(
             np.float32(residual), direction.init(residual), projected=np.float32(projected)
         )

@@ -1,5 +1,8 @@
 """Power iteration against Householder's QR, and what its Cholesky factors may lose."""
 
+# `*args` hides how many arguments there are.
+# pyright: reportCallIssue=false
+
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -118,8 +118,8 @@ def carry_moments(turn: Any, m: Any, v: Any, t: int = 3) -> tuple[np.ndarray, np
     b1, b2 = 0.9, 0.999
 
     def moments(low: Any, full: float) -> Any:
-        low = np.asarray(low, np.float32)[:, None]
-        return {"w": gum_optax.Compressed(low, np.full((1, 2, 1), full, np.float32))}
+        low = jnp.asarray(low, jnp.float32)[:, None]
+        return {"w": gum_optax.Compressed(low, jnp.full((1, 2, 1), full))}
 
     state = optax.ScaleByAdamState(
         jnp.asarray(t), moments(np.multiply(m, 1 - b1**t), 5), moments(np.multiply(v, 1 - b2**t), 5)
