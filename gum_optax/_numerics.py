@@ -15,15 +15,26 @@ def matmul_highest(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
 
-def safe_scale(x: jax.Array, axis: int | None = None) -> jax.Array:
+def safe_scale(x: jax.Array, axis: int | tuple[int, ...] | None = None) -> jax.Array:
     """Returns a divisor that brings ``x`` into range: its largest absolute entry, or 1 for zero.
 
     Args:
       x: any array that is not empty.
-      axis: the axis to take the maximum over, which the result keeps with length 1; by default all
-        axes, which gives a scalar.
+      axis: the axis or axes to take the maximum over, which the result keeps with length 1; by
+        default all axes, which gives a scalar.
     """
     # Products of entries such as 1e-30 or 1e30 would leave the range of float32, and so would the
     # inverse of a denormal scale.
     entry = jnp.max(jnp.abs(x), axis=axis, keepdims=axis is not None)
     return jnp.where(entry > 0, jnp.maximum(entry, 100 * jnp.finfo(x.dtype).tiny), 1)
+
+
+def norm(x: jax.Array, axis: int | tuple[int, ...]) -> jax.Array:
+    """Returns the Euclidean norms along axes, which are kept with length 1; squares stay in range.
+
+    Args:
+      x: any array that is not empty.
+      axis: the axis or axes to sum over.
+    """
+    scale = safe_scale(x, axis)
+    return scale * jnp.sqrt(jnp.sum((x / scale) ** 2, axis=axis, keepdims=True))

@@ -158,3 +158,22 @@ def test_a_gain_needs_to_be_told_of_the_projection():
     tx = scale_by_gain()
     with pytest.raises(ValueError, match=r"residuals\.through"):
         tx.update(G, tx.init(G))
+
+
+@pytest.mark.parametrize("scale", [1e25, 1e-3])
+def test_gains_do_not_depend_on_the_size_of_gradients(scale):
+    """Squares of 1e25 leave the range of float32; D = sign R, so updates are the same."""
+    for rule in (residuals.through(scale_by_gain()), residuals.guided(scale_by_gain("matrix"))):
+        tx = low_rank(SIGN, LowRank(1, 9, rule, helpers.first_coordinates))
+        tree = np.float32(scale) * G
+        got = np.asarray(tx.update(tree, tx.init(tree))[0])
+        np.testing.assert_allclose(got, first_update(rule), rtol=2e-5, atol=1e-6)
+
+
+def test_the_last_norm_is_kept_in_float32():
+    """In bfloat16 a growth of 1 % is rounded to 0.8 or 1.6 %."""
+    tx = low_rank(
+        SIGN, LowRank(1, 9, residuals.through(scale_by_gain()), helpers.first_coordinates)
+    )
+    state = tx.init(np.zeros((2, 3), jax.numpy.bfloat16))
+    assert [leaf.dtype for leaf in jax.tree.leaves(state.residual)] == [np.float32]
