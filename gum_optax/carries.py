@@ -23,6 +23,7 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from gum_optax import _checks
 from gum_optax._codec import Compressed
@@ -151,7 +152,7 @@ def projection_aware(b1: float = 0.9, b2: float = 0.999) -> Carry:
 
     Returns:
       A carry. It raises a ValueError, at ``init`` of the optimizer, if the inner state has no
-      moments of Adam (``count``, ``mu`` and ``nu``).
+      ``optax.ScaleByAdamState``.
 
     Raises:
       TypeError, ValueError: if ``b1`` or ``b2`` is not a number in [0, 1).
@@ -176,12 +177,15 @@ def projection_aware(b1: float = 0.9, b2: float = 0.999) -> Carry:
             debias1, debias2 = 1 - b1**t, 1 - b2**t
             mu, nu = dict(state.mu), dict(state.nu)
             for name in basis:
+                # A wrapper such as `optax.masked` may have put something else in place of a group.
+                if not isinstance(mu.get(name), Compressed):
+                    continue
                 m, v = mu[name].low / debias1, nu[name].low / debias2  # [*lead, r, n]
                 C = matmul_highest(basis[name].mT, previous_basis[name])  # [*lead, r, r]
                 rotated = matmul_highest(C, m)
                 v = jnp.abs(matmul_highest(C**2, v - m**2) + rotated**2)
-                mu[name] = Compressed(_like(mu[name].low, rotated * debias1), mu[name].residual)
-                nu[name] = Compressed(_like(nu[name].low, v * debias2), nu[name].residual)
+                mu[name] = _with_low(mu[name], rotated * debias1)
+                nu[name] = _with_low(nu[name], v * debias2)
             return state._replace(mu=mu, nu=nu)
 
         nodes = jax.tree.leaves(old, is_leaf=_is_adam)
@@ -199,11 +203,12 @@ def projection_aware(b1: float = 0.9, b2: float = 0.999) -> Carry:
 
 
 def _is_adam(node: Any) -> bool:
-    return all(hasattr(node, field) for field in ("count", "mu", "nu"))
+    # By its type: AMSGrad's third moment, for one, would be left behind in the old basis.
+    return isinstance(node, optax.ScaleByAdamState)
 
 
-def _like(old: jax.Array, new: jax.Array) -> jax.Array:
-    return new.astype(old.dtype)
+def _with_low(old: Compressed, low: jax.Array) -> Compressed:
+    return Compressed(low.astype(old.low.dtype), old.residual)
 
 
 def _each_group(

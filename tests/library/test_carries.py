@@ -153,9 +153,35 @@ def test_moments_of_nothing_are_carried_nowhere():
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
 
 
-def test_a_carry_of_moments_needs_adam():
+@pytest.mark.parametrize(
+    "inner", [optax.trace(0.9), optax.scale_by_amsgrad()], ids=["trace", "amsgrad"]
+)
+def test_a_carry_of_moments_needs_adam(inner):
+    """AMSGrad's greatest second moment would be left behind in the old basis."""
     with pytest.raises(ValueError, match=r"projection_aware.*`mu` and `nu`"):
-        around(optax.trace(0.9), carries.projection_aware()).init(TREE)
+        around(inner, carries.projection_aware()).init(TREE)
+
+
+def test_moments_are_carried_inside_of_wrappers():
+    """A masked group has no moments; that of the other is carried as if it were alone."""
+
+    def momenta(inner, tree):
+        carry = carries.projection_aware()
+        tx = low_rank(inner, LowRank(2, 2, residuals.drop(), projectors.svd, carry))
+        *_, (_, state) = helpers.run(
+            tx, [jax.tree.map(lambda g, s=s: s * g, tree) for s in (1, 2, 3)]
+        )
+        nodes = jax.tree.leaves(state.inner, is_leaf=carries._is_adam)
+        [adam] = filter(carries._is_adam, nodes)
+        return adam.mu["a/*"].low, adam.nu["a/*"].low
+
+    masked = momenta(optax.masked(optax.scale_by_adam(), only("a")), TREE)
+    alone = momenta(optax.scale_by_adam(), {"a": TREE["a"]})
+    for got, expected in zip(masked, alone, strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_decays_of_a_carry_of_moments_are_checked():
     with pytest.raises(ValueError, match="`b2`"):
         carries.projection_aware(b2=1.0)
 
