@@ -14,17 +14,16 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
-from zlib import crc32
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from gum_optax import _checks, _codec, _ledger, _mesh, carries, projectors, residuals, storages
+from gum_optax import _checks, _ledger, _mesh, carries, projectors, residuals, storages
 from gum_optax._codec import Frame
 from gum_optax._groups import Group, GroupBy, by_role, find_groups
 from gum_optax._paths import PyTree, is_stand_in
+from gum_optax._refresh import new_period
 from gum_optax._treatments import (
     divided,
     rows,
@@ -267,7 +266,15 @@ def low_rank(
         due = state.count % compression.period == 0
         basis, slots = jax.lax.cond(
             due,
-            lambda: _refresh(compression, compressed, state, gradients),
+            lambda: new_period(
+                compressed,
+                gradients,
+                key=state.key,
+                period=state.count // compression.period,
+                projector=projectors.resolve(compression.projector, state.count),
+                rule=rule,
+                old=state.basis,
+            ),
             lambda: (state.basis, state.slots),
         )
         frames = {
@@ -359,102 +366,6 @@ def _collect(groups: Sequence[Group], leaves: Sequence[jax.Array]) -> dict[str, 
         group.name: [leaf.astype(group.compute_dtype) for leaf in _leaves_of(group, leaves)]
         for group in groups
     }
-
-
-# Refresh -------------------------------------------------------------------------------------
-
-
-def _refresh(
-    compression: LowRank,
-    groups: Sequence[Group],
-    state: LowRankState,
-    gradients: dict[str, Sequence[jax.Array]],
-) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-    """The bases of a period, from the gradients of its first step, and the draws of its slots."""
-    # Groups without slots have no entry in `slots`, so that no array is empty.
-    basis, slots, basis_keys = {}, {}, {}
-    for group in groups:
-        key = _period_key(state.key, state.count // compression.period, group.name)
-        # The draw uses the key itself and the bases one folded from it: the two are independent,
-        # which is what the estimate's unbiasedness rests on.
-        basis_keys[group.name] = jax.random.fold_in(key, 1)
-        if group.name in state.slots:
-            slots[group.name] = compression.residual.draw(group, key)
-    projector = projectors.resolve(compression.projector, state.count)
-    for alike in _alike(groups, state.basis):
-        basis |= _new_bases(alike, gradients, projector, basis_keys, state.basis)
-    return basis, slots
-
-
-def _alike(groups: Sequence[Group], basis: dict[str, jax.Array]) -> list[list[Group]]:
-    """Groups whose matrices have one shape and rank, off meshes: one loop serves all of them.
-
-    A projector is most of what there is to compile, and the seven roles of a transformer have two
-    or three shapes. On a mesh roles are laid out in different ways, and stay apart.
-    """
-    found: dict[Any, list[Group]] = {}
-    for group in groups:
-        shape = (group.m, group.n, group.rank, group.compute_dtype)
-        apart = group.name if _mesh.on_mesh(basis[group.name]) else None
-        found.setdefault((shape, apart), []).append(group)
-    return list(found.values())
-
-
-def _period_key(key: jax.Array, period: jax.Array, group_name: str) -> jax.Array:
-    """The key of one group in one period: a function of seed, period and name alone.
-
-    Layers that are separate leaves have a number in their path (``layers/*/q``), stacked layers do
-    not (``layers/q``): the two name the same matrices and get the same draws.
-    """
-    name = group_name.replace("*/", "")
-    typed = jax.random.wrap_key_data(key, impl="threefry2x32")
-    typed = jax.random.fold_in(typed, period)
-    return jax.random.fold_in(typed, np.uint32(crc32(name.encode())))
-
-
-def _new_bases(
-    groups: Sequence[Group],
-    gradients: dict[str, Sequence[jax.Array]],
-    projector: projectors.Projector,
-    keys: dict[str, jax.Array],
-    previous: dict[str, jax.Array],
-) -> dict[str, jax.Array]:
-    """Projects one matrix after the other, so that temporaries are those of one matrix."""
-    old = [previous[group.name] for group in groups]  # [*lead, m, r] each
-    dtype, shape = old[0].dtype, old[0].shape[-2:]
-    takes = [_codec.matrix_at(group, gradients[group.name], dtype) for group in groups]
-
-    def one(argument: tuple[jax.Array, jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        group_number, index, matrix_key, previous_basis = argument
-        gradient = jax.lax.switch(group_number, takes, index)  # [m, n]
-        basis = projector(matrix_key, gradient, groups[0].rank, previous_basis)
-        if getattr(basis, "shape", None) != shape:
-            raise ValueError(
-                f"`projector` returned {basis} for group `{groups[0].name}`; expected an "
-                f"orthonormal basis of shape {shape}, that is [m, r]."
-            )
-        return basis.astype(dtype)
-
-    counts = [group.count for group in groups]
-    bases = jax.lax.map(
-        one,
-        (
-            np.repeat(np.arange(len(groups), dtype=np.int32), counts),
-            np.concatenate([np.arange(count, dtype=np.int32) for count in counts]),
-            # A key for each matrix: random bases of equal gradients differ.
-            _joined([jax.random.split(keys[group.name], group.count) for group in groups]),
-            _joined([part.reshape(-1, *shape) for part in old]),
-        ),
-    )  # [matrices of all groups, m, r]
-    ends = np.cumsum(counts)
-    return {
-        group.name: bases[end - group.count : end].reshape(part.shape)
-        for group, end, part in zip(groups, ends.tolist(), old, strict=True)
-    }
-
-
-def _joined(parts: Sequence[jax.Array]) -> jax.Array:
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 
 
 # What `init` checks ---------------------------------------------------------------------------

@@ -250,7 +250,7 @@ def through(transformation: optax.GradientTransformation) -> Residual:
     References:
       Chen et al., Fira, arXiv 2410.01623; Zmushko et al., FRUGAL, arXiv 2411.07837.
     """
-    return _sent(transformation, _left_out, lambda expanded, sent: expanded + sent)
+    return _sent(transformation, _left_out, lambda basis, low, sent: basis @ low + sent)
 
 
 def guided(transformation: optax.GradientTransformation) -> Residual:
@@ -280,7 +280,7 @@ def guided(transformation: optax.GradientTransformation) -> Residual:
     References:
       Zhu et al., APOLLO, arXiv 2412.05270, algorithm 1.
     """
-    return _sent(transformation, lambda basis, low, whole: whole, lambda expanded, sent: sent)
+    return _sent(transformation, lambda basis, low, whole: whole, lambda basis, low, sent: sent)
 
 
 def feedback(decay: float = 0.0) -> Residual:
@@ -368,8 +368,8 @@ def _leaf_by_leaf(
     return in_sequence(one, lows, bases, gradients, *columns, after=frame.after)
 
 
-# (basis, R, G) -> a part of the gradient, all of one leaf.
-_Part: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+# (basis, low [*batch, r, n], wide [*batch, m, n]) -> wide, all of one leaf.
+_OfLeaf: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 def _left_out(basis: jax.Array, projected: jax.Array, gradient: jax.Array) -> jax.Array:
@@ -379,15 +379,15 @@ def _left_out(basis: jax.Array, projected: jax.Array, gradient: jax.Array) -> ja
 
 def _sent(
     transformation: optax.GradientTransformation,
-    part: _Part,
-    combine: Callable[[jax.Array, jax.Array], jax.Array],
+    part: _OfLeaf,
+    combine: _OfLeaf,
 ) -> Residual:
     """The rule that sends a part of the gradient through a transformation, leaf by leaf.
 
     Args:
       transformation: what the part is sent through.
       part: which part.
-      combine: ``(P D, sent part) -> update``.
+      combine: ``(basis, D, sent part) -> update``.
     """
     transform = _transform_of("transformation", transformation, part)
 
@@ -405,8 +405,8 @@ def _sent(
         def update_of(basis, low, *of_leaf):
             sent, of_leaf_state = transform(frame.group, basis, low, *of_leaf)
             new_state.append(of_leaf_state)
-            # U = P D + transformation(E), or what the rule makes of the two.
-            return combine(basis @ low, sent)
+            # U = P D + transformation(E), or what the rule makes of them.
+            return combine(basis, low, sent)
 
         columns = [_codec.split(frame.group, encoded.low), gradients, state]
         leaves = _leaf_by_leaf(frame, update_of, updates.low, gradients, *columns)
@@ -416,7 +416,7 @@ def _sent(
 
 
 def _transform_of(
-    name: str, transformation: optax.GradientTransformation, part: _Part = _left_out
+    name: str, transformation: optax.GradientTransformation, part: _OfLeaf = _left_out
 ) -> Callable[..., tuple[jax.Array, State]]:
     """``transformation.update`` as a function of one leaf's gradient and projections."""
     _checks.transformation(name, transformation)

@@ -251,3 +251,27 @@ def test_numpy_arrays_serve_outside_of_jit():
     eager, _ = tx.update(gradients, state, gradients)
     jitted, _ = jax.jit(tx.update)(gradients, state, gradients)
     helpers.assert_trees_close(eager, jitted, 1e-6)
+
+
+@pytest.mark.parametrize("name", ["random_orthonormal", "subspace_iteration"])
+def test_groups_of_one_shape_are_projected_as_each_is_alone(name):
+    """One loop serves all groups of a shape: no matrix gets another's gradient or key."""
+    groups: dict[str, Any] = {
+        "wide": list(np.asarray(helpers.gradients(0, 3, 5, 8), np.float32)),
+        "tall": list(np.asarray(helpers.gradients(1, 2, 8, 5), np.float32)),
+        "stacked": np.asarray(helpers.gradients(2, 4, 5, 8), np.float32),
+        "other": list(np.asarray(helpers.gradients(3, 2, 5, 9), np.float32)),
+    }
+    projector = getattr(projectors, name)
+    tx = gum_optax.low_rank(optax.identity(), LowRank(2, 2, residuals.drop(), projector))
+
+    def bases(tree):
+        # Two refreshes: the second starts from the bases of the first.
+        *_, (_, state) = helpers.run(tx, [tree, tree, jax.tree.map(np.negative, tree)])
+        return state.basis
+
+    together = bases(groups)
+    assert len(together) == 4
+    for part, leaves in groups.items():
+        [(group, alone)] = bases({part: leaves}).items()
+        np.testing.assert_allclose(together[group], alone, rtol=0, atol=2e-6)

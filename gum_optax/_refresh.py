@@ -1,0 +1,127 @@
+"""A refresh: the bases of a new period, from the gradients of its first step, and its draws.
+
+Randomness is a function of the seed, the period and a group's name, so that it is equal on every
+host, at every sharding and after every resume.
+
+Tests: tests/library/test_low_rank.py, tests/library/test_unbiased.py for the draws.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+from zlib import crc32
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gum_optax import _codec, _mesh, projectors, residuals
+from gum_optax._groups import Group
+
+
+def new_period(
+    groups: Sequence[Group],
+    gradients: dict[str, Sequence[jax.Array]],
+    *,
+    key: jax.Array,
+    period: jax.Array,
+    projector: projectors.Projector,
+    rule: residuals.Residual,
+    old: dict[str, jax.Array],
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """The bases of a period, and the matrices that its slots serve.
+
+    Args:
+      groups: the compressed groups.
+      gradients: by group, the leaves that bases come from.
+      key: the seed of all periods, ``uint32[2]``.
+      period: the number of the period, an int32 scalar.
+      projector: that of this step.
+      rule: the residual rule, which draws.
+      old: by group, the bases of the last period, ``[*lead, m, r]``.
+
+    Returns:
+      Bases like ``old``, and ``int32[slots]`` for each group that has slots.
+    """
+    # Groups without slots have no entry in `slots`, so that no array is empty.
+    basis, slots, basis_keys = {}, {}, {}
+    for group in groups:
+        own = _period_key(key, period, group.name)
+        # The draw uses the key itself and the bases one folded from it: the two are independent,
+        # which is what the estimate's unbiasedness rests on.
+        basis_keys[group.name] = jax.random.fold_in(own, 1)
+        if rule.slots(group):
+            slots[group.name] = rule.draw(group, own)
+    for alike in _alike(groups, old):
+        basis |= _new_bases(alike, gradients, projector, basis_keys, old)
+    return basis, slots
+
+
+def _alike(groups: Sequence[Group], basis: dict[str, jax.Array]) -> list[list[Group]]:
+    """Groups whose matrices have one shape and rank, off meshes: one loop serves all of them.
+
+    A projector is most of what there is to compile, and the seven roles of a transformer have two
+    or three shapes. On a mesh roles are laid out in different ways, and stay apart.
+    """
+    found: dict[Any, list[Group]] = {}
+    for group in groups:
+        shape = (group.m, group.n, group.rank, group.compute_dtype)
+        apart = group.name if _mesh.on_mesh(basis[group.name]) else None
+        found.setdefault((shape, apart), []).append(group)
+    return list(found.values())
+
+
+def _period_key(key: jax.Array, period: jax.Array, group_name: str) -> jax.Array:
+    """The key of one group in one period: a function of seed, period and name alone.
+
+    Layers that are separate leaves have a number in their path (``layers/*/q``), stacked layers do
+    not (``layers/q``): the two name the same matrices and get the same draws.
+    """
+    name = group_name.replace("*/", "")
+    typed = jax.random.wrap_key_data(key, impl="threefry2x32")
+    typed = jax.random.fold_in(typed, period)
+    return jax.random.fold_in(typed, np.uint32(crc32(name.encode())))
+
+
+def _new_bases(
+    groups: Sequence[Group],
+    gradients: dict[str, Sequence[jax.Array]],
+    projector: projectors.Projector,
+    keys: dict[str, jax.Array],
+    previous: dict[str, jax.Array],
+) -> dict[str, jax.Array]:
+    """Projects one matrix after the other, so that temporaries are those of one matrix."""
+    old = [previous[group.name] for group in groups]  # [*lead, m, r] each
+    dtype, shape = old[0].dtype, old[0].shape[-2:]
+    takes = [_codec.matrix_at(group, gradients[group.name], dtype) for group in groups]
+
+    def one(argument: tuple[jax.Array, jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        group_number, index, matrix_key, previous_basis = argument
+        gradient = jax.lax.switch(group_number, takes, index)  # [m, n]
+        basis = projector(matrix_key, gradient, groups[0].rank, previous_basis)
+        if getattr(basis, "shape", None) != shape:
+            raise ValueError(
+                f"`projector` returned {basis} for group `{groups[0].name}`; expected an "
+                f"orthonormal basis of shape {shape}, that is [m, r]."
+            )
+        return basis.astype(dtype)
+
+    counts = [group.count for group in groups]
+    bases = jax.lax.map(
+        one,
+        (
+            np.repeat(np.arange(len(groups), dtype=np.int32), counts),
+            np.concatenate([np.arange(count, dtype=np.int32) for count in counts]),
+            # A key for each matrix: random bases of equal gradients differ.
+            _joined([jax.random.split(keys[group.name], group.count) for group in groups]),
+            _joined([part.reshape(-1, *shape) for part in old]),
+        ),
+    )  # [matrices of all groups, m, r]
+    ends = np.cumsum(counts)
+    return {
+        group.name: bases[end - group.count : end].reshape(part.shape)
+        for group, end, part in zip(groups, ends.tolist(), old, strict=True)
+    }
+
+
+def _joined(parts: Sequence[jax.Array]) -> jax.Array:
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
