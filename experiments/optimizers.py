@@ -161,9 +161,8 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "apollo_mini": apollo_mini,
 }
 
-FULL_RANK = frozenset(
-    {"adamw", "muon", "scale"}
-)  # nothing is projected; rank and period do nothing
+# Nothing is projected: rank and period do nothing.
+FULL_RANK = frozenset({"adamw", "muon", "scale"})
 
 # What `--restart` says happens at a refresh.
 CARRIES: dict[str, gum_optax.carries.Carry] = {

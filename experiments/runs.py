@@ -47,15 +47,9 @@ class OutOfTime(Stopped):
     code = 75  # EX_TEMPFAIL of sysexits.h: not done, and worth another try
 
 
-class Allowance:
-    """The minutes that a whole study may take, from the moment at which this is made."""
-
-    def __init__(self, minutes: float | None):
-        self._end = None if minutes is None else time.time() + 60 * minutes
-
-    def left(self) -> float | None:
-        """The minutes that are left, at least 0; None if there is no limit."""
-        return None if self._end is None else max(self._end - time.time(), 0.0) / 60
+def deadline_in(minutes: float | None) -> float | None:
+    """The time in so many minutes; None: never."""
+    return None if minutes is None else time.time() + 60 * minutes
 
 
 def pretrain(config: Any, *, show: bool) -> tuple[Result, dict[str, Any]]:
@@ -69,7 +63,7 @@ def complete(
     *,
     jobs: int = 1,
     trainer: Trainer = pretrain,
-    minutes: float | None = None,
+    deadline: float | None = None,
 ) -> list[Entry]:
     """Trains with every configuration that `out` does not hold yet; returns the entries of all.
 
@@ -78,14 +72,12 @@ def complete(
       out: the JSON file to read, and to rewrite after each run. Other entries stay in it.
       jobs: how many runs train at a time, each with a line that shows its progress.
       trainer: runs a configuration.
-      minutes: when to stop, counted from this call. Runs are then saved after their current step.
-        None: never.
+      deadline: the time at which runs are saved, after their current step; see `deadline_in`.
 
     Raises:
       Stopped: a run was stopped by a signal; finished ones are in `out`.
-      OutOfTime: the minutes are over; finished runs are in `out`.
+      OutOfTime: the deadline has passed; finished runs are in `out`.
     """
-    deadline = None if minutes is None else time.time() + 60 * minutes
     entries: list[Entry] = json.loads(out.read_text()) if out.exists() else []
     default = identity(type(configs[0])())  # of options that are newer than an entry
     known = [default | entry["config"] for entry in entries]
@@ -175,7 +167,7 @@ def _run(
 
 
 class Progress:
-    """A line for each run that is training now: steps, loss, tokens per second, time left.
+    """A line for each run that is training now: steps, loss, seconds per step, time left.
 
     The lines are made from the files of metrics that the runs write. Where the output is no
     terminal, a line is printed every few minutes.
@@ -232,7 +224,7 @@ def _tail(path: Path, size: int = 4096) -> list[dict]:
 
 
 def _speed(config: Training, timed: list[dict]) -> str:
-    """The loss and, of the last steps, tokens per second and the time that is left."""
+    """The loss and, by the last steps, the seconds of one and the time that is left."""
     text = f"loss {timed[-1]['loss']:.3f}"
     steps = timed[-1]["step"] - timed[0]["step"]
     seconds = timed[-1]["seconds"] - timed[0]["seconds"]

@@ -87,10 +87,10 @@ def test_a_set_stops_when_its_time_is_up(base, tmp_path, monkeypatch):
     assert stop.signal == signal.SIGTERM
     out = tmp_path / "none.json"
     with pytest.raises(runs.OutOfTime, match="the time is up: 0 of 2 runs are done"):
-        runs.complete(configurations(base, tmp_path / "none"), out, minutes=0.0)
+        runs.complete(configurations(base, tmp_path / "none"), out, deadline=time.time())
     assert not out.exists() and not (tmp_path / "none").exists()
-    left = runs.Allowance(1.0).left()
-    assert left is not None and 0 < left <= 1.0 and runs.Allowance(None).left() is None
+    ends = runs.deadline_in(1.0)
+    assert ends is not None and 50 < ends - time.time() <= 60 and runs.deadline_in(None) is None
 
 
 def test_an_entry_from_before_an_option_has_its_default(base, tmp_path):

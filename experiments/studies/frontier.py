@@ -16,6 +16,7 @@ import math
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ import matplotlib.pyplot as plt
 
 from experiments import cli, model, optimizers, runs, tables
 from experiments.config import Config as Run
-from experiments.config import choose
+from experiments.config import ConfigError, choose
 from experiments.plots import COLOURS, MARKERS, save
 from experiments.studies.pretraining import steps_to
 
@@ -142,11 +143,16 @@ def search(config: Config, complete: Complete) -> dict[str, float]:
     return {key: rate_at(config, key, index) for key, index in best.items()}
 
 
+_HOPELESS = 8  # points of the grid, all without a finite loss, after which the search gives up
+
+
 def _next(losses: dict[int, float]) -> list[int]:
     """The points of the grid to try next; none if both neighbours of the best are there."""
     if not losses:
         return [-1, 0, 1]
     best = min(losses, key=losses.__getitem__)
+    if losses[best] == math.inf and len(losses) > _HOPELESS:
+        raise ConfigError(f"--contenders: no run of {len(losses)} learning rates ended finite")
     return [i for i in (best - 1, best + 1) if i not in losses]
 
 
@@ -222,11 +228,12 @@ def _known(options: dict[str, Any]) -> dict[str, Any]:
 def main(arguments: Sequence[str]) -> int:
     """Runs what is missing, prints tables, draws the figure; returns the exit code."""
     config = cli.parse(Config, PROGRAM, arguments)
-    allowance = runs.Allowance(config.budget_minutes)
-
-    def complete(configs: Sequence[Run]) -> list[runs.Entry]:
-        return runs.complete(configs, config.out, jobs=config.jobs, minutes=allowance.left())
-
+    complete = partial(
+        runs.complete,
+        out=config.out,
+        jobs=config.jobs,
+        deadline=runs.deadline_in(config.budget_minutes),
+    )
     best = search(config, complete)
     found = {corpus: complete(finals(config, best, corpus)) for corpus in config.corpora}
     show(config, found)
