@@ -9,8 +9,7 @@ r x r.
 Tests: tests/library/test_bases.py.
 """
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -55,8 +54,29 @@ def power_iteration_basis(gradient: jax.Array, start: jax.Array, iterations: int
     succeeded = jnp.all(jnp.abs(matmul_highest(fast, fast.T) - eye) <= tolerance)
 
     # 3. Where it failed, start again with Householder reflections.
-    slow = partial(iterate, lambda rows: jnp.linalg.qr(rows.T)[0].T)
-    return jax.lax.cond(succeeded, lambda: fast, slow).T
+    def slow() -> jax.Array:
+        return jnp.where(succeeded, fast, iterate(lambda rows: jnp.linalg.qr(rows.T)[0].T))
+
+    return jax.lax.cond(_in_all(succeeded), lambda: fast, slow).T
+
+
+@jax.custom_batching.custom_vmap
+def _in_all(condition: jax.Array) -> jax.Array:
+    """The condition; under `jax.vmap`, whether it holds in the whole batch.
+
+    A `jax.lax.cond` on a batch of conditions is a selection, which computes both branches: with
+    this, runs that are vectorized, as over learning rates, do not pay for the slow way at every
+    refresh.
+    """
+    return condition
+
+
+@_in_all.def_vmap
+def _in_all_of_batch(
+    size: int, batched: Sequence[bool], condition: jax.Array
+) -> tuple[jax.Array, bool]:
+    del size, batched
+    return jnp.all(condition), False
 
 
 def well_conditioned_rows(x: jax.Array) -> jax.Array:

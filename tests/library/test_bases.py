@@ -111,3 +111,25 @@ def test_rows_are_taken_again_only_where_much_was_lost(decades, again):
     assert np.linalg.svd(rows, compute_uv=False).min() > 0.9
     assert (np.linalg.svd(once, compute_uv=False).min() < 0.2) == again
     assert (rows != once).any() == again
+
+
+def test_vectorized_over_runs_the_slow_way_is_taken_only_where_some_run_needs_it():
+    """And then by that run alone. Under a plain `cond`, all would compute both ways."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    gradients = jax.vmap(lambda key: jax.random.normal(key, (12, 20)))(keys)
+    start = jax.random.normal(jax.random.key(1), (12, 4))
+
+    def basis(gradient):
+        return power_iteration_basis(gradient, start, iterations=2)
+
+    every = jax.vmap(basis)
+    names = [str(equation.primitive) for equation in jax.make_jaxpr(every)(gradients).eqns]
+    assert "cond" in names and not {"geqrf", "qr", "householder_product"} & set(names)
+
+    # Zeros have no Cholesky factor; the others must not notice.
+    for batch in (gradients, gradients.at[1].set(0)):
+        for one, alone in zip(every(batch), map(basis, batch), strict=True):
+            np.testing.assert_allclose(one, alone, atol=2e-6)
+    # What chooses the way has no derivative; what was chosen keeps its own.
+    slope = jax.grad(lambda gradient: jnp.sum(basis(gradient)))(gradients[0])
+    assert bool(jnp.all(jnp.isfinite(slope))) and float(jnp.linalg.norm(slope)) > 0
