@@ -4,6 +4,7 @@ Orbax converts what it restores to the dtype that is asked for without a word, a
 a flipped bit. So a checkpoint carries a description of its run and checksums of its arrays.
 """
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -29,8 +30,11 @@ _PACKAGES += ("transformers", "reasoning-gym")
 
 
 def versions() -> dict[str, str]:
-    """The versions of what a run's numbers depend on."""
-    installed = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    """The versions of what a run's numbers depend on, of those that are installed."""
+    installed = {}
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            installed[name] = importlib.metadata.version(name)
     return installed | {"gum_optax": gum_optax.__version__, "python": platform.python_version()}
 
 

@@ -9,11 +9,11 @@ from typing import Any, Literal
 
 Optimizer = Literal[
     "gum", "adamw", "muon", "galore", "galore_muon", "golore", "golore_muon", "unbiased_adamw",
-    "scale", "fira", "frugal", "apollo", "apollo_mini",
+    "scale", "fira", "frugal", "apollo", "apollo_mini", "joint_muon",
 ]  # fmt: skip
 Residual = Literal["drop", "sampled", "additive", "columns", "rows", "sign", "plain"]
 Projector = Literal["subspace_iteration", "svd", "randomized_svd", "random_orthonormal"]
-Preset = Literal["tiny", "nano", "60m", "130m", "350m", "1b"]
+Preset = Literal["tiny", "nano", "deep", "60m", "130m", "350m", "1b"]
 Recipe = Literal["60m", "130m", "350m", "1b"]
 
 
@@ -49,7 +49,8 @@ class Training:
     optimizer: Optimizer = "gum"
     """Which optimizer: gum, adamw, muon (full rank), galore, galore_muon (biased low rank), golore,
     golore_muon (biased, random projections late in the run), unbiased_adamw, scale (columns of
-    gradients are normalized, no state), fira, frugal, apollo, apollo_mini."""
+    gradients are normalized, no state), fira, frugal, apollo, apollo_mini, joint_muon (momentum in
+    the bases and the gradient outside of them, orthogonalized together)."""
     learning_rate: float = 1e-2
     """Peak learning rate; on nano about 1e-2 suits gum and muon, 1e-3 adamw."""
     fallback_learning_rate: float | None = None
@@ -79,9 +80,13 @@ class Training:
     the size of an orthogonal matrix, and --full-rank-layers keep it beside that."""
     residual_scale: float = 1.0
     """Factor of a residual that is added without momentum."""
+    residual_decay: float = 0.0
+    """Power of the learning rate, as a share of its peak, by which that factor shrinks as well."""
+    momentum_bits: Literal[32, 8, 4] = 32
+    """gum, muon: bits of an entry of momentum between two steps, with one scale for each row."""
     projector: Projector | None = None
-    """How bases come from gradients (gum, unbiased_adamw, galore, galore_muon). None: gum and
-    unbiased_adamw use subspace_iteration, the others svd."""
+    """How bases come from gradients (gum, unbiased_adamw, joint_muon, galore, galore_muon, fira,
+    frugal). None: the first three use subspace_iteration, the others svd."""
     sampler: Literal["fixed_size", "bernoulli"] = "fixed_size"
     """gum: draws --full-rank-layers of each role, or each layer by itself, as many on average."""
     restart: Literal["everything", "slots", "rotate"] = "everything"
@@ -119,7 +124,8 @@ class Config(Training):
     """Defaults of all other options as in GaLore's C4 experiments with this model; what is given
     beside it goes before."""
     preset: Preset = "nano"
-    """Size of the model: tiny (tests), nano (a CPU), or GaLore's 60m, 130m, 350m, 1b."""
+    """Size of the model: tiny (tests), nano (a CPU), deep (nano with twice the blocks), or GaLore's
+    60m, 130m, 350m, 1b."""
     vocab_size: int | None = None
     """Tokens in the vocabulary, when the tokenizer is trained here. None: the preset's."""
     seq_len: int | None = None
@@ -173,14 +179,18 @@ _PERIODS = ("period", "log_every", "validate_every", "checkpoint_every")
 _AMOUNTS = ("rank", "validation_batches", "keep_checkpoints")
 _RATES = ("learning_rate", "fallback_learning_rate", "consistent_rms", "residual_scale")
 _PENALTIES = ("seed", "draw_seed", "full_rank_layers", "weight_decay", "clip_norm", "shown")
+_PENALTIES += ("residual_decay",)
 _SHARES = ("warmup", "final_learning_rate", "golore_switch")
 # Variants of some optimizers, and those that have them.
+_OURS = ("gum", "unbiased_adamw", "joint_muon")
 _USERS = {
-    "projector": ("gum", "unbiased_adamw", "galore", "galore_muon"),
+    "projector": (*_OURS, "galore", "galore_muon", "fira", "frugal"),
     "sampler": ("gum",),
-    "restart": ("gum", "unbiased_adamw"),
+    "restart": _OURS,
     "residual": ("gum", "unbiased_adamw"),
-    "residual_scale": ("gum", "unbiased_adamw"),
+    "residual_scale": _OURS,
+    "residual_decay": ("gum", "unbiased_adamw"),
+    "momentum_bits": ("gum", "muon"),
 }
 
 

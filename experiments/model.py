@@ -60,6 +60,7 @@ class Architecture:
 PRESETS = {
     "tiny": Architecture(32, 88, 2, 4, 2, vocab_size=320, seq_len=32),
     "nano": Architecture(128, 352, 8, 4, 2, vocab_size=2048, seq_len=128),
+    "deep": Architecture(128, 352, 16, 4, 2, vocab_size=2048, seq_len=128),
     "60m": Architecture(512, 1376, 8, 8, 8, vocab_size=32_000, seq_len=256),
     "130m": Architecture(768, 2048, 12, 12, 12, vocab_size=32_000, seq_len=256),
     "350m": Architecture(1024, 2736, 24, 16, 16, vocab_size=32_000, seq_len=256),

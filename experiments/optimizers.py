@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 import gum_optax
-from experiments import precision
+from experiments import low_bits, precision
 from experiments.config import Training, choose
 
 Optimizer = optax.GradientTransformation
@@ -21,14 +21,20 @@ Optimizer = optax.GradientTransformation
 
 def schedule(config: Training, peak: float | None = None) -> optax.Schedule:
     """Linear warm-up to the peak learning rate, then cosine decay."""
-    peak = peak or config.learning_rate
+    peak = config.learning_rate if peak is None else peak
+    share = share_of_peak(config)
+    return lambda step: peak * share(step)
+
+
+def share_of_peak(config: Training) -> optax.Schedule:
+    """The learning rate as a share of its peak: the same for all rates of a run."""
     warmup = round(config.warmup * config.steps)
     return optax.warmup_cosine_decay_schedule(
-        init_value=peak / (warmup + 1),
-        peak_value=peak,
+        init_value=1 / (warmup + 1),
+        peak_value=1.0,
         warmup_steps=warmup,
         decay_steps=max(config.steps, warmup + 1),
-        end_value=peak * config.final_learning_rate,
+        end_value=config.final_learning_rate,
     )
 
 
@@ -42,9 +48,24 @@ def gum(
         residual=_residual(config, config.full_rank_layers if full_rank is None else full_rank),
         projector=_projector(config, "subspace_iteration"),
         carry=CARRIES[config.restart],
+        storage=low_bits.STORAGES[config.momentum_bits],
         **_common(config),
     )
     return _low_rank_muon(config, rate, compression)
+
+
+def joint_muon(config: Training, rate: optax.Schedule) -> Optimizer:
+    """Muon on low-rank momentum and, outside of its bases, the gradient of this step alone.
+
+    The two are orthogonalized together, so a step costs as much as full-rank Muon's.
+    """
+    compression = gum_optax.LowRank(
+        residual=gum_optax.residuals.through(optax.scale(config.residual_scale)),
+        projector=_projector(config, "subspace_iteration"),
+        carry=CARRIES[config.restart],
+        **_common(config),
+    )
+    return _orthogonalized(config, rate, gum_optax.low_rank(optax.trace(0.95), compression))
 
 
 def galore_muon(config: Training, rate: optax.Schedule) -> Optimizer:
@@ -90,6 +111,9 @@ def unbiased_adamw(config: Training, rate: optax.Schedule) -> Optimizer:
 
 def muon(config: Training, rate: optax.Schedule) -> Optimizer:
     """Full-rank Muon on the hidden matrices, AdamW on the rest."""
+    if config.momentum_bits < 32:
+        momentum = low_bits.resting(optax.trace(0.95), config.momentum_bits)
+        return _orthogonalized(config, rate, momentum)
     return optax.contrib.muon(
         rate,
         nesterov=False,
@@ -125,12 +149,14 @@ def scale(config: Training, rate: optax.Schedule) -> Optimizer:
 
 def fira(config: Training, rate: optax.Schedule) -> Optimizer:
     """GaLore, and the residual at the gain of its Adam."""
-    return _low_rank_adamw(config, rate, gum_optax.fira(**_common(config)))
+    compression = gum_optax.fira(projector=_projector(config, "svd"), **_common(config))
+    return _low_rank_adamw(config, rate, compression)
 
 
 def frugal(config: Training, rate: optax.Schedule) -> Optimizer:
     """GaLore, and the signs of the residual."""
-    return _low_rank_adamw(config, rate, gum_optax.frugal(**_common(config)))
+    compression = gum_optax.frugal(projector=_projector(config, "svd"), **_common(config))
+    return _low_rank_adamw(config, rate, compression)
 
 
 def apollo(config: Training, rate: optax.Schedule) -> Optimizer:
@@ -159,6 +185,7 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "frugal": frugal,
     "apollo": apollo,
     "apollo_mini": apollo_mini,
+    "joint_muon": joint_muon,
 }
 
 # Nothing is projected: rank and period do nothing.
@@ -197,6 +224,18 @@ def _low_rank_muon(
     )
 
 
+def _orthogonalized(
+    config: Training, rate: optax.Schedule, momentum: optax.GradientTransformation
+) -> Optimizer:
+    """Muon with another momentum, at the size of Adam's updates."""
+    return gum_optax.for_matrices(
+        optax.chain(momentum, gum_optax.scale_by_polar(), _as_adam()),
+        rate,
+        weight_decay=config.weight_decay,
+        fallback=_fallback(config),
+    )
+
+
 def _low_rank_adamw(
     config: Training, rate: optax.Schedule, compression: gum_optax.LowRank
 ) -> Optimizer:
@@ -224,6 +263,10 @@ def _residual(
         case "additive":
             return residuals.sampled(full_rank, form="additive")
     direct = optax.chain(DIRECTIONS[config.residual](), also(), optax.scale(config.residual_scale))
+    if config.residual_decay:
+        share = share_of_peak(config)
+        power = optax.scale_by_schedule(lambda step: share(step) ** config.residual_decay)
+        direct = optax.chain(direct, power)
     if full_rank == 0:
         return residuals.through(direct)
     return residuals.sampled(full_rank, form="additive", undrawn=direct)

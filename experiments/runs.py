@@ -86,7 +86,7 @@ def complete(
     try:
         for entry in _run(missing, jobs, trainer, deadline):
             entries.append(entry)
-            _write(out, entries)
+            write(out, entries)
             done += 1
             tqdm.write(f"[{done} of {len(missing)}] {summary(entry)}", file=sys.stdout)
             sys.stdout.flush()
@@ -95,6 +95,12 @@ def complete(
             f"the time is up: {done} of {len(missing)} runs are done, those that were training are "
             "saved; the same command goes on"
         ) from None
+    return select(entries, configs)
+
+
+def select(entries: Sequence[Entry], configs: Sequence[Training]) -> list[Entry]:
+    """The entry of each configuration."""
+    default = identity(type(configs[0])())
     by_identity = {_key(default | entry["config"]): entry for entry in entries}
     return [by_identity[_key(identity(config))] for config in configs]
 
@@ -331,7 +337,8 @@ def _key(options: dict[str, Any]) -> str:
     return json.dumps(options, sort_keys=True)
 
 
-def _write(path: Path, entries: list[Entry]) -> None:
+def write(path: Path, entries: Sequence[Entry]) -> None:
+    """Writes a result file: one entry a line, all of them or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_suffix(".scratch")
     scratch.write_text("[\n" + ",\n".join(json.dumps(entry) for entry in entries) + "\n]\n")

@@ -1,0 +1,99 @@
+"""Runs in one program: each has the numbers that it has alone."""
+
+import dataclasses
+import itertools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import gum_optax
+from experiments import kills, low_bits, runs, together
+from experiments.config import Config, ConfigError
+from experiments.train import train
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    home = tmp_path_factory.mktemp("together")
+    corpora = [str(kills.write_corpus(home / name)) for name in ("one", "two")]
+    # The second corpus is the first one, with its documents in another order.
+    for file in sorted((home / "two").iterdir())[:1]:
+        file.rename(file.with_name("zzz" + file.name))
+    config = Config(
+        preset="tiny", steps=6, batch_size=2, rank=4, period=2, full_rank_layers=1,
+        residual="columns", projector="svd", corpus=(corpora[0],), cache_dir=str(home / "cache"),
+        validate_every=4, validation_batches=2,
+    )  # fmt: skip
+    return config, corpora, home
+
+
+def test_runs_of_one_program_have_the_numbers_that_they_have_alone(base, capsys):
+    """Of draws, refreshes and residuals; at other rates, seeds, sizes and on other text."""
+    config, corpora, home = base
+    configs = [
+        dataclasses.replace(
+            config, learning_rate=rate, seed=seed, corpus=(corpus,), residual_scale=scale
+        )
+        for (rate, scale), (seed, corpus) in itertools.product(
+            ((3e-3, 1.0), (1e-2, 0.5)), ((0, corpora[0]), (1, corpora[1]))
+        )
+    ]
+    out = home / "together.json"
+    entries = together.complete(configs, out)
+    assert [entry["config"] for entry in entries] == [runs.identity(c) for c in configs]
+    assert {entry["together"] for entry in entries} == {4}
+    assert len({entry["validation_loss"] for entry in entries}) == 4
+    for index in (0, 3):
+        run = dataclasses.replace(configs[index], run_dir=str(home / f"alone-{index}"))
+        alone = train(run, show=False)
+        curve = [[m["step"], m["validation_loss"]] for m in alone.metrics if "validation_loss" in m]
+        np.testing.assert_allclose(entries[index]["curve"], curve, rtol=1e-5)
+        assert entries[index]["state_bytes"] == alone.state_bytes
+        assert entries[index]["parameters"] == alone.parameters
+
+    # What the file holds is not trained again, whatever the order in which it is asked for.
+    capsys.readouterr()
+    assert together.complete(configs[::-1], out) == entries[::-1]
+    assert capsys.readouterr().out == ""
+    assert len(json.loads(out.read_text())) == 4
+
+
+def test_runs_that_differ_in_more_are_programs_of_their_own(base):
+    config = base[0]
+    other = dataclasses.replace(config, rank=8)
+    faster = dataclasses.replace(config, learning_rate=1.0)
+    assert together.programs([config, other, faster]) == [[config, faster], [other]]
+    with pytest.raises(ConfigError, match="may differ in learning_rate, residual_scale"):
+        together.train([config, other])
+    with pytest.raises(ConfigError, match="--weights"):
+        together.train([dataclasses.replace(config, weights="bfloat16")])
+    with pytest.raises(ConfigError, match="--rank is 0"):
+        together.train([dataclasses.replace(config, rank=0)])
+
+
+@pytest.mark.parametrize("bits, limit", [(8, 127), (4, 7)])
+def test_momentum_in_few_bits_is_near_and_small(bits, limit):
+    """To half a code of each row's largest entry, for rows of odd length and zeros, too."""
+    storage = low_bits.STORAGES[bits]
+    array = jax.random.normal(jax.random.key(0), (3, 5, 7)).at[1].set(0)
+    packed = jax.jit(storage.pack)(array)
+    back = jax.jit(storage.unpack)(packed, array)
+    half = jnp.max(jnp.abs(array), axis=-1, keepdims=True) / limit / 2
+    assert bool(jnp.all(jnp.abs(back - array) <= half * (1 + 1e-5)))
+    assert bool(jnp.all(back[1] == 0))
+    assert packed.codes.nbytes == 3 * 5 * (7 if bits == 8 else 4)
+    # A second way through the storage changes nothing: the state of a matrix at rest stays.
+    again = storage.pack(back)
+    np.testing.assert_allclose(storage.unpack(again, array), back, rtol=1e-6)
+
+
+def test_low_bits_are_what_the_state_holds_between_steps():
+    params = [jnp.ones((8, 32)) for _ in range(4)]
+    tree = {"layers": [{"w": w} for w in params]}
+    compression = gum_optax.LowRank(rank=4, storage=low_bits.STORAGES[4])
+    state = gum_optax.gum(1e-2, compression).init(tree)
+    codes = [leaf for leaf in jax.tree.leaves(state) if leaf.dtype == jnp.uint8]
+    assert sorted(leaf.shape for leaf in codes) == [(2, 8, 16), (4, 4, 16)]
