@@ -62,7 +62,7 @@ def along(config: Config, steps: Collection[int], others: int = 0) -> Iterator[M
         found = [by_kind(gradient(state.params, each)) for each in wanted]
         state, _ = step(state, batch)
         if number in steps:
-            low_rank = _low_rank_state(state.opt_state)
+            low_rank = low_rank_state(state.opt_state)
             yield Moment(number, found[0], bases(low_rank), slots(low_rank), found[1:])
 
 
@@ -132,7 +132,7 @@ def kind(path: str) -> str:
     return found.group(1) if found else path
 
 
-def _low_rank_state(opt_state: Any) -> gum_optax.LowRankState:
+def low_rank_state(opt_state: Any) -> gum_optax.LowRankState:
     parts = jax.tree.leaves(opt_state, is_leaf=_is_low_rank)
     (state,) = filter(_is_low_rank, parts)
     return state

@@ -18,6 +18,7 @@ from experiments.studies import (
     draws,
     finetuning,
     frontier,
+    mechanism,
     pretraining,
     spectra,
     weights,
@@ -278,13 +279,47 @@ def test_the_frontier_searches_until_both_neighbours_are_worse(trained, tmp_path
     assert "low-rank Muon + columns" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("key", frontier.CONTENDERS)
-def test_every_contender_is_another_transformation_of_the_same_rest(key):
+def test_rates_are_judged_by_all_runs_and_compared_by_pairs(trained, tmp_path, capsys):
+    """Where the search has whole runs, there is nothing left for the finals to train."""
+    out = tmp_path / "frontier.json"
+    options = ["--contenders", "muon", "columns", "--seeds", "0", "1", "--corpora", "stdlib"]
+    options += ["--tuning-runs", "all", "--tuning-steps", "4000", "--out", str(out)]
+    assert frontier.main(options) == 0
+    assert {(c.seed, c.steps) for asked in trained for c in asked} == {(0, 4000), (1, 4000)}
+    assert len(json.loads(out.read_text())) == 2 * 2 * 3  # contenders, seeds, rates
+    config = frontier.Config(contenders=("muon", "columns"), seeds=(0, 1), corpora=("stdlib",))
+    runs_of = frontier.finals(config, {"muon": 3e-3, "columns": 6e-3}, "stdlib")
+    rows = frontier.compare(config, [entry(run) for run in runs_of])
+    by_name = {row["contender"]: row for row in rows}
+    # Seeds move both alike, so the difference has no spread; the losses have.
+    assert by_name["columns"]["above_muon"] == pytest.approx(np.log10(2))
+    assert by_name["columns"]["apart_muon"] == pytest.approx(0, abs=1e-9)
+    assert by_name["columns"]["deviation"] == pytest.approx(0.01 / 2**0.5)
+    assert by_name["muon"]["seconds_per_step"] == 0.5
+    # Runs of one program have no seconds of their own.
+    rows = frontier.compare(config, [entry(run) | {"together": 4} for run in runs_of])
+    assert {row["seconds_per_step"] for row in rows} == {None}
+    capsys.readouterr()
+
+
+def test_every_contender_can_run_and_has_a_name_of_its_own():
+    for key in frontier.CONTENDERS:
+        check(frontier.point(frontier.Config(), key, 1e-3, 0, "stdlib", 1000))
+    names = [contender.name for contender in frontier.CONTENDERS.values()]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["muon", "muon_8bit", "muon_4bit", "adamw", "scale", "columns", "columns_16", "joint", "gum",
+     "columns_slots_1", "additive", "adam_columns", "fira", "frugal", "apollo", "apollo_mini",
+     "galore"],
+)  # fmt: skip
+def test_contenders_are_other_transformations_of_the_same_rest(key):
     """Bytes of the hidden matrices, by hand, in 8 blocks of nano."""
-    config = frontier.point(frontier.Config(), key, 1e-3)
-    check(config)
+    config = frontier.point(frontier.Config(), key, 1e-3, 0, "stdlib", 1000)
     shapes = [(128, 128)] * 2 + [(64, 128)] * 2 + [(128, 352)] * 3
-    rank = config.rank
+    rank, drawn = config.rank, config.full_rank_layers
     numbers = {
         "muon": sum(m * n for m, n in shapes),
         "adamw": sum(2 * m * n for m, n in shapes),
@@ -292,18 +327,21 @@ def test_every_contender_is_another_transformation_of_the_same_rest(key):
         "low rank": sum((m + n) * rank for m, n in shapes),
         "adam": sum((m + 2 * n) * rank for m, n in shapes),
         "mini": sum(m + 2 * n for m, n in shapes),
-        # Two of eight matrices of each role in full.
-        "slots": sum((m + n) * rank + m * n / 4 for m, n in shapes),
+        # Some of the eight matrices of each role in full.
+        "slots": sum((m + n) * rank + m * n * drawn / 8 for m, n in shapes),
+        # A scale in float32 for each input: those of one matrix of seven are the hidden width.
+        "muon_8bit": sum(m * n / 4 for m, n in shapes) + 6 * 128 + 352,
+        "muon_4bit": sum(m * n / 8 for m, n in shapes) + 6 * 128 + 352,
     }
-    kind = {
-        "muon": "muon", "adamw": "adamw", "scale": "scale", "galore": "adam",
-        "fira": "adam", "apollo": "adam", "frugal": "adam", "apollo_mini": "mini",
-        "adam_columns": "adam", "gum": "slots", "additive": "slots", "columns_slots": "slots",
-    }.get(key, "low rank")  # fmt: skip
+    kinds = {
+        "adam": ("galore", "fira", "apollo", "frugal", "adam_columns"),
+        "mini": ("apollo_mini",),
+        "slots": ("gum", "additive", "columns_slots_1"),
+        "low rank": ("columns", "columns_16", "joint"),
+    }
+    kind = next((kind for kind, keys in kinds.items() if key in keys), key)
     # Counters, keys, norms and the slots' numbers are a few bytes more.
     assert 0 <= frontier.hidden_bytes(config) - 8 * 4 * numbers[kind] < 500
-    names = [c.name for c in frontier.CONTENDERS.values()]
-    assert len(set(names)) == len(names)
 
 
 def test_residuals_without_momentum_have_the_size_of_the_directions_left_out():
@@ -323,3 +361,30 @@ def test_residuals_without_momentum_have_the_size_of_the_directions_left_out():
         }[name]
         for each in equal:
             np.testing.assert_allclose(each, each.ravel()[0], rtol=1e-4)
+
+
+def test_the_mechanism_splits_momentum_at_the_bases():
+    """By hand: a basis of two axes; momentum inside, across and outside of it."""
+    tall, wide = "layers/0/mlp/down/kernel", "layers/0/attn/q/kernel"
+    q, down = np.zeros((4, 6), np.float32), np.zeros((6, 4), np.float32)
+    blocks = {"0": {"attn": {"q": {"kernel": q}}, "mlp": {"down": {"kernel": down}}}}
+    params = {"layers": blocks}
+    basis = np.eye(4)[:, :2]
+    rng = np.random.default_rng(0)
+    momentum = np.diag([3.0, 0.0, 4.0, 0.0]) @ np.eye(4, 6)
+    found = {
+        wide: mechanism.Matrix(momentum, momentum, basis),
+        tall: mechanism.Matrix(rng.normal(size=(4, 6)), rng.normal(size=(4, 6)), basis),
+    }
+    assert mechanism.share_outside(momentum, basis) == pytest.approx(16 / 25)
+    assert mechanism.cosine({wide: found[wide]}) == pytest.approx(1)
+    moved = mechanism.orthogonalized(params, found, 0.1, outside=True)
+    down = np.asarray(moved["layers"]["0"]["mlp"]["down"]["kernel"]).T
+    # Nothing inside of the basis, m - r = 2 orthonormal rows, Adam's size 0.2 sqrt(6), downhill.
+    np.testing.assert_allclose(basis.T @ down, 0, atol=1e-6)
+    size = 0.1 * 0.2 * 6**0.5
+    np.testing.assert_allclose(np.linalg.svd(down)[1], [size, size, 0, 0], atol=1e-6)
+    assert np.sum(down * found[tall].momentum) < 0
+    whole = mechanism.orthogonalized(params, found, 0.1, outside=False)
+    down = np.asarray(whole["layers"]["0"]["mlp"]["down"]["kernel"])
+    np.testing.assert_allclose(np.linalg.svd(down)[1], [size] * 4, rtol=1e-5)

@@ -18,12 +18,12 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import matplotlib.pyplot as plt
 
-from experiments import cli, model, optimizers, runs, tables
+from experiments import cli, model, optimizers, runs, tables, together
 from experiments.config import Config as Run
 from experiments.config import ConfigError, choose
 from experiments.plots import COLOURS, MARKERS, save
@@ -47,41 +47,67 @@ class Contender:
     rate: float
 
 
-def _low_rank(residual: str, full_rank: int = 0, **more: Any) -> dict[str, Any]:
-    return {"residual": residual, "full_rank_layers": full_rank, **more}
+def _muon(residual: str, full_rank: int = 0, **more: Any) -> dict[str, Any]:
+    """Low-rank Muon with a rule for the residual."""
+    return {"optimizer": "gum", "residual": residual, "full_rank_layers": full_rank, **more}
+
+
+def _turned(**more: Any) -> dict[str, Any]:
+    """With the columns of the residual; a refresh turns momentum into the new basis."""
+    return _muon("columns", restart="rotate", **more)
+
+
+def _adam(optimizer: str, **more: Any) -> dict[str, Any]:
+    # Bases of an SVD train no better, and take an accelerator minutes.
+    return {"optimizer": optimizer, "projector": "subspace_iteration", **more}
 
 
 # In the order in which they are run, the decisive ones first.
 CONTENDERS = {
     key: Contender(name, options, rate)
     for key, name, rate, options in (
-        ("columns", "low-rank Muon + columns", 3e-3, {"optimizer": "gum", **_low_rank("columns")}),
-        ("columns_16", "low-rank Muon + columns, rank 16", 3e-3,
-         {"optimizer": "gum", **_low_rank("columns", rank=16)}),
+        ("columns", "low-rank Muon + columns", 3e-3, _muon("columns")),
         ("muon", "Muon", 3e-3, {"optimizer": "muon"}),
+        ("columns_rotate", "low-rank Muon + columns, rotated", 3e-3, _turned()),
+        ("columns_16", "low-rank Muon + columns, rank 16", 3e-3, _turned(rank=16)),
+        ("columns_8", "low-rank Muon + columns, rank 8", 3e-3, _turned(rank=8)),
         ("scale", "SCALE", 1e-3, {"optimizer": "scale"}),
-        ("gum", "GUM", 3e-3, {"optimizer": "gum", **_low_rank("sampled", 2)}),
         ("adamw", "AdamW", 1e-3, {"optimizer": "adamw"}),
-        ("galore_muon", "GaLore-Muon", 3e-3, {"optimizer": "gum", **_low_rank("drop")}),
-        ("columns_rotate", "low-rank Muon + columns, rotated", 3e-3,
-         {"optimizer": "gum", **_low_rank("columns", restart="rotate")}),
-        ("columns_half", "low-rank Muon + half of columns, rotated", 3e-3,
-         {"optimizer": "gum", **_low_rank("columns", restart="rotate", residual_scale=0.5)}),
-        ("columns_20", "low-rank Muon + columns, rotated, K = 20", 3e-3,
-         {"optimizer": "gum", **_low_rank("columns", restart="rotate", period=20)}),
+        ("galore_muon", "GaLore-Muon", 3e-3, _muon("drop")),
+        ("gum", "GUM", 3e-3, _muon("sampled", 2)),
+        ("muon_8bit", "Muon, 8 bits", 3e-3, {"optimizer": "muon", "momentum_bits": 8}),
+        ("muon_4bit", "Muon, 4 bits", 3e-3, {"optimizer": "muon", "momentum_bits": 4}),
+        ("columns_decay", "low-rank Muon + columns that fade", 3e-3, _turned(residual_decay=1.0)),
+        ("columns_half", "low-rank Muon + half of columns", 3e-3, _turned(residual_scale=0.5)),
+        ("columns_20", "low-rank Muon + columns, K = 20", 3e-3, _turned(period=20)),
+        ("columns_1000", "low-rank Muon + columns, K = 1000", 3e-3, _turned(period=1000)),
+        ("joint", "low-rank momentum, jointly orthogonalized", 3e-3,
+         {"optimizer": "joint_muon", "restart": "rotate"}),
+        ("joint_3", "the same, 3 times the residual", 3e-3,
+         {"optimizer": "joint_muon", "restart": "rotate", "residual_scale": 3.0}),
         ("adam_columns", "low-rank Adam + columns", 1e-3,
-         {"optimizer": "unbiased_adamw", **_low_rank("columns", restart="slots")}),
-        ("columns_slots", "GUM additive + columns", 3e-3,
-         {"optimizer": "gum", **_low_rank("columns", 2)}),
-        ("additive", "GUM additive", 3e-3, {"optimizer": "gum", **_low_rank("additive", 2)}),
-        ("fira", "Fira", 1e-3, {"optimizer": "fira"}),
+         {"optimizer": "unbiased_adamw", "residual": "columns", "full_rank_layers": 0,
+          "restart": "slots"}),
+        ("columns_slots", "GUM additive + columns", 3e-3, _muon("columns", 2)),
+        ("additive", "GUM additive", 3e-3, _muon("additive", 2)),
+        ("fira", "Fira", 1e-3, _adam("fira")),
         ("apollo", "APOLLO", 1e-3, {"optimizer": "apollo"}),
         ("apollo_mini", "APOLLO-Mini", 1e-3, {"optimizer": "apollo_mini"}),
-        ("frugal", "FRUGAL", 1e-3, {"optimizer": "frugal"}),
-        ("sign", "low-rank Muon + sign", 3e-3, {"optimizer": "gum", **_low_rank("sign")}),
-        ("rows", "low-rank Muon + rows", 3e-3, {"optimizer": "gum", **_low_rank("rows")}),
-        ("plain", "low-rank Muon + residual", 3e-3, {"optimizer": "gum", **_low_rank("plain")}),
-        ("galore", "GaLore", 1e-3, {"optimizer": "galore"}),
+        ("frugal", "FRUGAL", 1e-3, _adam("frugal")),
+        ("sign", "low-rank Muon + sign", 3e-3, _muon("sign")),
+        ("rows", "low-rank Muon + rows", 3e-3, _muon("rows")),
+        ("plain", "low-rank Muon + residual", 3e-3, _muon("plain")),
+        ("galore", "GaLore", 1e-3, _adam("galore")),
+        # Question 2: is it the draw?
+        ("gum_1", "GUM, 1 layer drawn", 3e-3, _muon("sampled", 1)),
+        ("gum_4", "GUM, half of the layers drawn", 3e-3, _muon("sampled", 4)),
+        ("columns_slots_1", "GUM additive + columns, 1 layer drawn", 3e-3, _muon("columns", 1)),
+        ("columns_slots_4", "GUM additive + columns, half drawn", 3e-3, _muon("columns", 4)),
+        # Question 3: staleness.
+        ("galore_20", "GaLore-Muon, K = 20", 3e-3, _muon("drop", period=20)),
+        ("galore_1000", "GaLore-Muon, K = 1000", 3e-3, _muon("drop", period=1000)),
+        ("gum_20", "GUM, K = 20", 3e-3, _muon("sampled", 2, period=20)),
+        ("gum_1000", "GUM, K = 1000", 3e-3, _muon("sampled", 2, period=1000)),
     )
 }  # fmt: skip
 
@@ -96,10 +122,16 @@ class Config:
     """Ratio of neighbouring learning rates of the grid."""
     tuning_steps: int = TUNING_STEPS
     """Steps of a run of the search."""
+    tuning_runs: Literal["first", "all"] = "first"
+    """Runs by which the search judges a rate: that of the first seed on the first corpus, or the
+    mean over all seeds and corpora."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds of weights, data order and draws; the search uses the first."""
+    """Seeds of weights, data order and draws."""
     corpora: tuple[str, ...] = ("stdlib", "runs/sotu")
-    """What to read, each on its own; the search uses the first."""
+    """What to read, each on its own."""
+    together: bool = False
+    """Train the runs of a contender in one program, for an accelerator; --jobs and --budget-minutes
+    are without effect."""
     out: Path = Path("experiments/results/studies/frontier.json")
     """Result file; the figure is beside it."""
     jobs: int = 2
@@ -114,13 +146,23 @@ class Config:
 Complete = Callable[[Sequence[Run]], list[runs.Entry]]
 
 
-def point(config: Config, key: str, rate: float, **changes: Any) -> Run:
-    """One run of a contender, by default of the search."""
-    options = {"steps": config.tuning_steps, "seed": config.seeds[0]}
-    options |= {"corpus": (config.corpora[0],)} | changes
+def point(config: Config, key: str, rate: float, seed: int, corpus: str, steps: int) -> Run:
+    """One run of a contender."""
     chosen = CONTENDERS[choose("contenders", key, CONTENDERS)].options
-    run = dataclasses.replace(config.base, learning_rate=rate, **chosen, **options)
+    run = dataclasses.replace(
+        config.base, learning_rate=rate, seed=seed, corpus=(corpus,), steps=steps, **chosen
+    )
     return dataclasses.replace(run, run_dir=runs.directory(config.base.run_dir, run))
+
+
+def trials(config: Config, key: str, rate: float) -> list[Run]:
+    """The runs by which the search judges a rate of a contender."""
+    some = slice(1 if config.tuning_runs == "first" else None)
+    return [
+        point(config, key, rate, seed, corpus, config.tuning_steps)
+        for corpus in config.corpora[some]
+        for seed in config.seeds[some]
+    ]
 
 
 def rate_at(config: Config, key: str, index: int) -> float:
@@ -135,9 +177,10 @@ def search(config: Config, complete: Complete) -> dict[str, float]:
     """
     found: dict[str, dict[int, float]] = {key: {} for key in config.contenders}
     while missing := [(key, i) for key, losses in found.items() for i in _next(losses)]:
-        entries = complete([point(config, key, rate_at(config, key, i)) for key, i in missing])
-        for (key, i), entry in zip(missing, entries, strict=True):
-            loss = entry["validation_loss"]
+        asked = [trials(config, key, rate_at(config, key, i)) for key, i in missing]
+        entries = iter(complete([run for some in asked for run in some]))
+        for (key, i), some in zip(missing, asked, strict=True):
+            loss = statistics.mean(next(entries)["validation_loss"] for _ in some)
             found[key][i] = loss if math.isfinite(loss) else math.inf
     best = {key: min(losses, key=losses.__getitem__) for key, losses in found.items()}
     return {key: rate_at(config, key, index) for key, index in best.items()}
@@ -159,7 +202,7 @@ def _next(losses: dict[int, float]) -> list[int]:
 def finals(config: Config, best: dict[str, float], corpus: str) -> list[Run]:
     """Every contender at its best rate, at full length, seed by seed."""
     return [
-        point(config, key, best[key], steps=config.base.steps, seed=seed, corpus=(corpus,))
+        point(config, key, best[key], seed, corpus, config.base.steps)
         for seed in config.seeds
         for key in config.contenders
     ]
@@ -184,10 +227,7 @@ def hidden_bytes(run: Run) -> int:
 def compare(config: Config, entries: Sequence[runs.Entry]) -> list[dict[str, Any]]:
     """One row for each contender, over its seeds, the least loss first."""
     of = _by_contender(config, entries)
-    goals = {
-        name: statistics.mean(e["validation_loss"] for e in of[name]) if name in of else -math.inf
-        for name in ("adamw", "muon")
-    }
+    goals = {name: _losses(of[name]) for name in ("adamw", "muon") if name in of}
     return sorted((_row(key, found, goals) for key, found in of.items()), key=lambda r: r["loss"])
 
 
@@ -200,25 +240,36 @@ def _by_contender(config: Config, entries: Sequence[runs.Entry]) -> dict[str, li
     }
 
 
-def _row(key: str, entries: Sequence[runs.Entry], goals: dict[str, float]) -> dict[str, Any]:
-    losses = [entry["validation_loss"] for entry in entries]
+def _losses(entries: Sequence[runs.Entry]) -> list[float]:
+    return [entry["validation_loss"] for entry in entries]
+
+
+def _row(key: str, entries: Sequence[runs.Entry], goals: dict[str, list[float]]) -> dict[str, Any]:
+    losses = _losses(entries)
     run = dataclasses.replace(Run(), **_known(entries[0]["config"]))
-    seconds = statistics.median(entry["seconds_per_step"] for entry in entries)
-    row = {
+    # Runs of one program share its seconds, and none has seconds of its own.
+    alone = [entry["seconds_per_step"] for entry in entries if "together" not in entry]
+    row: dict[str, Any] = {
         "contender": key,
         "learning_rate": run.learning_rate,
         "loss": statistics.mean(losses),
-        "deviation": statistics.stdev(losses) if len(losses) > 1 else math.nan,
+        "deviation": _deviation(losses),
         "hidden_bytes": hidden_bytes(run),
         "state_bytes": entries[0]["state_bytes"],
-        "seconds_per_step": seconds,
+        "seconds_per_step": statistics.median(alone) if alone else None,
     }
-    for goal, loss in goals.items():
-        reached = [steps_to(entry["curve"], loss) for entry in entries]
+    for goal, reference in goals.items():
+        # By pairs: most of what seeds change, they change under every method.
+        apart = [loss - other for loss, other in zip(losses, reference, strict=True)]
+        row |= {f"above_{goal}": statistics.mean(apart), f"apart_{goal}": _deviation(apart)}
+        reached = [steps_to(entry["curve"], statistics.mean(reference)) for entry in entries]
         whole = [steps for steps in reached if steps is not None]
-        mean = statistics.mean(whole) if len(whole) == len(reached) else None
-        row |= {f"steps_to_{goal}": mean, f"seconds_to_{goal}": mean and mean * seconds}
+        row[f"steps_to_{goal}"] = statistics.mean(whole) if len(whole) == len(reached) else None
     return row
+
+
+def _deviation(values: Sequence[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else math.nan
 
 
 def _known(options: dict[str, Any]) -> dict[str, Any]:
@@ -228,12 +279,14 @@ def _known(options: dict[str, Any]) -> dict[str, Any]:
 def main(arguments: Sequence[str]) -> int:
     """Runs what is missing, prints tables, draws the figure; returns the exit code."""
     config = cli.parse(Config, PROGRAM, arguments)
-    complete = partial(
+    complete: Complete = partial(
         runs.complete,
         out=config.out,
         jobs=config.jobs,
         deadline=runs.deadline_in(config.budget_minutes),
     )
+    if config.together:
+        complete = partial(together.complete, out=config.out)
     best = search(config, complete)
     found = {corpus: complete(finals(config, best, corpus)) for corpus in config.corpora}
     show(config, found)
@@ -246,12 +299,13 @@ def show(config: Config, found: dict[str, list[runs.Entry]]) -> None:
     for corpus, entries in found.items():
         tables.show(
             f"{corpus}: {config.base.steps} steps, {len(config.seeds)} seeds",
-            ("contender", "rate", "loss", "deviation", "hidden KiB", "state KiB", "s/step",
-             "steps to AdamW's", "steps to Muon's"),
+            ("contender", "rate", "loss", "deviation", "above Muon", "deviation",
+             "steps to AdamW's", "hidden KiB", "state KiB", "s/step"),
             (
                 (CONTENDERS[row["contender"]].name, row["learning_rate"], row["loss"],
-                 row["deviation"], row["hidden_bytes"] / 1024, row["state_bytes"] / 1024,
-                 row["seconds_per_step"], row["steps_to_adamw"], row["steps_to_muon"])
+                 row["deviation"], row.get("above_muon"), row.get("apart_muon"),
+                 row.get("steps_to_adamw"), row["hidden_bytes"] / 1024,
+                 row["state_bytes"] / 1024, row["seconds_per_step"])
                 for row in compare(config, entries)
             ),
         )  # fmt: skip
@@ -260,25 +314,34 @@ def show(config: Config, found: dict[str, list[runs.Entry]]) -> None:
 def draw(config: Config, found: dict[str, list[runs.Entry]]) -> Path:
     """Draws, for each corpus, last losses over the hidden matrices' bytes: mean and range."""
     figure, axes = plt.subplots(
-        1, len(found), figsize=(5.4 * len(found), 4.2), layout="constrained", squeeze=False
+        1, len(found), figsize=(4.8 * len(found), 4.8), layout="constrained", squeeze=False
     )
+    whole = hidden_bytes(point(config, "adamw", 1.0, 0, config.corpora[0], 1))
     for each, (corpus, entries) in zip(axes[0], found.items(), strict=True):
         of = _by_contender(config, entries)
-        for i, row in enumerate(compare(config, entries)):
-            losses = [entry["validation_loss"] for entry in of[row["contender"]]]
+        for row in compare(config, entries):
+            i, losses = config.contenders.index(row["contender"]), _losses(of[row["contender"]])
             each.errorbar(
-                # Bytes of nothing have no logarithm.
-                max(row["hidden_bytes"] / 1024, 1), row["loss"],
+                # No bytes have no logarithm: they are drawn at the left edge.
+                max(100 * row["hidden_bytes"] / whole, _LEFT), row["loss"],
                 yerr=[[row["loss"] - min(losses)], [max(losses) - row["loss"]]],
-                fmt=MARKERS[i % len(MARKERS)], color=COLOURS[i % len(COLOURS)], capsize=3,
+                fmt=MARKERS[(i + i // len(COLOURS)) % len(MARKERS)],
+                color=COLOURS[i % len(COLOURS)], capsize=3,
                 label=CONTENDERS[row["contender"]].name,
             )  # fmt: skip
-        each.set(xscale="log", xlabel="state of the hidden matrices (KiB; at most 1: none)")
-        each.set_title(Path(corpus).name)
+        each.set(xscale="log", xlabel="state of the hidden matrices, % of AdamW's")
+        ticks = [_LEFT, *(100 / 2**i for i in range(6, -1, -1))]
+        each.set_xticks(ticks, ["0", *(f"{tick:.3g}" for tick in ticks[1:])])
+        each.minorticks_off()
+        each.set_title(f"{Path(corpus).name}, {config.base.steps:,} steps")
         each.grid(alpha=0.3)
-        each.legend(frameon=False, fontsize="x-small")
     axes[0][0].set(ylabel="validation loss (nats per token)")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     return save(figure, config.out)
+
+
+_LEFT = 0.8  # per cent
 
 
 if __name__ == "__main__":

@@ -1,0 +1,242 @@
+"""What each part of an update is worth, along a run: `python -m experiments.studies.mechanism`.
+
+The run is low-rank Muon whose residual is column-normalized, without momentum. At some of its steps
+the held-out loss is computed after the hidden matrices alone have moved, by
+
+- *low rank*: P times the update of the projected momentum,
+- *residual*: the normalized residual of this one batch,
+- *both*: the update of the run,
+- *residual with momentum*: what full-rank momentum has outside of the bases, orthogonalized: the
+  directions that GaLore-Muon is missing, at the size of the residual,
+- *Muon*: full-rank momentum, orthogonalized.
+
+The last two follow a momentum of the run's own gradients that the run itself does not use. All have
+the learning rate of their step, so that what they gain can be compared.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+
+from experiments import cli, data, gradients, loop, losses, model, optimizers, record, tables, train
+from experiments.config import Config as Run
+from experiments.loop import State
+from experiments.model import Params
+from experiments.plots import COLOURS, MARKERS, save
+
+PROGRAM = "experiments.studies.mechanism"
+PARTS = ("low rank", "residual", "both", "residual with momentum", "Muon")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Measure what each part of low-rank Muon's update gains, with columns of the residual."""
+
+    every: int = 50
+    """Steps between two measurements, the first one before the first step."""
+    out: Path = Path("experiments/results/studies/mechanism.json")
+    """Result file; the figure is beside it."""
+    base: Run = dataclasses.field(
+        default_factory=lambda: dataclasses.replace(
+            gradients.RUN, steps=1000, residual="columns", full_rank_layers=0, restart="rotate",
+            validation_batches=8,
+        )
+    )  # fmt: skip
+    """The run, as in experiments.pretrain."""
+
+
+class Matrix(NamedTuple):
+    """A hidden matrix ``[m, n]``, turned so that m <= n: arrays in float64."""
+
+    gradient: np.ndarray
+    momentum: np.ndarray
+    basis: np.ndarray
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Trains and measures, prints a table, writes results and figure; returns the exit code."""
+    config = cli.parse(Config, PROGRAM, arguments)
+    rows = []
+    for row in measured(config):
+        rows.append(row)
+        print(f"step {row['step']}: loss {row['loss']:.4f}", file=sys.stderr, flush=True)
+        record.write(config.out, config, rows=rows)
+    tables.show(
+        "Gain of each part in held-out loss, as a share of the gain of a step of Muon",
+        ("step", "loss", *PARTS, "momentum outside", "cosine"),
+        ((str(row["step"]), row["loss"], *_shares(row), row["outside"], row["cosine"])
+         for row in rows),
+    )  # fmt: skip
+    print(f"\nresults: {config.out}; figure: {draw(config, rows)}")
+    return 0
+
+
+def measured(config: Config) -> Iterator[dict[str, Any]]:
+    """Trains; what is found before each step that is measured."""
+    run = config.base
+    arch = model.architecture(run)
+    tokens = data.prepare(run, arch.vocab_size)
+    arch = dataclasses.replace(arch, vocab_size=tokens.tokenizer.get_vocab_size())
+    batches = data.training_batches(tokens, arch.seq_len, run.batch_size, run.seed)
+    held_out = data.validation_batches(tokens, arch.seq_len, run.batch_size, run.validation_batches)
+    static, state, _ = train.start(run, arch)
+    loss = partial(losses.of_windows, static)
+    evaluate = jax.jit(loss)
+    rate: Any = optimizers.schedule(run)
+    # As good as no residual at all, with the same state.
+    alone = optimizers.build(dataclasses.replace(run, residual_scale=1e-20), arch.layers)
+    whole = optimizers.build(run, arch.layers)
+
+    @jax.jit
+    def step(state: State, momentum: Params, batch: jax.Array) -> tuple:
+        grads = jax.grad(losses.mean(loss))(state.params, batch)
+        grads = optax.clip_by_global_norm(run.clip_norm).update(grads, optax.EmptyState())[0]
+        low = alone.update(grads, state.opt_state, state.params)[0]
+        updates, opt_state = whole.update(grads, state.opt_state, state.params)
+        momentum = jax.tree.map(lambda m, g: 0.95 * m + g, momentum, grads)
+        params: Any = optax.apply_updates(state.params, updates)
+        return State(params, opt_state), grads, momentum, low, updates
+
+    momentum = jax.tree.map(jnp.zeros_like, state.params)
+    for number in range(run.steps):
+        old, before = state, momentum
+        state, grads, momentum, low, updates = step(state, momentum, next(batches))
+        if number % config.every:
+            continue
+        bases = gradients.bases(gradients.low_rank_state(state.opt_state))
+        found = _hidden(old.params, grads, momentum, bases)
+        directions = {
+            "low rank": low,
+            "both": updates,
+            "residual": jax.tree.map(jnp.subtract, updates, low),
+            "residual with momentum": orthogonalized(
+                old.params, found, float(rate(number)), outside=True
+            ),
+            "Muon": orthogonalized(old.params, found, float(rate(number)), outside=False),
+        }
+        start = loop.mean_loss(evaluate, old.params, held_out)
+        gains = {
+            part: start - loop.mean_loss(evaluate, _along(old.params, direction), held_out)
+            for part, direction in directions.items()
+        }
+        past = _hidden(old.params, grads, before, bases)
+        yield {"step": number, "loss": start, "rate": float(rate(number)), "gains": gains} | {
+            "outside": _outside(found),
+            "cosine": cosine(past) if number else None,
+            "residual": float(
+                np.mean([share_outside(m.gradient, m.basis) for m in found.values()])
+            ),
+        }
+
+
+def _hidden(
+    params: Params, grads: Params, momentum: Params, bases: gradients.ByKind
+) -> dict[str, Matrix]:
+    """The hidden matrices, by their paths; bases of a kind are in the order of the layers."""
+    found: dict[str, Matrix] = {}
+    seen: dict[str, int] = {}
+    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+    for (path, _), g, m in zip(
+        leaves, jax.tree.leaves(grads), jax.tree.leaves(momentum), strict=True
+    ):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        kind = gradients.kind(name)
+        if kind in gradients.KINDS:
+            layer = seen[kind] = seen.get(kind, -1) + 1
+            found[name] = Matrix(gradients.wide(g), gradients.wide(m), bases[kind][layer])
+    return found
+
+
+def orthogonalized(
+    params: Params, found: dict[str, Matrix], rate: float, *, outside: bool
+) -> Params:
+    """The step of orthogonalized momentum, of all of it or of its part outside of the bases."""
+
+    def one(path: Any, leaf: jax.Array) -> jax.Array:
+        matrix = found.get(jax.tree_util.keystr(path, simple=True, separator="/"))
+        if matrix is None:
+            return jnp.zeros_like(leaf)
+        m, rank = matrix.basis.shape
+        part = matrix.momentum
+        if outside:
+            part = gradients.residual(part, matrix.basis)
+        left, _, right = np.linalg.svd(part, full_matrices=False)
+        kept = m - rank if outside else m  # outside, only m - r directions are not zero
+        direction = 0.2 * max(leaf.shape) ** 0.5 * left[:, :kept] @ right[:kept]
+        return jnp.asarray(-rate * _as(leaf, direction), leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+def _as(leaf: jax.Array, matrix: np.ndarray) -> np.ndarray:
+    return matrix if matrix.shape == leaf.shape else matrix.T
+
+
+def _along(params: Params, direction: Params) -> Params:
+    """The weights after the hidden matrices alone have moved."""
+    kinds: Any = optimizers.matrix_or_rest(params)
+    return jax.tree.map(
+        lambda w, u, kind: w + u if kind == "matrix" else w, params, direction, kinds
+    )
+
+
+def share_outside(matrix: np.ndarray, basis: np.ndarray) -> float:
+    """The share of a squared norm that lies outside of the basis."""
+    return float(gradients.squares(gradients.residual(matrix, basis)) / gradients.squares(matrix))
+
+
+def _outside(found: dict[str, Matrix]) -> float:
+    """The same of momentum, mean over all matrices."""
+    return float(np.mean([share_outside(each.momentum, each.basis) for each in found.values()]))
+
+
+def cosine(past: dict[str, Matrix]) -> float:
+    """Between a batch's residual and that of the momentum before it; mean over all matrices."""
+    found = []
+    for each in past.values():
+        one = gradients.residual(each.gradient, each.basis)
+        other = gradients.residual(each.momentum, each.basis)
+        norms = (gradients.squares(one) * gradients.squares(other)) ** 0.5
+        found.append(np.sum(one * other) / norms)
+    return float(np.mean(found))
+
+
+def _shares(row: dict[str, Any]) -> list[float]:
+    return [row["gains"][part] / row["gains"]["Muon"] for part in PARTS]
+
+
+def draw(config: Config, rows: Sequence[dict[str, Any]]) -> Path:
+    """Draws gains over the steps, and beside them what lies outside of the bases."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    steps = [row["step"] for row in rows]
+    for i, part in enumerate(PARTS[:-1]):
+        shares = [_shares(row)[i] for row in rows]
+        left.plot(steps, shares, color=COLOURS[i], marker=MARKERS[i], markersize=4, label=part)
+    left.axhline(1, color="grey", linewidth=0.8, linestyle=":")
+    left.axhline(0, color="grey", linewidth=0.8)
+    left.set(xlabel="step", ylabel="gain in held-out loss, Muon's step = 1", ylim=(-0.5, 1.5))
+    names = {"outside": "momentum, squared norm", "residual": "gradient, squared norm",
+             "cosine": "cosine of gradient and momentum"}  # fmt: skip
+    for i, (key, label) in enumerate(names.items()):
+        values = [np.nan if row[key] is None else row[key] for row in rows]
+        right.plot(
+            steps, values, color=COLOURS[i + 4], marker=MARKERS[i], markersize=4, label=label
+        )
+    right.set(xlabel="step", ylabel="outside of the bases", ylim=(0, 1))
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False, fontsize="small")
+    return save(figure, config.out)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main, PROGRAM))
