@@ -36,6 +36,10 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 import hypothesis
 import jax
 
+# Importing and collecting make hardly any garbage, but many objects, among which the collector
+# would look for it. `pytest_collection_finish` turns it on again.
+gc.disable()
+
 # Derandomized: a run is a function of the code alone, so a failure can be repeated as it is.
 hypothesis.settings.register_profile(
     "repeatable",
@@ -59,3 +63,4 @@ def pytest_collection_finish():
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)
+    gc.enable()
