@@ -11,7 +11,8 @@ the held-out loss is computed after the hidden matrices alone have moved, by
 - *Muon*: full-rank momentum, orthogonalized.
 
 The last two follow a momentum of the run's own gradients that the run itself does not use. All have
-the learning rate of their step, so that what they gain can be compared.
+the learning rate of their step, so that what they gain can be compared. A gain of one step is not
+progress: a step along a valley gains less at once than one down its walls.
 """
 
 import dataclasses
@@ -71,9 +72,9 @@ def main(arguments: Sequence[str]) -> int:
         print(f"step {row['step']}: loss {row['loss']:.4f}", file=sys.stderr, flush=True)
         record.write(config.out, config, rows=rows)
     tables.show(
-        "Gain of each part in held-out loss, as a share of the gain of a step of Muon",
+        "Gain of each part in held-out loss, in thousandths of a nat",
         ("step", "loss", *PARTS, "momentum outside", "cosine"),
-        ((str(row["step"]), row["loss"], *_shares(row), row["outside"], row["cosine"])
+        ((str(row["step"]), row["loss"], *_thousandths(row), row["outside"], row["cosine"])
          for row in rows),
     )  # fmt: skip
     print(f"\nresults: {config.out}; figure: {draw(config, rows)}")
@@ -210,20 +211,20 @@ def cosine(past: dict[str, Matrix]) -> float:
     return float(np.mean(found))
 
 
-def _shares(row: dict[str, Any]) -> list[float]:
-    return [row["gains"][part] / row["gains"]["Muon"] for part in PARTS]
+def _thousandths(row: dict[str, Any]) -> list[float]:
+    return [1e3 * row["gains"][part] for part in PARTS]
 
 
 def draw(config: Config, rows: Sequence[dict[str, Any]]) -> Path:
     """Draws gains over the steps, and beside them what lies outside of the bases."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
     steps = [row["step"] for row in rows]
-    for i, part in enumerate(PARTS[:-1]):
-        shares = [_shares(row)[i] for row in rows]
-        left.plot(steps, shares, color=COLOURS[i], marker=MARKERS[i], markersize=4, label=part)
-    left.axhline(1, color="grey", linewidth=0.8, linestyle=":")
+    for i, part in enumerate(PARTS):
+        # At the rate of its step: a step half as long gains half as much.
+        gains = [row["gains"][part] / row["rate"] for row in rows]
+        left.plot(steps, gains, color=COLOURS[i], marker=MARKERS[i], markersize=4, label=part)
     left.axhline(0, color="grey", linewidth=0.8)
-    left.set(xlabel="step", ylabel="gain in held-out loss, Muon's step = 1", ylim=(-0.5, 1.5))
+    left.set(xlabel="step", ylabel="gain in held-out loss / learning rate (nats)", ylim=(-8, 20))
     names = {"outside": "momentum, squared norm", "residual": "gradient, squared norm",
              "cosine": "cosine of gradient and momentum"}  # fmt: skip
     for i, (key, label) in enumerate(names.items()):
@@ -231,7 +232,8 @@ def draw(config: Config, rows: Sequence[dict[str, Any]]) -> Path:
         right.plot(
             steps, values, color=COLOURS[i + 4], marker=MARKERS[i], markersize=4, label=label
         )
-    right.set(xlabel="step", ylabel="outside of the bases", ylim=(0, 1))
+    right.set(xlabel="step", ylabel="outside of the bases", ylim=(-0.2, 0.8))
+    right.axhline(0, color="grey", linewidth=0.8)
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.legend(frameon=False, fontsize="small")
