@@ -29,8 +29,10 @@ from gum_optax._papers import fira as fira
 from gum_optax._papers import frugal as frugal
 from gum_optax._papers import galore as galore
 from gum_optax._papers import golore as golore
+from gum_optax._quantized import quantized as quantized
 from gum_optax._recipes import adamw as adamw
 from gum_optax._recipes import gum as gum
+from gum_optax._recipes import muon as muon
 from gum_optax._recipes import scale_by_gum as scale_by_gum
 from gum_optax._sharding import state_shardings as state_shardings
 

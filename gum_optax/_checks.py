@@ -5,7 +5,7 @@ Tests: tests/library/test_bad_input.py.
 
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -174,11 +174,16 @@ def fits(expected: Any, state: Any, version: int) -> None:
             f"`state` must be the LowRankState (version {version}) that `init` made, got "
             f"{type(state).__name__}; states of other versions cannot be restored."
         )
+    # Without leaves, if the inner transformation has no state.
+    missing = (state.uncompressed is None) != (expected.uncompressed is None)
+    same_shapes(expected, state, [".uncompressed"] if missing else [])
+
+
+def same_shapes(expected: Any, state: Any, others: Sequence[str] = ()) -> None:
+    """Raises unless a state has the arrays that are expected; ``others`` are known not to fit."""
     # The first array that is missing, or of another shape, is named; one is enough.
     wanted, got = _shapes(expected), _shapes(state)
-    paths = [path for path in [*wanted, *got] if wanted.get(path) != got.get(path)]
-    if (state.uncompressed is None) != (expected.uncompressed is None):
-        paths.append(".uncompressed")  # Without leaves, if the inner transformation has no state.
+    paths = [path for path in [*wanted, *got] if wanted.get(path) != got.get(path)] + [*others]
     if not paths:
         return
     path = paths[0]

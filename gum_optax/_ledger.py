@@ -49,6 +49,9 @@ class PlanRow:
 
 
 _open: contextvars.ContextVar[list[PlanRow] | None] = contextvars.ContextVar("ledger", default=None)
+_packed: contextvars.ContextVar[Callable[[PyTree], PyTree]] = contextvars.ContextVar(
+    "packed", default=lambda state: state
+)
 
 
 @contextlib.contextmanager
@@ -75,6 +78,23 @@ def write(rows: Callable[[], Iterator[PlanRow]]) -> None:
         _open.reset(token)
 
 
+@contextlib.contextmanager
+def resting(pack: Callable[[PyTree], PyTree]) -> Iterator[None]:
+    """Counts states as a wrapper packs them, in rows that are written by what it wraps."""
+    outer = _packed.get()
+    token = _packed.set(lambda state: outer(pack(state)))
+    try:
+        yield
+    finally:
+        _packed.reset(token)
+
+
+def bytes_at_rest(init: Callable[..., PyTree], *args: Any) -> int:
+    """Bytes of the state ``init(*args)`` between two steps; nothing is allocated."""
+    packed = _packed.get()
+    return bytes_of(jax.eval_shape(lambda *args: packed(init(*args)), *args))
+
+
 def bytes_of(tree: PyTree) -> int:
     """Bytes of all arrays of a tree, or of their descriptions."""
     return sum(
@@ -90,6 +110,6 @@ def bytes_beyond(init: Callable[[Any], PyTree], params: PyTree, nothing: PyTree)
     says nothing about a part of it: 0, which leaves its bytes to the row of all that is shared.
     """
     try:
-        return bytes_of(jax.eval_shape(init, params)) - bytes_of(jax.eval_shape(init, nothing))
+        return bytes_at_rest(init, params) - bytes_at_rest(init, nothing)
     except Exception:
         return 0

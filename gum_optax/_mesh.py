@@ -11,6 +11,7 @@ axis (or axes) that shard it, or None.
 Tests: tests/library/test_sharding.py.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -57,6 +58,14 @@ def spec_entries(sharding: NamedSharding | None, ndim: int) -> tuple[Any, ...]:
 def sharding_like(like: NamedSharding | None, entries: Entries) -> NamedSharding | None:
     """A sharding with the given entries on the mesh of another; None if there is none."""
     return None if like is None else NamedSharding(like.mesh, PartitionSpec(*entries))
+
+
+def parts(sharding: NamedSharding | None, entry: Any) -> int:
+    """The number of parts into which an entry of a sharding cuts an axis."""
+    if sharding is None or entry is None:
+        return 1
+    axes = entry if isinstance(entry, tuple) else (entry,)
+    return math.prod(sharding.mesh.shape[axis] for axis in axes)
 
 
 def merged_entry(entries: Entries, sizes: Sequence[int]) -> Any:

@@ -198,7 +198,8 @@ def scale_by_polar(
         return polar(x)
 
     def apply_all(updates: Any) -> Any:
-        return jax.tree.map(apply, updates)
+        leaves, treedef = jax.tree.flatten(updates)
+        return treedef.unflatten(_scheduling.in_sequence(apply, leaves))
 
     return optax.stateless(
         lambda updates, params: _mesh.in_auto_mode(apply_all, updates, like=lambda: updates)

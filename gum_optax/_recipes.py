@@ -3,7 +3,8 @@
 An optimizer takes a compression, so that every pair is one call:
 
 - ``gum(0.02, LowRank())`` is GUM, ``gum(0.02, galore())`` is GaLore-Muon;
-- ``adamw(1e-3, LowRank())`` is unbiased AdamW, ``adamw(1e-3, galore())`` is GaLore.
+- ``adamw(1e-3, LowRank())`` is unbiased AdamW, ``adamw(1e-3, galore())`` is GaLore;
+- ``muon(0.02)`` compresses no gradients: its momentum is quantized.
 
 Tests: tests/library/test_recipes.py.
 """
@@ -15,11 +16,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gum_optax import _checks, _mesh
+from gum_optax import _checks, _mesh, storages
 from gum_optax import dimension_numbers as dims
 from gum_optax._low_rank import LowRank, low_rank
 from gum_optax._matrices import Mask, ScalarOrSchedule, fallback_rate, for_matrices
 from gum_optax._orthogonal import scale_by_polar
+from gum_optax._quantized import quantized
 
 Number = float | jax.Array
 _POLAR = scale_by_polar()
@@ -146,14 +148,87 @@ def gum(
       Pan et al., Unbiased Gradient Low-Rank Projection, arXiv 2510.17802.
       Jordan et al., Muon, https://kellerjordan.github.io/posts/muon/
     """
-    if consistent_rms is not None:
-        _checks.hyperparameter("consistent_rms", consistent_rms)
+    _consistent_rms(consistent_rms)
     # Low-rank Muon, then the factor that makes updates of all shapes move outputs alike.
     direction = scale_by_gum(
         compression, beta=beta, nesterov=nesterov, orthogonalizer=orthogonalizer
     )
     return for_matrices(
         optax.chain(direction, _scale_by_shape(consistent_rms)),
+        learning_rate,
+        weight_decay=weight_decay,
+        weight_decay_mask=weight_decay_mask,
+        weight_dimension_numbers=weight_dimension_numbers,
+        fallback=fallback,
+        fallback_learning_rate=fallback_learning_rate,
+    )
+
+
+def muon(
+    learning_rate: ScalarOrSchedule,
+    storage: storages.Storage = storages.int8(),
+    *,
+    beta: Number = 0.95,
+    nesterov: bool = False,
+    orthogonalizer: optax.GradientTransformation = _POLAR,
+    consistent_rms: Number | None = None,
+    weight_decay: Number = 0.0,
+    weight_decay_mask: Mask = None,
+    weight_dimension_numbers: dims.DimensionNumbers | None = None,
+    fallback: optax.GradientTransformation | None = None,
+    fallback_learning_rate: ScalarOrSchedule | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Muon at full rank, with momentum in 8 bits: in place of ``optax.contrib.muon``.
+
+    Matrices get momentum that rests in a storage, Newton-Schulz, Muon's shape scaling, decoupled
+    weight decay and the learning rate; everything else gets the fallback, see `for_matrices`:
+
+    .. math::
+        M \leftarrow \beta \hat M + G, \quad U = \text{NS}(M), \quad
+        \hat M = \text{unpack}(\text{pack}(M))
+
+    Momentum in 8 bits has an eighth of the bytes of AdamW's moments. Relative errors of small
+    entries do not grow in a polar factor, as they do in Adam's quotients.
+
+    Args:
+      learning_rate: a number, or a schedule of the step count.
+      storage: how momentum rests between steps, see `storages` and `quantized`.
+      beta: as for `scale_by_gum`.
+      nesterov: as for `scale_by_gum`.
+      orthogonalizer: as for `scale_by_gum`.
+      consistent_rms: as for `gum`.
+      weight_decay: as for `for_matrices`.
+      weight_decay_mask: as for `for_matrices`.
+      weight_dimension_numbers: as for `for_matrices`.
+      fallback: as for `for_matrices`.
+      fallback_learning_rate: as for `for_matrices`.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs``.
+
+    Raises:
+      TypeError, ValueError: if an argument is malformed.
+
+    Example:
+      >>> import optax
+      >>> import gum_optax
+      >>> tx = gum_optax.muon(
+      ...     0.02, weight_decay=0.1, fallback=gum_optax.quantized(optax.adamw(1e-3)))
+
+    References:
+      Gupta et al., 8-bit Muon, arXiv 2509.23106; Jordan et al., Muon,
+      https://kellerjordan.github.io/posts/muon/
+    """
+    _checks.hyperparameter("beta", beta, below=1.0)
+    _checks.transformation("orthogonalizer", orthogonalizer)
+    _consistent_rms(consistent_rms)
+    direction = optax.chain(
+        quantized(optax.trace(decay=beta, nesterov=nesterov), storage),
+        orthogonalizer,
+        _scale_by_shape(consistent_rms),
+    )
+    return for_matrices(
+        direction,
         learning_rate,
         weight_decay=weight_decay,
         weight_decay_mask=weight_decay_mask,
@@ -235,6 +310,11 @@ def adamw(
 
 def _compression(compression: Any) -> None:
     _checks.instance("compression", compression, LowRank, "such as `LowRank(rank=64)`")
+
+
+def _consistent_rms(value: Any) -> None:
+    if value is not None:
+        _checks.hyperparameter("consistent_rms", value)
 
 
 def _scale_by_shape(consistent_rms: Number | None) -> optax.GradientTransformation:

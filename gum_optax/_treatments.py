@@ -79,10 +79,11 @@ def rows(
                 inner_bytes(jax.eval_shape(lambda group=group: zero_leaves([group]))),
             )
         else:
-            own = jax.eval_shape(lambda group=group: (zero_basis(group), rule.init(group)))
+            basis = _ledger.bytes_of(jax.eval_shape(lambda group=group: zero_basis(group)))
+            residual = _ledger.bytes_at_rest(lambda group=group: rule.init(group))
             encoded = jax.eval_shape(lambda group=group: zeros([group], rule))
             treatment = "sampled" if slots else "low rank"
-            size = _ledger.bytes_of(own) + 4 * slots + inner_bytes(encoded)
+            size = basis + residual + 4 * slots + inner_bytes(encoded)
         yield _ledger.PlanRow(
             name=group.name,
             treatment=treatment,

@@ -1,0 +1,97 @@
+"""`quantized`: any optax transformation, with its state in few bits between two steps.
+
+Tests: tests/library/test_quantized.py.
+"""
+
+import warnings
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gum_optax import _checks, _ledger, storages
+from gum_optax._low_rank import keep_dtypes
+from gum_optax._paths import PyTree, is_stand_in
+
+_BASIS = storages.field("basis")
+
+
+def quantized(
+    inner: optax.GradientTransformation,
+    storage: storages.Storage = storages.int8(),
+    *,
+    smallest: int = 4096,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Keeps the state of an optax transformation in few bits between two steps.
+
+    A step unpacks the state, updates with the inner transformation, and packs the new state:
+
+    .. math::
+        (U, S) = \text{inner}(G, \text{unpack}(\hat S)), \qquad \hat S = \text{pack}(S)
+
+    The inner transformation computes on a state in float32 (float64 for float64 parameters),
+    whatever the dtype of the parameters; updates have the gradients' dtypes. Integers, keys and
+    small arrays stay as they are, and so do bases of `low_rank`, which must stay orthonormal.
+
+    It composes like any transformation: around whole optimizers or a part of a chain, inside masks,
+    partitions and ``optax.inject_hyperparams``. In a `LowRank` the storage is an option of its own.
+
+    Args:
+      inner: any ``optax.GradientTransformation``; its ``init`` must be a function of shapes and
+        dtypes as far as structure goes, as is that of every transformation of optax.
+      storage: how the state rests, see `storages`.
+      smallest: arrays of fewer numbers stay as they are, an int >= 0.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs``, whose state is that of ``inner``, packed.
+
+    Raises:
+      TypeError, ValueError: if an argument is malformed; at ``update`` if the state was made for
+        other parameters, another storage or another ``smallest``.
+
+    Example:
+      AdamW with both moments in 8 bits:
+
+      >>> import jax, jax.numpy as jnp
+      >>> import optax
+      >>> import gum_optax
+      >>> tx = gum_optax.quantized(optax.adamw(1e-3))
+      >>> params = {"kernel": jnp.ones((64, 128)), "bias": jnp.ones(128)}
+      >>> updates, state = jax.jit(tx.update)(params, tx.init(params), params)
+      >>> state[0].mu["kernel"].codes.dtype, state[0].nu["kernel"].codes.dtype
+      (dtype('int8'), dtype('uint8'))
+
+    References:
+      Dettmers et al., 8-bit optimizers via block-wise quantization, arXiv 2110.02861.
+    """
+    _checks.transformation("inner", inner)
+    _checks.instance("storage", storage, storages.Storage, "of `gum_optax.storages`")
+    smallest = _checks.non_negative_int("smallest", smallest)
+    run = optax.with_extra_args_support(inner)
+    resting = storages.by_path(lambda path: storages.plain() if _BASIS(path) else storage)
+    pack = partial(storages.pack, resting, smallest=smallest)
+
+    def init(params: PyTree) -> Any:
+        if is_stand_in(params):
+            return jnp.zeros(())  # A prefix of every state: `map_params` changes nothing.
+        with _ledger.resting(pack):
+            return pack(run.init(params))
+
+    def update(
+        updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any
+    ) -> tuple[PyTree, Any]:
+        if is_stand_in(updates):
+            return updates, state
+        # 1. The shapes of the state before it was packed; warnings of `init` were given there.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            like = jax.eval_shape(run.init, updates if params is None else params)
+        _checks.same_shapes(jax.eval_shape(pack, like), state)
+        # 2. Unpack, update, pack.
+        unpacked = storages.unpack(resting, state, like, smallest)
+        new_updates, new_state = run.update(updates, unpacked, params, **extra_args)
+        return keep_dtypes(new_updates, updates), keep_dtypes(pack(new_state), state)
+
+    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]

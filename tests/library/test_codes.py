@@ -1,0 +1,283 @@
+"""Codes of 8 and 4 bits: every map against loops in float64, and the laws of all of them."""
+
+import functools
+import itertools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gum_optax import _codes, storages
+from tests import helpers
+
+# The oracle ---------------------------------------------------------------------------------------
+
+NORMAL = [-0.8785, -0.6995, -0.5531, -0.4265, -0.3114, -0.2038, -0.1010, 0.0]
+NORMAL += [0.0967, 0.1944, 0.2949, 0.4013, 0.5171, 0.6474, 0.8011, 1.0]
+
+
+class Case(NamedTuple):
+    """A map and its equations, with the bytes of a scale."""
+
+    map: Any
+    levels: list[float]
+    by_ratio: bool
+    scale_bytes: int
+    bound: float  # Of |x - x^| / N, or of |x - x^| / x by ratio.
+    l2: float  # On Gaussian numbers, squared ones by ratio, in blocks of 32 or 256; measured.
+
+    @property
+    def block(self) -> int:
+        return 32 if self.map.bits == 4 else 256
+
+
+CASES = {
+    "linear 8": Case(
+        _codes.LINEAR_8, [c / 127 for c in range(-127, 128)], False, 4, 1 / 254, 0.0071
+    ),
+    # A scale of bfloat16 is off by 2 ** -9 at most, and no level is near -1.
+    "normal 4": Case(_codes.NORMAL_4, NORMAL, False, 2, 0.1215 + 2**-8, 0.081),
+    "octaves 8": Case(
+        _codes.OCTAVES_8,
+        [2 ** ((c - 255) / 8) for c in range(256)],
+        True,
+        4,
+        2 ** (1 / 16) - 1,
+        0.024,
+    ),
+    "octaves 4": Case(
+        _codes.OCTAVES_4, [2.0 ** (c - 15) for c in range(16)], True, 4, math.sqrt(2) - 1, 0.17
+    ),
+}
+every_map = pytest.mark.parametrize("name", CASES)
+LENGTHS = [1, 2, 7, 31, 33, 64, 90]
+every_length = pytest.mark.parametrize("n", LENGTHS)
+BLOCK = 16
+
+
+def blocks_of(n: int, block: int) -> list[range]:
+    """Where the blocks of an axis are: a power of two of them if it divides the axis."""
+    count = math.ceil(n / block)
+    power = 1
+    while power < count:
+        power *= 2
+    count = power if n % power == 0 else count
+    length = math.ceil(n / count)
+    return [range(start, min(start + length, n)) for start in range(0, n, length)]
+
+
+def oracle(case: Case, block: int, row: list[float]) -> tuple[list[float], list[float]]:
+    """A row decoded, and its scales, one number after the other."""
+    decoded, scales = [], []
+    for where in blocks_of(len(row), block):
+        numbers = [row[i] for i in where]
+        scale = max(numbers, key=abs)
+        if case.map is _codes.LINEAR_8:
+            scale = abs(scale)
+        if case.scale_bytes == 2:
+            scale = float(np.asarray(scale, jnp.bfloat16))
+        scales.append(scale)
+        for x in numbers:
+            u = x / scale if scale else 0.0
+            if case.by_ratio:
+                nearest = min(case.levels, key=lambda k, u=u: abs(math.log(k / u) if u else k))
+            else:
+                nearest = min(case.levels, key=lambda k, u=u: abs(k - u))
+            decoded.append(scale * nearest)
+    return decoded, scales
+
+
+def numbers(name: str, *shape: int, seed: int = 0) -> np.ndarray:
+    """Gaussian numbers in float32; their squares where a map has no negative levels."""
+    x = np.random.default_rng(seed).standard_normal(shape)
+    return np.asarray(x**2 if CASES[name].by_ratio else x, np.float32)
+
+
+@functools.partial(jax.jit, static_argnames=("name", "block"))
+def there(name: str, x: Any, block: int = BLOCK) -> _codes.Codes:
+    return _codes.encode(CASES[name].map, block, x)
+
+
+def back(name: str, packed: _codes.Codes, like: Any, block: int = BLOCK) -> np.ndarray:
+    return np.asarray(_back(name, packed, like, block))
+
+
+@functools.partial(jax.jit, static_argnames=("name", "block"))
+def _back(name: str, packed: _codes.Codes, like: Any, block: int) -> jax.Array:
+    return _codes.decode(CASES[name].map, block, packed, like)
+
+
+def round_trip(name: str, x: Any, block: int = BLOCK) -> np.ndarray:
+    return back(name, there(name, x, block), x, block)
+
+
+@every_map
+@every_length
+def test_codes_are_those_of_the_equations(name, n):
+    x = numbers(name, 3, n)
+    packed = there(name, x)
+    decoded, scales = zip(
+        *(oracle(CASES[name], BLOCK, [float(v) for v in row]) for row in x), strict=True
+    )
+    np.testing.assert_allclose(np.asarray(packed.scale, np.float64), scales, rtol=1e-7)
+    np.testing.assert_allclose(back(name, packed, x), decoded, rtol=1e-5)
+
+
+# Laws ---------------------------------------------------------------------------------------------
+
+
+@every_map
+@every_length
+def test_the_error_has_a_bound(name, n):
+    case, x = CASES[name], numbers(name, 20, n, seed=1)
+    error = np.abs(round_trip(name, x) - x)
+    for where in blocks_of(n, BLOCK):
+        block, extreme = x[:, where], np.abs(x[:, where]).max(axis=1, keepdims=True)
+        # Below the least level numbers are rounded up to it.
+        allowed = case.bound * (block if case.by_ratio else extreme)
+        if case.by_ratio:
+            allowed = np.maximum(allowed, case.levels[0] * extreme)
+        assert (error[:, where] <= allowed * (1 + 1e-5)).all()
+
+
+@every_map
+def test_the_error_of_gaussian_numbers_is_the_documented_one(name):
+    case, x = CASES[name], numbers(name, 64, 1024, seed=2)
+    error = np.linalg.norm(round_trip(name, x, case.block) - x) / np.linalg.norm(x)
+    assert 0.8 * case.l2 < error < case.l2
+
+
+@every_map
+@every_length
+def test_what_was_decoded_is_encoded_to_the_same_codes(name, n):
+    packed = there(name, numbers(name, 20, n, seed=3))
+    again = there(name, back(name, packed, np.zeros((20, n), np.float32)))
+    for one, other in zip(packed, again, strict=True):
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+
+
+@pytest.mark.parametrize("name", ["linear 8", "normal 4"])
+@every_length
+def test_signs_are_treated_alike(name, n):
+    x = numbers(name, 20, n, seed=4)
+    np.testing.assert_array_equal(round_trip(name, -x), -round_trip(name, x))
+
+
+@every_map
+def test_extremes_of_either_sign_decay_as_they_do_in_float32(name):
+    """Signed maps of other libraries lose a tenth of a negative extreme at every encoding."""
+    x = numbers(name, 4, 32, seed=5)
+    if not CASES[name].by_ratio:
+        x[::2] = -np.abs(x[::2])
+    first, beta, steps = np.abs(x).max(axis=1), 0.9, 50
+    packed = there(name, x)
+    for _ in range(steps):
+        packed = there(name, beta * back(name, packed, x))
+    last = np.abs(back(name, packed, x)).max(axis=1)
+    # Fifty roundings to bfloat16, of 2 ** -9 at most and of either sign; else of 2 ** -24.
+    tolerance = 0.05 if CASES[name].scale_bytes == 2 else 1e-5
+    np.testing.assert_allclose(last, beta**steps * first, rtol=tolerance)
+
+
+@every_map
+def test_zeros_stay_zeros_and_nothing_finite_becomes_nan(name):
+    zeros = np.zeros((2, 24), np.float32)
+    assert not round_trip(name, zeros).any()
+    # A zero beside others, the least normal number, denormal ones, and the largest.
+    limits = np.finfo(np.float32)
+    for values in itertools.product([0, limits.tiny, 1e-40, 1e-45, 1, limits.max], repeat=3):
+        x = np.asarray(values, np.float32)
+        for y in (x,) if CASES[name].by_ratio else (x, -x):
+            decoded = round_trip(name, y)
+            assert np.isfinite(decoded).all()
+            extreme = min(x.max(), limits.max / 4)
+            np.testing.assert_allclose(np.abs(decoded).max(), extreme, rtol=2**-8, atol=limits.tiny)
+
+
+@every_map
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, "negative"])
+def test_what_cannot_be_kept_is_nan_and_other_blocks_are_not(name, bad):
+    if bad == "negative" and not CASES[name].by_ratio:
+        return
+    x = numbers(name, 2, 2 * BLOCK)
+    expected = round_trip(name, x)
+    x[1, 3] = -1e-3 if bad == "negative" else bad
+    decoded = np.array(round_trip(name, x))
+    assert np.isnan(decoded[1, :BLOCK]).all()
+    decoded[1, :BLOCK] = expected[1, :BLOCK]
+    np.testing.assert_array_equal(decoded, expected)
+
+
+def test_a_map_without_negative_levels_has_no_zero():
+    x = np.asarray([[0.0, 1.0, 1e-30, 4.0]], np.float32)
+    assert (round_trip("octaves 8", x)[0] > 0).all()
+    assert (round_trip("octaves 4", x)[0] > 0).all()
+
+
+# Shapes, dtypes, bytes ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("n", "block", "count", "length"),
+    [
+        (4096, 256, 16, 256),
+        (11008, 256, 64, 172),  # 43 blocks of 256 would be cut by a mesh of two devices.
+        (1376, 256, 8, 172),
+        (509, 256, 2, 255),
+        (96, 32, 4, 24),
+        (90, 32, 3, 30),
+        (7, 256, 1, 7),
+        (5, 1, 5, 1),
+    ],
+)
+def test_blocks(n, block, count, length):
+    assert _codes.cut(n, block) == (count, length)
+    assert len(blocks_of(n, block)) == count
+
+
+@every_map
+@every_length
+def test_bytes(name, n):
+    case = CASES[name]
+    packed = jax.eval_shape(lambda x: there(name, x), jax.ShapeDtypeStruct((3, 5, n), jnp.float32))
+    codes = n if case.map.bits == 8 else math.ceil(n / 2)
+    expected = 15 * (codes + case.scale_bytes * len(blocks_of(n, BLOCK)))
+    assert helpers.state_bytes(packed) == expected
+
+
+@every_map
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+@jax.enable_x64(True)
+def test_dtypes(name, dtype):
+    """Decoded to float32, or float64; values of float64 are not narrowed by their scales."""
+    x = numbers(name, 2, 24).astype(dtype)
+    decoded = round_trip(name, x)
+    assert decoded.dtype == jnp.promote_types(dtype, jnp.float32)
+    np.testing.assert_allclose(
+        decoded, round_trip(name, x.astype("float32")), rtol=1e-6 if dtype == "float64" else 0
+    )
+    if dtype == "float64":
+        # Beside a scale in bfloat16, numbers out of its range are cut to it.
+        assert np.isfinite(round_trip(name, x * 1e300)).all()
+        assert np.isfinite(round_trip(name, x * 1e-300)).all()
+
+
+@pytest.mark.parametrize("storage", [storages.int8(), storages.int4()], ids=["int8", "int4"])
+def test_scalars_and_empty_arrays_stay(storage):
+    for array in (jnp.float32(3), jnp.zeros((3, 0)), jnp.zeros(0)):
+        packed = storage.pack(array)
+        assert packed is array
+        assert storage.unpack(packed, array) is array
+
+
+@pytest.mark.parametrize("storage", [storages.int8(), storages.int4()], ids=["int8", "int4"])
+def test_jit_equals_eager(storage):
+    x = jnp.asarray(numbers("linear 8", 4, 90))
+    expected, jitted = storage.pack(x), jax.jit(storage.pack)(x)
+    for one, other in zip(expected, jitted, strict=True):
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+    unpacked = [f(expected, x) for f in (storage.unpack, jax.jit(storage.unpack))]
+    np.testing.assert_array_equal(*unpacked)
