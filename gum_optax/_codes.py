@@ -6,8 +6,9 @@ and for each number the *code* of the nearest *level* of a map onto [-1, 1]:
 .. math::
     c = \arg\min_k |\ell_k - x / N|, \qquad \hat x = N \ell_c
 
-Every map has the level 1, which is exact: the scale of a decoded block is the old one, so encoding
-a decoded array changes nothing, and where a block decays its scale decays as it would in float32.
+(of octaves, the nearest by ratio). Every map has the level 1, which is exact: the scale of a
+decoded block is the old one, so encoding a decoded array changes nothing, and where a block decays
+its scale decays as it would in float32.
 
 =============  ====  ======================================  ============  ==================
 map            bits  levels                                  scale         relative l2 error
@@ -57,8 +58,7 @@ class Map(NamedTuple):
 
     Attributes:
       bits: 8 or 4.
-      scale_dtype: the dtype of scales; arrays that are wider keep a wider one, except beside
-        bfloat16.
+      scale_dtype: the dtype of scales; None is that of the computation, float32 or float64.
       extreme: ``blocks [..., length] -> [..., 1]``, the entry that is scaled to 1.
       to_codes: ``u -> codes``, of numbers in [-1, 1]; numbers outside have the nearest code.
       to_levels: ``(codes, dtype) -> levels``.
@@ -111,7 +111,7 @@ def _encode(map: Map, block: int, array: jax.Array) -> Codes:
     blocks = _to_blocks(array.astype(dtype), block)  # [..., count, length]
 
     # 1. The scale N, rounded to its own dtype before anything is divided by it.
-    kept = _scale_dtype(map, dtype)
+    kept = map.scale_dtype or dtype
     limits = jnp.finfo(kept)
     extreme = map.extreme(blocks)  # [..., count, 1]
     # Cut, since the inverse of a larger one is no normal number, and XLA divides by inverses.
@@ -142,7 +142,7 @@ def _decode(map: Map, block: int, packed: Codes, n: int, dtype: Any) -> jax.Arra
 
 
 def _paired(codes: jax.Array) -> jax.Array:
-    """``[..., 2 k] -> [..., k]``: the low halves of two bytes become one, the first one's lowest."""
+    """``[..., 2 k] -> [..., k]``: two codes become a byte, the first one in its low bits."""
     # On words of both bytes: slices with a stride would be read, and computed, number by number.
     pairs = codes.reshape(*codes.shape[:-1], -1, 2)
     words = jax.lax.bitcast_convert_type(pairs, jnp.uint16)
@@ -168,10 +168,6 @@ def _at_the_end(ndim: int, amount: int) -> list[tuple[int, int]]:
     return [(0, 0)] * (ndim - 1) + [(0, amount)]
 
 
-def _scale_dtype(map: Map, dtype: Any) -> Any:
-    return map.scale_dtype if map.scale_dtype == jnp.bfloat16 else dtype
-
-
 def _describe(map: Map, block: int, array: jax.Array) -> Codes:
     """Shapes, dtypes and shardings of codes: those of the array, as far as the shapes allow."""
     *lead, n = array.shape
@@ -187,7 +183,7 @@ def _describe(map: Map, block: int, array: jax.Array) -> Codes:
         )
 
     codes = jax.eval_shape(map.to_codes, jax.ShapeDtypeStruct((), jnp.float32)).dtype
-    dtype = _scale_dtype(map, jnp.promote_types(array.dtype, jnp.float32))
+    dtype = map.scale_dtype or jnp.promote_types(array.dtype, jnp.float32)
     pairs = map.bits == 4
     count, length = cut(n, block)
     return Codes(
@@ -258,7 +254,7 @@ def _octaves(bits: int, per_octave: int) -> tuple[Any, Any]:
 
 LINEAR_8 = Map(
     8,
-    jnp.float32,
+    None,
     _largest,
     lambda u: jnp.clip(jnp.round(127 * u), -127, 127).astype(jnp.int8),
     _linear_levels,
@@ -270,6 +266,6 @@ _NORMAL = (
 )
 NORMAL_4 = Map(4, jnp.bfloat16, _signed_extreme, *_table(_NORMAL))
 # Second moments: the next step divides by their roots, so relative errors count and zero is none of
-# the levels. Scales in float32: at a decay of .999 one in bfloat16 would never fall.
-OCTAVES_8 = Map(8, jnp.float32, _largest_of_non_negative, *_octaves(8, 8))
-OCTAVES_4 = Map(4, jnp.float32, _largest_of_non_negative, *_octaves(4, 1))
+# the levels. No scales in bfloat16: at a decay of .999 they would never fall.
+OCTAVES_8 = Map(8, None, _largest_of_non_negative, *_octaves(8, 8))
+OCTAVES_4 = Map(4, None, _largest_of_non_negative, *_octaves(4, 1))

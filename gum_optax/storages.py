@@ -115,7 +115,11 @@ def field(*names: str) -> Callable[[KeyPath], bool]:
     return leads_through
 
 
-_SECOND_MOMENT = field("nu")
+# Of optax's transformations. Not `v`: it is a second moment in Adafactor, for arrays that it does not
+# factor, and a difference of gradients in Adan.
+_SECOND_MOMENT = field(
+    *("nu", "nu_max", "sum_of_squares", "exp_avg_sq", "e_g", "e_x", "n", "v_row", "v_col")
+)
 
 
 def int8(block: int = 256, non_negative: Callable[[KeyPath], bool] = _SECOND_MOMENT) -> Storage:
@@ -134,7 +138,9 @@ def int8(block: int = 256, non_negative: Callable[[KeyPath], bool] = _SECOND_MOM
       block: the largest length of a block, an int >= 1. Blocks of an axis have equal lengths; where
         it is not divisible, the last is shorter.
       non_negative: ``path -> bool``, which arrays are never negative (a negative number makes its
-        block NaN there); by default those of fields called ``nu``, as in ``optax.scale_by_adam``.
+        block NaN there); by default second moments, by the names of their fields in optax: ``nu``
+        of Adam, ``sum_of_squares`` of AdaGrad and so on. Sophia's ``nu`` may be negative: pass
+        ``lambda path: False`` there, and ``field("v_row", "v_col", "v")`` for Adafactor.
 
     Returns:
       The `Storage`; packed arrays are NamedTuples of ``codes`` and ``scale``.

@@ -1,8 +1,8 @@
 """The tables of the library's tests: transformations, their parts, and trees of parameters.
 
-A new projector, residual rule or carry joins its table here and no other file; so does a new
-optimizer. The suites ``test_conformance*.py`` run every transformation over every tree. Tracing and
-compiling take nearly all of their time, so every transformation has one compiled update
+A new projector, residual rule, carry or storage joins its table here and no other file; so does a
+new optimizer. The suites ``test_conformance*.py`` run every transformation over every tree. Tracing
+and compiling take nearly all of their time, so every transformation has one compiled update
 (`compiled`), shared by the tests that change neither it nor the types of its arguments, and one
 update under ``jit`` (`traced`), whose traces are shared by the tests that look at types alone.
 """
@@ -63,6 +63,14 @@ CARRIES: dict[str, Any] = {
     "rotate": carries.rotate,
 }
 every_carry = pytest.mark.parametrize("carry", CARRIES.values(), ids=CARRIES)
+
+STORAGES: dict[str, storages.Storage] = {
+    "bfloat16": storages.cast(jnp.bfloat16),
+    "int8": storages.int8(),
+    # Several blocks on an axis, also of matrices as small as those of the tests.
+    "int4": storages.int4(4),
+}
+every_storage = pytest.mark.parametrize("storage", STORAGES.values(), ids=STORAGES)
 
 # Inner transformations of every kind: without state, one moment, two and a count, one that reads
 # parameters, a chain. Each with the parts that it is tested with.
@@ -155,7 +163,14 @@ TRANSFORMATIONS: dict[str, tuple[Callable[[Any, LowRank], Any], LowRank]] = {
         for name, residual in RESIDUALS.items()
         if name not in ("drop", "sampled")
     },
-    "bfloat16 storage": (_around("trace"), _replace(storage=storages.cast(jnp.bfloat16))),
+    # With both moments, the second of which has maps of its own.
+    **{
+        f"{name} storage": (
+            _around("adam" if "int" in name else "trace"),
+            _replace(storage=storage),
+        )
+        for name, storage in STORAGES.items()
+    },
 }
 # Those of whole models: they have a fallback.
 ALIASES = ["gum", "adamw", "adamw_galore", "adamw_golore", "gum_galore"]

@@ -22,11 +22,12 @@ MuonDims = optax.contrib.MuonDimensionNumbers
 _IDENTITY = optax.identity()
 Compression = functools.partial(LowRank, rank=2, period=3)
 gum = functools.partial(gum_optax.gum, 0.1)
+muon = functools.partial(gum_optax.muon, 0.1)
 adamw = functools.partial(gum_optax.adamw, 0.1)
 for_matrices = functools.partial(gum_optax.for_matrices, _IDENTITY, 0.1)
 golore = functools.partial(gum_optax.golore, switch_step=5)
 scale_by_gum = gum_optax.scale_by_gum
-OPTIMIZERS = [gum, adamw, for_matrices]
+OPTIMIZERS = [gum, muon, adamw, for_matrices]
 COMPRESSIONS = [LowRank, gum_optax.galore, golore]
 
 
@@ -60,7 +61,10 @@ BAD_VALUES = {
     "residual": (COMPRESSIONS, [2, None, "drop", residuals.drop, samplers.none, optax.trace(0.9)]),
     "projector": ([LowRank, gum_optax.galore], [*NOT_FUNCTION, None]),
     "carry": (COMPRESSIONS, [*NOT_FUNCTION, None, True, False, "rotate"]),
-    "storage": (COMPRESSIONS, [None, jnp.bfloat16, "bfloat16", storages.plain, residuals.drop()]),
+    "storage": (
+        [*COMPRESSIONS, functools.partial(gum_optax.quantized, _IDENTITY)],
+        [None, jnp.bfloat16, "bfloat16", storages.plain, residuals.drop()],
+    ),
     "group_by": (COMPRESSIONS, [*NOT_FUNCTION, None]),
     "key": (
         COMPRESSIONS,
@@ -74,28 +78,40 @@ BAD_VALUES = {
     "transformation": ([residuals.through], [*NOT_TRANSFORMATION, 3, None]),
     "decay": ([residuals.feedback], NOT_DECAY),
     "dtype": ([storages.cast], ["int32", jnp.int32, bool, jnp.complex64, "bogus", 3.0]),
+    "block": ([storages.int8, storages.int4], NOT_POSITIVE),
+    "non_negative": ([storages.int8, storages.int4], [*NOT_FUNCTION, None, True]),
+    "choose": ([storages.by_path], [*NOT_FUNCTION, None, storages.plain()]),
+    "smallest": ([functools.partial(gum_optax.quantized, _IDENTITY)], NOT_COUNT),
     # Options of optimizers.
     "compression": (
         [gum, adamw, scale_by_gum, lambda compression: gum_optax.low_rank(_IDENTITY, compression)],
         NOT_COMPRESSION,
     ),
-    "inner": ([gum_optax.low_rank], [None, 0.1, "adam", optax.adam, LowRank()]),
+    "inner": (
+        [gum_optax.low_rank, gum_optax.quantized],
+        [None, 0.1, "adam", optax.adam, LowRank()],
+    ),
     "direction": (
         [lambda direction: gum_optax.for_matrices(direction, 0.1)],
         [*NOT_TRANSFORMATION, None, LowRank()],
     ),
-    "orthogonalizer": ([gum, scale_by_gum], [*NOT_TRANSFORMATION, None]),
+    "orthogonalizer": ([gum, scale_by_gum, muon], [*NOT_TRANSFORMATION, None]),
     "learning_rate": (
-        [gum_optax.gum, gum_optax.adamw, functools.partial(gum_optax.for_matrices, _IDENTITY)],
+        [
+            gum_optax.gum,
+            gum_optax.muon,
+            gum_optax.adamw,
+            functools.partial(gum_optax.for_matrices, _IDENTITY),
+        ],
         [*NOT_NUMBER, None],
     ),
     "fallback_learning_rate": (OPTIMIZERS, NOT_NUMBER),
     "weight_decay": (OPTIMIZERS, [*NOT_NUMBER, None]),
-    "beta": ([scale_by_gum, gum], NOT_DECAY),
+    "beta": ([scale_by_gum, gum, muon], NOT_DECAY),
     "eps": ([adamw, gum_optax.scale_by_polar], [*NOT_NUMBER, None]),
     "b1": ([adamw], NOT_DECAY),
     "b2": ([adamw], NOT_DECAY),
-    "consistent_rms": ([gum], NOT_NUMBER),
+    "consistent_rms": ([gum, muon], NOT_NUMBER),
     "fallback": (OPTIMIZERS, NOT_TRANSFORMATION),
 }
 

@@ -32,9 +32,11 @@ from tests.tables import (
 PUBLIC = [
     gum_optax.gum,
     gum_optax.scale_by_gum,
+    gum_optax.muon,
     gum_optax.adamw,
     gum_optax.for_matrices,
     gum_optax.low_rank,
+    gum_optax.quantized,
     gum_optax.galore,
     gum_optax.golore,
     gum_optax.fira,
@@ -57,7 +59,9 @@ def test_nothing_has_more_than_twelve_arguments(factory):
     assert all(f"{name}:" in described for name in arguments), list(arguments)
 
 
-@pytest.mark.parametrize("factory", [gum_optax.gum, gum_optax.adamw, gum_optax.for_matrices])
+@pytest.mark.parametrize(
+    "factory", [gum_optax.gum, gum_optax.muon, gum_optax.adamw, gum_optax.for_matrices]
+)
 def test_optimizers_are_called_alike(factory):
     """In optax's order: the learning rate comes first, and what is optional has a name."""
     kinds = [p.kind for p in inspect.signature(factory).parameters.values()]

@@ -171,7 +171,7 @@ def test_a_structure_changing_storage_works_with_every_carry(inner, carry):
                 np.testing.assert_allclose(a, b, rtol=0, atol=STEPS / 254 * np.abs(b).max())
 
 
-@pytest.mark.parametrize("storage", [storages.cast(jnp.bfloat16), INT8], ids=["cast", "int8"])
+@tables.every_storage
 @pytest.mark.parametrize("inner", INNER)
 def test_dtypes_and_structure_are_stable_over_a_scan(inner, storage):
     tx = around(INNER[inner], storage, carry=carries.keep)
@@ -190,7 +190,7 @@ def test_dtypes_and_structure_are_stable_over_a_scan(inner, storage):
     assert {leaf.dtype for leaf in jax.tree.leaves(updates)} == {jnp.dtype(jnp.float32)}
 
 
-@pytest.mark.parametrize("storage", [storages.cast(jnp.bfloat16), INT8], ids=["cast", "int8"])
+@tables.every_storage
 @pytest.mark.parametrize("inner", INNER)
 def test_the_plan_counts_a_packed_state_to_the_byte(inner, storage):
     tx = gum_optax.for_matrices(around(INNER[inner], storage), 0.1)

@@ -1,0 +1,461 @@
+"""`quantized` around transformations of every kind, and `muon`: values, bytes, trees, meshes."""
+
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportIndexIssue=false
+
+import functools
+import warnings
+from typing import Any
+
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import gum_optax
+from gum_optax import LowRank, quantized, residuals, storages
+from gum_optax._codes import Codes
+from tests import helpers, tables
+
+SMALLEST = 64
+# A matrix, a stack, an odd last axis, and a vector that is small.
+SHAPES = {"w": (8, 24), "stack": (2, 8, 16), "odd": (6, 11), "bias": (24,)}
+
+
+def gradient(seed: int) -> Any:
+    rng = np.random.default_rng(seed)
+    return {k: np.asarray(rng.standard_normal(s), np.float32) for k, s in SHAPES.items()}
+
+
+PARAMS = gradient(100)
+
+
+def _matrices(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.ndim > 1, tree)
+
+
+INNER = {
+    "adamw": lambda: optax.adamw(0.1),
+    "lion": lambda: optax.lion(0.1),
+    "trace": lambda: optax.trace(0.9),
+    "muon": lambda: optax.contrib.muon(0.1),
+    "chain": lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.1), optax.ema(0.5)),
+    "masked": lambda: optax.masked(optax.adam(0.1), _matrices),
+    "partition": lambda: optax.partition(
+        {True: optax.sgd(0.1, momentum=0.9), False: optax.adam(0.1)}, _matrices
+    ),
+    "multi_steps": lambda: optax.MultiSteps(optax.adam(0.1), 2).gradient_transformation(),
+    "injected": lambda: optax.inject_hyperparams(optax.adamw)(optax.constant_schedule(0.1)),
+    "gum": lambda: gum_optax.gum(0.1, tables.SIMPLE),
+    "no state": lambda: optax.sgd(0.1),
+}
+every_inner = pytest.mark.parametrize("name", INNER)
+STORAGES = {"int8": storages.int8(16), "int4": storages.int4(16)}
+every_storage = pytest.mark.parametrize("storage", STORAGES.values(), ids=STORAGES)
+# Small models are mostly uncompressed, and a stack goes to the fallback.
+pytestmark = pytest.mark.filterwarnings("ignore:None of .* is compressed", "ignore:.*fallback")
+few = functools.partial(quantized, smallest=SMALLEST)
+
+
+def steps(tx: Any, count: int = 3, params: Any = PARAMS) -> tuple[list[Any], Any]:
+    update, state, results = jax.jit(tx.update, compiler_options=helpers.QUICK), tx.init(params), []
+    for seed in range(count):
+        updates, state = update(gradient(seed), state, params)
+        results.append(updates)
+    return results, state
+
+
+# Values -------------------------------------------------------------------------------------------
+
+
+@every_inner
+def test_with_a_plain_storage_it_is_the_inner_transformation(name):
+    inner = INNER[name]()
+    wrapped = quantized(inner, storages.plain(), smallest=0)
+    assert tables.program(wrapped.init, PARAMS) == tables.program(inner.init, PARAMS)
+    tables.assert_equal(steps(wrapped), steps(inner))
+
+
+@every_storage
+def test_a_step_starts_from_the_decoded_state(storage):
+    """Step by step against the inner transformation, packed and unpacked by hand."""
+    inner = optax.scale_by_adam()
+    update, state = jax.jit(few(inner, storage).update), few(inner, storage).init(PARAMS)
+    other = storages.by_path(lambda path: storages.plain() if "bias" in str(path) else storage)
+    by_hand = like = inner.init(PARAMS)
+    for seed in range(3):
+        updates, state = update(gradient(seed), state, PARAMS)
+        expected, new = inner.update(gradient(seed), by_hand, PARAMS)
+        by_hand = storages.unpack(other, storages.pack(other, new), like)
+        tables.assert_close(updates, expected)
+        unpacked = storages.unpack(other, state, like)
+        tables.assert_close(unpacked, by_hand)
+
+
+def test_jit_equals_eager():
+    tx = few(optax.adamw(0.1))
+    jitted, eager = steps(tx, 1), tx.update(gradient(0), tx.init(PARAMS), PARAMS)
+    tables.assert_close((jitted[0][0], jitted[1]), eager)
+
+
+def test_adam_in_8_bits_learns_a_badly_scaled_quadratic():
+    """Curvatures over six decades: no code is zero, so no quotient explodes."""
+    curvature = jnp.logspace(-3, 3, 512).reshape(4, 128)
+    start = jnp.ones((4, 128))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def losses(tx_name: str, params: Any) -> Any:
+        tx = {"plain": optax.adam(0.01), "int8": few(optax.adam(0.01), storages.int8())}[tx_name]
+
+        def step(carry, _):
+            params, state = carry
+            updates, state = tx.update(curvature * params, state, params)
+            return (params + updates, state), jnp.max(jnp.abs(updates))
+
+        (params, _), largest = jax.lax.scan(step, (params, tx.init(params)), length=300)
+        return jnp.sum(curvature * params**2), jnp.max(largest)
+
+    (plain, _), (int8, largest) = losses("plain", start), losses("int8", start)
+    assert largest < 0.02
+    assert int8 < 1e-3 * jnp.sum(curvature) and plain < 1e-3 * jnp.sum(curvature)
+
+
+# Bytes, dtypes, trees -----------------------------------------------------------------------------
+
+
+def test_bytes_of_adam_by_hand():
+    """8 bits: a byte and four for each block of 16; 4 bits: half, and two (of nu four)."""
+    numbers = 8 * 24 + 2 * 8 * 16 + 6 * 11
+    blocks = 8 * 2 + 2 * 8 * 1 + 6 * 1
+    small = 2 * 4 * 24 + 4  # Two moments of the bias, and the count.
+    for storage, expected in (
+        (storages.int8(16), 2 * (numbers + 4 * blocks)),
+        (storages.int4(16), 2 * (numbers + 6) // 2 + (2 + 4) * blocks),
+    ):
+        state = jax.eval_shape(few(optax.scale_by_adam(), storage).init, PARAMS)
+        assert helpers.state_bytes(state) == expected + small
+
+
+def test_second_moments_and_small_arrays():
+    state = jax.eval_shape(few(optax.scale_by_adam()).init, PARAMS)
+    assert state.mu["w"].codes.dtype == jnp.int8
+    assert state.nu["w"].codes.dtype == jnp.uint8
+    assert state.mu["bias"].dtype == jnp.float32
+    assert state.count.dtype == jnp.int32
+    everything = jax.eval_shape(quantized(optax.scale_by_adam(), smallest=0).init, PARAMS)
+    assert isinstance(everything.mu["bias"], Codes)
+    nothing = jax.eval_shape(quantized(optax.scale_by_adam()).init, PARAMS)
+    assert not any(
+        isinstance(x, Codes)
+        for x in jax.tree.leaves(nothing, is_leaf=lambda x: isinstance(x, Codes))
+    )
+    # A parameter that is called nu has momentum of both signs.
+    named = jax.eval_shape(few(optax.trace(0.9)).init, {"nu": PARAMS["w"]})
+    assert named.trace["nu"].codes.dtype == jnp.int8
+
+
+OPTAX = {
+    "amsgrad": (lambda: optax.scale_by_amsgrad(), {"nu", "nu_max"}),
+    "adagrad": (lambda: optax.scale_by_rss(), {"sum_of_squares"}),
+    "adadelta": (lambda: optax.scale_by_adadelta(), {"e_g", "e_x"}),
+    "rmsprop": (lambda: optax.scale_by_rms(), {"nu"}),
+    "prodigy": (lambda: optax.contrib.prodigy(), {"exp_avg_sq"}),
+    "adan": (lambda: optax.scale_by_adan(), {"n"}),
+}
+
+
+@pytest.mark.parametrize("name", OPTAX)
+def test_second_moments_of_optax(name):
+    make, fields = OPTAX[name]
+    state = jax.eval_shape(few(make()).init, {"w": PARAMS["w"]})
+    found = {
+        path[-3].name
+        for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]
+        if leaf.dtype == jnp.uint8
+    }
+    assert found == fields
+
+
+def test_own_rules_by_path():
+    is_nu = storages.field("nu")
+    storage = storages.by_path(lambda path: storages.int8() if is_nu(path) else storages.int4())
+    state = jax.eval_shape(few(optax.scale_by_adam(), storage).init, PARAMS)
+    assert state.mu["w"].codes.shape == (8, 12)
+    assert state.nu["w"].codes.shape == (8, 24) and state.nu["w"].codes.dtype == jnp.uint8
+    mean = storages.int8(non_negative=lambda path: False)
+    state = jax.eval_shape(few(optax.scale_by_adam(), mean).init, PARAMS)
+    assert state.nu["w"].codes.dtype == jnp.int8
+
+
+@every_inner
+@every_storage
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_types_are_stable(name, storage, dtype):
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), PARAMS)
+    before, after, updates = tables.any_number_of_steps(few(INNER[name](), storage), params)
+    assert helpers.described(after) == helpers.described(before)
+    assert helpers.described(updates) == helpers.described(params)
+
+
+@pytest.mark.parametrize("tree", ["only None", "empty dict", "None leaves", "masked nodes"])
+def test_trees_without_arrays(tree):
+    params = tables.values(tables.TREES[tree])
+    tx = quantized(optax.adam(0.1), smallest=0)
+    updates, state = tx.update(params, tx.init(params), params)
+    assert jax.tree.structure(updates) == jax.tree.structure(params)
+    assert helpers.described(state) == helpers.described(jax.eval_shape(tx.init, params))
+
+
+def test_integers_and_keys_are_untouched():
+    inner = optax.add_noise(0.1, 0.5, 3)
+    state = few(inner).init(PARAMS)
+    assert helpers.described(state) == helpers.described(inner.init(PARAMS))
+
+
+def test_no_second_compilation_and_donation():
+    tx = few(optax.adamw(0.1))
+
+    def step(params, state, gradients):
+        updates, state = tx.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    step = helpers.jit_once(step, donate_argnums=(0, 1))
+    params = jax.tree.map(jnp.array, PARAMS)
+    state = tx.init(params)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for seed in range(3):
+            old = jax.tree.leaves((params, state))
+            params, state = step(params, state, gradient(seed))
+            assert all(leaf.is_deleted() for leaf in old)
+
+
+def test_extra_arguments_and_injected_hyperparameters():
+    def update(updates, state, params=None, *, value, **extra_args):
+        return jax.tree.map(lambda u: value * u, updates), state
+
+    inner = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+    updates, _ = quantized(inner).update(PARAMS, quantized(inner).init(PARAMS), PARAMS, value=3.0)
+    tables.assert_equal(updates, jax.tree.map(lambda p: jnp.float32(3) * p, PARAMS))
+    make = optax.inject_hyperparams(lambda learning_rate, b1: few(optax.adam(learning_rate, b1)))
+    results, state = steps(make(learning_rate=optax.constant_schedule(0.1), b1=0.8))
+    tables.assert_close(results, steps(few(optax.adam(0.1, 0.8)))[0])
+    assert state.hyperparams["b1"] == np.float32(0.8)
+    muon = optax.inject_hyperparams(gum_optax.muon, static_args="storage")
+    jax.eval_shape(lambda p: muon(0.1, beta=0.9).init(p), PARAMS)
+
+
+def test_checkpoints(tmp_path):
+    tx = few(optax.adamw(0.1), storages.int4())
+    _, state = steps(tx, 2)
+    restored = flax.serialization.from_bytes(tx.init(PARAMS), flax.serialization.to_bytes(state))
+    tables.assert_equal(jax.tree.map(np.asarray, restored), jax.tree.map(np.asarray, state))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", state)
+        checkpointer.wait_until_finished()
+        orbax = checkpointer.restore(tmp_path / "state", jax.eval_shape(tx.init, PARAMS))
+    tables.assert_equal(orbax, state)
+    # Resumed bit for bit.
+    update = jax.jit(tx.update)
+    tables.assert_equal(*(update(gradient(2), s, PARAMS) for s in (orbax, state)))
+
+
+def test_map_params_changes_nothing():
+    tx = few(optax.adamw(0.1))
+    state = tx.init(PARAMS)
+    tables.assert_equal(optax.tree.map_params(tx, lambda x: x + 1, state), state)
+
+
+def test_bases_of_low_rank_stay_and_its_moments_do_not():
+    tx = quantized(gum_optax.low_rank(optax.scale_by_adam(), tables.SIMPLE), smallest=0)
+    matrices = [PARAMS["w"]] * 4
+    state = jax.eval_shape(tx.init, matrices)
+    assert state.basis["*"].dtype == jnp.float32
+    assert state.inner.mu["*"].low.codes.dtype == jnp.int8
+    assert state.inner.nu["*"].low.codes.dtype == jnp.uint8
+    # A state that has a storage of its own is not packed twice.
+    inner = gum_optax.low_rank(
+        optax.scale_by_adam(), LowRank(2, 2, residuals.sampled(1), storage=storages.int4())
+    )
+    twice, once = (jax.eval_shape(t.init, matrices) for t in (quantized(inner, smallest=0), inner))
+    assert helpers.described(twice) == helpers.described(once)
+
+
+PLANNED = {
+    "adamw": lambda: few(optax.adamw(0.1)),
+    "muon": lambda: gum_optax.muon(0.1),
+    "muon, lean fallback": lambda: gum_optax.muon(0.1, fallback=few(optax.adamw(0.1))),
+    "all of gum": lambda: few(gum_optax.gum(0.1, LowRank(2, 2)), storages.int4()),
+    "storage": lambda: gum_optax.adamw(0.1, LowRank(2, 2, storage=storages.int8())),
+    "both": lambda: few(gum_optax.adamw(0.1, LowRank(2, 2, storage=storages.int4()))),
+    "feedback": lambda: few(gum_optax.gum(0.1, LowRank(2, 2, residuals.feedback()))),
+}
+
+
+@pytest.mark.parametrize("name", PLANNED)
+def test_the_plan_counts_to_the_byte(name):
+    tx = PLANNED[name]()
+    params = {"layers": [dict(PARAMS) for _ in range(4)], "embed": np.ones((40, 24), np.float32)}
+    plan = gum_optax.memory_plan(tx, params)
+    assert plan.total_bytes == helpers.state_bytes(jax.eval_shape(tx.init, params))
+    assert all(row.bytes >= 0 for row in plan.rows)
+    if name == "muon, lean fallback":
+        [row] = [row for row in plan.rows if row.name == "embed"]
+        assert row.bytes == 2 * (40 * 24 + 4 * 40)
+    if name in ("all of gum", "storage", "both", "feedback"):
+        [shared] = [row for row in plan.rows if row.treatment == "shared"]
+        assert shared.bytes < 100
+
+
+def test_temporaries_hold_no_decoded_state():
+    """Compiled for CPUs, where arrays take turns."""
+    leaves = [jax.ShapeDtypeStruct((128, 512), jnp.float32)] * 8
+    tx = quantized(optax.trace(0.9))
+
+    def step(params, state, gradients):
+        updates, state = tx.update(gradients, state)
+        return optax.apply_updates(params, updates), state
+
+    state = jax.eval_shape(tx.init, leaves)
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(leaves, state, leaves).compile()
+    analysis: Any = compiled.memory_analysis()
+    assert analysis.temp_size_in_bytes < 0.5 * 8 * 4 * 128 * 512
+
+
+# Meshes -------------------------------------------------------------------------------------------
+
+MODES = {"Auto": AxisType.Auto, "Explicit": AxisType.Explicit}
+
+
+def mesh_of(mode: str) -> jax.sharding.Mesh:
+    return jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(MODES[mode],) * 2)
+
+
+def test_codes_and_scales_are_sharded_as_their_parameters():
+    params = {"w": jnp.zeros((16, 64)), "odd": jnp.zeros((16, 6)), "stack": jnp.zeros((4, 8, 16))}
+    specs = {"w": P("fsdp", "tensor"), "odd": P("fsdp", "tensor"), "stack": P("fsdp", None, None)}
+    found = gum_optax.state_shardings(
+        few(optax.trace(0.9), storages.int4(16)), params, specs, mesh_of("Auto")
+    )
+    trace = jax.tree.map(lambda sharding: sharding.spec, found.trace)
+    assert trace["w"] == Codes(P("fsdp", "tensor"), P("fsdp", "tensor"))
+    # Three bytes, and one block, cannot be cut in two.
+    assert trace["odd"] == Codes(P("fsdp"), P("fsdp"))
+    assert trace["stack"] == Codes(P("fsdp"), P("fsdp"))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["adamw, int8", "muon, int4"])
+def test_a_mesh_changes_no_value(name, mode):
+    make = {
+        "adamw, int8": lambda: few(optax.adamw(0.1), storages.int8(16)),
+        "muon, int4": lambda: gum_optax.for_matrices(
+            optax.chain(few(optax.trace(0.9), storages.int4(16)), gum_optax.scale_by_polar()), 0.1
+        ),
+    }
+    tx, mesh = make[name](), mesh_of(mode)
+    params = {"w": PARAMS["w"], "bias": PARAMS["bias"]}
+    place = {
+        "w": NamedSharding(mesh, P("fsdp", "tensor")),
+        "bias": NamedSharding(mesh, P("tensor")),
+    }
+    gradients = [{k: gradient(seed)[k] for k in params} for seed in range(3)]
+
+    def run(params, state, place):
+        first = jax.device_put(gradients[0], place)
+        # A compiled program refuses arrays of other types or shardings than it was made for.
+        update = jax.jit(tx.update).lower(first, state, params).compile(helpers.QUICK)
+        results = []
+        for each in gradients:
+            updates, state = update(jax.device_put(each, place), state, params)
+            results.append(updates)
+        return jax.device_get(results)
+
+    expected = run(params, tx.init(params), None)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, place)
+        shardings = gum_optax.state_shardings(tx, placed, place)
+        state = jax.jit(tx.init, out_shardings=shardings)(placed)
+        # Without `jit`, arrays lie there as well.
+        same = jax.tree.map(
+            lambda leaf, sharding: leaf.sharding.is_equivalent_to(sharding, leaf.ndim),
+            tx.init(placed),
+            shardings,
+        )
+        assert all(jax.tree.leaves(same))
+        actual = run(placed, state, place)
+    helpers.assert_trees_close(actual, expected, 2e-5)
+
+
+# Bad input ----------------------------------------------------------------------------------------
+
+
+def test_bad_arguments_are_named():
+    for bad in (8, None, storages.int8, jnp.int8):
+        with pytest.raises(TypeError, match="`storage` must be a Storage"):
+            quantized(optax.adam(0.1), bad)
+        with pytest.raises(TypeError, match="`storage` must be a Storage"):
+            gum_optax.muon(0.1, bad)
+    with pytest.raises(TypeError, match=r"`choose\(path\)` must be a Storage"):
+        few(optax.adam(0.1), storages.by_path(lambda path: 8)).init(PARAMS)
+
+
+def test_a_state_of_other_options_is_refused_by_name():
+    state = few(optax.trace(0.9)).init(PARAMS)
+    with pytest.raises(ValueError, match=r"`state.trace\['odd'\]"):
+        few(optax.trace(0.9), storages.int4()).update(PARAMS, state)
+    with pytest.raises(ValueError, match=r"`state.trace\['odd'\]"):
+        quantized(optax.trace(0.9)).update(PARAMS, state)
+
+
+# Muon ---------------------------------------------------------------------------------------------
+
+
+def test_with_plain_momentum_it_is_optax_muon():
+    params = {"w": PARAMS["w"], "tall": PARAMS["w"].T.copy(), "bias": PARAMS["bias"]}
+    mine = gum_optax.muon(0.1, storages.plain(), weight_decay=0.01)
+    theirs = optax.contrib.muon(0.1, beta=0.95, nesterov=False, weight_decay=0.01)
+    states = [tx.init(params) for tx in (mine, theirs)]
+    updates = [jax.jit(tx.update) for tx in (mine, theirs)]
+    for seed in range(4):
+        grads = gradient(seed)
+        grads = {"w": grads["w"], "tall": grads["w"].T.copy(), "bias": grads["bias"]}
+        (one, states[0]), (other, states[1]) = (
+            update(grads, state, params) for update, state in zip(updates, states, strict=True)
+        )
+        for name in ("w", "tall"):
+            np.testing.assert_allclose(one[name], other[name], atol=2e-5)
+
+
+@pytest.mark.parametrize(("storage", "share"), [(storages.int8(), 0.03), (storages.int4(), 0.3)])
+def test_quantized_muon_stays_near_muon(storage, share):
+    """A hundred steps on a linear model with noise; the distance is that of the weights."""
+    target = 0.05 * jax.random.normal(jax.random.key(1), (64, 96))
+    noise = jax.random.normal(jax.random.key(0), (100, 64, 96))
+
+    def train(storage):
+        tx = gum_optax.muon(optax.linear_schedule(0.02, 0.0, 100), storage)
+
+        def step(carry, noise):
+            params, state = carry
+            grads = jax.tree.map(lambda p: p - target + 0.1 * noise, params)
+            updates, state = tx.update(grads, state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        params = {"w": jnp.zeros_like(target)}
+        return jax.lax.scan(step, (params, tx.init(params)), noise)[0][0]["w"]
+
+    plain, coded = (jax.jit(functools.partial(train, s))() for s in (storages.plain(), storage))
+    assert jnp.linalg.norm(coded - plain) < share * jnp.linalg.norm(plain)
+    losses = [jnp.linalg.norm(w - target) for w in (plain, coded)]
+    assert losses[1] < 1.02 * losses[0] < 0.5 * jnp.linalg.norm(target)
+
+
+def test_muon_keeps_an_eighth_of_the_bytes_of_adamw():
+    params = {"w": jax.ShapeDtypeStruct((512, 1024), jnp.float32)}
+    plan = gum_optax.memory_plan(gum_optax.muon(0.1), params)
+    assert plan.adamw_bytes / 8 < plan.total_bytes < plan.adamw_bytes / 7.8
