@@ -35,6 +35,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 
 from gum_optax import _mesh
@@ -91,9 +92,14 @@ def encode(map: Map, block: int, array: jax.Array) -> Codes:
     number in a map without negative levels. Blocks below the range of normal numbers become zero,
     and numbers above a quarter of the largest one are cut to it.
     """
-    return _mesh.in_auto_mode(
-        lambda array: _encode(map, block, array), array, like=lambda: _describe(map, block, array)
+    described = _describe(map, block, array)
+    packed = _mesh.in_auto_mode(
+        lambda array: _encode(map, block, array), array, like=lambda: described
     )
+    if isinstance(array, jax.core.Tracer) or _mesh.sharding_of(array) is None:
+        return packed
+    # Outside of `jit`, padding and reshaping may have moved the codes to one device.
+    return jax.device_put(packed, jax.tree.map(lambda leaf: leaf.sharding, described))
 
 
 def decode(map: Map, block: int, packed: Codes, like: jax.Array) -> jax.Array:
@@ -128,7 +134,10 @@ def _encode(map: Map, block: int, array: jax.Array) -> Codes:
     # 3. Two codes of four bits share a byte.
     if map.bits == 4:
         codes = _paired(jnp.pad(codes, _at_the_end(codes.ndim, n % 2)))
-    return Codes(codes, scale.squeeze(-1))
+    scale = scale.squeeze(-1)
+    # Where the last block is shorter, no device has the scales of its own numbers: see `_describe`.
+    whole = blocks.shape[-2] * blocks.shape[-1] == n
+    return Codes(codes, scale if whole else _mesh.gather(scale, axis=-1))
 
 
 def _decode(map: Map, block: int, packed: Codes, n: int, dtype: Any) -> jax.Array:

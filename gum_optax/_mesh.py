@@ -90,12 +90,18 @@ def gather_rows(matrices: jax.Array) -> jax.Array:
     Products with an m x m matrix on the left are then local, and those along n need one all-reduce.
     Without the constraint, XLA gathers rows again at each of them.
     """
-    mesh = jax.typeof(matrices).sharding.mesh
-    if not on_mesh(matrices) or any(kind is not AxisType.Auto for kind in mesh.axis_types):
-        return matrices
-    free = PartitionSpec.UNCONSTRAINED
-    spec = PartitionSpec(*(free,) * (matrices.ndim - 2), None, free)
-    return jax.lax.with_sharding_constraint(matrices, NamedSharding(mesh, spec))
+    return gather(matrices, axis=-2)
+
+
+def gather(array: jax.Array, axis: int) -> jax.Array:
+    """Constrains an axis to be replicated, on a mesh of Auto axes; others are left to XLA."""
+    mesh = jax.typeof(array).sharding.mesh
+    if not on_mesh(array) or any(kind is not AxisType.Auto for kind in mesh.axis_types):
+        return array
+    entries: list[Any] = [PartitionSpec.UNCONSTRAINED] * array.ndim
+    entries[axis] = None
+    sharding = NamedSharding(mesh, PartitionSpec(*entries))
+    return jax.lax.with_sharding_constraint(array, sharding)
 
 
 def in_auto_mode(function: Callable[..., Any], *args: PyTree, like: Callable[[], PyTree]) -> Any:

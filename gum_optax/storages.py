@@ -115,8 +115,8 @@ def field(*names: str) -> Callable[[KeyPath], bool]:
     return leads_through
 
 
-# Of optax's transformations. Not `v`: it is a second moment in Adafactor, for arrays that it does not
-# factor, and a difference of gradients in Adan.
+# Of optax's transformations. Not `v`: in Adafactor it is a second moment, of arrays that are not
+# factored, and in Adan a difference of gradients.
 _SECOND_MOMENT = field(
     *("nu", "nu_max", "sum_of_squares", "exp_avg_sq", "e_g", "e_x", "n", "v_row", "v_col")
 )
@@ -136,7 +136,9 @@ def int8(block: int = 256, non_negative: Callable[[KeyPath], bool] = _SECOND_MOM
 
     Args:
       block: the largest length of a block, an int >= 1. Blocks of an axis have equal lengths; where
-        it is not divisible, the last is shorter.
+        it is not divisible, the last is shorter. A mesh that shards the axis should cut it between
+        blocks, whose number is a power of two where that divides the axis; otherwise steps
+        communicate, and ``out_shardings`` keeps the state in its places, see `state_shardings`.
       non_negative: ``path -> bool``, which arrays are never negative (a negative number makes its
         block NaN there); by default second moments, by the names of their fields in optax: ``nu``
         of Adam, ``sum_of_squares`` of AdaGrad and so on. Sophia's ``nu`` may be negative: pass

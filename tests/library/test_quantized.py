@@ -352,18 +352,21 @@ def test_codes_and_scales_are_sharded_as_their_parameters():
 @pytest.mark.parametrize("name", ["adamw, int8", "muon, int4"])
 def test_a_mesh_changes_no_value(name, mode):
     make = {
-        "adamw, int8": lambda: few(optax.adamw(0.1), storages.int8(16)),
+        # Of 30 numbers, the last of four blocks is shorter, and the mesh cuts the second.
+        "adamw, int8": lambda: few(optax.adamw(0.1), storages.int8(8)),
         "muon, int4": lambda: gum_optax.for_matrices(
             optax.chain(few(optax.trace(0.9), storages.int4(16)), gum_optax.scale_by_polar()), 0.1
         ),
     }
     tx, mesh = make[name](), mesh_of(mode)
-    params = {"w": PARAMS["w"], "bias": PARAMS["bias"]}
-    place = {
-        "w": NamedSharding(mesh, P("fsdp", "tensor")),
-        "bias": NamedSharding(mesh, P("tensor")),
-    }
-    gradients = [{k: gradient(seed)[k] for k in params} for seed in range(3)]
+    shapes = {"w": (8, 24), "uneven": (8, 30), "bias": (24,)}
+    specs = {"w": P("fsdp", "tensor"), "uneven": P(None, "tensor"), "bias": P("tensor")}
+    place = {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
+    rng = np.random.default_rng(0)
+    params, *gradients = [
+        {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+        for _ in range(4)
+    ]
 
     def run(params, state, place):
         first = jax.device_put(gradients[0], place)
