@@ -88,10 +88,29 @@ def quantized(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             like = jax.eval_shape(run.init, updates if params is None else params)
-        _checks.same_shapes(jax.eval_shape(pack, like), state)
+        expected = jax.eval_shape(pack, like)
+        containers, state = jax.tree.structure(state), _regrouped(like, expected, state)
+        _checks.same_shapes(expected, state)
         # 2. Unpack, update, pack.
         unpacked = storages.unpack(resting, state, like, smallest)
         new_updates, new_state = run.update(updates, unpacked, params, **extra_args)
-        return keep_dtypes(new_updates, updates), keep_dtypes(pack(new_state), state)
+        packed = jax.tree.leaves(keep_dtypes(pack(new_state), state))
+        return keep_dtypes(new_updates, updates), containers.unflatten(packed)
 
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
+
+
+def _regrouped(like: PyTree, expected: PyTree, state: PyTree) -> PyTree:
+    """Gives packed arrays the containers of ``init``.
+
+    Flax NNX makes mappings of the NamedTuples that its variables hold, once a step has set them.
+    """
+
+    def on_leaf(_: Any, want: PyTree, rest: PyTree) -> PyTree:
+        treedef, leaves = jax.tree.structure(want), jax.tree.leaves(rest)
+        return treedef.unflatten(leaves) if treedef.num_leaves == len(leaves) else rest
+
+    try:
+        return jax.tree.map(on_leaf, like, expected, state)
+    except ValueError:
+        return state  # Made for other parameters, which the check of shapes tells by name.

@@ -264,6 +264,34 @@ def test_checkpoints(tmp_path):
     tables.assert_equal(*(update(gradient(2), s, PARAMS) for s in (orbax, state)))
 
 
+@pytest.mark.parametrize(
+    "make", [lambda: few(optax.adamw(0.01)), lambda: gum_optax.muon(0.01, storages.int4())]
+)
+def test_flax_nnx(make):
+    """Its optimizer has variables in the state, which turn NamedTuples into mappings."""
+    from flax import nnx
+
+    model, plain = (nnx.Linear(64, 96, rngs=nnx.Rngs(0)) for _ in range(2))
+    optimizer = nnx.Optimizer(model, make(), wrt=nnx.Param)
+    tx, x = make(), jnp.asarray(gradient(0)["w"]).repeat(8, axis=0)[:, :1].repeat(64, axis=1)
+
+    def loss(params, x):
+        return jnp.mean(jnp.tanh(x @ params["kernel"] + params["bias"]) ** 2)
+
+    @nnx.jit
+    def step(model, optimizer):
+        grads = nnx.grad(lambda m: loss({"kernel": m.kernel, "bias": m.bias}, x))(model)
+        optimizer.update(model, grads)
+
+    params = {"kernel": plain.kernel[...], "bias": plain.bias[...]}
+    state, update = tx.init(params), jax.jit(tx.update)
+    for _ in range(3):
+        step(model, optimizer)
+        updates, state = update(jax.grad(loss)(params, x), state, params)
+        params = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(model.kernel[...], params["kernel"], atol=1e-4)
+
+
 def test_map_params_changes_nothing():
     tx = few(optax.adamw(0.1))
     state = tx.init(PARAMS)
