@@ -271,7 +271,8 @@ def test_flax_nnx(make):
     """Its optimizer has variables in the state, which turn NamedTuples into mappings."""
     from flax import nnx
 
-    model, plain = (nnx.Linear(64, 96, rngs=nnx.Rngs(0)) for _ in range(2))
+    models: Any = [nnx.Linear(64, 96, rngs=nnx.Rngs(0)) for _ in range(2)]
+    model, plain = models
     optimizer = nnx.Optimizer(model, make(), wrt=nnx.Param)
     tx, x = make(), jnp.asarray(gradient(0)["w"]).repeat(8, axis=0)[:, :1].repeat(64, axis=1)
 
