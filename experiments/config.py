@@ -82,8 +82,9 @@ class Training:
     """Factor of a residual that is added without momentum."""
     residual_decay: float = 0.0
     """Power of the learning rate, as a share of its peak, by which that factor shrinks as well."""
-    momentum_bits: Literal[32, 8, 4] = 32
-    """gum, muon: bits of an entry of momentum between two steps, with one scale for each row."""
+    momentum: Literal["float32", "int8", "int4", "rows8", "rows4"] = "float32"
+    """gum, muon: how momentum rests between two steps; rows8 and rows4 are the plainest codes of 8
+    and 4 bits, with one scale for each row."""
     projector: Projector | None = None
     """How bases come from gradients (gum, unbiased_adamw, joint_muon, galore, galore_muon, fira,
     frugal). None: the first three use subspace_iteration, the others svd."""
@@ -190,7 +191,7 @@ _USERS = {
     "residual": ("gum", "unbiased_adamw"),
     "residual_scale": _OURS,
     "residual_decay": ("gum", "unbiased_adamw"),
-    "momentum_bits": ("gum", "muon"),
+    "momentum": ("gum", "muon"),
 }
 
 

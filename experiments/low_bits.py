@@ -1,14 +1,13 @@
-"""Momentum in few bits between two steps, as a storage of the library: integers and a scale a row.
+"""The plainest codes for momentum, which the library's are compared with: a scale for each row.
 
 A row is the last axis. Codes are linear and symmetric, ``x ~ scale * code`` with the scale
 ``max |x| / limit``, and rounded to nearest; two codes of four bits share a byte.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from gum_optax import storages
 
@@ -44,23 +43,11 @@ def _unpair(packed: Codes, like: jax.Array) -> jax.Array:
     return _decode(Codes(flat, packed.scale), like)
 
 
-STORAGES: dict[Any, storages.Storage] = {
-    32: storages.plain(),
-    8: storages.Storage(lambda array: _encode(array, 127), _decode),
-    4: storages.Storage(_pair, _unpair),
+# By the name that `--momentum` has for it.
+STORAGES: dict[str, storages.Storage] = {
+    "float32": storages.plain(),
+    "int8": storages.int8(),
+    "int4": storages.int4(),
+    "rows8": storages.Storage(lambda array: _encode(array, 127), _decode),
+    "rows4": storages.Storage(_pair, _unpair),
 }
-
-
-def resting(inner: optax.GradientTransformation, bits: int) -> optax.GradientTransformation:
-    """The same transformation, with its state in few bits between two steps."""
-    storage = STORAGES[bits]
-
-    def init(params: Any) -> Any:
-        return storages.pack(storage, inner.init(params))
-
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        like = jax.eval_shape(inner.init, updates)
-        updates, new = inner.update(updates, storages.unpack(storage, state, like), params)
-        return updates, storages.pack(storage, new)
-
-    return optax.GradientTransformation(init, update)

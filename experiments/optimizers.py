@@ -48,7 +48,7 @@ def gum(
         residual=_residual(config, config.full_rank_layers if full_rank is None else full_rank),
         projector=_projector(config, "subspace_iteration"),
         carry=CARRIES[config.restart],
-        storage=low_bits.STORAGES[config.momentum_bits],
+        storage=low_bits.STORAGES[config.momentum],
         **_common(config),
     )
     return _low_rank_muon(config, rate, compression)
@@ -65,7 +65,13 @@ def joint_muon(config: Training, rate: optax.Schedule) -> Optimizer:
         carry=CARRIES[config.restart],
         **_common(config),
     )
-    return _orthogonalized(config, rate, gum_optax.low_rank(optax.trace(0.95), compression))
+    momentum = gum_optax.low_rank(optax.trace(0.95), compression)
+    return gum_optax.for_matrices(
+        optax.chain(momentum, gum_optax.scale_by_polar(), _as_adam()),
+        rate,
+        weight_decay=config.weight_decay,
+        fallback=_fallback(config),
+    )
 
 
 def galore_muon(config: Training, rate: optax.Schedule) -> Optimizer:
@@ -111,9 +117,14 @@ def unbiased_adamw(config: Training, rate: optax.Schedule) -> Optimizer:
 
 def muon(config: Training, rate: optax.Schedule) -> Optimizer:
     """Full-rank Muon on the hidden matrices, AdamW on the rest."""
-    if config.momentum_bits < 32:
-        momentum = low_bits.resting(optax.trace(0.95), config.momentum_bits)
-        return _orthogonalized(config, rate, momentum)
+    if config.momentum != "float32":
+        return gum_optax.muon(
+            rate,
+            low_bits.STORAGES[config.momentum],
+            consistent_rms=config.consistent_rms,
+            weight_decay=config.weight_decay,
+            fallback=_fallback(config),
+        )
     return optax.contrib.muon(
         rate,
         nesterov=False,
@@ -219,18 +230,6 @@ def _low_rank_muon(
         rate,
         compression,
         consistent_rms=config.consistent_rms,
-        weight_decay=config.weight_decay,
-        fallback=_fallback(config),
-    )
-
-
-def _orthogonalized(
-    config: Training, rate: optax.Schedule, momentum: optax.GradientTransformation
-) -> Optimizer:
-    """Muon with another momentum, at the size of Adam's updates."""
-    return gum_optax.for_matrices(
-        optax.chain(momentum, gum_optax.scale_by_polar(), _as_adam()),
-        rate,
         weight_decay=config.weight_decay,
         fallback=_fallback(config),
     )

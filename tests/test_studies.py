@@ -311,7 +311,7 @@ def test_every_contender_can_run_and_has_a_name_of_its_own():
 
 @pytest.mark.parametrize(
     "key",
-    ["muon", "muon_8bit", "muon_4bit", "adamw", "scale", "columns", "columns_16", "joint", "gum",
+    ["muon", "muon_rows8", "muon_rows4", "adamw", "scale", "columns", "columns_16", "joint", "gum",
      "columns_slots_1", "additive", "adam_columns", "fira", "frugal", "apollo", "apollo_mini",
      "galore"],
 )  # fmt: skip
@@ -330,8 +330,8 @@ def test_contenders_are_other_transformations_of_the_same_rest(key):
         # Some of the eight matrices of each role in full.
         "slots": sum((m + n) * rank + m * n * drawn / 8 for m, n in shapes),
         # A scale in float32 for each input: those of one matrix of seven are the hidden width.
-        "muon_8bit": sum(m * n / 4 for m, n in shapes) + 6 * 128 + 352,
-        "muon_4bit": sum(m * n / 8 for m, n in shapes) + 6 * 128 + 352,
+        "muon_rows8": sum(m * n / 4 for m, n in shapes) + 6 * 128 + 352,
+        "muon_rows4": sum(m * n / 8 for m, n in shapes) + 6 * 128 + 352,
     }
     kinds = {
         "adam": ("galore", "fira", "apollo", "frugal", "adam_columns"),

@@ -74,17 +74,17 @@ def test_runs_that_differ_in_more_are_programs_of_their_own(base):
         together.train([dataclasses.replace(config, rank=0)])
 
 
-@pytest.mark.parametrize("bits, limit", [(8, 127), (4, 7)])
-def test_momentum_in_few_bits_is_near_and_small(bits, limit):
+@pytest.mark.parametrize("name, limit", [("rows8", 127), ("rows4", 7)])
+def test_momentum_in_few_bits_is_near_and_small(name, limit):
     """To half a code of each row's largest entry, for rows of odd length and zeros, too."""
-    storage = low_bits.STORAGES[bits]
+    storage = low_bits.STORAGES[name]
     array = jax.random.normal(jax.random.key(0), (3, 5, 7)).at[1].set(0)
     packed = jax.jit(storage.pack)(array)
     back = jax.jit(storage.unpack)(packed, array)
     half = jnp.max(jnp.abs(array), axis=-1, keepdims=True) / limit / 2
     assert bool(jnp.all(jnp.abs(back - array) <= half * (1 + 1e-5)))
     assert bool(jnp.all(back[1] == 0))
-    assert packed.codes.nbytes == 3 * 5 * (7 if bits == 8 else 4)
+    assert packed.codes.nbytes == 3 * 5 * (7 if limit == 127 else 4)
     # A second way through the storage changes nothing: the state of a matrix at rest stays.
     again = storage.pack(back)
     np.testing.assert_allclose(storage.unpack(again, array), back, rtol=1e-6)
@@ -93,7 +93,7 @@ def test_momentum_in_few_bits_is_near_and_small(bits, limit):
 def test_low_bits_are_what_the_state_holds_between_steps():
     params = [jnp.ones((8, 32)) for _ in range(4)]
     tree = {"layers": [{"w": w} for w in params]}
-    compression = gum_optax.LowRank(rank=4, storage=low_bits.STORAGES[4])
+    compression = gum_optax.LowRank(rank=4, storage=low_bits.STORAGES["rows4"])
     state = gum_optax.gum(1e-2, compression).init(tree)
     codes = [leaf for leaf in jax.tree.leaves(state) if leaf.dtype == jnp.uint8]
     assert sorted(leaf.shape for leaf in codes) == [(2, 8, 16), (4, 4, 16)]

@@ -290,7 +290,7 @@ def test_flax_nnx(make):
         step(model, optimizer)
         updates, state = update(jax.grad(loss)(params, x), state, params)
         params = optax.apply_updates(params, updates)
-    np.testing.assert_allclose(model.kernel[...], params["kernel"], atol=1e-4)
+    np.testing.assert_allclose(model.kernel[...], np.asarray(params["kernel"]), atol=1e-4)
 
 
 def test_map_params_changes_nothing():
