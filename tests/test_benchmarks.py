@@ -22,6 +22,7 @@ from experiments.benchmarks import (
     timing,
     training,
     trees,
+    variants,
 )
 from experiments.benchmarks.settings import Config
 from experiments.config import ConfigError
@@ -365,3 +366,27 @@ def test_a_record_says_what_it_rests_on(tmp_path):
 def test_a_commit_is_none_outside_a_clone(tmp_path, monkeypatch):
     monkeypatch.setattr(record, "__file__", str(tmp_path / "record.py"))
     assert record.commit() is None
+
+
+def test_variants_have_the_state_that_they_are_compared_for():
+    tree = trees.separate("nano")
+    bytes_of = {
+        name: trees.size(jax.eval_shape(make(32, 2).init, tree))
+        for name, make in contenders.VARIANTS.items()
+    }
+    # A residual without momentum has no state; slots, precision and full rank have.
+    assert bytes_of["columns of the residual"] == bytes_of["GaLore-Muon"] < bytes_of["GUM"]
+    by_precision = [bytes_of[f"Muon{bits}"] for bits in (", 4 bits", ", 8 bits", "")]
+    assert bytes_of["SCALE"] < by_precision[0] < by_precision[1] < by_precision[2]
+    assert by_precision[2] < bytes_of["AdamW"]
+
+
+@pytest.mark.usefixtures("few_matrices")
+def test_variants_are_timed_by_turns_beside_galore_muon(config, monkeypatch, capsys):
+    some = {name: contenders.VARIANTS[name] for name in ("GaLore-Muon", "SCALE")}
+    monkeypatch.setattr(contenders, "VARIANTS", some)
+    variants.run(config)
+    found = json.loads((config.out / "variants" / "tiny.json").read_text())["ratios"]
+    assert found["GaLore-Muon"] == {"of_medians": 1, "min": 1, "max": 1}
+    assert found["SCALE"]["of_medians"] > 0
+    assert "seconds of an update over GaLore-Muon's" in capsys.readouterr().out

@@ -23,22 +23,20 @@ def base(tmp_path_factory):
     for file in sorted((home / "two").iterdir())[:1]:
         file.rename(file.with_name("zzz" + file.name))
     config = Config(
-        preset="tiny", steps=6, batch_size=2, rank=4, period=2, full_rank_layers=1,
-        residual="columns", projector="svd", corpus=(corpora[0],), cache_dir=str(home / "cache"),
-        validate_every=4, validation_batches=2,
+        preset="tiny", steps=6, batch_size=2, rank=16, period=2, full_rank_layers=1,
+        residual="additive", projector="random_orthonormal", corpus=(corpora[0],),
+        cache_dir=str(home / "cache"), validate_every=4, validation_batches=2,
     )  # fmt: skip
     return config, corpora, home
 
 
 def test_runs_of_one_program_have_the_numbers_that_they_have_alone(base, capsys):
-    """Of draws, refreshes and residuals; at other rates, seeds, sizes and on other text."""
+    """Of draws and refreshes; at other rates, seeds and on other text."""
     config, corpora, home = base
     configs = [
-        dataclasses.replace(
-            config, learning_rate=rate, seed=seed, corpus=(corpus,), residual_scale=scale
-        )
-        for (rate, scale), (seed, corpus) in itertools.product(
-            ((3e-3, 1.0), (1e-2, 0.5)), ((0, corpora[0]), (1, corpora[1]))
+        dataclasses.replace(config, learning_rate=rate, seed=seed, corpus=(corpus,))
+        for rate, (seed, corpus) in itertools.product(
+            (3e-3, 1e-2), ((0, corpora[0]), (1, corpora[1]))
         )
     ]
     out = home / "together.json"
@@ -46,13 +44,12 @@ def test_runs_of_one_program_have_the_numbers_that_they_have_alone(base, capsys)
     assert [entry["config"] for entry in entries] == [runs.identity(c) for c in configs]
     assert {entry["together"] for entry in entries} == {4}
     assert len({entry["validation_loss"] for entry in entries}) == 4
-    for index in (0, 3):
-        run = dataclasses.replace(configs[index], run_dir=str(home / f"alone-{index}"))
-        alone = train(run, show=False)
-        curve = [[m["step"], m["validation_loss"]] for m in alone.metrics if "validation_loss" in m]
-        np.testing.assert_allclose(entries[index]["curve"], curve, rtol=1e-5)
-        assert entries[index]["state_bytes"] == alone.state_bytes
-        assert entries[index]["parameters"] == alone.parameters
+    # The last differs from the first in all of them.
+    alone = train(dataclasses.replace(configs[-1], run_dir=str(home / "alone")), show=False)
+    curve = [[m["step"], m["validation_loss"]] for m in alone.metrics if "validation_loss" in m]
+    np.testing.assert_allclose(entries[-1]["curve"], curve, rtol=1e-5)
+    assert entries[-1]["state_bytes"] == alone.state_bytes
+    assert entries[-1]["parameters"] == alone.parameters
 
     # What the file holds is not trained again, whatever the order in which it is asked for.
     capsys.readouterr()

@@ -12,6 +12,7 @@ from experiments.benchmarks import (
     step,
     sweep,
     training,
+    variants,
 )
 from experiments.benchmarks.settings import Config, check
 from experiments.config import make_directory
@@ -26,6 +27,7 @@ STUDIES: dict[str, Callable[[Config], None]] = {
     "sweep": sweep.run,
     "projectors": projectors.run,
     "orthogonality": orthogonality.run,
+    "variants": variants.run,
 }
 
 

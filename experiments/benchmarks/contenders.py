@@ -11,7 +11,7 @@ import jax
 import optax
 
 import gum_optax
-from gum_optax import dimension_numbers, projectors
+from gum_optax import dimension_numbers, projectors, residuals, storages
 
 LEARNING_RATE = 1e-3
 NUMBERS = {"separate": dimension_numbers.default, "stacked": dimension_numbers.scanned_layers}
@@ -77,6 +77,25 @@ TABLE: dict[str, Contender] = {
     "optax muon": muon,
     "optax galore": optax_galore,
     "galore": galore,
+}
+
+
+def _low_rank_muon(residual: gum_optax.residuals.Residual, rank: int) -> Optimizer:
+    return gum_optax.gum(LEARNING_RATE, gum_optax.LowRank(rank, residual=residual))
+
+
+# The methods of `experiments.studies.frontier`: (rank, full_rank_layers) -> transformation.
+VARIANTS: dict[str, Callable[[int, int], Optimizer]] = {
+    "GaLore-Muon": lambda rank, _: _low_rank_muon(residuals.drop(), rank),
+    "columns of the residual": lambda rank, _: _low_rank_muon(
+        residuals.through(gum_optax.normalize_columns()), rank
+    ),
+    "GUM": lambda rank, drawn: _low_rank_muon(residuals.sampled(drawn), rank),
+    "Muon, 8 bits": lambda *_: gum_optax.muon(LEARNING_RATE),
+    "Muon, 4 bits": lambda *_: gum_optax.muon(LEARNING_RATE, storages.int4()),
+    "Muon": lambda *_: gum_optax.muon(LEARNING_RATE, storages.plain()),
+    "SCALE": lambda *_: gum_optax.for_matrices(gum_optax.normalize_columns(), LEARNING_RATE),
+    "AdamW": lambda *_: optax.adamw(LEARNING_RATE),
 }
 
 gum_svd = partial(gum, projector=projectors.svd)

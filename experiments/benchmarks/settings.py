@@ -13,11 +13,11 @@ class Config:
     """Time and weigh GUM beside AdamW, Muon and GaLore."""
 
     studies: tuple[str, ...] = (
-        "step", "compiled", "sweep", "training", "projectors", "orthogonality"
+        "step", "compiled", "sweep", "training", "projectors", "orthogonality", "variants"
     )  # fmt: skip
     """What to run: step (seconds of an update), compiled (bytes of state and temporaries, seconds
     of compiling), sweep (rank, gamma, period), training (whole steps), projectors and orthogonality
-    (quality of bases and of Newton-Schulz)."""
+    (quality of bases and of Newton-Schulz), variants (seconds of the frontier's methods)."""
     out: Path = Path("experiments/results/benchmarks")
     """Directory of the results; the figure is beside it, with .png at the end."""
     rank: int = 128
@@ -36,7 +36,7 @@ class Config:
     """step: also time GUM's refresh with the SVD as its projector."""
 
     presets: tuple[str, ...] = ("60m", "130m", "350m")
-    """step: presets of experiments.model whose parameters are updated."""
+    """step and variants: presets of experiments.model whose parameters are updated."""
     layouts: tuple[str, ...] = ("separate", "stacked")
     """step and compiled: layers as separate leaves, or stacked in one leaf for each role."""
 

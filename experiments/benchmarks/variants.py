@@ -1,0 +1,33 @@
+"""Seconds of an update of the frontier's methods, by turns: what a residual or few bits cost.
+
+All of them keep their state and share the parameters, as in `experiments.benchmarks.step`, and no
+step but the first is a refresh.
+"""
+
+from experiments import record, tables
+from experiments.benchmarks import contenders, step, timing, trees
+from experiments.benchmarks.settings import Config
+
+REFERENCE = "GaLore-Muon"
+
+
+def run(config: Config) -> None:
+    """Times every method on every preset, writes a file for each, prints a table."""
+    for preset in config.presets:
+        tree = trees.separate(preset)
+        shared = {
+            "params": trees.random(tree, config.seed),
+            "grads": trees.random(tree, config.seed + 1),
+        }
+        steps = {
+            name: step.stepper(make(config.rank, config.full_rank_layers), shared)
+            for name, make in contenders.VARIANTS.items()
+        }
+        seconds = timing.by_turns(steps, config.repeats)
+        ratios = {name: timing.ratio(each, seconds[REFERENCE]) for name, each in seconds.items()}
+        record.write(config.out / "variants" / f"{preset}.json", config, ratios=ratios)
+        tables.show(
+            f"{preset}: seconds of an update over {REFERENCE}'s, by turns",
+            ("method", "median", "least", "largest"),
+            ((name, *ratio.values()) for name, ratio in ratios.items()),
+        )
