@@ -2,8 +2,7 @@
 
 A small model leaves an accelerator idle: most of a step is the start of a thousand little kernels.
 Runs that differ in learning rate, seed, corpus or the size of the residual have one program, so it
-is vectorized over them, and two dozen train in about the time of one. Each has the numbers it has
-alone, up to rounding.
+is vectorized over them. Each has the numbers it has alone, up to rounding.
 """
 
 import concurrent.futures

@@ -134,8 +134,8 @@ class Config:
     corpora: tuple[str, ...] = ("stdlib", "runs/sotu")
     """What to read, each on its own."""
     together: bool = False
-    """Train the runs of a contender in one program, for an accelerator; --jobs and --budget-minutes
-    are without effect."""
+    """Train the runs of a contender in one program, for an accelerator, without --jobs and without a
+    budget, since they are not saved on the way."""
     out: Path = Path("experiments/results/studies/frontier.json")
     """Result file; the figure is beside it."""
     jobs: int = 2
@@ -290,6 +290,8 @@ def main(arguments: Sequence[str]) -> int:
         deadline=runs.deadline_in(config.budget_minutes),
     )
     if config.together:
+        if config.budget_minutes is not None:
+            raise ConfigError("--budget-minutes: runs of one program cannot be stopped and resumed")
         complete = partial(together.complete, out=config.out)
     best = search(config, complete)
     found = {corpus: complete(finals(config, best, corpus)) for corpus in config.corpora}
