@@ -134,7 +134,7 @@ class Config:
     corpora: tuple[str, ...] = ("stdlib", "runs/sotu")
     """What to read, each on its own."""
     together: bool = False
-    """Train the runs of a contender in one program, for an accelerator, without --jobs and without a
+    """Train the runs of a contender in one program, for an accelerator: without jobs, and without a
     budget, since they are not saved on the way."""
     out: Path = Path("experiments/results/studies/frontier.json")
     """Result file; the figure is beside it."""
