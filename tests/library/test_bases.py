@@ -119,7 +119,7 @@ def test_vectorized_over_runs_the_slow_way_is_taken_only_where_some_run_needs_it
     """And then by that run alone. Under a plain `cond`, all would compute both ways."""
     gradients = _float32(_gaussian((3, 12, 20)))
     gradients[1] = 0  # has no Cholesky factor; the others must not notice
-    start = _float32(_gaussian((12, 4), seed=1))
+    start = jnp.asarray(_float32(_gaussian((12, 4), seed=1)))
     basis = functools.partial(power_iteration_basis, start=start, iterations=2)
     every = jax.vmap(basis)
     names = [str(equation.primitive) for equation in jax.make_jaxpr(every)(gradients).eqns]
