@@ -4,7 +4,6 @@ Everything is float64 NumPy, by kind of matrix (q, k, v, o, gate, up, down): an 
 holds the gradients of that kind in all N layers, turned so that m <= n.
 """
 
-import dataclasses
 import itertools
 import re
 from collections.abc import Collection, Iterator, Sequence
@@ -16,7 +15,7 @@ import numpy as np
 import optax
 
 import gum_optax
-from experiments import data, losses, model, train
+from experiments import data, losses, train
 from experiments.config import Config, ConfigError
 
 KINDS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -46,9 +45,7 @@ class Moment(NamedTuple):
 
 def along(config: Config, steps: Collection[int], others: int = 0) -> Iterator[Moment]:
     """Trains with GUM up to the last of `steps`; yields each of them, with `others` batches."""
-    arch = model.architecture(config)
-    tokens = data.prepare(config, arch.vocab_size)
-    arch = dataclasses.replace(arch, vocab_size=tokens.tokenizer.get_vocab_size())
+    arch, tokens = train.prepare(config)
     # The other batches are the same text in another order.
     batches, further = (
         data.training_batches(tokens, arch.seq_len, config.batch_size, seed)

@@ -165,8 +165,8 @@ def begin(config: Training, digest: str, what: str) -> None:
 
 
 def state_bytes(opt_state: optax.OptState) -> int:
-    """Bytes of all arrays in an optimizer state."""
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(opt_state))
+    """Bytes of all arrays in an optimizer state, or of their descriptions."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(opt_state))
 
 
 def device_peak() -> int | None:

@@ -1,7 +1,8 @@
 """The plainest codes for momentum, which the library's are compared with: a scale for each row.
 
 A row is the last axis. Codes are linear and symmetric, ``x ~ scale * code`` with the scale
-``max |x| / limit``, and rounded to nearest; two codes of four bits share a byte.
+``max |x| / limit``, and rounded to nearest. With 8 bits these are the library's, in blocks as long
+as any row; with 4 bits, two codes share a byte.
 """
 
 from typing import NamedTuple
@@ -13,34 +14,29 @@ from gum_optax import storages
 
 
 class Codes(NamedTuple):
-    """An array ``[..., n]`` at rest: `codes` ``int8[..., n]``, or ``uint8[..., (n + 1) // 2]``."""
+    """An array ``[..., n]`` at rest: `codes` ``uint8[..., (n + 1) // 2]``, `scale` ``[..., 1]``."""
 
     codes: jax.Array
     scale: jax.Array
 
 
-def _encode(array: jax.Array, limit: int) -> Codes:
+_LIMIT = 7  # the largest code of 4 bits
+
+
+def _pack(array: jax.Array) -> Codes:
     largest = jnp.max(jnp.abs(array), axis=-1, keepdims=True)
-    scale = jnp.maximum(largest / limit, jnp.finfo(array.dtype).tiny)
-    return Codes(jnp.round(array / scale).astype(jnp.int8), scale)
-
-
-def _decode(packed: Codes, like: jax.Array) -> jax.Array:
-    return (packed.codes.astype(like.dtype) * packed.scale).reshape(like.shape)
-
-
-def _pair(array: jax.Array) -> Codes:
-    codes, scale = _encode(array, 7)
+    scale = jnp.maximum(largest / _LIMIT, jnp.finfo(array.dtype).tiny)
+    codes = jnp.round(array / scale).astype(jnp.int8)
     # From -7 ... 7 to 1 ... 15; a row of odd length ends with a code of zero.
     codes = jnp.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, codes.shape[-1] % 2)]) + 8
     codes = codes.astype(jnp.uint8)
     return Codes(codes[..., ::2] | codes[..., 1::2] << 4, scale)
 
 
-def _unpair(packed: Codes, like: jax.Array) -> jax.Array:
+def _unpack(packed: Codes, like: jax.Array) -> jax.Array:
     both = jnp.stack([packed.codes & 15, packed.codes >> 4], axis=-1).astype(jnp.int8) - 8
-    flat = both.reshape(*packed.codes.shape[:-1], -1)[..., : like.shape[-1]]
-    return _decode(Codes(flat, packed.scale), like)
+    codes = both.reshape(*packed.codes.shape[:-1], -1)[..., : like.shape[-1]]
+    return (codes.astype(like.dtype) * packed.scale).reshape(like.shape)
 
 
 # By the name that `--momentum` has for it.
@@ -48,6 +44,6 @@ STORAGES: dict[str, storages.Storage] = {
     "float32": storages.plain(),
     "int8": storages.int8(),
     "int4": storages.int4(),
-    "rows8": storages.Storage(lambda array: _encode(array, 127), _decode),
-    "rows4": storages.Storage(_pair, _unpair),
+    "rows8": storages.int8(block=2**30),
+    "rows4": storages.Storage(_pack, _unpack),
 }

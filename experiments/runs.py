@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -30,6 +30,7 @@ from experiments.report import metrics_path
 from experiments.train import train
 
 Entry = dict[str, Any]
+_Run = TypeVar("_Run", bound=Training)
 # Runs a configuration, `(config, show=...)`; returns the result, and what else the entry keeps.
 # Defined in a module, for other processes.
 Trainer = Callable[..., tuple[Result, dict[str, Any]]]
@@ -78,24 +79,29 @@ def complete(
       Stopped: a run was stopped by a signal; finished ones are in `out`.
       OutOfTime: the deadline has passed; finished runs are in `out`.
     """
-    entries: list[Entry] = json.loads(out.read_text()) if out.exists() else []
-    default = identity(type(configs[0])())  # of options that are newer than an entry
-    known = [default | entry["config"] for entry in entries]
-    missing = [c for c in dict.fromkeys(configs) if identity(c) not in known]
+    entries, left = missing(configs, out)
     done = 0
     try:
-        for entry in _run(missing, jobs, trainer, deadline):
+        for entry in _run(left, jobs, trainer, deadline):
             entries.append(entry)
             write(out, entries)
             done += 1
-            tqdm.write(f"[{done} of {len(missing)}] {summary(entry)}", file=sys.stdout)
+            tqdm.write(f"[{done} of {len(left)}] {summary(entry)}", file=sys.stdout)
             sys.stdout.flush()
     except OutOfTime:
         raise OutOfTime(
-            f"the time is up: {done} of {len(missing)} runs are done, those that were training are "
+            f"the time is up: {done} of {len(left)} runs are done, those that were training are "
             "saved; the same command goes on"
         ) from None
     return select(entries, configs)
+
+
+def missing(configs: Sequence[_Run], out: Path) -> tuple[list[Entry], list[_Run]]:
+    """The entries of a result file, if it is there, and the configurations that it lacks."""
+    entries: list[Entry] = json.loads(out.read_text()) if out.exists() else []
+    default = identity(type(configs[0])())  # of options that are newer than an entry
+    known = [default | entry["config"] for entry in entries]
+    return entries, [c for c in dict.fromkeys(configs) if identity(c) not in known]
 
 
 def select(entries: Sequence[Entry], configs: Sequence[Training]) -> list[Entry]:

@@ -23,6 +23,7 @@ import optax
 from experiments import checkpoint, data, loop, losses, model, optimizers, runs
 from experiments.config import Config, ConfigError, check
 from experiments.loop import State
+from experiments.train import prepare
 
 # What may differ between the runs of a program, beside what never changes a loss.
 NUMBERS = ("learning_rate", "residual_scale", "seed", "corpus")
@@ -37,10 +38,7 @@ def complete(configs: Sequence[Config], out: Path) -> list[runs.Entry]:
       configs: the configurations; those of one program need not be neighbours.
       out: the JSON file to read and to rewrite. Other entries stay in it.
     """
-    entries: list[runs.Entry] = json.loads(out.read_text()) if out.exists() else []
-    default = runs.identity(Config())
-    known = [default | entry["config"] for entry in entries]
-    missing = [c for c in dict.fromkeys(configs) if runs.identity(c) not in known]
+    entries, missing = runs.missing(configs, out)
     for program in programs(missing):
         for entry in train(program):
             entries.append(entry)
@@ -87,11 +85,7 @@ def train(configs: Sequence[Config]) -> list[runs.Entry]:
         )  # fmt: skip
     seconds = seconds[1:] or seconds  # the first of them compile
     alone = jax.eval_shape(lambda state: jax.tree.map(lambda leaf: leaf[0], state.params), state)
-    optimizer = optimizers.build(first, arch.layers)
-    state_bytes = sum(
-        leaf.size * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(jax.eval_shape(optimizer.init, alone))
-    )
+    opt_state = jax.eval_shape(optimizers.build(first, arch.layers).init, alone)
     return [
         checkpoint.describe(config, texts[config.corpus].digest)
         | {
@@ -101,7 +95,7 @@ def train(configs: Sequence[Config]) -> list[runs.Entry]:
             # Of the whole program: a run has no seconds of its own.
             "seconds_per_step": float(np.median(seconds)),
             "together": len(configs),
-            "state_bytes": state_bytes,
+            "state_bytes": loop.state_bytes(opt_state),
             "parameters": model.parameter_count(alone),
             "peak_bytes": loop.device_peak(),
         }
@@ -127,12 +121,12 @@ def _read(
     configs: Sequence[Config],
 ) -> tuple[model.Architecture, dict[tuple[str, ...], data.Data]]:
     """The shape of the model, and the tokens of each corpus."""
-    arch = model.architecture(configs[0])
-    texts = {config.corpus: data.prepare(config, arch.vocab_size) for config in configs}
-    sizes = {text.tokenizer.get_vocab_size() for text in texts.values()}
-    if len(sizes) > 1:
-        raise ConfigError(f"--corpus: the vocabularies have different sizes, {sorted(sizes)}")
-    return dataclasses.replace(arch, vocab_size=sizes.pop()), texts
+    by_corpus = {config.corpus: prepare(config) for config in configs}
+    shapes = {arch for arch, _ in by_corpus.values()}
+    if len(shapes) > 1:
+        sizes = sorted(arch.vocab_size for arch in shapes)
+        raise ConfigError(f"--corpus: the vocabularies have different sizes, {sizes}")
+    return shapes.pop(), {corpus: tokens for corpus, (_, tokens) in by_corpus.items()}
 
 
 def _start(configs: Sequence[Config], arch: model.Architecture, loss: losses.Loss) -> tuple:

@@ -33,11 +33,9 @@ def train(config: Config, *, show: bool = True) -> Result:
 
 
 def _train(config: Config, mesh: Mesh | None, show: bool) -> Result:
-    arch = model.architecture(config)
     rows = meshes.rows(mesh, config.batch_size, config.accumulate)
     checkpoint.check_run_directory(config)
-    tokens = processes.in_turn(lambda: data.prepare(config, arch.vocab_size))
-    arch = dataclasses.replace(arch, vocab_size=tokens.tokenizer.get_vocab_size())
+    arch, tokens = prepare(config)
     material = loop.Material(
         batches=data.training_batches(
             tokens, arch.seq_len, config.batch_size, config.seed, rows
@@ -60,6 +58,13 @@ def _train(config: Config, mesh: Mesh | None, show: bool) -> Result:
         introduction=_introduction(config, arch, tokens, state, mesh),
         show=show,
     )
+
+
+def prepare(config: Config) -> tuple[model.Architecture, data.Data]:
+    """The tokens of a run, and the shape of its model, which has their vocabulary."""
+    arch = model.architecture(config)
+    tokens = processes.in_turn(lambda: data.prepare(config, arch.vocab_size))
+    return dataclasses.replace(arch, vocab_size=tokens.tokenizer.get_vocab_size()), tokens
 
 
 def start(

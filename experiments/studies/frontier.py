@@ -23,7 +23,7 @@ from typing import Any, Literal
 import jax
 import matplotlib.pyplot as plt
 
-from experiments import cli, model, optimizers, runs, tables, together
+from experiments import cli, loop, model, optimizers, runs, tables, together
 from experiments.config import Config as Run
 from experiments.config import ConfigError, choose
 from experiments.plots import COLOURS, MARKERS, save
@@ -218,14 +218,13 @@ def hidden_bytes(run: Run) -> int:
     params = jax.eval_shape(lambda: model.create(arch)[1])
     kinds: Any = optimizers.matrix_or_rest(params)
     state = jax.eval_shape(optimizers.build(run, arch.layers).init, params)
-    total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     # AdamW keeps two moments of each other weight, whatever the hidden matrices have.
     rest = sum(
         2 * leaf.size * leaf.dtype.itemsize
         for leaf, kind in zip(jax.tree.leaves(params), jax.tree.leaves(kinds), strict=True)
         if kind == "rest"
     )
-    return total - rest
+    return loop.state_bytes(state) - rest
 
 
 def compare(config: Config, entries: Sequence[runs.Entry]) -> list[dict[str, Any]]:

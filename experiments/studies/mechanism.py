@@ -28,7 +28,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 
-from experiments import cli, data, gradients, loop, losses, model, optimizers, record, tables, train
+from experiments import cli, data, gradients, loop, losses, optimizers, record, tables, train
 from experiments.config import Config as Run
 from experiments.loop import State
 from experiments.model import Params
@@ -42,7 +42,7 @@ PARTS = ("low rank", "residual", "both", "residual with momentum", "Muon")
 class Config:
     """Measure what each part of low-rank Muon's update gains, with columns of the residual."""
 
-    every: int = 50
+    every: int = 40
     """Steps between two measurements, the first one before the first step."""
     out: Path = Path("experiments/results/studies/mechanism.json")
     """Result file; the figure is beside it."""
@@ -84,9 +84,7 @@ def main(arguments: Sequence[str]) -> int:
 def measured(config: Config) -> Iterator[dict[str, Any]]:
     """Trains; what is found before each step that is measured."""
     run = config.base
-    arch = model.architecture(run)
-    tokens = data.prepare(run, arch.vocab_size)
-    arch = dataclasses.replace(arch, vocab_size=tokens.tokenizer.get_vocab_size())
+    arch, tokens = train.prepare(run)
     batches = data.training_batches(tokens, arch.seq_len, run.batch_size, run.seed)
     held_out = data.validation_batches(tokens, arch.seq_len, run.batch_size, run.validation_batches)
     static, state, _ = train.start(run, arch)
