@@ -252,8 +252,8 @@ def arrays(tree: Any, size: str, seed: int, other: bool = False) -> Any:
         values = rng.standard_normal(leaf.shape)
         if size == "rank one" and len(leaf.shape) > 1:
             values = values[..., :1] * values[..., :1, :]
-        # Rounded by NumPy, which compiles nothing.
-        return jnp.asarray((values * _scale(size, leaf, rng)).astype(jnp.dtype(dtype)))
+        # Rounded by NumPy and put as it is: `jnp.asarray` compiles a program for each shape.
+        return jax.device_put((values * _scale(size, leaf, rng)).astype(jnp.dtype(dtype)))
 
     return jax.tree.map(array, tree)
 

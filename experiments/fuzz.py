@@ -140,11 +140,17 @@ def _check_law(example: Example) -> int:
     included = 1 + key // 3 % (runs - 1)
     form: Any = ("exclusive", "additive")[key // 9 % 2]
     gradients = arrays(example.tree, example.size, seed=99)
-    estimates = []
-    for run in range(runs):
+
+    def of_run(run: Any) -> Any:
         scripted = _scripted_sampler(run, runs, included)
-        tx = _estimator(example, residuals.sampled(scripted, form=form))
-        estimates.append(tx.update(gradients, _initial(tx, gradients)[0])[0])
+        return _estimator(example, residuals.sampled(scripted, form=form))
+
+    @jax.jit  # One program for all runs; op by op, where jit is disabled.
+    def estimate(run: Any, state: Any) -> Any:
+        return of_run(run).update(gradients, state)[0]
+
+    state, _ = _initial(of_run(0), gradients)
+    estimates = [estimate(run, state) for run in range(runs)]
     for G, *each in zip(*map(jax.tree.leaves, (gradients, *estimates)), strict=True):
         # Estimates are up to `runs` times the gradient.
         mean = np.mean([_double(estimate) for estimate in each], axis=0)
@@ -156,15 +162,16 @@ def _check_nothing_is_lost(example: Example) -> int:
     """``P P'G + (G - P P'G) = G`` at once or, with feedback, over two steps and the last error."""
     steps = [arrays(example.tree, example.size, seed=seed) for seed in (99, 100)]
     tx = _estimator(example, residuals.through(optax.identity()))
-    estimates, _ = tx.update(steps[0], _initial(tx, steps[0])[0])
+    estimates, _ = jax.jit(tx.update)(steps[0], _initial(tx, steps[0])[0])
     for G, estimate in zip(*map(jax.tree.leaves, (steps[0], estimates)), strict=True):
         _assert_close(_double(estimate), _double(G), _norm(G), 1, G.dtype, "through")
 
     feedback = residuals.feedback()
     tx = _estimator(example, feedback)
     state, _ = _initial(tx, steps[0])
-    first, state = tx.update(steps[0], state)
-    second, state = tx.update(steps[1], state)
+    update = jax.jit(tx.update)
+    first, state = update(steps[0], state)
+    second, state = update(steps[1], state)
     left: list[Any] = [np.zeros(leaf.shape) for leaf in jax.tree.leaves(steps[0])]
     for group in _compression(example, feedback).groups(steps[0]):
         for position, error in zip(group.leaves, state.residual.get(group.name, ()), strict=False):
@@ -210,15 +217,18 @@ def _double(array: jax.Array) -> np.ndarray:
     return np.asarray(array, np.float64)
 
 
-def _scripted_sampler(run: int, runs: int, included: int) -> samplers.Sampler:
+def _scripted_sampler(run: Any, runs: int, included: int) -> samplers.Sampler:
+    """The draws of one run, whose number may be traced."""
+
     def sampler(count: int) -> samplers.Sampling:
-        drawn = {
-            start: [i for i in range(count) if (i + start) % runs < included]
-            for start in range(runs)
-        }
-        slots = max(map(len, drawn.values()))
-        padded = drawn[run] + [count] * (slots - len(drawn[run]))
-        return samplers.Sampling(slots, included / runs, lambda key: jnp.asarray(padded, jnp.int32))
+        drawn = [
+            [i for i in range(count) if (i + start) % runs < included] for start in range(runs)
+        ]
+        slots = max(map(len, drawn))
+        padded = [draw + [count] * (slots - len(draw)) for draw in drawn]
+        return samplers.Sampling(
+            slots, included / runs, lambda key: jnp.asarray(padded, jnp.int32)[run]
+        )
 
     return sampler
 

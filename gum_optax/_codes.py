@@ -32,6 +32,7 @@ Tests: tests/library/test_codes.py.
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -112,6 +113,9 @@ def decode(map: Map, block: int, packed: Codes, like: jax.Array) -> jax.Array:
     )
 
 
+# Under `jit`, a function is traced once for each shape, also inside of another one that is traced;
+# `inline` leaves the program of the other as it is. Outside, this is one program instead of many.
+@partial(jax.jit, static_argnums=(0, 1), inline=True)
 def _encode(map: Map, block: int, array: jax.Array) -> Codes:
     dtype, n = jnp.promote_types(array.dtype, jnp.float32), array.shape[-1]
     blocks = _to_blocks(array.astype(dtype), block)  # [..., count, length]
@@ -140,6 +144,7 @@ def _encode(map: Map, block: int, array: jax.Array) -> Codes:
     return Codes(codes, scale if whole else _mesh.gather(scale, axis=-1))
 
 
+@partial(jax.jit, static_argnums=(0, 1, 3, 4), inline=True)
 def _decode(map: Map, block: int, packed: Codes, n: int, dtype: Any) -> jax.Array:
     codes, scale = packed
     if map.bits == 4:

@@ -17,6 +17,8 @@ from gum_optax._paths import PyTree
 
 _TERMINAL = 80
 _HEADER = ("group", "count", "shape", "rank", "slots", "state", "/ AdamW")
+# One for all plans: JAX keeps what it has traced of it.
+_ADAMW = optax.adamw(1.0)
 _TREATMENTS = ("sampled", "low rank", "uncompressed", "fallback", "shared")
 
 
@@ -100,7 +102,7 @@ def memory_plan(tx: optax.GradientTransformation, params: PyTree) -> MemoryPlan:
         warnings.simplefilter("ignore", UserWarning)
         # A function of its own: a trace of `tx.init` that JAX has kept would write no rows.
         total = _ledger.bytes_of(jax.eval_shape(lambda params: tx.init(params), params))
-    adamw = _ledger.bytes_of(jax.eval_shape(optax.adamw(1.0).init, params))
+    adamw = _ledger.bytes_of(jax.eval_shape(_ADAMW.init, params))
     # Whatever nobody claims is shared: step counts, keys, and what wrappers keep of their own.
     shared = total - sum(row.bytes for row in rows)
     claimed = sum(row.adamw_bytes for row in rows)

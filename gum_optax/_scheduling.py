@@ -13,6 +13,7 @@ Tests: tests/library/test_scheduling.py.
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import jax
@@ -118,7 +119,12 @@ def scheduled_after(value: jax.Array, after: jax.Array | None) -> jax.Array:
     """
     if after is None or after.size == 0 or _mesh.on_mesh(value):
         return value
+    return _waiting(value, after)
 
+
+# Traced once for each pair of shapes; `inline` leaves the program that it is called in as it is.
+@partial(jax.jit, inline=True)
+def _waiting(value: jax.Array, after: jax.Array) -> jax.Array:
     def wait(value: jax.Array, after: jax.Array) -> jax.Array:
         # One entry of `after` is enough. The factor is always one, max(first == first, 1), also for
         # a NaN. XLA cannot know that, since a NaN differs from itself, and computes `after` first.

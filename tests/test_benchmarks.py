@@ -369,7 +369,7 @@ def test_a_commit_is_none_outside_a_clone(tmp_path, monkeypatch):
 
 
 def test_variants_have_the_state_that_they_are_compared_for():
-    tree = trees.separate("nano")
+    tree = trees.depth(4, "nano")
     bytes_of = {
         name: trees.size(jax.eval_shape(make(32, 2).init, tree))
         for name, make in contenders.VARIANTS.items()

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -71,7 +70,7 @@ def test_gap_is_the_difference_to_the_optimum():
 def test_every_method_starts_at_gap_one(gaps):
     for values in gaps.values():
         np.testing.assert_array_equal(values[:, 0], 1.0)
-        assert jnp.isfinite(values).all()
+        assert np.isfinite(values).all()
 
 
 def test_committed_result_says_what_the_readme_says():
@@ -91,7 +90,8 @@ def test_writes_figure_and_result(run):
     assert "GUM" in run.printed
 
 
-@pytest.mark.parametrize(("rank", "moves"), [(None, False), (8, False), (16, True)])
+# Projectors of the noise's own rank, 12, are those of the run above.
+@pytest.mark.parametrize(("rank", "moves"), [(8, False), (16, True)])
 def test_galore_moves_where_the_projector_is_wider_than_the_noise(rank, moves):
     config = Config(steps=300, seeds=1, rank=rank)
     galore = counterexample.methods(config)["GaLore-Muon"]

@@ -16,6 +16,7 @@ from experiments import losses, model
 from experiments.config import Config, ConfigError
 
 TINY = model.PRESETS["tiny"]
+ONE_BLOCK = dataclasses.replace(TINY, layers=1)
 FREQUENCIES = model.frequencies(4, 10_000.0)
 APPLY = jax.jit(model.apply, static_argnums=0)
 ROTARY = jax.jit(model.rotary)
@@ -128,7 +129,7 @@ def test_scaled_frequencies_are_those_of_llama_3_1(scaling):
 
 
 def test_biases_are_added_to_queries_keys_and_values():
-    _, params = create(dataclasses.replace(TINY, qkv_bias=True))
+    _, params = create(dataclasses.replace(ONE_BLOCK, qkv_bias=True))
     attention = params["layers"][0]["attn"]
     shapes = {name: part["bias"].shape for name, part in attention.items() if "bias" in part}
     assert shapes == {"q": (32,), "k": (16,), "v": (16,)}
@@ -136,7 +137,7 @@ def test_biases_are_added_to_queries_keys_and_values():
     linear = model.Linear(3, 5, jnp.dtype("float32"), nnx.Rngs(0), bias=True)
     plain = model.Linear(3, 5, jnp.dtype("float32"), nnx.Rngs(0))
     x: Any = np.ones((2, 4, 3), np.float32)
-    bias = jnp.arange(5.0)
+    bias = np.arange(5, dtype=np.float32)
     assert linear.bias is not None
     linear.bias[...] = bias
     np.testing.assert_array_equal(linear(x), plain(x) + bias)
@@ -144,7 +145,7 @@ def test_biases_are_added_to_queries_keys_and_values():
 
 def test_a_bias_of_the_keys_shifts_them_before_they_are_turned(tokens):
     """Added after, it would change each score by one that depends on the query alone: nothing."""
-    static, params = create(dataclasses.replace(TINY, qkv_bias=True))
+    static, params = create(dataclasses.replace(ONE_BLOCK, qkv_bias=True))
 
     def biased(path, leaf):
         names = [key.key for key in path[-2:]]
@@ -162,13 +163,14 @@ def test_the_width_of_a_head_may_be_given():
 
 
 def test_norms_use_the_given_epsilon():
-    logits = logits_of(dataclasses.replace(TINY, norm_eps=1e6), np.array([[1, 2]], np.int32))
+    arch = dataclasses.replace(ONE_BLOCK, norm_eps=1e6)
+    logits = logits_of(arch, np.array([[1, 2]], np.int32))
     assert np.abs(logits).max() < 1e-3  # what is normalized vanishes beside it
 
 
 @pytest.mark.parametrize("options", [{}, {"rope_scaling": LLAMA_3_1, "qkv_bias": True}])
 def test_packed_segments_are_read_as_if_alone(options):
-    arch = dataclasses.replace(TINY, **options)
+    arch = dataclasses.replace(ONE_BLOCK, **options)
     static, params = create(arch)
     lengths, padding = (5, 1, 9), 3
     total = sum(lengths) + padding

@@ -21,7 +21,7 @@ TINY = {
     "TOKENIZER_CHARS": 100_000,
 }
 BUDGETS = {
-    "01_quickstart.ipynb": TINY,
+    "01_quickstart.ipynb": TINY | {"SIZES": ("60m", "130m")},
     "02_why_unbiased.ipynb": TINY | {"COUNTEREXAMPLE_STEPS": 100},
 }
 NOTEBOOKS = {p.name: nbformat.read(p, as_version=4) for p in sorted(DIRECTORY.glob("*.ipynb"))}

@@ -1,9 +1,12 @@
 """The studies that compare training runs: what they run, what they make of it."""
 
+import contextlib
 import dataclasses
+import io
 import json
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -24,25 +27,28 @@ from experiments.studies import (
     weights,
 )
 
+SPECTRA = {
+    f"layers/{i}/mlp/{kind}/kernel": weights.spectrum(np.eye(3))
+    for i, kind in enumerate(spectra.KINDS)
+}
+
 
 def entry(config, loss=None):
     """What a run of `config` might leave: the nearer its rate is to 3e-3, the better."""
     if loss is None:
         loss = 4 + abs(np.log10(config.learning_rate / 3e-3)) + config.seed / 100
-    matrices = {f"layers/{i}/mlp/{kind}/kernel": np.eye(3) for i, kind in enumerate(spectra.KINDS)}
     return {
         "config": runs.identity(config),
         "validation_loss": loss,
         "curve": [[200, loss + 1], [400, loss]],
         "seconds_per_step": 0.5,
         "state_bytes": 2**20,
-        "spectra": {name: weights.spectrum(matrix) for name, matrix in matrices.items()},
+        "spectra": SPECTRA,
     }
 
 
-@pytest.fixture
-def trained(monkeypatch):
-    """Instead of training: the sets of configurations that were asked for."""
+def instead_of_training(monkeypatch):
+    """Returns the list of the sets of configurations, which grows as they are asked for."""
     asked = []
 
     def complete(configs, out, **options):
@@ -58,11 +64,27 @@ def trained(monkeypatch):
 
 
 @pytest.fixture
-def tuned(trained, tmp_path, capsys):
-    """The result file of the pretraining study."""
-    path = tmp_path / "pretraining.json"
-    assert pretraining.main(["--out", str(path)]) == 0
-    assert "stdlib: 400 steps, 3 seeds" in capsys.readouterr().out
+def trained(monkeypatch):
+    """Instead of training: the sets of configurations that were asked for."""
+    return instead_of_training(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """The pretraining study, which others begin with: its result file, and what it asked for."""
+    path = tmp_path_factory.mktemp("pretraining") / "pretraining.json"
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as shown:
+        asked = instead_of_training(patch)
+        assert pretraining.main(["--out", str(path)]) == 0
+    assert "stdlib: 400 steps, 3 seeds" in shown.getvalue()
+    return path, asked
+
+
+@pytest.fixture
+def tuned(pretrained, trained):
+    """The result file of the pretraining study, whose sets are the first of `trained`."""
+    path, asked = pretrained
+    trained.extend(asked)
     return path
 
 
@@ -351,8 +373,9 @@ def test_residuals_without_momentum_have_the_size_of_the_directions_left_out():
     residual, projected = rng.normal(size=(2, 6, 10)), rng.normal(size=(2, 2, 10))
     for name, make in optimizers.DIRECTIONS.items():
         direction: Any = make()
-        found, _ = direction.update(
-            np.float32(residual), direction.init(residual), projected=np.float32(projected)
+        state = direction.init(residual)
+        found, _ = jax.jit(direction.update)(
+            np.float32(residual), state, projected=np.float32(projected)
         )
         np.testing.assert_allclose(np.linalg.norm(found, axis=(1, 2)), 2.0, rtol=1e-5)
         equal = {

@@ -312,21 +312,26 @@ def test_half_the_layers_give_the_gradient_norm_whatever_the_residual():
     np.testing.assert_allclose(variance.relative(parts, np.full(parts.low.shape, 0.5)), 1)
 
 
+@pytest.fixture(scope="module")
+def compared():
+    """Of the matrices of `norms(4)`, and of the same ones at a step that stands still."""
+    still = Norms(*(np.repeat(part[:, :1], 4, axis=1) for part in norms(4)))
+    return variance.comparison(norms(4), 1), variance.comparison(still, 1)
+
+
 @pytest.mark.parametrize("weighing", ["as it is", "by own norm"])
-def test_rules_that_know_the_step_are_no_worse(weighing):
-    found = variance.comparison(norms(4), 1)[weighing]
+def test_rules_that_know_the_step_are_no_worse(weighing, compared):
+    found, still = (each[weighing] for each in compared)
     for kind in KINDS:
         best = found["optimal, step"][kind]
         assert all(best <= values[kind] for values in found.values())
         assert best < min(found["optimal, refresh"][kind], found["optimal, next"][kind])
-    still = Norms(*(np.repeat(part[:, :1], 4, axis=1) for part in norms(4)))
-    found = variance.comparison(still, 1)[weighing]
-    assert found["optimal, step"] == found["optimal, refresh"] == found["optimal, next"]
+    assert still["optimal, step"] == still["optimal, refresh"] == still["optimal, next"]
 
 
-def test_by_its_own_norm_a_matrix_counts_as_any_other():
-    parts = norms(5)
-    found = variance.comparison(parts, 1)["by own norm"]["equal"]["q"]
+def test_by_its_own_norm_a_matrix_counts_as_any_other(compared):
+    parts = norms(4)
+    found = compared[0]["by own norm"]["equal"]["q"]
     each = variance.variance(*parts, 1 / LAYERS) / parts.gradient
     assert found == pytest.approx(each[:, 2:, 0].mean())
 

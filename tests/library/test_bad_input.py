@@ -40,18 +40,22 @@ def low_rank(**options):
 
 
 # parameter -> factories that take it, and values that cannot work.
-NOT_POSITIVE = [0, -1, 1.5, True, "8", None, NAN, 2.0, jnp.float32(3)]
+# Arrays of JAX's are put on its device, which compiles nothing.
+NOT_POSITIVE = [0, -1, 1.5, True, "8", None, NAN, 2.0, jax.device_put(np.float32(3))]
 NOT_COUNT = [-1, 1.5, True, "2", None]
 NOT_NUMBER = [-1, -1e-9, NAN, INF, "0.1", [0.1, 0.2]]
 NOT_DECAY = [*NOT_NUMBER, 1, 1.0, 1.5, None]
 NOT_FUNCTION = ["svd", 3, 1.0]
 NOT_TRANSFORMATION = [0.1, "adam", optax.adam, (optax.adam(0.1).init,)]
 NOT_KEY_DATA = [
-    jnp.zeros(3, jnp.uint32),
-    jnp.zeros(2, jnp.int32),
-    jnp.zeros((1, 2), jnp.uint32),
-    jnp.float32(1),
-    jnp.bool_(True),
+    jax.device_put(value)
+    for value in (
+        np.zeros(3, np.uint32),
+        np.zeros(2, np.int32),
+        np.zeros((1, 2), np.uint32),
+        np.float32(1),
+        np.True_,
+    )
 ]
 NOT_COMPRESSION = [64, None, "galore", {"rank": 64}, LowRank, gum_optax.galore, optax.identity()]
 BAD_VALUES = {

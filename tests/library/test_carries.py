@@ -113,25 +113,29 @@ def test_moments_go_on_in_the_new_basis(rule, case):
     assert np.abs(run.updates - expected("keep")).max() > 0.1, "the two must be told apart"
 
 
+B1, B2 = 0.9, 0.999
+CARRY_MOMENTS = jax.jit(carries.projection_aware(B1, B2))
+
+
 def carry_moments(turn: Any, m: Any, v: Any, t: int = 3) -> tuple[np.ndarray, np.ndarray]:
     """Bias-corrected moments after a carry, of one group of one matrix [r, 1], and one slot."""
-    b1, b2 = 0.9, 0.999
 
-    def moments(low: Any, full: float) -> Any:
-        low = jnp.asarray(low, jnp.float32)[:, None]
-        return {"w": gum_optax.Compressed(low, jnp.full((1, 2, 1), full))}
+    def adam(t: int, m: Any, v: Any, slot: float) -> Any:
+        def moments(low: Any) -> Any:
+            arrays = np.asarray(low, np.float32)[:, None], np.full((1, 2, 1), slot, np.float32)
+            return {"w": gum_optax.Compressed(*jax.device_put(arrays))}
 
-    state = optax.ScaleByAdamState(
-        jnp.asarray(t), moments(np.multiply(m, 1 - b1**t), 5), moments(np.multiply(v, 1 - b2**t), 5)
-    )
-    fresh = optax.ScaleByAdamState(jnp.asarray(0), moments([0, 0], 0), moments([0, 0], 0))
-    eye, turned = {"w": jnp.eye(2)}, {"w": jnp.asarray(turn, jnp.float32).T}
-    after = carries.projection_aware(b1, b2)(fresh, state, eye, turned)
+        return optax.ScaleByAdamState(np.asarray(t, np.int32), moments(m), moments(v))
+
+    fresh = adam(0, [0, 0], [0, 0], 0)
+    state = adam(t, np.multiply(m, 1 - B1**t), np.multiply(v, 1 - B2**t), 5)
+    eye, turned = {"w": np.eye(2, dtype=np.float32)}, {"w": np.asarray(turn, np.float32).T}
+    after = jax.tree.map(np.asarray, CARRY_MOMENTS(fresh, state, eye, turned))
     for slots in (after.mu["w"].residual, after.nu["w"].residual):
         assert not slots.any(), "slots restart"
     assert int(after.count) == t
-    low = [np.asarray(part["w"].low)[:, 0] for part in (after.mu, after.nu)]
-    return low[0] / (1 - b1**t), low[1] / (1 - b2**t)
+    low = [part["w"].low[:, 0] for part in (after.mu, after.nu)]
+    return low[0] / (1 - B1**t), low[1] / (1 - B2**t)
 
 
 def test_carried_moments_by_hand():
@@ -149,7 +153,7 @@ def test_carried_moments_by_hand():
 def test_moments_of_nothing_are_carried_nowhere():
     """Before the first step t = 0, and both moments are zero: nothing may be divided by zero."""
     tx = around(optax.scale_by_adam(), carries.projection_aware())
-    [(_, state)] = helpers.run(tx, [TREE])
+    [(_, state)] = helpers.run(tx, [GROUP])
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
 
 
@@ -209,6 +213,7 @@ TREE = {
     "a": [np.asarray(G, np.float32) for G in helpers.gradients(0, 4, 5, 8)],
     "b": np.asarray(helpers.gradients(1, 3, 8, 5), np.float32),
 }
+GROUP = TREE["a"][:2]  # The smallest that is compressed, for what all groups share.
 FLAT = optax.flatten(optax.trace(0.9))
 GOING_ON = {"keep": carries.keep, "rotate": carries.rotate}
 each_going_on = pytest.mark.parametrize("name", GOING_ON)
@@ -322,13 +327,13 @@ def test_slots_restart_and_low_rank_states_go_on_inside_of_wrappers(inner, name)
 def test_a_count_that_matrices_share_goes_on(name):
     """Adam's, and those of schedules; ``rotate`` is for momentum alone, so it has no Adam."""
     inner = optax.scale_by_adam() if name == "keep" else SUITABLE["a count"]
-    *_, (_, state) = helpers.run(around(inner, GOING_ON[name]), [TREE] * 5)
+    *_, (_, state) = helpers.run(around(inner, GOING_ON[name]), [GROUP] * 5)
     [count] = [leaf for leaf in jax.tree.leaves(state.inner) if leaf.dtype == jnp.int32]
     assert int(count) == 5
 
 
 def test_restart_restarts_the_count():
-    *_, (_, state) = helpers.run(around(optax.scale_by_adam(), carries.restart), [TREE] * 5)
+    *_, (_, state) = helpers.run(around(optax.scale_by_adam(), carries.restart), [GROUP] * 5)
     assert int(state.inner.count) == 1
 
 

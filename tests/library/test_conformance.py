@@ -21,6 +21,7 @@ import gum_optax
 from gum_optax import dimension_numbers, storages
 from tests.helpers import described
 from tests.tables import (
+    COMPILED,
     KINDS,
     STRUCTURE,
     TRANSFORMATIONS,
@@ -88,7 +89,7 @@ DTYPES = [
     (jnp.float32, jnp.bfloat16),
     (jnp.bfloat16, jnp.bfloat16),
 ]
-_HALVES = [(name, DTYPES[i]) for i in range(len(DTYPES)) for name in TRANSFORMATIONS]
+_HALVES = [(name, DTYPES[i]) for i in range(len(DTYPES)) for name in COMPILED]
 # Where float16 meets bfloat16, both become float32; elsewhere one is as the other.
 _HALVES += [(name, (jnp.float16, jnp.float16)) for name in (*KINDS, "bfloat16 storage")]
 

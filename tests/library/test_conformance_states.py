@@ -48,7 +48,8 @@ def test_no_second_compilation(name):
     assert update._cache_size() == 1
 
 
-@each_kind
+# Those without a fallback are scanned in the next test.
+@pytest.mark.parametrize("name", ["gum", "adamw_galore"])
 def test_scan_equals_loop(name):
     optimizer, update = compiled(name)
     params = parameters(name)
@@ -113,8 +114,8 @@ def test_donated_states_and_parameters(name):
         updates, state = optimizer.update(gradients, state, params)
         return optax.apply_updates(params, updates), state
 
-    params = jax.tree.map(jnp.asarray, parameters(name, dtype=jnp.bfloat16))
-    gradients = jax.tree.map(jnp.asarray, parameters(name, 1))
+    params = jax.device_put(parameters(name, dtype=jnp.bfloat16), may_alias=False)
+    gradients = jax.device_put(parameters(name, 1))
     state = optimizer.init(params)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -168,7 +169,7 @@ def test_a_model_without_matrices(name):
     optimizer, _ = compiled(name)
     params = {"b": np.ones(3, np.float32), "embed": np.ones((4, 6), np.float32)}
     updates, _ = jax.jit(optimizer.update)(params, optimizer.init(params), params)
-    assert all(np.any(u) for u in jax.tree.leaves(updates))
+    assert all(np.asarray(u).any() for u in jax.tree.leaves(updates))
 
 
 # Learning ----------------------------------------------------------------------------------------
@@ -233,7 +234,7 @@ def test_map_params_reaches_what_is_shaped_like_parameters():
         for (path, old), new in zip(
             jax.tree_util.tree_flatten_with_path(state)[0], jax.tree.leaves(marked), strict=True
         )
-        if np.any(old != new)
+        if np.any(np.asarray(old) != new)
     }
     leaves = ("bias", "embed", "layers/0/w", "layers/1/w", "single")
     fallback = "1/inner_states/fallback/inner_state/0"

@@ -634,9 +634,9 @@ def test_scanned_layers_are_sampled_like_separate_ones():
     separate = [{"w": w} for w in stacked["w"]]
     ready = dimension_numbers.scanned_layers
     one, many = _direction(weight_dimension_numbers=ready), _direction()
-    for got, expected in _runs(one, stacked, many, separate):
-        # The draws are equal; the arithmetic is batched or not: measured equal.
-        np.testing.assert_allclose(got["w"], np.stack([u["w"] for u in expected]), atol=1e-6)
+    got, expected = _updates(one, stacked), _updates(many, separate)
+    # The draws are equal; the arithmetic is batched or not: measured equal.
+    np.testing.assert_allclose(got["w"], np.stack([u["w"] for u in expected], 1), atol=1e-6)
 
 
 def _direction(**options):
@@ -645,19 +645,15 @@ def _direction(**options):
     return gum_optax.gum(0.1, compression, orthogonalizer=optax.identity(), **options)
 
 
-def _runs(one, leaves, two, others):
-    """The updates of two optimizers, each on its own leaves, step by step in one program."""
+@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+def _updates(optimizer, leaves):
+    """The updates of three steps, stacked; their gradients are the parameters."""
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
-    def step(states, leaves, others):
-        left, a = one.update(leaves, states[0], leaves)
-        right, b = two.update(others, states[1], others)
-        return (left, right), (a, b)
+    def step(state, _):
+        updates, state = optimizer.update(leaves, state, leaves)
+        return state, updates
 
-    states = jax.jit(lambda: (one.init(leaves), two.init(others)))()
-    for _ in range(3):
-        updates, states = step(states, leaves, others)
-        yield updates
+    return jax.lax.scan(step, optimizer.init(leaves), length=3)[1]
 
 
 class LinenStack(nn.Module):
@@ -744,7 +740,8 @@ def test_ready_callables_follow_the_default_rule_elsewhere():
 
 # Forms of `weight_dimension_numbers` -------------------------------------------------------------
 
-PARAMS = {"a": [jnp.ones((4, 6)), jnp.ones((4, 6))], "b": {"w": jnp.ones((4, 6))}}
+_MATRIX = np.ones((4, 6), np.float32)
+PARAMS = {"a": [_MATRIX, _MATRIX], "b": {"w": _MATRIX}}
 FORMS = {
     "tree": ({"a": [LAST_TWO, LAST_TWO], "b": {"w": None}}, {"a/0", "a/1"}),
     "prefix": ({"a": LAST_TWO, "b": None}, {"a/0", "a/1"}),
@@ -795,6 +792,10 @@ AXES = {
 }
 
 
+# Compiled once for all leaves that are the same matrices.
+AS_THEY_ARE = _direction(consistent_rms=0.2, weight_dimension_numbers=LAST_TWO)
+
+
 def _gaussian(*shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape)
 
@@ -805,12 +806,12 @@ def test_axes_do_not_matter(shape, numbers, as_matrix):
     leaves = [np.asarray(x, np.float32) for x in _gaussian(2, *shape)]
     matrices = [as_matrix(leaf) for leaf in leaves]
     one = _direction(consistent_rms=0.2, weight_dimension_numbers=numbers)
-    two = _direction(consistent_rms=0.2, weight_dimension_numbers=LAST_TWO)
-    for got, expected in _runs(one, leaves, two, matrices):
-        for update, leaf, other in zip(got, leaves, expected, strict=True):
+    got, expected = _updates(one, leaves), _updates(AS_THEY_ARE, matrices)
+    for updates, leaf, others in zip(got, leaves, expected, strict=True):
+        for update, other in zip(*map(np.asarray, (updates, others)), strict=True):
             assert update.shape == leaf.shape
-            # One program or two, the arithmetic is the same: measured equal.
-            np.testing.assert_allclose(as_matrix(np.asarray(update)), other, atol=1e-6)
+            # The arithmetic is the same: measured equal.
+            np.testing.assert_allclose(as_matrix(update), other, atol=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore:None of .* compressed")

@@ -16,7 +16,7 @@ from jax.sharding import AxisType
 import gum_optax
 from experiments import flax_linen
 from tests.helpers import QUICK, jit_once, low_rank_state
-from tests.tables import SIMPLE, assert_close, assert_equal
+from tests.tables import SIMPLE, assert_close, assert_equal, program
 
 WIDTH, HEADS, LAYERS, STEPS = 8, 4, 2, 3
 INPUTS, TARGETS = np.random.default_rng(0).normal(size=(2, 4, 8, WIDTH)).astype(np.float32)
@@ -24,7 +24,7 @@ INPUTS, TARGETS = np.random.default_rng(0).normal(size=(2, 4, 8, WIDTH)).astype(
 
 def _kernel(*axes):
     """An initializer whose results are boxed, with the mesh axes that shard them."""
-    return nn.with_partitioning(nn.initializers.lecun_normal(), axes)
+    return nn.with_partitioning(nn.initializers.lecun_uniform(), axes)
 
 
 class Attention(nn.Module):
@@ -76,14 +76,23 @@ def _create():
 
 @functools.cache
 def _created():
-    return jax.jit(_create)()
+    """Created where it belongs: parameters by their boxes, the state by `state_shardings`."""
+    mesh = jax.make_mesh((2, 4), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    shapes = jax.eval_shape(_create)
+    shardings = nn.get_sharding(shapes, mesh)
+    shardings = shardings.replace(
+        opt_state=gum_optax.state_shardings(shapes.tx, shapes.params, shardings.params)
+    )
+    # Without `jax.set_mesh`, under which Linen applies the three axes of an attention kernel's box
+    # to the two that the kernel is initialized in.
+    return jax.jit(_create, out_shardings=shardings)(), shardings
 
 
 def _loss(params):
     return jnp.mean((Model().apply({"params": params}, INPUTS) - TARGETS) ** 2)
 
 
-def _train(state, shardings=None):
+def _train(state, shardings):
     """Some steps, compiled once."""
 
     def step(state):
@@ -97,8 +106,8 @@ def _train(state, shardings=None):
 
 @functools.cache
 def _expected():
-    """The same on a plain dict of arrays, without Flax's containers."""
-    params, tx = nn.meta.unbox(_created().params), _optimizer()
+    """The same on a plain dict of arrays, without Flax's containers and on one device."""
+    params, tx = jax.device_get(nn.meta.unbox(_created()[0].params)), _optimizer()
 
     @functools.partial(jax.jit, compiler_options=QUICK)
     def step(params, opt_state):
@@ -129,21 +138,21 @@ def test_every_role_is_a_group():
     }
 
 
-def test_boxed_parameters_do_what_the_plain_tree_does():
-    _assert_same(_train(_created()))
+def test_boxed_parameters_run_the_program_of_the_plain_tree():
+    tx = _optimizer()
+    # One trace for all arguments of the same types.
+    tx = tx._replace(update=jax.jit(tx.update))
+    boxed = jax.eval_shape(_create).params
+    plain = nn.meta.unbox(boxed)
+    of_boxes, of_arrays = (
+        program(tx.update, params, jax.eval_shape(tx.init, params), params)
+        for params in (boxed, plain)
+    )
+    assert of_boxes == of_arrays
 
 
 def test_boxed_parameters_on_a_mesh():
-    """Created where they belong: parameters by their boxes, the state by `state_shardings`."""
-    mesh = jax.make_mesh((2, 4), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
-    shapes = jax.eval_shape(_create)
-    shardings = nn.get_sharding(shapes, mesh)
-    shardings = shardings.replace(
-        opt_state=gum_optax.state_shardings(shapes.tx, shapes.params, shardings.params)
-    )
-    # Without `jax.set_mesh`, under which Linen applies the three axes of an attention kernel's box
-    # to the two that the kernel is initialized in.
-    state = jax.jit(_create, out_shardings=shardings)()
+    state, shardings = _created()
     _assert_sharded(state)
     state = _train(state, shardings)
     _assert_same(state)

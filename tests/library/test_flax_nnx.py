@@ -24,7 +24,7 @@ INPUTS = np.random.default_rng(0).standard_normal((32, WIDTH)).astype(np.float32
 
 def _linear(inputs, outputs, rngs, axes):
     """A linear layer whose parameters carry the mesh axes that shard them, if any."""
-    kernel, bias = nnx.initializers.lecun_normal(), nnx.initializers.zeros_init()
+    kernel, bias = nnx.initializers.lecun_uniform(), nnx.initializers.zeros_init()
     if axes:
         kernel = nnx.with_partitioning(kernel, axes)
         bias = nnx.with_partitioning(bias, axes[1:])
@@ -191,22 +191,25 @@ def _create_abstractly(mesh):
     return nnx.merge(graph, jax.jit(lambda: nnx.state(_create()), out_shardings=shardings)())
 
 
-MODES = pytest.mark.parametrize("mode", [AxisType.Auto, AxisType.Explicit], ids=str)
+CREATE = {"eagerly": lambda mesh: _create(), "abstractly": _create_abstractly}
 
 
-@MODES
+# Each way and each mode once by `make test`, and the other two pairs by `make slow`.
 @pytest.mark.parametrize(
-    "create",
+    ("way", "mode"),
     [
-        pytest.param(lambda mesh: _create(), id="eagerly"),
-        pytest.param(_create_abstractly, id="abstractly"),
+        ("eagerly", AxisType.Explicit),
+        ("abstractly", AxisType.Auto),
+        pytest.param("eagerly", AxisType.Auto, marks=pytest.mark.slow),
+        pytest.param("abstractly", AxisType.Explicit, marks=pytest.mark.slow),
     ],
+    ids=str,
 )
-def test_models_with_sharding_metadata(create, mode):
+def test_models_with_sharding_metadata(way, mode):
     options = {"out_sharding": P()} if mode is AxisType.Explicit else {}
     mesh = _mesh(mode)
     with jax.set_mesh(mesh):
-        model, optimizer = create(mesh)
+        model, optimizer = CREATE[way](mesh)
         _assert_sharded(model, optimizer)
         _train(model, optimizer, **options)
         _assert_same(model, optimizer, _expected())

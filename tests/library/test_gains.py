@@ -20,8 +20,13 @@ SIGN = optax.scale_by_sign()
 
 
 def first_update(residual, inner=SIGN):
-    tx = low_rank(inner, LowRank(1, 9, residual, helpers.first_coordinates))
-    return np.asarray(tx.update(G, tx.init(G))[0])
+    return one_update(low_rank(inner, LowRank(1, 9, residual, helpers.first_coordinates)), G)
+
+
+def one_update(tx, gradient):
+    """Compiled: op by op, it is fifty programs."""
+    [(update, _)] = helpers.run(tx, [gradient])
+    return np.asarray(update)
 
 
 # The oracle of Fira itself is in test_residuals.py, among the other rules.
@@ -72,8 +77,7 @@ def test_apollo_of_a_gaussian_projection_by_hand():
 
     def update(per):
         rule = residuals.guided(scale_by_gain(per))
-        tx = low_rank(SIGN, LowRank(1, 9, rule, diagonal))
-        return np.asarray(tx.update(G, tx.init(G))[0])
+        return one_update(low_rank(SIGN, LowRank(1, 9, rule, diagonal)), G)
 
     columns = [[3 / 7, 0, 0.5], [4 / 7, 1, 0.5]]
     np.testing.assert_allclose(update("column"), np.sqrt(2) * np.asarray(columns), rtol=1e-6)
@@ -102,7 +106,7 @@ def test_an_adam_step_of_apollo_has_columns_of_rms_one():
         return np.linalg.qr(rng.standard_normal((6, 5)))[0].astype(np.float32)
 
     tx = low_rank(optax.scale_by_adam(), gum_optax.apollo(5, projector=whole))
-    found = np.asarray(tx.update(gradient, tx.init(gradient))[0])
+    found = one_update(tx, gradient)
     # Of 6 directions 5 are seen, so a column is at least as large as with all.
     gain = np.linalg.norm(found, axis=1) / np.sqrt(5)
     assert (gain >= 1 - 1e-5).all() and np.median(gain) < 1.3
@@ -116,8 +120,7 @@ def test_compressions_named_after_papers_are_made_of_these_parts():
     G = np.random.default_rng(1).standard_normal((2, 6, 8)).astype(np.float32)
 
     def update(compression):
-        tx = low_rank(optax.scale_by_adam(), compression)
-        return np.asarray(tx.update(G, tx.init(G))[0])
+        return one_update(low_rank(optax.scale_by_adam(), compression), G)
 
     gain = scale_by_gain(growth_limit=1.5)
     svd = {"projector": projectors.svd, "carry": carries.keep}
@@ -165,9 +168,8 @@ def test_gains_do_not_depend_on_the_size_of_gradients(scale):
     """Squares of 1e25 leave the range of float32; D = sign R, so updates are the same."""
     for rule in (residuals.through(scale_by_gain()), residuals.guided(scale_by_gain("matrix"))):
         tx = low_rank(SIGN, LowRank(1, 9, rule, helpers.first_coordinates))
-        tree = np.float32(scale) * G
-        got = np.asarray(tx.update(tree, tx.init(tree))[0])
-        np.testing.assert_allclose(got, first_update(rule), rtol=2e-5, atol=1e-6)
+        sized, plain = (one_update(tx, factor * G) for factor in (np.float32(scale), 1))
+        np.testing.assert_allclose(sized, plain, rtol=2e-5, atol=1e-6)
 
 
 def test_the_last_norm_is_kept_in_float32():

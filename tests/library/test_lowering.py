@@ -1,5 +1,6 @@
 """The update lowers for TPU and GPU from a machine without them, and runs there by itself."""
 
+import itertools
 import re
 from typing import Any
 
@@ -51,9 +52,21 @@ def momentum(projector: Any, **parts: Any) -> Any:
     return low_rank(optax.trace(0.9), LowRank(2, 2, **parts))
 
 
-@pytest.mark.parametrize("projector", [*PROJECTORS.values(), SWITCH], ids=[*PROJECTORS, "switch"])
-def test_every_projector(projector):
-    assert_lowers(momentum(projector), MATRICES)
+# What lowers does not depend on what is beside it, so one program serves a part of each kind.
+PARTS = [PROJECTORS | {"switch": SWITCH}, RESIDUALS, CARRIES]
+NAMES = itertools.islice(zip(*map(itertools.cycle, PARTS), strict=True), max(map(len, PARTS)))
+COMBINED = [
+    pytest.param(
+        *(parts[name] for parts, name in zip(PARTS, names, strict=True)), id=", ".join(names)
+    )
+    for names in NAMES
+]
+
+
+@pytest.mark.parametrize(("projector", "residual", "carry"), COMBINED)
+def test_every_projector_residual_rule_and_carry(projector, residual, carry):
+    storage = storages.cast("bfloat16")
+    assert_lowers(momentum(projector, residual=residual, carry=carry, storage=storage), MATRICES)
 
 
 def test_every_leaf_in_bfloat16():
@@ -61,20 +74,9 @@ def test_every_leaf_in_bfloat16():
     assert_lowers(momentum(projectors.subspace_iteration), halves)
 
 
-@pytest.mark.parametrize("residual", RESIDUALS.values(), ids=RESIDUALS)
-def test_every_residual_rule(residual):
-    assert_lowers(momentum(projectors.svd, residual=residual), MATRICES)
-
-
-@pytest.mark.parametrize("carry", CARRIES.values(), ids=CARRIES)
-def test_every_carry(carry):
-    storage = storages.cast("bfloat16")
-    assert_lowers(momentum(projectors.svd, carry=carry, storage=storage), MATRICES)
-
-
 def test_low_rank_adam_that_goes_on():
-    inner = optax.scale_by_adam()
-    assert_lowers(low_rank(inner, LowRank(2, 2, carry=carries.keep)), MATRICES)
+    compression = LowRank(2, 2, projector=projectors.svd, carry=carries.keep)
+    assert_lowers(low_rank(optax.scale_by_adam(), compression), MATRICES)
 
 
 def test_gum_with_its_fallback():

@@ -70,7 +70,7 @@ class Model(eqx.Module):
 @functools.cache
 def _model():
     make = eqx.filter_jit(lambda keys: Model([Block(key) for key in keys]))
-    return make(jax.random.split(jax.random.key(0), 3))
+    return make(jax.random.split(jax.random.key(0), 2))
 
 
 def _params():

@@ -53,18 +53,24 @@ def _oracle(x, coefficients=MUON, steps=5, eps=1e-8):
     return y
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_equals_the_float64_loop(shape):
-    x = _gaussian(shape)
-    got = _newton_schulz(_float32(x))
-    assert got.shape == shape
-    assert got.dtype == jnp.float32
-    np.testing.assert_allclose(got, _oracle(x), atol=TOLERANCE)
+@functools.partial(jax.jit, compiler_options=helpers.QUICK)
+def _each(updates):
+    return [newton_schulz(x) for x in updates]
 
 
 @functools.partial(jax.jit, compiler_options=helpers.QUICK)
 def _polar(updates):
     return gum_optax.scale_by_polar().update(updates, optax.EmptyState())[0]
+
+
+ARRAYS = [_gaussian(shape) for shape in SHAPES]
+
+
+def test_equals_the_float64_loop():
+    for x, got in zip(ARRAYS, _each([_float32(x) for x in ARRAYS]), strict=True):
+        assert got.shape == x.shape
+        assert got.dtype == jnp.float32
+        np.testing.assert_allclose(got, _oracle(x), atol=TOLERANCE, err_msg=str(x.shape))
 
 
 SPECTRA = {
@@ -96,40 +102,43 @@ def test_very_wide_matrices_equal_the_float64_loop_to_rounding():
         np.testing.assert_allclose(_newton_schulz(x), _oracle(x), atol=1e-13)
 
 
-@pytest.mark.parametrize("shape", [(8, 20), (20, 8), (12, 12)], ids=str)
-def test_equals_optax_muon_without_momentum(shape):
-    x = {"w": _float32(_gaussian(shape))}
+def test_equals_optax_muon_without_momentum():
+    # The first three arrays are matrices: wide, tall and square.
+    tree = [_float32(x) for x in ARRAYS[:3]]
     muon = optax.contrib.scale_by_muon(
         beta=0.0,
         nesterov=False,
-        weight_dimension_numbers={"w": optax.contrib.MuonDimensionNumbers()},
+        weight_dimension_numbers=[optax.contrib.MuonDimensionNumbers()] * 3,
     )
-    expected = jax.jit(lambda x: muon.update(x, muon.init(x))[0], compiler_options=helpers.QUICK)(x)
-    np.testing.assert_allclose(_newton_schulz(x["w"]), expected["w"], atol=TOLERANCE)
-    got = _polar(x)
-    np.testing.assert_allclose(got["w"], expected["w"], atol=TOLERANCE)
+    update = jax.jit(lambda x: muon.update(x, muon.init(x))[0], compiler_options=helpers.QUICK)
+    iterated, expected = _each([_float32(x) for x in ARRAYS])[:3], update(tree)
+    for one, other, want in zip(iterated, _polar(tree), expected, strict=True):
+        np.testing.assert_allclose(one, want, atol=TOLERANCE)
+        np.testing.assert_allclose(other, want, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize(
-    ("coefficients", "steps"),
-    [
-        (MUON, 1),
-        (MUON, 8),
-        (CUBIC, 5),
-        ([CUBIC] * 3, 5),
-        ([MUON, MUON, CUBIC, (2.0, -1.5, 0.5)], 5),
-        (np.array([MUON, CUBIC]), 1),
-        (jnp.array([MUON, CUBIC]), 1),
-    ],
-    ids=["one step", "eight steps", "cubic", "steps from k", "mixed", "numpy", "jax"],
-)
-def test_coefficients_and_steps(coefficients, steps):
+ITERATIONS = {
+    "one step": (MUON, 1),
+    "eight steps": (MUON, 8),
+    "cubic": (CUBIC, 5),
+    "steps from k": ([CUBIC] * 3, 5),
+    "mixed": ([MUON, MUON, CUBIC, (2.0, -1.5, 0.5)], 5),
+    "numpy": (np.array([MUON, CUBIC]), 1),
+    "jax": (jnp.array([MUON, CUBIC]), 1),
+}
+
+
+def test_coefficients_and_steps():
     x = _gaussian((8, 20))
-    # Bound, because lists and arrays cannot be static arguments.
-    bound = jax.jit(lambda x: newton_schulz(x, coefficients, steps), compiler_options=helpers.QUICK)
-    got = bound(_float32(x))
-    expected = _oracle(x, np.asarray(coefficients, np.float64), steps)
-    np.testing.assert_allclose(got, expected, atol=TOLERANCE)
+
+    @functools.partial(jax.jit, compiler_options=helpers.QUICK)
+    def iterated(x):
+        return {name: newton_schulz(x, *iteration) for name, iteration in ITERATIONS.items()}
+
+    for name, got in iterated(_float32(x)).items():
+        coefficients, steps = ITERATIONS[name]
+        expected = _oracle(x, np.asarray(coefficients, np.float64), steps)
+        np.testing.assert_allclose(got, expected, atol=TOLERANCE, err_msg=name)
 
 
 def test_a_convergent_iteration_reaches_the_polar_factor():

@@ -136,14 +136,14 @@ def test_scale_does_not_change_the_subspace(name):
 
 def test_energy_on_a_power_law_spectrum():
     """A slow spectrum, ``1 / (1 + i)^0.7``, in which the 32nd and 33rd values differ by 2 %."""
-    left = np.linalg.qr(_gaussian(256, 256))[0]
-    right = np.linalg.qr(_gaussian(704, 256, seed=1))[0]
-    spectrum = 1 / (1 + np.arange(256)) ** 0.7
+    left = np.linalg.qr(_gaussian(128, 128))[0]
+    right = np.linalg.qr(_gaussian(352, 128, seed=1))[0]
+    spectrum = 1 / (1 + np.arange(128)) ** 0.7
     gradient = (left * spectrum @ right.T).astype(np.float32)
     best = np.sum(spectrum[:32] ** 2)
     for name in ADAPTIVE:
-        basis = _jitted(name)(jax.random.key(0), gradient, 32, _zeros(256, 32))
-        # Measured: 0.9966 for the randomized SVD, the least.
+        basis = _jitted(name)(jax.random.key(0), gradient, 32, _zeros(128, 32))
+        # Measured: 0.9963 for subspace iteration, the least.
         assert _energy(basis, gradient) > 0.99 * best, name
 
 
@@ -189,12 +189,12 @@ def test_iterations_are_as_many_as_asked_for(iterations, start):
 @pytest.mark.parametrize("shift", [0, 6], ids=["same_columns", "other_columns"])
 def test_warm_start_finds_a_gradient_orthogonal_to_the_previous_basis(shift):
     """Sparse gradients (experts, dead units) move between disjoint rows; the basis must follow."""
-    gradient = np.zeros((12, 30))
-    gradient[6:, shift:] = _gaussian(6, 30 - shift)
-    gradient, previous = gradient.astype(np.float32), np.eye(12, 4, dtype=np.float32)
-    basis = _jitted("subspace_iteration")(jax.random.key(0), gradient, 4, previous)
+    gradient = np.zeros((16, 40))
+    gradient[8:, shift:] = _gaussian(8, 40 - shift)
+    gradient, previous = gradient.astype(np.float32), np.eye(16, 5, dtype=np.float32)
+    basis = _jitted("subspace_iteration")(jax.random.key(0), gradient, 5, previous)
     assert _departure(basis) < ORTHONORMAL
-    assert _energy(basis, gradient) > 0.7 * _best_energy(gradient, 4)
+    assert _energy(basis, gradient) > 0.7 * _best_energy(gradient, 5)
 
 
 def test_warm_start_beats_cold_start():
@@ -219,16 +219,17 @@ RANK = 32
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
-    """Gradients of the demo's model, with fewer layers, on a part of the demo's text.
+    """Gradients of the demo's model, with fewer layers and tokens, on a part of the demo's text.
 
     Early, in the middle and late.
     """
     config = Config(
-        batch_size=4,
+        batch_size=2,
         corpus=(str(pathlib.Path(asyncio.__file__).parent),),
         cache_dir=str(tmp_path_factory.mktemp("cache")),
     )
-    arch = dataclasses.replace(model.architecture(config), layers=LAYERS)
+    arch = model.architecture(config)
+    arch = dataclasses.replace(arch, layers=LAYERS, seq_len=64, vocab_size=512)
     tokens = data.prepare(config, arch.vocab_size)
     batches = data.training_batches(tokens, arch.seq_len, config.batch_size, config.seed)
     static, params = model.create(arch)
@@ -241,7 +242,7 @@ def recorded(tmp_path_factory):
         updates, state = optimizer.update(gradients, state, params)
         return optax.apply_updates(params, updates), state, loss, gradients
 
-    state = optimizer.init(params)
+    state = jax.jit(optimizer.init)(params)
     records, values = {}, []
     for index in range(RECORDED_AT[-1] + 1):
         params, state, loss, gradients = step(params, state, next(batches))
@@ -271,7 +272,7 @@ def test_subspace_iteration_on_recorded_gradients(recorded):
             for start in [zero] if previous is None else [zero, previous]:
                 previous = project(jax.random.key(step), gradient, RANK, start)
                 assert _departure(previous) < ORTHONORMAL, case
-                assert _energy(previous, gradient) > 0.99 * best, case  # measured: 0.9977 and more
+                assert _energy(previous, gradient) > 0.99 * best, case  # measured: 0.9930 and more
 
 
 def test_low_rank_on_recorded_gradients(recorded):
@@ -292,7 +293,7 @@ def test_low_rank_on_recorded_gradients(recorded):
 
 # Inside of `low_rank` ----------------------------------------------------------------------------
 
-PARAMS = {"layers": [{"w": np.zeros((8, 12), np.float32)} for _ in range(4)]}
+PARAMS = {"layers": [{"w": np.zeros((8, 12), np.float32)} for _ in range(2)]}
 GROUP = "layers/*/w"
 
 
@@ -305,7 +306,7 @@ def identity(rank, projector, period=1):
 def _gradients(seed=0, dtype=np.float32):
     return {
         "layers": [
-            {"w": matrix.astype(dtype)} for matrix in _gaussian(4, 8 * 12, seed).reshape(4, 8, 12)
+            {"w": matrix.astype(dtype)} for matrix in _gaussian(2, 8 * 12, seed).reshape(2, 8, 12)
         ]
     }
 
@@ -414,7 +415,7 @@ def test_switch_changes_at_the_first_refresh_from_its_step(step, first_random):
     optimizer = identity(3, projectors.switch(first, second, step), period=2)
     for index, (_, state) in enumerate(helpers.run(optimizer, [_gradients()] * 6)):
         expected = np.eye(8)[:, -3:] if index >= first_random else np.eye(8, 3)
-        np.testing.assert_array_equal(state.basis[GROUP], np.tile(expected, (4, 1, 1)))
+        np.testing.assert_array_equal(state.basis[GROUP], np.tile(expected, (2, 1, 1)))
 
 
 def test_switch_works_at_one_step_as_a_plain_projector():

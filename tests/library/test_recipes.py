@@ -381,7 +381,7 @@ def test_by_shape_helps_where_layers_differ_in_name_alone():
     [
         # One group that is compressed is enough.
         _layers(12, 128, 512) | {"wide": [_matrix(256, 512)] * 4},
-        {"bias": jnp.ones(3)},
+        {"bias": np.ones(3, np.float32)},
         {},
     ],
     ids=["one group is compressed", "no matrices", "empty"],

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -37,27 +38,33 @@ class Case(NamedTuple):
     up: P
     down: P
 
+    @property
+    def per_role(self) -> int:
+        """The number of matrices of each role."""
+        return self.leaves * math.prod(self.batch)
+
     def tree(self, leaf: Any) -> Any:
-        """`leaf(shape, spec)` for each parameter; a lone leaf with batch axes is no list."""
+        """`leaf(layer, role)` for each parameter; a lone leaf with batch axes is no list."""
         layers = [
-            {
-                "up": leaf((*self.batch, M, N), self.up),
-                "down": leaf((*self.batch, N, M), self.down),
-            }
-            for _ in range(self.leaves)
+            {role: leaf(layer, role) for role in ("up", "down")} for layer in range(self.leaves)
         ]
         return {"layers": layers if self.leaves > 1 else layers[0]}
 
-    def gradients(self, seed: int) -> Any:
-        seeds = iter(range(100 * seed, 100 * seed + 50))
-        return self.tree(lambda shape, _: helpers.gradients(next(seeds), *shape))
+    def pack(self, matrices: dict[str, np.ndarray]) -> Any:
+        """The matrices of each role, ``[count, rows, columns]``, as leaves."""
+        leaves = {
+            role: stacked.reshape(self.leaves, *self.batch, *stacked.shape[1:])
+            for role, stacked in matrices.items()
+        }
+        return self.tree(lambda layer, role: leaves[role][layer])
 
     def make_mesh(self, mode: str) -> jax.sharding.Mesh:
         names, sizes = tuple(self.mesh), tuple(self.mesh.values())
         return jax.make_mesh(sizes, names, axis_types=(MODES[mode],) * len(names))
 
     def shardings(self, mesh: jax.sharding.Mesh) -> Any:
-        return self.tree(lambda _, spec: NamedSharding(mesh, spec))
+        specs = {"up": self.up, "down": self.down}
+        return self.tree(lambda _, role: NamedSharding(mesh, specs[role]))
 
 
 CASES = {
@@ -86,23 +93,16 @@ CASES = {
     ),
 }
 
-# Every case is compiled, for what it sends. The others than these run too; each compiles again.
-NOT_RUN = (
-    "fsdp, columns",
-    "data x fsdp, one axis entry",
-    "stacked, fsdp x tensor",
-    "layers x fsdp",
-    "separate layers of experts",
-)
 # Explicit mode runs the same code; a case for each way in which a type can carry a sharding.
 EXPLICIT = ("fsdp x tensor", "layers x fsdp", "experts x fsdp", "separate layers of experts")
-AUTO = [(name, "Auto") for name in CASES if name not in NOT_RUN]
-# In both modes, and so once by `make test` and once by `make slow`.
-TWICE = {(name, "Auto") for name in EXPLICIT}
-RUNS = [pytest.param(*run, marks=[pytest.mark.slow] if run in TWICE else []) for run in AUTO]
+# What runs in Explicit mode by `make test` runs in Auto mode by `make slow`.
+RUNS = [
+    pytest.param(name, "Auto", marks=[pytest.mark.slow] if name in EXPLICIT else [])
+    for name in CASES
+]
 RUNS += [(name, "Explicit") for name in EXPLICIT]
 
-every_case = pytest.mark.parametrize("name", CASES)
+every_run = pytest.mark.parametrize(("name", "mode"), RUNS)
 
 
 # A refresh by the library's projectors takes most of the time to compile. Elsewhere, coordinates
@@ -112,6 +112,10 @@ PROJECTORS: dict[str, Any] = {
     "fsdp x tensor": projectors.subspace_iteration,
     "layers x fsdp": projectors.subspace_iteration,
 }
+
+
+def projector_of(name: str) -> Any:
+    return PROJECTORS.get(name, tables.SIMPLE.projector)
 
 
 def scale_by_gum(projector: Any) -> optax.GradientTransformationExtraArgs:
@@ -133,77 +137,90 @@ def assert_close(actual: Any, expected: Any, atol: float = TOLERANCE) -> None:
         np.testing.assert_allclose(np.asarray(got), np.asarray(want), rtol=0, atol=atol)
 
 
+def gradients(count: int, step: int) -> dict[str, np.ndarray]:
+    """The matrices of each role at a step, whatever the layout of their leaves."""
+    return {
+        "up": helpers.gradients(2 * step, count, M, N),
+        "down": helpers.gradients(2 * step + 1, count, N, M),
+    }
+
+
+def by_role(slots: dict[str, Any]) -> dict[str, list[int]]:
+    """Slots by the names that separate and stacked layers have in common, as draws have them."""
+    return {name.replace("*/", ""): np.asarray(drawn).tolist() for name, drawn in slots.items()}
+
+
 @functools.cache
 @jax.enable_x64(True)
-def unsharded(
-    leaves: int, batch: tuple[int, ...], projector: Any
-) -> tuple[Any, list[tuple[Any, Any]]]:
-    """The first state and, after each step, updates and state; of cases with the same leaves."""
-    tx, case = scale_by_gum(projector), Case(leaves, batch, {}, P(), P())
-    trees = [case.gradients(t) for t in range(PERIOD + 1)]
-    state = tx.init(trees[0])
-    return jax.device_get((state, list(helpers.run(tx, trees, state=state))))
+def unsharded(count: int, projector: Any) -> list[tuple[Any, Any]]:
+    """Updates and slots after each step of so many matrices, in one leaf for each role.
+
+    In every layout the same matrices have the same updates, so a run serves all layouts.
+    """
+    trees = [{"layers": gradients(count, t)} for t in range(PERIOD + 1)]
+    steps = helpers.run(scale_by_gum(projector), trees)
+    return [(jax.device_get(updates["layers"]), by_role(state.slots)) for updates, state in steps]
 
 
-@pytest.mark.parametrize(("name", "mode"), RUNS)
+class Program(NamedTuple):
+    """A compiled update, the state before its first step, and where both belong."""
+
+    mesh: jax.sharding.Mesh
+    shardings: Any
+    state_shardings: Any
+    state: Any
+    update: jax.stages.Compiled
+
+
+@functools.cache
+@jax.enable_x64(True)
+def compiled(name: str, mode: str) -> Program:
+    case, tx = CASES[name], scale_by_gum(projector_of(name))
+    mesh, grads = case.make_mesh(mode), case.pack(gradients(case.per_role, 0))
+    shardings = case.shardings(mesh)
+    params = jax.device_put(grads, shardings)
+    state_shardings = gum_optax.state_shardings(tx, params, shardings)
+    state = jax.device_put(jax.device_get(tx.init(grads)), state_shardings)
+    with jax.set_mesh(mesh):
+        update = jax.jit(tx.update).lower(params, state).compile(compiler_options=helpers.QUICK)
+    return Program(mesh, shardings, state_shardings, state, update)
+
+
+@every_run
 @jax.enable_x64(True)
 def test_equals_the_unsharded_run(name, mode):
-    case, projector = CASES[name], PROJECTORS.get(name, tables.SIMPLE.projector)
-    tx, mesh = scale_by_gum(projector), case.make_mesh(mode)
-    shardings = case.shardings(mesh)
-    params = jax.device_put(case.gradients(0), shardings)
-    state_shardings = gum_optax.state_shardings(tx, params, shardings)
-    first_state, expected_steps = unsharded(case.leaves, case.batch, projector)
+    case, (mesh, shardings, state_shardings, state, update) = CASES[name], compiled(name, mode)
     with jax.set_mesh(mesh):
-        state = jax.device_put(first_state, state_shardings)
-        # A compiled program refuses arrays of other types or shardings than it was made for.
-        update = jax.jit(tx.update).lower(params, state).compile(compiler_options=helpers.QUICK)
-        for t, (expected, expected_state) in enumerate(expected_steps):
-            grads = jax.device_put(case.gradients(t), shardings)
+        for t, (expected, slots) in enumerate(unsharded(case.per_role, projector_of(name))):
+            grads = jax.device_put(case.pack(gradients(case.per_role, t)), shardings)
+            # A compiled program refuses arrays of other types or shardings than it was made for.
             updates, state = update(grads, state)
             assert_placed(updates, shardings)
             assert_placed(state, state_shardings)
-            assert_close(updates, expected)
-            assert state.slots.keys() == expected_state.slots.keys()
-            for group, slots in state.slots.items():
-                np.testing.assert_array_equal(slots, expected_state.slots[group])
+            assert_close(updates, case.pack(expected))
+            assert by_role(state.slots) == slots
 
 
-def plain_step(name: str) -> str:
-    """The HLO of a step that is no refresh: its counter is a constant, so XLA drops the branch."""
-    # The projector is part of that branch, so the cheapest will do.
-    case, tx = CASES[name], scale_by_gum(helpers.first_coordinates)
-    mesh = case.make_mesh("Auto")
-    shardings = case.shardings(mesh)
-    params = case.tree(
-        lambda shape, spec: jax.ShapeDtypeStruct(
-            shape, jnp.float32, sharding=NamedSharding(mesh, spec)
-        )
+def plain_step(hlo: str) -> str:
+    """The HLO of a step that is no refresh: of the entry's one conditional, the first branch."""
+    others, entry = hlo.split("\nENTRY ")
+    plain, conditionals = re.subn(
+        r"branch_computations=\{([^,}]+),[^,}]+\}", r"branch_computations={\1}", entry
     )
-    state_shardings = gum_optax.state_shardings(tx, params, shardings)
-    state = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        jax.eval_shape(tx.init, params),
-        state_shardings,
-    )
-
-    def step(grads, state):
-        return tx.update(grads, state._replace(count=jnp.int32(1)))
-
-    compiled = jax.jit(step).lower(params, state).compile(compiler_options=helpers.QUICK)
-    return compiled.as_text() or ""
+    assert conditionals == 1
+    return f"{others}\nENTRY {plain}"
 
 
-@every_case
-def test_a_plain_step_gathers_each_slot_once_and_no_other_matrix(name):
+@every_run
+def test_a_plain_step_gathers_each_slot_once_and_no_other_matrix(name, mode):
     """A slot's rows are gathered; along its columns, each iteration reduces a product [M, M].
 
     Low-rank matrices reduce [R, n], and [R, R] in each iteration.
     """
     case = CASES[name]
-    found = collectives(plain_step(name))
+    found = collectives(plain_step(compiled(name, mode).update.as_text() or ""))
     arrays = [(each.times, shape) for each in found for shape in each.shapes]
-    roles, count, iterations = 2, case.leaves * math.prod(case.batch), 5
+    roles, iterations = 2, 5
     slots = roles * GAMMA
     # The low-rank values of a group can be as large as a matrix, but have one short side.
     wide = [each for each in arrays if math.prod(each[1]) >= M * M and R not in each[1]]
@@ -215,7 +232,7 @@ def test_a_plain_step_gathers_each_slot_once_and_no_other_matrix(name):
     per_slot = 2 * M * N + iterations * M * M + M * R + R * N
     per_matrix = R * N + iterations * R * R
     scalars = 100
-    allowed = slots * per_slot + roles * count * per_matrix + scalars
+    allowed = slots * per_slot + roles * case.per_role * per_matrix + scalars
     assert _entries(arrays) <= allowed
     assert bool(found) == (case.mesh.keys() != {"data"})
 
@@ -225,7 +242,7 @@ def _entries(arrays: Sequence[tuple[int, tuple[int, ...]]]) -> int:
 
 
 def test_one_device_needs_no_mesh():
-    tx, case = gum_optax.scale_by_gum(LowRank(R)), CASES["fsdp, rows"]
-    tree = case.tree(lambda shape, _: jax.ShapeDtypeStruct(shape, jnp.float32))
-    hlo = jax.jit(tx.update).lower(tree, jax.eval_shape(tx.init, tree)).as_text()
-    assert "sharding_constraint" not in hlo
+    tx = gum_optax.scale_by_gum(LowRank(R))
+    tree = [jax.ShapeDtypeStruct((M, N), jnp.float32)] * 4
+    jaxpr = jax.jit(tx.update).trace(tree, jax.eval_shape(tx.init, tree)).jaxpr
+    assert "sharding_constraint" not in str(jaxpr)
