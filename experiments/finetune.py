@@ -34,7 +34,6 @@ from experiments import mesh as meshes
 from experiments.accuracy import Accuracy, Loss
 from experiments.config import ConfigError, Launch, Training, check, make_directory
 from experiments.loop import Result, State
-from experiments.plots import loss_curves
 from experiments.pretrained import Pretrained
 from experiments.tasks import Task
 
@@ -312,6 +311,9 @@ def _introduction(
 
 def _conclude(config: Config, outcome: Outcome, arguments: Sequence[str]) -> None:
     """Draws the loss curve and says how the run ended."""
+    # Matplotlib takes a second to import, and other processes than the first do not draw.
+    from experiments.plots import loss_curves
+
     result = outcome.result
     label = f"{config.optimizer}, {config.learning_rate:g}"
     title = f"{config.model} on {config.task}"

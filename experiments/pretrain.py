@@ -13,7 +13,6 @@ import tyro
 from experiments import checkpoint, cli, processes
 from experiments.config import Config, Launch
 from experiments.loop import Result
-from experiments.plots import loss_curves
 from experiments.recipes import RECIPES
 from experiments.train import train
 
@@ -44,6 +43,9 @@ def main(arguments: Sequence[str]) -> int:
 
 def _conclude(config: Config, result: Result, arguments: Sequence[str]) -> None:
     """Draws the loss curve and says how the run ended."""
+    # Matplotlib takes a second to import, and other processes than the first do not draw.
+    from experiments.plots import loss_curves
+
     label = f"{config.optimizer}, {config.learning_rate:g}"
     title = f"{config.preset} on {' '.join(config.corpus)}"
     picture = loss_curves({label: result.metrics}, Path(config.run_dir) / "loss.png", title)

@@ -1,6 +1,8 @@
 """Sets of training runs: what is missing is run, at the same time, and nothing is lost."""
 
+import contextlib
 import dataclasses
+import io
 import json
 import signal
 import time
@@ -29,32 +31,44 @@ def base(tmp_path_factory):
 
 
 def configurations(base, home, **changes):
-    # Of all optimizers these compile soonest.
-    points = [dataclasses.replace(base, optimizer=name, **changes) for name in ("muon", "adamw")]
+    # Of all optimizers this one compiles soonest.
+    points = [dataclasses.replace(base, optimizer="adamw", seed=seed, **changes) for seed in (0, 1)]
     return [dataclasses.replace(p, run_dir=runs.directory(str(home), p)) for p in points]
 
 
-def test_a_set_is_completed_once_whoever_runs_it(base, tmp_path, capsys):
-    configs = configurations(base, tmp_path / "parallel")
-    together = runs.complete(configs, tmp_path / "parallel.json", jobs=2, trainer=pretrain)
-    assert [e["config"]["optimizer"] for e in together] == ["muon", "adamw"]
-    assert all(e["mean_square"] > 0 and [s for s, _ in e["curve"]] == [2, 4] for e in together)
-    assert not list((tmp_path / "parallel").glob("*/*")), "run directories are cleared away"
+@pytest.fixture(scope="module")
+def completed(base, tmp_path_factory):
+    """The entries of two runs at the same time, then of one here, and what that one printed."""
+    home = tmp_path_factory.mktemp("completed")
+    configs = configurations(base, home / "parallel")
+    together = runs.complete(configs, home / "parallel.json", jobs=2, trainer=pretrain)
+    assert not list((home / "parallel").glob("*/*")), "run directories are cleared away"
 
-    # One is there, the other missing: it is run alone, and equal to the one that ran beside it.
-    out = tmp_path / "alone.json"
+    # One is there, the other missing.
+    out = home / "alone.json"
     out.write_text(json.dumps(together[:1]))
-    capsys.readouterr()
-    alone = runs.complete([*configs, configs[0]], out)
-    assert "[1 of 1] adamw" in capsys.readouterr().out
-    assert len(json.loads(out.read_text())) == 2 and alone[0] == alone[2] == together[0]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        alone = runs.complete([*configs, configs[0]], out)
+    assert len(json.loads(out.read_text())) == 2
+    return together, alone, printed.getvalue()
+
+
+def test_a_set_is_completed_once_whoever_runs_it(completed):
+    together, alone, printed = completed
+    assert [e["config"]["seed"] for e in together] == [0, 1]
+    assert all(e["mean_square"] > 0 and [s for s, _ in e["curve"]] == [2, 4] for e in together)
+    assert together[0]["validation_loss"] != together[1]["validation_loss"]
+
+    # The one that was missing is run alone, and equal to the one that ran beside the other.
+    assert "[1 of 1] adamw" in printed and "seed 1" in printed
+    assert alone[0] == alone[2] == together[0]
     assert alone[1]["validation_loss"] == pytest.approx(together[1]["validation_loss"], rel=1e-5)
 
 
-def test_a_run_that_was_stopped_goes_on_from_its_checkpoint(base, tmp_path, monkeypatch):
+def test_a_run_that_was_stopped_goes_on_from_its_checkpoint(base, completed, tmp_path, monkeypatch):
     """By SIGTERM after step 3, between two validations; nothing of it is lost or run again."""
     [config] = configurations(base, tmp_path / "stopped", checkpoint_every=100)[1:]
-    whole = runs.complete([config], tmp_path / "whole.json")
+    _, (_, whole, _), _ = completed
     taken = []
     step = loop.Report.step
 
@@ -71,7 +85,7 @@ def test_a_run_that_was_stopped_goes_on_from_its_checkpoint(base, tmp_path, monk
     assert not out.exists() and checkpoint.newest(config) == 3
     [entry] = runs.complete([config], out)
     assert taken == [1, 2, 3, 4]
-    assert entry["curve"] == whole[0]["curve"] and entry["config"] == whole[0]["config"]
+    assert entry["curve"] == whole["curve"] and entry["config"] == whole["config"]
 
 
 def test_a_set_stops_when_its_time_is_up(base, tmp_path, monkeypatch):

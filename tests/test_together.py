@@ -10,20 +10,27 @@ import numpy as np
 import pytest
 
 import gum_optax
-from experiments import kills, low_bits, runs, together
+from experiments import data, kills, low_bits, model, runs, together
 from experiments.config import Config, ConfigError
 from experiments.train import train
+from tests.watched_pretrain import SMALL
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(model.PRESETS, "tiny", SMALL)  # it compiles sooner
+        yield settings(tmp_path_factory)
+
+
+def settings(tmp_path_factory):
     home = tmp_path_factory.mktemp("together")
     corpora = [str(kills.write_corpus(home / name)) for name in ("one", "two")]
     # The second corpus is the first one, with its documents in another order.
     for file in sorted((home / "two").iterdir())[:1]:
         file.rename(file.with_name("zzz" + file.name))
     config = Config(
-        preset="tiny", steps=6, batch_size=2, rank=16, period=2, full_rank_layers=1,
+        preset="tiny", steps=8, batch_size=2, rank=16, period=2, full_rank_layers=1,
         residual="additive", projector="random_orthonormal", corpus=(corpora[0],),
         cache_dir=str(home / "cache"), validate_every=4, validation_batches=2,
     )  # fmt: skip
@@ -58,6 +65,16 @@ def test_runs_of_one_program_have_the_numbers_that_they_have_alone(base, capsys)
     assert len(json.loads(out.read_text())) == 4
 
 
+def test_the_last_windows_are_those_of_the_steps_that_are_left(base):
+    config = dataclasses.replace(base[0], steps=7)
+    arch, texts = together._read([config])
+    chunks = list(together._chunks([config], arch, texts))
+    assert [done for done, _ in chunks] == [4, 7]
+    windows = np.concatenate([windows for _, (windows, _) in chunks])
+    stream = data.training_batches(texts[config.corpus], arch.seq_len, 2, config.seed)
+    np.testing.assert_array_equal(windows[:, 0], [next(stream) for _ in range(7)])
+
+
 def test_runs_that_differ_in_more_are_programs_of_their_own(base):
     config = base[0]
     other = dataclasses.replace(config, rank=8)
@@ -75,22 +92,22 @@ def test_runs_that_differ_in_more_are_programs_of_their_own(base):
 def test_momentum_in_few_bits_is_near_and_small(name, limit):
     """To half a code of each row's largest entry, for rows of odd length and zeros, too."""
     storage = low_bits.STORAGES[name]
-    array = jax.random.normal(jax.random.key(0), (3, 5, 7)).at[1].set(0)
-    packed = jax.jit(storage.pack)(array)
-    back = jax.jit(storage.unpack)(packed, array)
-    half = jnp.max(jnp.abs(array), axis=-1, keepdims=True) / limit / 2
-    assert bool(jnp.all(jnp.abs(back - array) <= half * (1 + 1e-5)))
-    assert bool(jnp.all(back[1] == 0))
+    pack, unpack = jax.jit(storage.pack), jax.jit(storage.unpack)
+    array = np.random.default_rng(0).normal(size=(3, 5, 7)).astype(np.float32)
+    array[1] = 0
+    packed = pack(array)
+    back = np.asarray(unpack(packed, array))
+    half = np.abs(array).max(axis=-1, keepdims=True) / limit / 2
+    assert np.all(np.abs(back - array) <= half * (1 + 1e-5))
+    assert np.all(back[1] == 0)
     assert packed.codes.nbytes == 3 * 5 * (7 if limit == 127 else 4)
     # A second way through the storage changes nothing: the state of a matrix at rest stays.
-    again = storage.pack(back)
-    np.testing.assert_allclose(storage.unpack(again, array), back, rtol=1e-6)
+    np.testing.assert_allclose(unpack(pack(back), array), back, rtol=1e-6)
 
 
 def test_low_bits_are_what_the_state_holds_between_steps():
-    params = [jnp.ones((8, 32)) for _ in range(4)]
-    tree = {"layers": [{"w": w} for w in params]}
+    tree = {"layers": [{"w": np.ones((8, 32), np.float32)} for _ in range(4)]}
     compression = gum_optax.LowRank(rank=4, storage=low_bits.STORAGES["rows4"])
-    state = gum_optax.gum(1e-2, compression).init(tree)
+    state = jax.eval_shape(gum_optax.gum(1e-2, compression).init, tree)
     codes = [leaf for leaf in jax.tree.leaves(state) if leaf.dtype == jnp.uint8]
     assert sorted(leaf.shape for leaf in codes) == [(2, 8, 16), (4, 4, 16)]

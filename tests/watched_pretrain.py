@@ -3,6 +3,7 @@
 It is run by `test_multi_process.py`, with a model that compiles sooner than the smallest preset.
 """
 
+import gc
 import sys
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,8 @@ class Watched(checkpoint.Checkpoints):
 
 
 if __name__ == "__main__":
+    gc.freeze()  # modules live to the end: garbage is not looked for among them
+    gc.set_threshold(50_000, 20, 20)
     model.PRESETS["tiny"] = SMALL
     checkpoint.Checkpoints = Watched
     sys.exit(cli.run(pretrain.main, pretrain.PROGRAM))
