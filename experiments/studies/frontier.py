@@ -12,6 +12,7 @@ continue from their last checkpoint.
 """
 
 import dataclasses
+import functools
 import math
 import statistics
 import sys
@@ -124,6 +125,9 @@ class Config:
     """Which to compare, by their names in this module."""
     factor: float = 2.0
     """Ratio of neighbouring learning rates of the grid."""
+    first: int = 0
+    """Where in the grid a search begins, counted from each contender's own rate: -1 is half of it.
+    Larger models want smaller rates."""
     tuning_steps: int = TUNING_STEPS
     """Steps of a run of the search."""
     tuning_runs: Literal["first", "all"] = "first"
@@ -180,7 +184,9 @@ def search(config: Config, complete: Complete) -> dict[str, float]:
     In every round each contender asks for what it still lacks, so that their runs share the cores.
     """
     found: dict[str, dict[int, float]] = {key: {} for key in config.contenders}
-    while missing := [(key, i) for key, losses in found.items() for i in _next(losses)]:
+    while missing := [
+        (key, i) for key, losses in found.items() for i in _next(losses, config.first)
+    ]:
         asked = [trials(config, key, rate_at(config, key, i)) for key, i in missing]
         entries = iter(complete([run for some in asked for run in some]))
         for (key, i), some in zip(missing, asked, strict=True):
@@ -193,10 +199,10 @@ def search(config: Config, complete: Complete) -> dict[str, float]:
 _HOPELESS = 8  # points of the grid, all without a finite loss, after which the search gives up
 
 
-def _next(losses: dict[int, float]) -> list[int]:
+def _next(losses: dict[int, float], first: int) -> list[int]:
     """The points of the grid to try next; none if both neighbours of the best are there."""
     if not losses:
-        return [-1, 0, 1]
+        return [first - 1, first, first + 1]
     best = min(losses, key=losses.__getitem__)
     if losses[best] == math.inf and len(losses) > _HOPELESS:
         raise ConfigError(f"--contenders: no run of {len(losses)} learning rates ended finite")
@@ -215,7 +221,7 @@ def finals(config: Config, best: dict[str, float], corpus: str) -> list[Run]:
 def hidden_bytes(run: Run) -> int:
     """Bytes of optimizer state that belong to the hidden matrices: all but the fallback's."""
     arch = model.architecture(run)
-    params = jax.eval_shape(lambda: model.create(arch)[1])
+    params = _shapes(arch)
     kinds: Any = optimizers.matrix_or_rest(params)
     state = jax.eval_shape(optimizers.build(run, arch.layers).init, params)
     # AdamW keeps two moments of each other weight, whatever the hidden matrices have.
@@ -225,6 +231,12 @@ def hidden_bytes(run: Run) -> int:
         if kind == "rest"
     )
     return loop.state_bytes(state) - rest
+
+
+@functools.cache
+def _shapes(arch: model.Architecture) -> model.Params:
+    """The parameters of a model as shapes; all contenders have the same."""
+    return jax.eval_shape(lambda: model.create(arch)[1])
 
 
 def compare(config: Config, entries: Sequence[runs.Entry]) -> list[dict[str, Any]]:
