@@ -2,6 +2,7 @@
 
 from gum_optax import carries as carries
 from gum_optax import dimension_numbers as dimension_numbers
+from gum_optax import fallbacks as fallbacks
 from gum_optax import projectors as projectors
 from gum_optax import residuals as residuals
 from gum_optax import samplers as samplers
@@ -35,5 +36,6 @@ from gum_optax._recipes import gum as gum
 from gum_optax._recipes import muon as muon
 from gum_optax._recipes import scale_by_gum as scale_by_gum
 from gum_optax._sharding import state_shardings as state_shardings
+from gum_optax.fallbacks import Fallback as Fallback
 
 __version__ = "0.1.0"

@@ -51,6 +51,11 @@ def evidence_against_matrices(named: Sequence[tuple[str, Any]]) -> list[str]:
     return found
 
 
+def is_no_table(path: str) -> bool:
+    """Whether a path has no name of a table: of tokens, positions, or of nothing in particular."""
+    return _is_head(path) or not _name_evidence(path)
+
+
 def _name_evidence(path: str) -> str:
     return next((f"name: {word}" for word in map(_naming_word, path.split("/")) if word), "")
 

@@ -11,22 +11,17 @@ Tests: tests/library/test_recipes.py, tests/library/test_dimension_numbers.py.
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import optax
 
-from gum_optax import _checks, _ledger, _mesh
+from gum_optax import _checks, _ledger, _mesh, fallbacks
 from gum_optax import dimension_numbers as dims
 from gum_optax._groups import by_role
 from gum_optax._low_rank import keep_dtypes
 from gum_optax._paths import PyTree, is_box, is_stand_in, leaves_with_names
-
-ScalarOrSchedule: TypeAlias = float | jax.Array | optax.Schedule
-"""A learning rate: a number, or a function of the step count."""
-
-Mask: TypeAlias = PyTree | Callable[[PyTree], PyTree] | None
-"""True for the leaves that something applies to: a tree or prefix tree, or a function of one."""
+from gum_optax.fallbacks import Fallback, Mask, ScalarOrSchedule
 
 
 def for_matrices(
@@ -36,7 +31,7 @@ def for_matrices(
     weight_decay: float | jax.Array = 0.0,
     weight_decay_mask: Mask = None,
     weight_dimension_numbers: dims.DimensionNumbers | None = None,
-    fallback: optax.GradientTransformation | None = None,
+    fallback: optax.GradientTransformation | Fallback | None = None,
     fallback_learning_rate: ScalarOrSchedule | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Makes an optimizer of a whole model from a direction for its matrices.
@@ -52,42 +47,48 @@ def for_matrices(
         something or `scale_by_polar`, without learning rate and sign.
       learning_rate: a number, or a schedule of the step count.
       weight_decay: decoupled weight decay, multiplied by the learning rate; of the matrices and,
-        with the same mask, of the default fallback.
+        with the same mask, of a `Fallback`.
       weight_decay_mask: a tree, prefix tree or function; True where weight decay applies.
       weight_dimension_numbers: ``optax.contrib.MuonDimensionNumbers`` for the parameters, a tree or
         prefix tree of them (None: fallback), or a function that gives one; axes in neither list are
         batch. See `dimension_numbers` for ready functions.
-      fallback: the optimizer of everything else, by default ``optax.adamw``.
-      fallback_learning_rate: the learning rate of the default fallback, by default
-        ``learning_rate``. Embedding, head and norms often want a larger one than matrices.
+      fallback: the optimizer of everything else: one of `fallbacks`, by default
+        ``fallbacks.adamw()``, or a transformation with a learning rate and weight decay of its own.
+      fallback_learning_rate: the learning rate of a `Fallback`, by default ``learning_rate``.
+        Embedding, head and norms often want a larger one than matrices.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``.
 
     Raises:
       TypeError, ValueError: if an argument is malformed, or if ``fallback_learning_rate`` is given
-        beside a ``fallback``, which has its own.
+        beside a transformation as ``fallback``, which has its own.
 
     Example:
-      Muon with six Newton-Schulz steps on compressed gradients, and Adafactor for the rest:
+      Muon with six Newton-Schulz steps on compressed gradients, and Adafactor's second moment for
+      the rest:
 
       >>> import optax
       >>> import gum_optax
       >>> muon = optax.chain(optax.trace(0.95), gum_optax.scale_by_polar(ns_steps=6))
       >>> tx = gum_optax.for_matrices(
       ...     gum_optax.low_rank(muon, gum_optax.LowRank(rank=64)), 0.02,
-      ...     fallback=optax.adafactor(1e-3))
+      ...     fallback=gum_optax.fallbacks.factored(), fallback_learning_rate=1e-3)
     """
     _checks.transformation("direction", direction)
     _checks.scalar_or_schedule("learning_rate", learning_rate)
     _checks.hyperparameter("weight_decay", weight_decay)
     if fallback is None:
-        rate = fallback_rate(learning_rate, fallback_learning_rate)
-        fallback = optax.adamw(rate, weight_decay=weight_decay, mask=weight_decay_mask)
+        fallback = fallbacks.adamw()
+    if isinstance(fallback, Fallback):
+        rate = learning_rate if fallback_learning_rate is None else fallback_learning_rate
+        _checks.scalar_or_schedule("fallback_learning_rate", rate)
+        fallback = fallback.make(rate, weight_decay, weight_decay_mask)
     elif fallback_learning_rate is not None:
         raise ValueError(
-            f"`fallback_learning_rate` must be left out where `fallback` is given, got "
-            f"{fallback_learning_rate!r}: it is the learning rate of the default fallback."
+            f"`fallback_learning_rate` must be left out where `fallback` is a transformation, got "
+            f"{fallback_learning_rate!r}: it is the learning rate of one of "
+            "`gum_optax.fallbacks`."
         )
     _checks.transformation("fallback", fallback)
     # Without decay there is no transformation to run; a traced value may be anything.
@@ -103,16 +104,6 @@ def for_matrices(
         )
 
     return _divide(matrix_optimizer, fallback, weight_dimension_numbers)
-
-
-def fallback_rate(
-    learning_rate: ScalarOrSchedule, fallback_learning_rate: ScalarOrSchedule | None
-) -> ScalarOrSchedule:
-    """The learning rate of a default fallback: its own, or that of the matrices."""
-    if fallback_learning_rate is None:
-        return learning_rate
-    _checks.scalar_or_schedule("fallback_learning_rate", fallback_learning_rate)
-    return fallback_learning_rate
 
 
 def _divide(

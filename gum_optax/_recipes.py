@@ -16,14 +16,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gum_optax import _checks, _mesh, storages
+from gum_optax import _checks, _mesh, fallbacks, storages
 from gum_optax import dimension_numbers as dims
 from gum_optax._low_rank import LowRank, low_rank
-from gum_optax._matrices import Mask, ScalarOrSchedule, fallback_rate, for_matrices
+from gum_optax._matrices import for_matrices
 from gum_optax._orthogonal import scale_by_polar
 from gum_optax._quantized import quantized
+from gum_optax.fallbacks import Fallback, Mask, Number, ScalarOrSchedule
 
-Number = float | jax.Array
 _POLAR = scale_by_polar()
 
 
@@ -103,7 +103,7 @@ def gum(
     weight_decay: Number = 0.0,
     weight_decay_mask: Mask = None,
     weight_dimension_numbers: dims.DimensionNumbers | None = None,
-    fallback: optax.GradientTransformation | None = None,
+    fallback: optax.GradientTransformation | Fallback | None = None,
     fallback_learning_rate: ScalarOrSchedule | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""GUM: GaLore Unbiased with Muon, in place of ``optax.contrib.muon``.
@@ -175,7 +175,7 @@ def muon(
     weight_decay: Number = 0.0,
     weight_decay_mask: Mask = None,
     weight_dimension_numbers: dims.DimensionNumbers | None = None,
-    fallback: optax.GradientTransformation | None = None,
+    fallback: optax.GradientTransformation | Fallback | None = None,
     fallback_learning_rate: ScalarOrSchedule | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Muon at full rank, with momentum in 8 bits: in place of ``optax.contrib.muon``.
@@ -210,10 +210,13 @@ def muon(
       TypeError, ValueError: if an argument is malformed.
 
     Example:
-      >>> import optax
+      With AdamW in 8 bits for embedding, head and norms:
+
       >>> import gum_optax
+      >>> from gum_optax import fallbacks, storages
       >>> tx = gum_optax.muon(
-      ...     0.02, weight_decay=0.1, fallback=gum_optax.quantized(optax.adamw(1e-3)))
+      ...     0.02, weight_decay=0.1,
+      ...     fallback=fallbacks.adamw(storage=storages.int8()), fallback_learning_rate=1e-3)
 
     References:
       Gupta et al., 8-bit Muon, arXiv 2509.23106; Jordan et al., Muon,
@@ -248,7 +251,7 @@ def adamw(
     weight_decay: Number = 1e-4,
     weight_decay_mask: Mask = None,
     weight_dimension_numbers: dims.DimensionNumbers | None = None,
-    fallback: optax.GradientTransformation | None = None,
+    fallback: optax.GradientTransformation | Fallback | None = None,
     fallback_learning_rate: ScalarOrSchedule | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """AdamW on compressed gradients, in place of ``optax.adamw``.
@@ -287,13 +290,9 @@ def adamw(
     _checks.hyperparameter("b1", b1, below=1.0)
     _checks.hyperparameter("b2", b2, below=1.0)
     _checks.hyperparameter("eps", eps)
-    _checks.scalar_or_schedule("learning_rate", learning_rate)
-    _checks.hyperparameter("weight_decay", weight_decay)
     # The default fallback is the same AdamW, on gradients as they are.
     if fallback is None:
-        rate = fallback_rate(learning_rate, fallback_learning_rate)
-        fallback_learning_rate = None
-        fallback = optax.adamw(rate, b1, b2, eps, weight_decay=weight_decay, mask=weight_decay_mask)
+        fallback = fallbacks.adamw(b1, b2, eps)
     direction = _mesh.handing_over(
         partial(low_rank, compression=compression), optax.scale_by_adam, b1=b1, b2=b2, eps=eps
     )
