@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from optax.microbatching import AccumulationType, microbatch
 
 import gum_optax
-from experiments import checkpoint, compatibility, losses, optimizers, precision, processes
+from experiments import checkpoint, compatibility, losses, optimizers, processes
 from experiments import mesh as meshes
 from experiments.config import Training
 from experiments.losses import Loss
@@ -182,7 +182,7 @@ def mean_loss(loss: Callable, params: Params, batches: Iterable[Any]) -> float:
 
 def introduction(config: Training, state: State, mesh: Mesh | None, layers: int) -> str:
     """What the optimizer will hold, and where weights lie."""
-    wide = jax.eval_shape(lambda: precision.cast(state.params, "float32"))  # what optimizers see
+    wide = jax.eval_shape(lambda: optax.tree.cast(state.params, "float32"))  # what optimizers see
     plan = str(gum_optax.memory_plan(optimizers.build(config, layers), wide))
     if config.optimizer in optimizers.FULL_RANK:
         plan = plan.splitlines()[-1]  # the sum: there are no groups
@@ -201,7 +201,7 @@ def _gradients(loss: Loss, config: Training) -> Callable[[Params, Any], tuple[ja
     def of_part(params: Params, part: Any) -> tuple[Any, Params]:
         (total, count), grads = jax.value_and_grad(loss, has_aux=True)(params, part)
         # Sums of many parts need more digits than weights in bfloat16 have.
-        return (total, count), precision.cast(grads, "float32")
+        return (total, count), optax.tree.cast(grads, "float32")
 
     size = config.batch_size // config.accumulate
     summed = microbatch(of_part, 1, size, AccumulationType.SUM)
@@ -215,7 +215,7 @@ def _gradients(loss: Loss, config: Training) -> Callable[[Params, Any], tuple[ja
 
 def _norm(grads: Params) -> jax.Array:
     """Of bfloat16, sums of squares would be off by per cents."""
-    return optax.tree.norm(precision.cast(grads, "float32"))
+    return optax.tree.norm(optax.tree.cast(grads, "float32"))
 
 
 def _due(step: int, every: int, config: Training) -> bool:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 import gum_optax
-from experiments import low_bits, precision
+from experiments import low_bits
 from experiments.config import Training, choose
 
 Optimizer = optax.GradientTransformation
@@ -219,7 +219,7 @@ def build(config: Training, layers: int) -> Optimizer:
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     optimizer = optax.chain(clip, make(config, schedule(config)))
     if config.weights == "bfloat16":
-        return precision.stochastic_rounding(optimizer, config.seed)
+        return gum_optax.stochastic_rounding(optimizer, config.seed)
     return optimizer
 
 

@@ -6,9 +6,10 @@ from functools import partial
 from typing import Any
 
 import jax
+import optax
 from jax.sharding import Mesh
 
-from experiments import checkpoint, data, loop, losses, model, precision, processes
+from experiments import checkpoint, data, loop, losses, model, processes
 from experiments import mesh as meshes
 from experiments.config import Config, check
 from experiments.loop import Result, State
@@ -76,7 +77,7 @@ def start(
         static, params = model.create(
             arch, dtype=config.dtype, seed=config.seed, remat=config.remat
         )  # fmt: skip
-        return static, precision.cast(params, config.weights)
+        return static, optax.tree.cast(params, config.weights)
 
     def place(shardings: Any) -> model.Params:
         if shardings is None:

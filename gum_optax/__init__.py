@@ -35,6 +35,8 @@ from gum_optax._recipes import adamw as adamw
 from gum_optax._recipes import gum as gum
 from gum_optax._recipes import muon as muon
 from gum_optax._recipes import scale_by_gum as scale_by_gum
+from gum_optax._rounding import RoundingState as RoundingState
+from gum_optax._rounding import stochastic_rounding as stochastic_rounding
 from gum_optax._sharding import state_shardings as state_shardings
 from gum_optax.fallbacks import Fallback as Fallback
 

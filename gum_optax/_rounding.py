@@ -1,0 +1,140 @@
+"""`stochastic_rounding`: weights in bfloat16 that small updates still move.
+
+Tests: tests/library/test_rounding.py.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gum_optax import _checks, _mesh
+from gum_optax._paths import PyTree, is_stand_in
+
+_DROPPED = 16  # bits by which bfloat16 is shorter than float32
+
+
+class RoundingState(NamedTuple):
+    """State of `stochastic_rounding`.
+
+    Attributes:
+      step: ``int32[]``, the number of updates so far; with the key it decides the random bits.
+      inner: the state of the wrapped optimizer.
+    """
+
+    step: jax.Array
+    inner: optax.OptState
+
+
+def stochastic_rounding(
+    inner: optax.GradientTransformation, key: int | jax.Array = 0
+) -> optax.GradientTransformationExtraArgs:
+    r"""Trains weights in bfloat16 without a copy in float32: sums are rounded up or down at random.
+
+    bfloat16 keeps eight binary digits, so an update below 1/512 of a weight is lost when the sum is
+    rounded to nearest. Rounding to one of the two neighbours a < b of the sum, to each with the
+    probability that makes the mean right, loses nothing on average:
+
+    .. math::
+        x = W + U, \quad P(W' = b) = \frac{x - a}{b - a}, \quad \operatorname{E} W' = x
+
+    The inner transformation sees gradients and weights in float32, so its state is that of float32
+    weights (put `quantized` around it to have less), and so are the updates that come back: with
+    them ``optax.apply_updates`` gives the rounded sum, exactly. Nothing may change these updates
+    afterwards, so this is the outermost transformation. Leaves of other dtypes are left alone.
+
+    Args:
+      inner: a whole optimizer, with its learning rate.
+      key: a seed, or a threefry key (typed, or raw ``uint32[2]``), of the random bits. They do not
+        depend on a mesh.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs``; its ``update`` needs ``params``. The state is a
+      `RoundingState`, four bytes beside that of ``inner``.
+
+    Raises:
+      TypeError, ValueError: if an argument is malformed; at ``update``, if ``params`` is missing.
+
+    Example:
+      A thousand updates of a thousandth of what bfloat16 resolves:
+
+      >>> import jax, jax.numpy as jnp, optax
+      >>> import gum_optax
+      >>> tx = gum_optax.stochastic_rounding(optax.sgd(2.0 ** -18))
+      >>> params = jnp.ones(1000, jnp.bfloat16)
+      >>> def step(carry, _):
+      ...     params, state = carry
+      ...     updates, state = tx.update(jnp.ones_like(params), state, params)
+      ...     return (optax.apply_updates(params, updates), state), None
+      >>> (params, _), _ = jax.lax.scan(step, (params, tx.init(params)), length=1000)
+      >>> exact = 1 - 1000 * 2.0 ** -18
+      >>> bool(abs(params.astype(jnp.float32).mean() - exact) < 3e-4)
+      True
+
+    References:
+      Gupta et al., Deep learning with limited numerical precision, arXiv 1502.02551.
+    """
+    _checks.transformation("inner", inner)
+    _checks.key("key", key)
+    run = optax.with_extra_args_support(inner)
+
+    def init(params: PyTree) -> Any:
+        if is_stand_in(params):
+            return jnp.zeros(())  # A prefix of every state: `map_params` changes nothing.
+        return RoundingState(jnp.zeros([], jnp.int32), run.init(_wide(params)))
+
+    def update(
+        updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any
+    ) -> tuple[PyTree, Any]:
+        if params is None:
+            raise ValueError(
+                "`stochastic_rounding` needs `params`: call `update(updates, state, params)`."
+            )
+        # 1. The inner update, in float32.
+        wide = _wide(params)
+        moves, inner_state = run.update(_wide(updates), state.inner, wide, **extra_args)
+        # 2. x = W + U, rounded at random, each leaf by bits of its own.
+        typed = jax.random.wrap_key_data(_checks.key_data(key), impl="threefry2x32")
+        leaves, tree = jax.tree.flatten(params)
+        keys = jax.random.split(jax.random.fold_in(typed, state.step), len(leaves))
+        moves = [
+            _rounded_move(k, leaf, move)
+            for k, leaf, move in zip(keys, leaves, tree.flatten_up_to(moves), strict=True)
+        ]
+        return tree.unflatten(moves), RoundingState(state.step + 1, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
+
+
+def _wide(tree: PyTree) -> PyTree:
+    """The same in float32, where it is in bfloat16."""
+    return jax.tree.map(
+        lambda leaf: leaf.astype(jnp.float32) if leaf.dtype == jnp.bfloat16 else leaf, tree
+    )
+
+
+def _rounded_move(key: jax.Array, weight: jax.Array, move: jax.Array) -> jax.Array:
+    """The float32 update U' for which ``W + U'`` is the sum ``W + U``, rounded at random."""
+    if weight.dtype != jnp.bfloat16:
+        return move
+
+    def rounded(key: jax.Array, weight: jax.Array, move: jax.Array) -> jax.Array:
+        old = weight.astype(jnp.float32)
+        # W + (W' - W) is W' again: both are numbers of eight digits, and float32 keeps 24.
+        return round_at_random(key, old + move).astype(jnp.float32) - old
+
+    return _mesh.in_auto_mode(rounded, key, weight, move, like=lambda: move)
+
+
+def round_at_random(key: jax.Array, x: jax.Array) -> jax.Array:
+    """Rounds a float32 array to bfloat16, each entry up or down, right on average.
+
+    Adding random bits below the last one that is kept carries into it as often as it should; what
+    is not finite stays as it is.
+    """
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
+    kept = ((bits + noise) >> _DROPPED).astype(jnp.uint16)
+    rounded = jax.lax.bitcast_convert_type(kept, jnp.bfloat16)
+    return jnp.where(jnp.isfinite(x), rounded, x.astype(jnp.bfloat16))
