@@ -1,4 +1,4 @@
-"""Optimizer state for fine-tuning models of seven to nine billion parameters.
+"""Optimizer state for models of 7 to 70 billion parameters.
 
 `python -m experiments.plans` counts it from shapes alone, made from the models' public architecture
 numbers: nothing is downloaded, allocated or run.
@@ -28,9 +28,9 @@ _WORDS = {"embed": "embedding", "lm_head": "kernel"}  # no other leaf has their 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Bytes of optimizer state for fine-tuning, by model and optimizer."""
+    """Bytes of optimizer state, by model and optimizer."""
 
-    models: tuple[str, ...] = ("Llama-3-8B", "Qwen2.5-7B", "Gemma-2-9B")
+    models: tuple[str, ...] = ("Llama-3-8B", "Qwen2.5-7B", "Gemma-2-9B", "Llama-3-70B")
     """Models whose parameters are updated."""
     rank: int = 128
     """Rank of GUM."""
@@ -63,6 +63,7 @@ class Decoder:
 MODELS = {
     "Llama-3-8B": Decoder(32, 4096, 32, 8, 128, 14336, 128_256),
     "Qwen2.5-7B": Decoder(28, 3584, 28, 4, 128, 18944, 152_064, qkv_biases=True),
+    "Llama-3-70B": Decoder(80, 8192, 64, 8, 128, 28672, 128_256),
     "Gemma-2-9B": Decoder(42, 3584, 16, 8, 256, 14336, 256_000, tied=True, norms_per_layer=4),
 }
 
@@ -102,18 +103,24 @@ def plan(config: Config, decoder: Decoder) -> dict[str, Any]:
 
 
 def optimizers(config: Config) -> dict[str, optax.GradientTransformation]:
-    """Those that are compared; all give embedding, head, norms and biases to AdamW."""
+    """Those that are compared.
+
+    All give embedding, head, norms and biases to AdamW; the lean ones, with momentum in 8 bits,
+    to a factored second moment without momentum.
+    """
     numbers = dimension_numbers.default
+    residual = gum_optax.residuals.sampled(config.full_rank_layers)
+    compression = gum_optax.LowRank(config.rank, residual=residual)
+    in_8_bits = dataclasses.replace(compression, storage=gum_optax.storages.int8())
+    factored = gum_optax.fallbacks.factored()
     return {
-        "GUM": gum_optax.gum(
-            _LEARNING_RATE,
-            gum_optax.LowRank(
-                config.rank, residual=gum_optax.residuals.sampled(config.full_rank_layers)
-            ),
-        ),
+        "GUM": gum_optax.gum(_LEARNING_RATE, compression),
         "AdamW": optax.adamw(_LEARNING_RATE),
         "Muon": optax.contrib.muon(_LEARNING_RATE, muon_weight_dimension_numbers=numbers),
         "GaLore": gum_optax.adamw(_LEARNING_RATE, gum_optax.galore(config.galore_rank)),
+        "8-bit AdamW": gum_optax.quantized(optax.adamw(_LEARNING_RATE)),
+        "8-bit Muon, lean": gum_optax.muon(_LEARNING_RATE, fallback=factored),
+        "8-bit GUM, lean": gum_optax.gum(_LEARNING_RATE, in_8_bits, fallback=factored),
     }
 
 
@@ -121,6 +128,7 @@ def state(tx: optax.GradientTransformation, params: Any) -> dict[str, int]:
     """Bytes of the state, and of what in it belongs to embedding and head."""
     leaves = jax.tree.leaves(jax.eval_shape(tx.init, params))
     words = {params[name][leaf].shape for name, leaf in _WORDS.items() if name in params}
+    # Codes of 8 bits have the shapes of what they stand for; their scales are few.
     of_words = [leaf for leaf in leaves if leaf.shape in words]
     return {"bytes": trees.size(leaves), "embedding_and_head_bytes": trees.size(of_words)}
 
