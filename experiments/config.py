@@ -54,8 +54,10 @@ class Training:
     learning_rate: float = 1e-2
     """Peak learning rate; on nano about 1e-2 suits gum and muon, 1e-3 adamw."""
     fallback_learning_rate: float | None = None
-    """Peak learning rate of AdamW on what is no hidden matrix (embedding, head, norms), under
-    every optimizer. None: --learning-rate."""
+    """Peak learning rate of --fallback, under every optimizer. None: --learning-rate."""
+    fallback: Literal["adamw", "adamw8", "factored", "factored_momentum", "columns"] = "adamw"
+    """What trains embedding, head and norms, which are no hidden matrices: AdamW, AdamW in 8 bits,
+    Adafactor's second moment without or with momentum in 8 bits, or SCALE's rule."""
     warmup: float = 0.1
     """Share of the steps over which the learning rate rises linearly to its peak."""
     final_learning_rate: float = 0.1

@@ -1,7 +1,7 @@
 """The optimizers of the experiments: a table from a name to a function of the configuration.
 
-All of them share the schedule, the clipping and, for whatever is no hidden matrix, the same AdamW,
-so that runs differ in one thing.
+All of them share the schedule, the clipping and, for whatever is no hidden matrix, the same
+fallback, so that runs differ in one thing.
 """
 
 from collections.abc import Callable
@@ -15,6 +15,7 @@ import optax
 import gum_optax
 from experiments import low_bits
 from experiments.config import Training, choose
+from gum_optax import fallbacks
 
 Optimizer = optax.GradientTransformation
 
@@ -116,8 +117,8 @@ def unbiased_adamw(config: Training, rate: optax.Schedule) -> Optimizer:
 
 
 def muon(config: Training, rate: optax.Schedule) -> Optimizer:
-    """Full-rank Muon on the hidden matrices, AdamW on the rest."""
-    if config.momentum != "float32":
+    """Full-rank Muon on the hidden matrices."""
+    if (config.momentum, config.fallback) != ("float32", "adamw"):
         return gum_optax.muon(
             rate,
             low_bits.STORAGES[config.momentum],
@@ -139,8 +140,8 @@ def muon(config: Training, rate: optax.Schedule) -> Optimizer:
 
 def adamw(config: Training, rate: optax.Schedule) -> Optimizer:
     """AdamW on everything; hidden matrices and the rest may have learning rates of their own."""
-    plain = _plain_adamw(config, rate)
-    if config.fallback_learning_rate is None:
+    plain = optax.adamw(rate, b2=config.b2, weight_decay=config.weight_decay, mask=_decayed)
+    if config.fallback_learning_rate is None and config.fallback == "adamw":
         return plain
     return optax.partition({"matrix": plain, "rest": _fallback(config)}, matrix_or_rest)
 
@@ -332,16 +333,23 @@ def _switch_step(config: Training) -> int:
     return round(config.golore_switch * config.steps)
 
 
+# What trains embedding, head and norms, by the name that `--fallback` has for it.
+FALLBACKS: dict[str, Callable[[Training], gum_optax.Fallback]] = {
+    "adamw": lambda config: fallbacks.adamw(b2=config.b2),
+    "adamw8": lambda config: fallbacks.adamw(b2=config.b2, storage=gum_optax.storages.int8()),
+    "factored": lambda config: fallbacks.factored(),
+    "factored_momentum": lambda config: fallbacks.factored(0.9),
+    "columns": lambda config: fallbacks.columns(),
+}
+
+
 def _fallback(config: Training) -> Optimizer:
-    return _plain_adamw(config, schedule(config, config.fallback_learning_rate))
-
-
-def _plain_adamw(config: Training, rate: optax.Schedule) -> Optimizer:
-    return optax.adamw(rate, b2=config.b2, weight_decay=config.weight_decay, mask=_decayed)
+    rate = schedule(config, config.fallback_learning_rate)
+    return FALLBACKS[config.fallback](config).make(rate, config.weight_decay, _decayed)
 
 
 def matrix_or_rest(params: optax.Params) -> optax.Params:
-    """A tree like `params`: "matrix" for hidden matrices, "rest" for what AdamW gets everywhere."""
+    """A tree like `params`: "matrix" for hidden matrices, "rest" for what the fallback gets."""
     numbers = gum_optax.dimension_numbers.default(params)
     return jax.tree.map(lambda _, number: "rest" if number is None else "matrix", params, numbers)
 

@@ -26,7 +26,7 @@ from experiments.loop import State
 from experiments.train import prepare
 
 # What may differ between the runs of a program, beside what never changes a loss.
-NUMBERS = ("learning_rate", "residual_scale", "seed", "corpus")
+NUMBERS = ("learning_rate", "fallback_learning_rate", "residual_scale", "seed", "corpus")
 
 
 def complete(configs: Sequence[Config], out: Path) -> list[runs.Entry]:
@@ -133,9 +133,14 @@ def _start(configs: Sequence[Config], arch: model.Architecture, loss: losses.Los
     """The first state of all runs, and `(state, windows, which) -> (state, losses)` of a chunk."""
     first = configs[0]
     numbers = {
-        "learning_rate": jnp.asarray([c.learning_rate for c in configs], jnp.float32),
-        "residual_scale": jnp.asarray([c.residual_scale for c in configs], jnp.float32),
+        "learning_rate": [c.learning_rate for c in configs],
+        "fallback_learning_rate": [
+            c.learning_rate if c.fallback_learning_rate is None else c.fallback_learning_rate
+            for c in configs
+        ],
+        "residual_scale": [c.residual_scale for c in configs],
     }
+    numbers = {name: jnp.asarray(each, jnp.float32) for name, each in numbers.items()}
 
     def optimizer(numbers: dict[str, jax.Array], key: Any) -> optax.GradientTransformation:
         changed: Any = numbers | {"draw_seed": key}

@@ -46,6 +46,7 @@ class Contender:
     name: str
     options: dict[str, Any]
     rate: float
+    tuned: str = "learning_rate"
 
 
 def _muon(residual: str, full_rank: int = 0, **more: Any) -> dict[str, Any]:
@@ -61,6 +62,12 @@ def _turned(**more: Any) -> dict[str, Any]:
 def _adam(optimizer: str, **more: Any) -> dict[str, Any]:
     # Bases of an SVD train no better, and take an accelerator minutes.
     return {"optimizer": optimizer, "projector": "subspace_iteration", **more}
+
+
+def _with_fallback(name: str, fallback: str, rate: float) -> Contender:
+    """Muon at its best rate, whose embedding, head and norms have something else than AdamW."""
+    options = {"optimizer": "muon", "learning_rate": 3e-3, "fallback": fallback}
+    return Contender(f"Muon, {name}", options, rate, "fallback_learning_rate")
 
 
 # In the order in which they are run, the decisive ones first.
@@ -114,6 +121,15 @@ CONTENDERS = {
         ("gum_20", "GUM, K = 20", 3e-3, _muon("sampled", 2, period=20)),
         ("gum_1000", "GUM, K = 1000", 3e-3, _muon("sampled", 2, period=1000)),
     )
+} | {
+    # What may train embedding, head and norms with less state than AdamW's.
+    f"fallback_{fallback}": _with_fallback(name, fallback, rate)
+    for fallback, name, rate in (
+        ("adamw8", "8-bit AdamW for the rest", 1e-2),
+        ("factored", "factored second moment for the rest", 5e-3),
+        ("factored_momentum", "the same, and 8-bit momentum", 1e-2),
+        ("columns", "SCALE's rule for the rest", 2.5e-3),
+    )
 }  # fmt: skip
 
 
@@ -156,10 +172,9 @@ Complete = Callable[[Sequence[Run]], list[runs.Entry]]
 
 def point(config: Config, key: str, rate: float, seed: int, corpus: str, steps: int) -> Run:
     """One run of a contender."""
-    chosen = CONTENDERS[choose("contenders", key, CONTENDERS)].options
-    run = dataclasses.replace(
-        config.base, learning_rate=rate, seed=seed, corpus=(corpus,), steps=steps, **chosen
-    )
+    chosen = CONTENDERS[choose("contenders", key, CONTENDERS)]
+    options = chosen.options | {chosen.tuned: rate}
+    run = dataclasses.replace(config.base, seed=seed, corpus=(corpus,), steps=steps, **options)
     return dataclasses.replace(run, run_dir=runs.directory(config.base.run_dir, run))
 
 
@@ -223,8 +238,9 @@ def hidden_bytes(run: Run) -> int:
     arch = model.architecture(run)
     params = _shapes(arch)
     kinds: Any = optimizers.matrix_or_rest(params)
+    # With AdamW as the fallback, which keeps two moments of each other weight.
+    run = dataclasses.replace(run, fallback="adamw")
     state = jax.eval_shape(optimizers.build(run, arch.layers).init, params)
-    # AdamW keeps two moments of each other weight, whatever the hidden matrices have.
     rest = sum(
         2 * leaf.size * leaf.dtype.itemsize
         for leaf, kind in zip(jax.tree.leaves(params), jax.tree.leaves(kinds), strict=True)
@@ -266,7 +282,7 @@ def _row(key: str, entries: Sequence[runs.Entry], goals: dict[str, list[float]])
     alone = [entry["seconds_per_step"] for entry in entries if "together" not in entry]
     row: dict[str, Any] = {
         "contender": key,
-        "learning_rate": run.learning_rate,
+        "learning_rate": getattr(run, CONTENDERS[key].tuned),
         "loss": statistics.mean(losses),
         "deviation": _deviation(losses),
         "hidden_bytes": hidden_bytes(run),
