@@ -1,0 +1,176 @@
+"""What few bits cost momentum and its polar factor: `python -m experiments.studies.few_bits`.
+
+Gradients are those of a run of GUM. Beside it, every storage keeps a full-rank momentum of its own,
+rounded at every step as it would be in training, and one of the projected gradients:
+
+    M <- beta unpack(pack(M)) + G,        R <- beta unpack(pack(R)) + P'G
+
+At some steps they are compared with the momentum in float32: the relative error of M, that of the
+update NS(M), and both of R. Does 4-bit momentum need its top subspace protected, as in GRASP?
+*protected* keeps the leading directions U of each matrix, an eighth of them, in 8 bits, and what is
+outside of them in 4:
+
+    M = U (U'M) + (M - U U'M)
+"""
+
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import gum_optax
+from experiments import cli, data, gradients, losses, low_bits, record, tables, train
+from experiments.config import Config as Run
+from gum_optax import storages
+
+PROGRAM = "experiments.studies.few_bits"
+BETA = 0.95
+SHARE = 8  # of the directions of a matrix, one in so many is protected
+
+Rounding = Callable[[jax.Array], jax.Array]
+_MEASURED = ("M", "NS(M)", "R", "NS(R)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Measure what rounding at every step does to momentum and to its polar factor."""
+
+    every: int = 50
+    """Steps between two measurements."""
+    out: Path = Path("experiments/results/studies/few_bits.json")
+    """Result file."""
+    base: Run = dataclasses.field(
+        default_factory=lambda: dataclasses.replace(gradients.RUN, steps=401)
+    )
+    """The run, as in experiments.pretrain."""
+
+
+def through(storage: storages.Storage) -> Rounding:
+    """Packs and unpacks an array, as between two steps."""
+
+    def rounded(array: jax.Array) -> jax.Array:
+        return storages.unpack(storage, storages.pack(storage, array), array)
+
+    return rounded
+
+
+def protected(array: jax.Array) -> jax.Array:
+    """Matrices [N, m, n], m <= n: the leading directions in 8 bits, the rest in 4."""
+    # U: the leading eigenvectors of M M', which come last.
+    count = max(1, array.shape[-2] // SHARE)
+    directions = jnp.linalg.eigh(array @ array.mT)[1][..., -count:]  # [N, m, count]
+    inside = directions.mT @ array
+    outside = array - directions @ inside
+    return directions @ through(storages.int8())(inside) + through(storages.int4())(outside)
+
+
+ROUNDINGS: dict[str, Rounding] = {
+    "float32": lambda array: array,
+    "int8": through(storages.int8()),
+    "int4": through(storages.int4()),
+    "int4, protected": protected,
+    "rows of 4 bits": through(low_bits.STORAGES["rows4"]),
+}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Trains and measures, prints a table, writes results; returns the exit code."""
+    config = cli.parse(Config, PROGRAM, arguments)
+    rows = []
+    for row in measured(config):
+        rows.append(row)
+        print(f"step {row['step']}", file=sys.stderr, flush=True)
+        record.write(config.out, config, rows=rows)
+    last = rows[-1]
+    tables.show(
+        f"Relative errors at step {last['step']}, mean over all matrices",
+        ("storage", *_MEASURED),
+        (
+            (name, *(last["errors"][name][each] for each in _MEASURED))
+            for name in ROUNDINGS
+            if name != "float32"
+        ),
+    )
+    print(f"\nresults: {config.out}")
+    return 0
+
+
+def measured(config: Config) -> Iterator[dict[str, Any]]:
+    """Trains; the errors at each step that is measured."""
+    run = config.base
+    arch, tokens = train.prepare(run)
+    batches = data.training_batches(tokens, arch.seq_len, run.batch_size, run.seed)
+    static, state, step = train.start(run, arch)
+    gradient = jax.jit(jax.grad(losses.mean(partial(losses.of_windows, static))))
+    momenta: Any = None
+    for number in range(run.steps):
+        batch = next(batches)
+        wide = gradients.by_kind(gradient(state.params, batch))
+        state, _ = step(state, batch)
+        # R starts anew at a refresh, with the bases that this step has renewed.
+        bases = gradients.bases(gradients.low_rank_state(state.opt_state))
+        found = {
+            "full": _float32(wide),
+            "low": _float32({k: bases[k].swapaxes(-1, -2) @ wide[k] for k in bases}),
+        }
+        if momenta is None:
+            momenta = {name: jax.tree.map(jnp.zeros_like, found) for name in ROUNDINGS}
+        momenta = _next(momenta, found, number % run.period == 0)
+        if number % config.every == 0 and number:
+            yield {"step": number, "errors": jax.tree.map(float, _errors(momenta))}
+
+
+def _float32(tree: gradients.ByKind) -> dict[str, np.ndarray]:
+    return {name: array.astype(np.float32) for name, array in tree.items()}
+
+
+@jax.jit
+def _next(momenta: Any, found: Any, refresh: Any) -> Any:
+    """One step of every momentum; what is compared is the momentum before it is packed."""
+
+    def one(name: str, part: str, old: jax.Array, gradient: jax.Array) -> jax.Array:
+        kept = BETA * ROUNDINGS[name](old)
+        return gradient + (jnp.where(refresh, 0, kept) if part == "low" else kept)
+
+    return {
+        name: {
+            part: jax.tree.map(partial(one, name, part), momenta[name][part], found[part])
+            for part in found
+        }
+        for name in momenta
+    }
+
+
+@jax.jit
+def _errors(momenta: Any) -> dict[str, dict[str, jax.Array]]:
+    """Of each storage, the relative errors of M, NS(M), R and NS(R)."""
+
+    def relative(some: jax.Array, exact: jax.Array) -> jax.Array:
+        norm = partial(jnp.linalg.norm, axis=(-2, -1))
+        return norm(some - exact) / norm(exact)
+
+    def mean(function: Callable[..., jax.Array], some: Any, exact: Any) -> jax.Array:
+        pairs = zip(jax.tree.leaves(some), jax.tree.leaves(exact), strict=True)
+        return jnp.concatenate([relative(function(a), function(b)) for a, b in pairs]).mean()
+
+    polar = gum_optax.newton_schulz
+    exact = momenta["float32"]
+    return {
+        name: {
+            "M": mean(lambda x: x, each["full"], exact["full"]),
+            "NS(M)": mean(polar, each["full"], exact["full"]),
+            "R": mean(lambda x: x, each["low"], exact["low"]),
+            "NS(R)": mean(polar, each["low"], exact["low"]),
+        }
+        for name, each in momenta.items()
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main, PROGRAM))
