@@ -14,8 +14,8 @@ map            bits  levels                                  scale         relat
 =============  ====  ======================================  ============  ==================
 `LINEAR_8`     8     ``c / 127``, c from -127 to 127         ``max |x|``   .007 (blocks of 256)
 `NORMAL_4`     4     16, made for Gaussian numbers           signed        .080 (blocks of 32)
-`OCTAVES_8`    8     ``2 ** e (1 + f / 8)``, no zero         ``max x``     .025
-`OCTAVES_4`    4     ``2 ** (c - 15)``, no zero              ``max x``     .17
+`OCTAVES_8`    8     ``2 ** e (1 + f / 8)``, no zero         ``max x``     .024
+`OCTAVES_4`    4     ``2 ** (c - 15)``, no zero              ``max x``     .15
 =============  ====  ======================================  ============  ==================
 
 Scales cost four bytes a block, those of `NORMAL_4` two. Blocks depend on the length of the axis

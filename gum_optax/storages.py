@@ -127,8 +127,9 @@ def int8(block: int = 256, non_negative: Callable[[KeyPath], bool] = _SECOND_MOM
 
     Codes are linear and symmetric: the error of a number is at most 1/254 of the largest magnitude
     N in its block (of Gaussian numbers, .007 in the l2 norm). Arrays that are never negative, such
-    as Adam's second moment, have codes of equal ratio: relative errors are at most 4.5 %, and none
-    is zero, since the next step divides by their roots; below ``2**-32 N`` numbers are rounded up.
+    as Adam's second moment, have eight levels in each octave: relative errors are at most 5.9 %,
+    and none is zero, since the next step divides by their roots; below ``2**-32 N`` numbers are
+    rounded up.
 
     The inner transformation computes in float32 (float64 for float64 parameters), rounding is to
     nearest, and a state that is decoded and encoded again does not change. A block with a number

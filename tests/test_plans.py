@@ -9,11 +9,12 @@ import pytest
 from experiments import plans
 from experiments.config import ConfigError
 
-# Published counts of parameters; cards round them to 8.03B, 7.62B and 9.24B.
+# Published counts of parameters; cards round them to 8.03B, 7.62B, 9.24B and 70.6B.
 PUBLISHED = {
     "Llama-3-8B": 8_030_261_248,
     "Qwen2.5-7B": 7_615_616_512,
     "Gemma-2-9B": 9_241_705_984,
+    "Llama-3-70B": 70_553_706_496,
 }
 
 # Llama-3-8B: matrices of one layer with the short side first, 32 of each.
@@ -61,11 +62,27 @@ def test_others_hold_what_they_must(found):
 def test_embedding_and_head_are_most_of_gums_state(found):
     """One table in Gemma 2, whose head is tied to it; two in the others."""
     words = {"Llama-3-8B": WORDS, "Qwen2.5-7B": 2 * 152_064 * 3584, "Gemma-2-9B": 256_000 * 3584}
-    for name, each in found.items():
-        assert {row["embedding_and_head_bytes"] for row in each["state"].values()} == {
-            4 * words[name]
-        }
-        assert 0.65 < 4 * words[name] / each["state"]["GUM"]["bytes"] < 0.72
+    for name, count in words.items():
+        state = found[name]["state"]
+        # Two moments in bfloat16, in 8 bits, or a factored second moment and no first one.
+        each = {optimizer: row["embedding_and_head_bytes"] for optimizer, row in state.items()}
+        assert each == dict.fromkeys(each, 4 * count) | {
+            "8-bit AdamW": 2 * count, "8-bit Muon, lean": 0, "8-bit GUM, lean": 0,
+        }  # fmt: skip
+        assert 0.65 < 4 * count / state["GUM"]["bytes"] < 0.72
+
+
+def test_lean_gum_of_8_billion_parameters_fits_into_a_gibibyte(found):
+    bases = 32 * sum(4 * m * 128 for m, _ in SIDES)
+    # A byte for each number, and a scale of four bytes for each block of 256 numbers or 224.
+    rows = {4096: 4096 + 4 * 16, 14336: 14336 + 4 * 64}
+    momenta = 32 * sum(128 * rows[n] for _, n in SIDES)
+    slots = sum(2 * m * rows[n] for m, n in SIDES)
+    # Rows and columns of two tables in float32; norms as they are; counters and stand-ins.
+    rest = 2 * 4 * (128_256 + 4096) + 4 * 65 * 4096
+    state = found["Llama-3-8B"]["state"]["8-bit GUM, lean"]["bytes"]
+    assert 0 <= state - (bases + momenta + slots + rest) < 1000
+    assert state < 2**30
 
 
 def test_norms_and_biases_are_counted():
