@@ -130,6 +130,23 @@ def galore(learning_rate: Any, compression: LowRank) -> optax.GradientTransforma
     return gum_optax.adamw(learning_rate, compression, weight_decay=0.0, **_STACKED)
 
 
+def muon(learning_rate: Any, _: LowRank) -> optax.GradientTransformationExtraArgs:
+    """Full-rank momentum in 8 bits, small arrays too, and the leanest fallback."""
+    momentum = gum_optax.quantized(optax.trace(0.9), storages.int8(4), smallest=0)
+    return gum_optax.for_matrices(
+        optax.chain(momentum, gum_optax.scale_by_polar(ns_steps=1)),
+        learning_rate,
+        fallback=gum_optax.fallbacks.factored(),
+        **_STACKED,
+    )
+
+
+def everything_in_8_bits(
+    learning_rate: Any, compression: LowRank
+) -> optax.GradientTransformationExtraArgs:
+    return gum_optax.quantized(adamw(learning_rate, compression), storages.int8(4), smallest=0)
+
+
 def _around(inner: str) -> Callable[[Any, LowRank], optax.GradientTransformationExtraArgs]:
     return lambda learning_rate, compression: gum_optax.low_rank(INNER[inner][0](), compression)
 
@@ -157,6 +174,8 @@ TRANSFORMATIONS: dict[str, tuple[Callable[[Any, LowRank], Any], LowRank]] = {
         ),
     ),
     "gum_galore": (gum, PROJECTED),
+    "muon in 8 bits": (muon, SIMPLE),
+    "everything in 8 bits": (everything_in_8_bits, SIMPLE),
     # Every residual rule that none of these has; `drop` is GaLore's.
     **{
         name: (_around("trace"), _replace(residual=residual))
@@ -174,6 +193,7 @@ TRANSFORMATIONS: dict[str, tuple[Callable[[Any, LowRank], Any], LowRank]] = {
 }
 # Those of whole models: they have a fallback.
 ALIASES = ["gum", "adamw", "adamw_galore", "adamw_golore", "gum_galore"]
+ALIASES += ["muon in 8 bits", "everything in 8 bits"]
 # These come with a learning rate of their own.
 OPTIMIZERS = [*ALIASES, "low_rank_adamw", "low_rank_nesterov"]
 every = pytest.mark.parametrize("name", TRANSFORMATIONS)
@@ -181,6 +201,8 @@ every = pytest.mark.parametrize("name", TRANSFORMATIONS)
 # compression are parts of these.
 COMPILED = [name for name in TRANSFORMATIONS if name not in ("adamw", "gum_galore")]
 every_compiled = pytest.mark.parametrize("name", COMPILED)
+# Those that have a `LowRankState`.
+LOW_RANK = [name for name in COMPILED if name != "muon in 8 bits"]
 # Where each case is a compilation of its own: every kind of inner transformation, slots or none,
 # with a fallback or alone.
 KINDS = ["gum", "low_rank_adamw", "adamw_galore"]

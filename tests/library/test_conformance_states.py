@@ -21,6 +21,7 @@ import gum_optax
 from tests.tables import (
     ALIASES,
     COMPILED,
+    LOW_RANK,
     OPTIMIZERS,
     PERIOD,
     PROJECTED,
@@ -244,7 +245,7 @@ def test_map_params_reaches_what_is_shaped_like_parameters():
     }
 
 
-@every_compiled
+@pytest.mark.parametrize("name", LOW_RANK)
 def test_the_state_is_found_by_name(name):
     found = optax.tree.get(_after_three_steps(name), "LowRankState")
     assert isinstance(found, gum_optax.LowRankState)
@@ -270,7 +271,7 @@ def test_the_count_is_unambiguous_where_the_inner_transformation_counts_nothing(
     assert int(optax.tree.get(_after_three_steps(name), "count")) == 3
 
 
-@pytest.mark.parametrize("name", [name for name in ALIASES if name in COMPILED])
+@pytest.mark.parametrize("name", [name for name in ALIASES if name in LOW_RANK])
 def test_the_count_of_a_whole_optimizer_needs_a_filter(name):
     """Its fallback and its schedules count too, as in ``optax.contrib.muon``."""
     state = _after_three_steps(name)
