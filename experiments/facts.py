@@ -100,9 +100,9 @@ def finetuning() -> str:
 
 
 def plans() -> str:
-    """State for fine-tuning large models, in GiB, and how much of it is embedding and head."""
+    """State of large models, in GiB, and how much of GUM's is of embedding and head."""
     models = _read("plans.json")["models"]
-    lines = [["model", *next(iter(models.values()))["state"], "of it embedding and head"]]
+    lines = [["model", *next(iter(models.values()))["state"], "of GUM's, embedding and head"]]
     lines.append(["---"] * len(lines[0]))
     for name, each in models.items():
         cells = (f"{row['bytes'] / 2**30:.1f} GiB" for row in each["state"].values())
