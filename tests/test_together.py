@@ -80,7 +80,8 @@ def test_runs_that_differ_in_more_are_programs_of_their_own(base):
     other = dataclasses.replace(config, rank=8)
     faster = dataclasses.replace(config, learning_rate=1.0)
     assert together.programs([config, other, faster]) == [[config, faster], [other]]
-    with pytest.raises(ConfigError, match="may differ in learning_rate, residual_scale"):
+    numbers = "learning_rate, fallback_learning_rate, residual_scale"
+    with pytest.raises(ConfigError, match=f"may differ in {numbers}"):
         together.train([config, other])
     with pytest.raises(ConfigError, match="--weights"):
         together.train([dataclasses.replace(config, weights="bfloat16")])
