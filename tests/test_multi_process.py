@@ -30,6 +30,10 @@ OPTIONS = {
 }  # fmt: skip
 PATIENCE = 300  # seconds
 
+# A job of two takes forty seconds of two cores. By `make test`, test_processes.py holds updates to
+# the same law in real processes, and test_mesh.py whole training steps on a mesh.
+pytestmark = pytest.mark.slow
+
 # Processes add up what devices contribute in another order (float32); Newton-Schulz amplifies that
 # where a gradient is nearly singular, and where neighbouring singular values are close, rounding
 # decides which directions a basis keeps. Measured on this text of random words: 4.3e-5 on one
@@ -153,7 +157,7 @@ def views(run_dir: Path, step: int) -> list[dict[str, np.ndarray]]:
     return [dict(np.load(path)) for path in sorted(run_dir.glob(f"step{step}-process*.npz"))]
 
 
-@pytest.mark.parametrize("count", ["two", pytest.param("four", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", ["two", "four"])
 def test_several_processes_have_the_losses_of_one(count, request):
     run_dir = request.getfixturevalue(f"{count}_processes")
     one_process = request.getfixturevalue("one_process")
@@ -161,9 +165,7 @@ def test_several_processes_have_the_losses_of_one(count, request):
     assert values(one_process, "loss")[STEPS] < values(one_process, "loss")[1] - 0.3
 
 
-@pytest.mark.parametrize(
-    ("count", "number"), [("two", 2), pytest.param("four", 4, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("count", "number"), [("two", 2), ("four", 4)])
 def test_all_processes_draw_the_same(count, number, one_process, request):
     run_dir = request.getfixturevalue(f"{count}_processes")
     draws = []
@@ -192,7 +194,6 @@ def test_only_the_first_process_writes_and_prints(two_processes):
     assert len(list((two_processes / "tensorboard").iterdir())) == 1
 
 
-@pytest.mark.slow
 def test_a_killed_job_goes_on_and_what_it_saved_suits_one_process(base, one_process, two_processes):
     """`kill -9` of one process, then SIGTERM to one: the job goes on, and at last on one device."""
     rng = random.Random(0)
@@ -237,7 +238,6 @@ def tuning(base: Path, name: str, **more: Any) -> dict[str, Any]:
     return TUNING | places | {"export": base / f"{name}-model"} | more
 
 
-@pytest.mark.slow
 def test_fine_tuning_in_two_processes_is_that_of_one(base):
     """Weights are placed, answers generated and the result exported by both together."""
     alone = tuning(base, "tuned-alone")
@@ -260,7 +260,6 @@ def test_fine_tuning_in_two_processes_is_that_of_one(base):
         np.testing.assert_allclose(mine, theirs, atol=3e-4)
 
 
-@pytest.mark.slow
 def test_weights_in_bfloat16_on_a_mesh_resume_bit_for_bit(base, monkeypatch):
     """Rounded at random, accumulated in parts, stopped after step 4 and exported."""
     more = {"weights": "bfloat16", "checkpoint_every": 4}

@@ -1,5 +1,6 @@
 """Fallbacks: each against loops in float64, with its bytes, and how optimizers are given one."""
 
+import functools
 import math
 from typing import Any
 
@@ -10,7 +11,7 @@ import optax
 import pytest
 
 import gum_optax
-from gum_optax import LowRank, fallbacks, storages
+from gum_optax import LowRank, fallbacks, residuals, storages
 from tests import helpers
 
 RNG = np.random.default_rng(0)
@@ -32,8 +33,8 @@ RATE, DECAY = 0.1, 0.01
 
 def run(fallback: Any, params: Any = PARAMS) -> list[Any]:
     """The updates of three steps."""
-    tx = fallback.make(RATE, DECAY, None)
-    state, found = tx.init(params), []
+    tx, found = fallback.make(RATE, DECAY, None), []
+    state = jax.jit(tx.init, compiler_options=helpers.QUICK)(params)
     step = jax.jit(tx.update, compiler_options=helpers.QUICK)
     for gradient in GRADIENTS:
         updates, state = step(gradient, state, params)
@@ -221,49 +222,56 @@ def test_heads_have_momentum_and_tables_have_none(path, head):
 
 # How optimizers are given one ---------------------------------------------------------------------
 
+# Whatever matrices get; it compiles at once.
+CHEAP = LowRank(2, 2, residuals.drop(), helpers.first_coordinates)
+DIRECTION = optax.identity()
 OPTIMIZERS = {
-    "gum": lambda **kw: gum_optax.gum(RATE, LowRank(2), **kw),
-    "muon": lambda **kw: gum_optax.muon(RATE, **kw),
-    "adamw": lambda **kw: gum_optax.adamw(RATE, LowRank(2), weight_decay=0.0, **kw),
-    "for_matrices": lambda **kw: gum_optax.for_matrices(gum_optax.scale_by_polar(), RATE, **kw),
+    "gum": lambda **kw: gum_optax.gum(RATE, CHEAP, orthogonalizer=DIRECTION, **kw),
+    "muon": lambda **kw: gum_optax.muon(RATE, orthogonalizer=DIRECTION, **kw),
+    "adamw": lambda **kw: gum_optax.adamw(RATE, CHEAP, **kw),
+    "for_matrices": lambda **kw: gum_optax.for_matrices(DIRECTION, RATE, **kw),
 }
-WHOLE = {"embed": PARAMS["embed"], "layers": [{"w": normal(8, 12)} for _ in range(4)]}
+WHOLE = {"embed": PARAMS["embed"], "layers": [{"w": normal(8, 12)} for _ in range(2)]}
+ONES = jax.tree.map(np.ones_like, WHOLE)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_fallback_gets_rate_decay_and_mask(name):
-    decayed = {} if name == "adamw" else {"weight_decay": 0.5}
-    options = decayed | {"weight_decay_mask": {"embed": True, "layers": False}}
-    gradients = jax.tree.map(np.ones_like, WHOLE)
+    options = {"weight_decay": 0.5, "weight_decay_mask": {"embed": True, "layers": False}}
+    asked = [
+        {"fallback": fallbacks.factored()},
+        {"fallback": fallbacks.factored(), "fallback_learning_rate": 0.3},
+        {"fallback": fallbacks.adamw()},
+        {},
+    ]
 
-    def embed(**kw: Any) -> np.ndarray:
-        tx = OPTIMIZERS[name](**options, **kw)
-        return np.asarray(tx.update(gradients, tx.init(WHOLE), WHOLE)[0]["embed"])
+    @functools.partial(jax.jit, compiler_options=helpers.QUICK)
+    def embeddings(gradients: Any, params: Any) -> Any:
+        made = [OPTIMIZERS[name](**options, **each) for each in asked]
+        return [tx.update(gradients, tx.init(params), params)[0]["embed"] for tx in made]
 
-    own = RATE if name == "adamw" else 0.5
-    decay = WHOLE["embed"] * (0.0 if name == "adamw" else 0.5)
-    fallback = fallbacks.factored()
+    same, own, given, default = embeddings(ONES, WHOLE)
     # Of a gradient of ones, the first direction is a matrix of ones.
-    np.testing.assert_allclose(embed(fallback=fallback), -RATE * (1 + decay), rtol=1e-5)
-    np.testing.assert_allclose(
-        embed(fallback=fallback, fallback_learning_rate=own), -own * (1 + decay), rtol=1e-5
-    )
+    direction = 1 + 0.5 * WHOLE["embed"]
+    np.testing.assert_allclose(same, -RATE * direction, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(own, -0.3 * direction, rtol=1e-5, atol=1e-6)
     # By default it is AdamW, whose first direction is one, too, up to eps.
-    np.testing.assert_allclose(embed(), embed(fallback=fallbacks.adamw()), rtol=1e-6)
+    np.testing.assert_allclose(default, -RATE * direction, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(default, given)
 
 
 def test_rates_are_injected():
     tx = optax.inject_hyperparams(gum_optax.gum)(
         learning_rate=RATE,
-        compression=LowRank(2),
+        compression=CHEAP,
+        orthogonalizer=DIRECTION,
         fallback=fallbacks.factored(),
         fallback_learning_rate=optax.linear_schedule(0.2, 0.0, 2),
     )
-    gradients = jax.tree.map(np.ones_like, WHOLE)
-    state = tx.init(WHOLE)
-    sizes = []
+    step = jax.jit(tx.update, compiler_options=helpers.QUICK)
+    state, sizes = tx.init(WHOLE), []
     for _ in range(3):
-        updates, state = tx.update(gradients, state, WHOLE)
+        updates, state = step(ONES, state, WHOLE)
         sizes.append(float(np.abs(updates["embed"]).mean()))
     np.testing.assert_allclose(sizes, [0.2, 0.1, 0.0], rtol=1e-5, atol=1e-7)
 
