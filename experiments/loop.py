@@ -201,7 +201,8 @@ def _gradients(loss: Loss, config: Training) -> Callable[[Params, Any], tuple[ja
     def of_part(params: Params, part: Any) -> tuple[Any, Params]:
         (total, count), grads = jax.value_and_grad(loss, has_aux=True)(params, part)
         # Sums of many parts need more digits than weights in bfloat16 have.
-        return (total, count), optax.tree.cast(grads, "float32")
+        wide: Any = optax.tree.cast(grads, "float32")
+        return (total, count), wide
 
     size = config.batch_size // config.accumulate
     summed = microbatch(of_part, 1, size, AccumulationType.SUM)

@@ -77,7 +77,8 @@ def start(
         static, params = model.create(
             arch, dtype=config.dtype, seed=config.seed, remat=config.remat
         )  # fmt: skip
-        return static, optax.tree.cast(params, config.weights)
+        cast: Any = optax.tree.cast(params, config.weights)
+        return static, cast
 
     def place(shardings: Any) -> model.Params:
         if shardings is None:

@@ -73,7 +73,7 @@ def main(address: str, processes: str, number: str, devices: str, out: str) -> N
         lambda _: NamedSharding(mesh, P("fsdp")), SHAPES, is_leaf=lambda x: isinstance(x, tuple)
     )
     with jax.set_mesh(mesh):
-        held = {
+        held: Any = {
             f"{name} {'x'.join(str(s.start or 0) for s in shard.index)}": np.asarray(shard.data)
             for name, leaf in named(*run(place)).items()
             for shard in leaf.addressable_shards

@@ -1,5 +1,7 @@
 """Fallbacks: each against loops in float64, with its bytes, and how optimizers are given one."""
 
+# pyright: reportArgumentType=false, reportIndexIssue=false
+
 import functools
 import math
 from typing import Any
@@ -231,8 +233,8 @@ OPTIMIZERS = {
     "adamw": lambda **kw: gum_optax.adamw(RATE, CHEAP, **kw),
     "for_matrices": lambda **kw: gum_optax.for_matrices(DIRECTION, RATE, **kw),
 }
-WHOLE = {"embed": PARAMS["embed"], "layers": [{"w": normal(8, 12)} for _ in range(2)]}
-ONES = jax.tree.map(np.ones_like, WHOLE)
+WHOLE: Any = {"embed": PARAMS["embed"], "layers": [{"w": normal(8, 12)} for _ in range(2)]}
+ONES: Any = jax.tree.map(np.ones_like, WHOLE)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
