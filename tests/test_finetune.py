@@ -277,9 +277,10 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(home, weights):
         assert np.abs(part - whole).max() <= exact * np.abs(whole).max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options_of_run",
-    [{"weights": "bfloat16"}, pytest.param({"remat": True}, marks=pytest.mark.slow)],
+    [{"weights": "bfloat16"}, {"remat": True}],
     ids=str,
 )
 def test_other_ways_to_compute_learn_alike(unbroken, home, tmp_path, options_of_run):
@@ -296,6 +297,7 @@ def test_other_ways_to_compute_learn_alike(unbroken, home, tmp_path, options_of_
     assert kinds == {jnp.dtype(config.weights)}
 
 
+@pytest.mark.slow  # test_mesh.py pretrains on one, in the same loop
 def test_a_mesh_changes_no_loss(unbroken, home, tmp_path, monkeypatch):
     # Each layout of an array compiles programs of its own to be saved; test_multi_process.py does.
     monkeypatch.setattr(checkpoint.Checkpoints, "save", lambda *_: None)

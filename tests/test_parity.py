@@ -98,12 +98,11 @@ def test_smollm2_continues_as_with_transformers(smollm2):
     loaded = smollm2
     assert parity.smollm2_prompts(loaded.tokenizer) == prompts
     static = jax.eval_shape(lambda: model.create(loaded.arch))[0]
-    stop, new = loaded.config["eos_token_id"], 14  # the answers of two prompts have ended by then
+    stop, new = loaded.config["eos_token_id"], parity.MAX_NEW_TOKENS
     answers = generate.greedy(static, loaded.params, prompts, stop={stop}, max_new_tokens=new)
     # No choice hangs on rounding: the closest leads by 7e-3, and logits agree within 1.4e-4.
     assert min(item["margin"] for item in golden) > 5e-3
-    assert answers == [[t for t in item["continuation"][:new] if t != stop] for item in golden]
-    assert [len(answer) < new for answer in answers].count(True) == 2
+    assert answers == [[t for t in item["continuation"] if t != stop] for item in golden]
     assert str(loaded.tokenizer.decode(answers[0])).startswith(" Paris.")
 
 
