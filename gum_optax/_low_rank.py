@@ -207,7 +207,7 @@ def low_rank(
         state = unpacked(groups)
         _check_carry(compression.carry, state)
         _ledger.write(partial(rows, run, rule, storage, groups))
-        return packed(state)
+        return packed(state, fresh=True)
 
     def unpacked(groups: Sequence[Group]) -> LowRankState:
         """The state before the first step, with inner states that no storage has packed yet."""
@@ -226,10 +226,10 @@ def low_rank(
             uncompressed=run.init(zero_leaves(uncompressed)) if uncompressed else None,
         )
 
-    def packed(state: LowRankState) -> LowRankState:
+    def packed(state: LowRankState, fresh: bool = False) -> LowRankState:
         return state._replace(
-            inner=storages.pack(storage, state.inner),
-            uncompressed=storages.pack(storage, state.uncompressed),
+            inner=storages.pack(storage, state.inner, fresh=fresh),
+            uncompressed=storages.pack(storage, state.uncompressed, fresh=fresh),
         )
 
     def update(

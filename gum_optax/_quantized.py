@@ -77,7 +77,7 @@ def quantized(
         if is_stand_in(params):
             return jnp.zeros(())  # A prefix of every state: `map_params` changes nothing.
         with _ledger.resting(pack):
-            return pack(run.init(params))
+            return pack(run.init(params), fresh=True)
 
     def update(
         updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any

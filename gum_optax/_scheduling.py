@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 
 from gum_optax import _mesh
@@ -100,6 +101,15 @@ def in_sequence(
         after = function(scheduled_after(first, after), *others)
         results.append(after)
     return results
+
+
+def as_data(array: jax.Array) -> jax.Array:
+    """Returns the array, under ``jit`` as one whose values XLA does not know.
+
+    Of zeros that it knows, XLA computes what packs them while it compiles, on one core: half a
+    minute for the state of an embedding of 16,000 tokens.
+    """
+    return jax.lax.optimization_barrier(array) if isinstance(array, jax.core.Tracer) else array
 
 
 def scheduled_after(value: jax.Array, after: jax.Array | None) -> jax.Array:

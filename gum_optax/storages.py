@@ -254,10 +254,11 @@ def _has_blocks(array: jax.Array) -> bool:
 # States --------------------------------------------------------------------------------------
 
 
-def pack(storage: Storage, state: PyTree, smallest: int = 0) -> PyTree:
+def pack(storage: Storage, state: PyTree, smallest: int = 0, *, fresh: bool = False) -> PyTree:
     """Packs every floating-point array of a state that has ``smallest`` numbers or more.
 
     Arrays that are packed already stay so, as in a state of `LowRank` with a storage of its own.
+    A ``fresh`` state comes from ``init``: its arrays are constants.
     """
     last: jax.Array | None = None
 
@@ -268,6 +269,8 @@ def pack(storage: Storage, state: PyTree, smallest: int = 0) -> PyTree:
         serving = _serving(path, storage)
         if serving.pack is _identity:
             return leaf
+        if fresh:
+            leaf = _scheduling.as_data(leaf)
         # Arrays take turns, so that no more than one is decoded for long, see `_scheduling`.
         packed = serving.pack(_scheduling.scheduled_after(leaf, last))
         last = next((p for p in jax.tree.leaves(packed) if _is_packable(p, 1)), last)

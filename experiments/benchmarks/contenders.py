@@ -96,6 +96,7 @@ VARIANTS: dict[str, Callable[[int, int], Optimizer]] = {
     "Muon": lambda *_: gum_optax.muon(LEARNING_RATE, storages.plain()),
     "SCALE": lambda *_: gum_optax.for_matrices(gum_optax.normalize_columns(), LEARNING_RATE),
     "AdamW": lambda *_: optax.adamw(LEARNING_RATE),
+    "AdamW, 8 bits": lambda *_: gum_optax.quantized(optax.adamw(LEARNING_RATE)),
 }
 
 gum_svd = partial(gum, projector=projectors.svd)

@@ -3,6 +3,7 @@
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportIndexIssue=false
 
 import functools
+import re
 import warnings
 from typing import Any
 
@@ -360,6 +361,14 @@ def test_the_plan_counts_to_the_byte(name):
     if name in ("all of gum", "storage", "both", "feedback"):
         [shared] = [row for row in plan.rows if row.treatment == "shared"]
         assert shared.bytes < 100
+
+
+def test_a_fresh_state_is_packed_by_the_program_and_not_while_it_is_compiled():
+    """XLA folds constants on one core, at a microsecond a number: minutes for an embedding."""
+    params = {"w": jnp.zeros((64, 512))}
+    hlo = jax.jit(lambda: few(optax.trace(0.9)).init(params)).lower().compile().as_text() or ""
+    # The largest magnitude of each block is computed when the program runs.
+    assert re.search(r"= \S+ (reduce|fusion|call|while)\(", hlo)
 
 
 def test_temporaries_hold_no_decoded_state():
