@@ -5,15 +5,15 @@ tables fill the memory: 3.9 of the 5.5 GiB that GUM keeps for Llama-3-8B. A `Fal
 argument ``fallback`` of an optimizer such as `gum` or of `for_matrices`, from which it gets
 ``fallback_learning_rate``, weight decay and its mask. For a table or head ``[V, d]`` they keep
 
-=============================  ========================  ============================
-fallback                       state, bytes a number     what follows the gradient
-=============================  ========================  ============================
-``adamw()``                    8 (4 in bfloat16)         Adam's two moments
-``adamw(storage=int8())``      2                         the same, in 8 bits
-``factored(0.9)``              1                         momentum in 8 bits of ``scaled``
-``factored()``                 0 (V + d numbers)         ``scaled``: a factored second moment
-``columns()``                  1 for the head            columns of equal size
-=============================  ========================  ============================
+============================  =======================  ====================================
+fallback                      state, bytes a number    what follows the gradient
+============================  =======================  ====================================
+``adamw()``                   8 (4 in bfloat16)        Adam's two moments
+``adamw(storage=int8())``     2                        the same, in 8 bits
+``factored(0.9)``             1                        Adafactor's update and 8-bit momentum
+``factored()``                0 (V + d numbers)        Adafactor's update
+``columns()``                 1 for the head           columns of equal size
+============================  =======================  ====================================
 
 Example:
   GUM with 8-bit momentum everywhere and no first moment for embedding and head:
