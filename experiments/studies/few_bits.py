@@ -41,12 +41,12 @@ _MEASURED = ("M", "NS(M)", "R", "NS(R)")
 class Config:
     """Measure what rounding at every step does to momentum and to its polar factor."""
 
-    every: int = 50
+    every: int = 40
     """Steps between two measurements."""
     out: Path = Path("experiments/results/studies/few_bits.json")
     """Result file."""
     base: Run = dataclasses.field(
-        default_factory=lambda: dataclasses.replace(gradients.RUN, steps=401)
+        default_factory=lambda: dataclasses.replace(gradients.RUN, steps=161)
     )
     """The run, as in experiments.pretrain."""
 
