@@ -15,7 +15,7 @@ from experiments import data, gradients, kills, losses, model
 from experiments.config import Config as Run
 from experiments.config import ConfigError
 from experiments.gradients import KINDS, Moment
-from experiments.studies import counterexample, residual, variance
+from experiments.studies import counterexample, few_bits, residual, variance
 from experiments.studies.variance import LEAST, MOST, Norms
 from gum_optax import LowRank, low_rank, residuals, samplers
 
@@ -398,3 +398,18 @@ def test_counterexample_study(tmp_path, monkeypatch, capsys):
     assert (first["method"], last["method"], last["rank"]) == ("GUM", "GaLore-Muon", 16)
     # The rule of the learning rate is kept: a fifth of the steps, five times the rate.
     assert first["learning_rate"] == pytest.approx(5 * last["learning_rate"])
+
+
+def test_protected_directions_are_kept_in_8_bits_and_the_rest_in_4():
+    # Two matrices [16, 64] with two directions that are a hundred times as large as the others.
+    rng = np.random.default_rng(0)
+    leading = rng.normal(size=(2, 16, 2)) @ rng.normal(size=(2, 2, 64))
+    exact = (100 * leading + rng.normal(size=(2, 16, 64))).astype(np.float32)
+    kept = {
+        name: np.asarray(jax.jit(few_bits.ROUNDINGS[name])(exact))
+        for name in ("float32", "int8", "int4", "int4, protected")
+    }
+    error = {name: np.linalg.norm(found - exact) for name, found in kept.items()}
+    assert error["float32"] == 0
+    # What is left for 4 bits is a hundredth: 8 bits are what decides.
+    assert error["int4, protected"] < 1.5 * error["int8"] < 0.2 * error["int4"]
