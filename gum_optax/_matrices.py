@@ -21,7 +21,8 @@ from gum_optax import dimension_numbers as dims
 from gum_optax._groups import by_role
 from gum_optax._low_rank import keep_dtypes
 from gum_optax._paths import PyTree, is_box, is_stand_in, leaves_with_names
-from gum_optax.fallbacks import Fallback, Mask, ScalarOrSchedule
+from gum_optax._rates import Mask, ScalarOrSchedule, decoupled_decay
+from gum_optax.fallbacks import Fallback
 
 
 def for_matrices(
@@ -91,11 +92,7 @@ def for_matrices(
             "`gum_optax.fallbacks`."
         )
     _checks.transformation("fallback", fallback)
-    # Without decay there is no transformation to run; a traced value may be anything.
-    no_decay = isinstance(weight_decay, int | float) and weight_decay == 0
-    decay = (
-        optax.identity() if no_decay else optax.add_decayed_weights(weight_decay, weight_decay_mask)
-    )
+    decay = decoupled_decay(weight_decay, weight_decay_mask)
 
     # U -> -learning_rate * (U + weight_decay * W), for the matrices alone.
     def matrix_optimizer(numbers: PyTree) -> optax.GradientTransformation:

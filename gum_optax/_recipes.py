@@ -22,7 +22,8 @@ from gum_optax._low_rank import LowRank, low_rank
 from gum_optax._matrices import for_matrices
 from gum_optax._orthogonal import scale_by_polar
 from gum_optax._quantized import quantized
-from gum_optax.fallbacks import Fallback, Mask, Number, ScalarOrSchedule
+from gum_optax._rates import Mask, Number, ScalarOrSchedule
+from gum_optax.fallbacks import Fallback
 
 _POLAR = scale_by_polar()
 

@@ -28,7 +28,7 @@ Tests: tests/library/test_fallbacks.py.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,14 +39,7 @@ from gum_optax._columns import normalize_columns
 from gum_optax._evidence import is_no_table
 from gum_optax._paths import PyTree, is_box, leaves_with_names
 from gum_optax._quantized import quantized
-
-Number: TypeAlias = float | jax.Array
-
-ScalarOrSchedule: TypeAlias = float | jax.Array | optax.Schedule
-"""A learning rate: a number, or a function of the step count."""
-
-Mask: TypeAlias = PyTree | Callable[[PyTree], PyTree] | None
-"""True for the leaves that something applies to: a tree or prefix tree, or a function of one."""
+from gum_optax._rates import Mask, Number, ScalarOrSchedule, decoupled_decay
 
 
 class Fallback(NamedTuple):
@@ -137,6 +130,8 @@ def factored(
     """
     _checks.hyperparameter("b1", b1, below=1.0)
     _checks.hyperparameter("decay_rate", decay_rate)
+    # Also where nothing is stored.
+    _checks.instance("storage", storage, storages.Storage, "of `gum_optax.storages`")
     # optax gives second moments the dtype of the parameters; in bfloat16 they would stop to change
     # once the decay is within 2 ** -8 of one.
     second = quantized(
@@ -212,7 +207,8 @@ def _of_direction(direction: optax.GradientTransformation) -> Fallback:
     """Adds what is known later: U -> -learning_rate * (U + weight_decay * W)."""
 
     def make(rate: ScalarOrSchedule, decay: Number, mask: Mask) -> optax.GradientTransformation:
-        decayed = optax.add_decayed_weights(decay, mask)
-        return optax.chain(direction, decayed, optax.scale_by_learning_rate(rate))
+        return optax.chain(
+            direction, decoupled_decay(decay, mask), optax.scale_by_learning_rate(rate)
+        )
 
     return Fallback(make)

@@ -41,7 +41,7 @@ BASE = Run(
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """One method: how it is called, its options, and where the search for its rate begins."""
+    """One method: how it is called, its options, where the search begins, and of which rate."""
 
     name: str
     options: dict[str, Any]

@@ -288,6 +288,7 @@ def test_rates_are_injected():
         (lambda: fallbacks.factored(b1=1.5), "b1"),
         (lambda: fallbacks.factored(decay_rate=-1.0), "decay_rate"),
         (lambda: fallbacks.factored(0.9, 8), "storage"),
+        (lambda: fallbacks.factored(storage=8), "storage"),
         (lambda: fallbacks.columns(b1="0.9"), "b1"),
         (lambda: fallbacks.columns(storage=None), "storage"),
         (lambda: fallbacks.columns(is_head="lm_head"), "is_head"),
