@@ -1,5 +1,6 @@
 """Memory-efficient training for optax: an optimizer times a compression."""
 
+from gum_optax import backward as backward
 from gum_optax import carries as carries
 from gum_optax import dimension_numbers as dimension_numbers
 from gum_optax import fallbacks as fallbacks

@@ -24,10 +24,11 @@ import jax
 import jax.numpy as jnp
 
 from gum_optax._groups import Group
+from gum_optax._projected import Projected
 from gum_optax._scheduling import at, put
 
-Leaves: TypeAlias = Sequence[jax.Array]
-"""The leaves of a group, ``[*batch, rows, columns]`` each, in any real dtype."""
+Leaves: TypeAlias = Sequence[Any]
+"""The leaves of a group: arrays ``[*batch, rows, columns]``, in any real dtype, or `Projected`."""
 
 
 class Compressed(NamedTuple):
@@ -70,7 +71,9 @@ def project(frame: Frame, leaves: Leaves) -> jax.Array:
     """Projects every matrix of a group, leaf by leaf: ``R = P'G``, ``[*lead, r, n]``."""
     group, basis = frame.group, frame.basis
     projected = [
-        _from_left(part, wide(group, leaf.astype(basis.dtype)))
+        leaf.low.astype(basis.dtype)
+        if isinstance(leaf, Projected)
+        else _from_left(part, wide(group, leaf.astype(basis.dtype)))
         for part, leaf in zip(split(group, basis), leaves, strict=True)
     ]
     return join(group, projected)
@@ -89,10 +92,28 @@ def complement(basis: jax.Array, low: jax.Array, matrices: jax.Array) -> jax.Arr
     return matrices - basis @ low
 
 
+def left_out(group: Group, basis: jax.Array, low: jax.Array, leaf: Any) -> jax.Array:
+    """``E = G - P R`` of one leaf, whose projections are ``low``: ``[*batch, m, n]``."""
+    if isinstance(leaf, Projected):
+        assert leaf.residual is not None
+        return wide(group, leaf.residual.astype(basis.dtype))
+    return complement(basis, low, wide(group, leaf.astype(basis.dtype)))
+
+
+def whole(group: Group, basis: jax.Array, low: jax.Array, leaf: Any) -> jax.Array:
+    """``G`` of one leaf, likewise."""
+    if isinstance(leaf, Projected):
+        return left_out(group, basis, low, leaf) + basis @ low
+    return wide(group, leaf.astype(basis.dtype))
+
+
 def drawn_complements(frame: Frame, leaves: Leaves, low: jax.Array) -> jax.Array:
     """Gathers ``E = G - P R`` of the drawn matrices: ``[slots, m, n]``, zero in empty slots."""
     group, basis, slots = frame.group, frame.basis, frame.slots
     assert slots is not None
+    if isinstance(first := leaves[0], Projected):
+        assert first.drawn is not None
+        return first.drawn.astype(basis.dtype)
     gradient_at = matrix_at(group, leaves, basis.dtype)
 
     def one(index: jax.Array) -> jax.Array:

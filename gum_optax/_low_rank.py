@@ -19,10 +19,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gum_optax import _checks, _ledger, _mesh, carries, projectors, residuals, storages
+from gum_optax import _checks, _ledger, _mesh, _sources, carries, projectors, residuals, storages
 from gum_optax._codec import Frame
 from gum_optax._groups import Group, GroupBy, by_role, find_groups
-from gum_optax._paths import PyTree, is_stand_in
+from gum_optax._paths import PyTree, is_stand_in, leaves_with_names
+from gum_optax._projected import described, is_projected
 from gum_optax._refresh import new_period
 from gum_optax._treatments import (
     divided,
@@ -36,12 +37,13 @@ from gum_optax._treatments import (
 Key: TypeAlias = int | jax.Array
 """A seed, or a threefry key (typed, or raw ``uint32[2]``)."""
 
-STATE_VERSION = 3
+STATE_VERSION = 4
 """Version of the structure of `LowRankState`; checkpoints of another version cannot be restored.
 
 1. Matrices of several batch axes had one leading axis in the state.
 2. The leading axes of the state are the batch axes of the leaves.
 3. Groups: ``residual`` and ``uncompressed`` are fields, ``Compressed.full`` is called ``residual``.
+4. ``period`` tells which period bases and draws are of.
 """
 
 
@@ -116,6 +118,7 @@ class LowRankState(NamedTuple):
 
     Attributes:
       count: ``int32[]``, steps taken.
+      period: ``int32[]``, the period that bases and draws are of; -1 before the first.
       key: ``uint32[2]``, threefry key data; the draws are a function of it and of ``count`` alone.
       basis: group -> ``[*lead, m, r]``, float32 (float64 for float64 parameters). The leading axes
         are N separate matrices, or the batch axes of one leaf, or leaves and their batch axes.
@@ -129,6 +132,7 @@ class LowRankState(NamedTuple):
     """
 
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    period: jax.Array
     key: jax.Array
     basis: dict[str, jax.Array]
     slots: dict[str, jax.Array]
@@ -207,13 +211,24 @@ def low_rank(
         state = unpacked(groups)
         _check_carry(compression.carry, state)
         _ledger.write(partial(rows, run, rule, storage, groups))
-        return packed(state, fresh=True)
+        state = packed(state, fresh=True)
+        _sources.write(
+            lambda: _sources.Source(
+                groups=divided(groups)[0],
+                names=[name for name, _ in leaves_with_names(params)],
+                compression=compression,
+                renewed=partial(renewed, groups),
+                state=state,
+            )
+        )
+        return state
 
     def unpacked(groups: Sequence[Group]) -> LowRankState:
         """The state before the first step, with inner states that no storage has packed yet."""
         compressed, uncompressed = divided(groups)
         return LowRankState(
             count=jnp.zeros((), jnp.int32),
+            period=jnp.full((), -1, jnp.int32),
             key=_checks.key_data(compression.key),
             basis={group.name: zero_basis(group) for group in compressed},
             slots={
@@ -232,13 +247,39 @@ def low_rank(
             uncompressed=storages.pack(storage, state.uncompressed, fresh=fresh),
         )
 
+    def renewed(
+        groups: Sequence[Group],
+        state: LowRankState,
+        basis: dict[str, jax.Array],
+        slots: dict[str, jax.Array],
+    ) -> LowRankState:
+        """The state in a period with these bases and draws; what it keeps is the carry's choice."""
+        fresh = unpacked(groups)
+        old = storages.unpack(storage, state.inner, fresh.inner)
+        inner = keep_dtypes(compression.carry(fresh.inner, old, state.basis, basis), old)
+        return state._replace(
+            period=_number(state.count),
+            basis=basis,
+            slots=slots,
+            inner=storages.pack(storage, inner),
+        )
+
+    def _number(count: jax.Array) -> jax.Array:
+        """The number of the period that a step is in."""
+        return jax.lax.div(count, jnp.asarray(compression.period, count.dtype))
+
     def update(
         updates: PyTree, state: LowRankState, params: PyTree | None = None, **extra_args: Any
     ) -> tuple[PyTree, LowRankState]:
         if is_stand_in(updates):
             return updates, state
         return _mesh.in_auto_mode(
-            step, updates, state, params, extra_args, like=lambda: (updates, state)
+            step,
+            updates,
+            state,
+            params,
+            extra_args,
+            like=lambda: (described(updates, params), state),
         )
 
     def step(
@@ -246,12 +287,14 @@ def low_rank(
     ) -> tuple[PyTree, LowRankState]:
         # 0. Groups are a matter of shapes alone, so they are found anew; the state must fit them.
         #    Arrays of NumPy, which reach a step outside of `jit`, become JAX's.
-        leaves, treedef = jax.tree.flatten(jax.tree.map(jnp.asarray, updates))
+        updates = jax.tree.map(jnp.asarray, updates)
+        leaves, treedef = jax.tree.flatten(updates, is_leaf=is_projected)
         parameters = None if params is None else _checks.matching_leaves(params, leaves, treedef)
         groups = compression.groups(treedef.unflatten(_checks.as_at_init(leaves, parameters)))
         compressed, uncompressed = divided(groups)
         fresh = unpacked(groups)
         _checks.fits(jax.eval_shape(packed, fresh), state, STATE_VERSION)
+        projected = _are_projected(compressed, leaves)
 
         # 1. What is projected: the gradients, or gradients corrected by earlier residuals.
         #    gradients[group]: leaves [*batch, rows, columns]
@@ -262,21 +305,25 @@ def low_rank(
 
         # 2. A new period has new bases and new draws, both from this step. P is used in the step
         #    that makes it, so that an estimate never rests on a basis older than a period.
+        #    Projected gradients are in the bases of the state, which `backward.refresh` renewed.
         #    basis[group]: P [*lead, m, r];  slots[group]: int32 [slots]
-        due = state.count % compression.period == 0
-        basis, slots = jax.lax.cond(
-            due,
-            lambda: new_period(
-                compressed,
-                gradients,
-                key=state.key,
-                period=state.count // compression.period,
-                projector=projectors.resolve(compression.projector, state.count),
-                rule=rule,
-                old=state.basis,
-            ),
-            lambda: (state.basis, state.slots),
-        )
+        period = state.period if projected else _number(state.count)
+        due = period != state.period
+        basis, slots = state.basis, state.slots
+        if not projected:
+            basis, slots = jax.lax.cond(
+                due,
+                lambda: new_period(
+                    compressed,
+                    gradients,
+                    key=state.key,
+                    period=period,
+                    projector=projectors.resolve(compression.projector, state.count),
+                    rule=rule,
+                    old=state.basis,
+                ),
+                lambda: (state.basis, state.slots),
+            )
         frames = {
             group.name: Frame(group, basis[group.name], slots.get(group.name))
             for group in compressed
@@ -296,9 +343,11 @@ def low_rank(
         #    entry by entry, which XLA fuses with the update of momentum; through the `cond` above,
         #    every momentum would be copied at every step.
         #    low_updates[group]: like encoded[group]
-        old = storages.unpack(storage, state.inner, fresh.inner)
-        carried = keep_dtypes(compression.carry(fresh.inner, old, state.basis, basis), old)
-        inner_state = jax.tree.map(partial(jax.lax.select, due), carried, old)
+        inner_state = storages.unpack(storage, state.inner, fresh.inner)
+        if not projected:
+            carried = compression.carry(fresh.inner, inner_state, state.basis, basis)
+            carried = keep_dtypes(carried, inner_state)
+            inner_state = jax.tree.map(partial(jax.lax.select, due), carried, inner_state)
         low_updates, inner_state = run.update(
             encoded, inner_state, encoded_parameters, **extra_args
         )
@@ -335,6 +384,7 @@ def low_rank(
         new_state = packed(
             LowRankState(
                 count=jnp.asarray(optax.safe_increment(state.count)),
+                period=period,
                 key=state.key,
                 basis=basis,
                 slots=slots,
@@ -350,7 +400,7 @@ def low_rank(
 
 def keep_dtypes(new: PyTree, old: PyTree) -> PyTree:
     """Rounds a tree to another's dtypes: a state does not drift, and its buffers can be donated."""
-    return jax.tree.map(lambda n, o: jnp.asarray(n, jnp.asarray(o).dtype), new, old)
+    return jax.tree.map(lambda n, o: jnp.asarray(n, jnp.result_type(o)), new, old)
 
 
 # Groups and their leaves ---------------------------------------------------------------------
@@ -358,6 +408,19 @@ def keep_dtypes(new: PyTree, old: PyTree) -> PyTree:
 
 def _leaves_of(group: Group, leaves: Sequence[jax.Array]) -> list[jax.Array]:
     return [leaves[position] for position in group.leaves]
+
+
+def _are_projected(groups: Sequence[Group], leaves: Sequence[Any]) -> bool:
+    """Whether the gradients of compressed groups came projected; all of them must, or none."""
+    kinds = {
+        is_projected(leaf): group.name for group in groups for leaf in _leaves_of(group, leaves)
+    }
+    if len(kinds) == 2:
+        raise ValueError(
+            f"The gradients of group `{kinds[True]}` are projected, those of `{kinds[False]}` are "
+            "not; pass the whole tree that `backward.value_and_grad` returned."
+        )
+    return True in kinds
 
 
 def _collect(groups: Sequence[Group], leaves: Sequence[jax.Array]) -> dict[str, list[jax.Array]]:

@@ -8,6 +8,7 @@ Dimension numbers say which axes of a leaf are a matrix's rows and columns, see
 Tests: tests/library/test_recipes.py, tests/library/test_dimension_numbers.py.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -16,11 +17,12 @@ from typing import Any
 import jax
 import optax
 
-from gum_optax import _checks, _ledger, _mesh, fallbacks
+from gum_optax import _checks, _ledger, _mesh, _sources, fallbacks
 from gum_optax import dimension_numbers as dims
 from gum_optax._groups import by_role
 from gum_optax._low_rank import keep_dtypes
 from gum_optax._paths import PyTree, is_box, is_stand_in, leaves_with_names
+from gum_optax._projected import Projected, described, is_projected
 from gum_optax._rates import Mask, ScalarOrSchedule, decoupled_decay
 from gum_optax.fallbacks import Fallback
 
@@ -143,9 +145,11 @@ def _divide(
     def update(
         updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any
     ) -> tuple[PyTree, Any]:
-        new_updates, new_state = bind(updates).update(updates, state, params, **extra_args)
+        # A projected gradient stands for a leaf, so that labels are those of shapes.
+        shapes = described(updates)
+        new_updates, new_state = bind(shapes).update(updates, state, params, **extra_args)
         # A fallback or a weight decay may promote; the state must not drift, nor the updates.
-        return keep_dtypes(new_updates, updates), keep_dtypes(new_state, state)
+        return keep_dtypes(new_updates, shapes), keep_dtypes(new_state, state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -175,6 +179,7 @@ def as_matrices(
 
     def init(params: PyTree) -> Any:
         # Only shapes and shardings matter to a low-rank state, and `params` may hold nothing else.
+        _sources.write_numbers(params, numbers)
         return inner.init(_map_matrices(_describe, numbers, params))
 
     def update(
@@ -183,7 +188,8 @@ def as_matrices(
         encoded, state = inner.update(
             encode(updates), state, None if params is None else encode(params), **extra_args
         )
-        return _mesh.in_auto_mode(decode, updates, encoded, like=lambda: updates), state
+        like = partial(described, updates, params)
+        return _mesh.in_auto_mode(decode, updates, encoded, like=like), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -195,7 +201,7 @@ def _map_matrices(function: Callable[..., Any], numbers: PyTree, *trees: PyTree)
         # A leaf of the fallback stays masked; a box is opened, and closed around the result.
         if isinstance(number, optax.MaskedNode):
             return number
-        return jax.tree.map(partial(function, number), *boxes)
+        return jax.tree.map(partial(function, number), *boxes, is_leaf=is_projected)
 
     return jax.tree.map(
         on_leaf,
@@ -205,12 +211,23 @@ def _map_matrices(function: Callable[..., Any], numbers: PyTree, *trees: PyTree)
     )
 
 
-def _to_matrix(numbers: dims.MuonDimensionNumbers, leaf: jax.Array) -> jax.Array:
+def _to_matrix(numbers: dims.MuonDimensionNumbers, leaf: Any) -> Any:
+    if isinstance(leaf, Projected):
+        return _of_matrix(_to_matrix, numbers, leaf)
     batch, rows, columns = dims.axes(leaf.shape, numbers)
     sizes = [math.prod(leaf.shape[axis] for axis in side) for side in (rows, columns)]
     # [*batch axes, *row axes, *column axes] -> [*batch, rows, columns]
     ordered = leaf.transpose(batch + rows + columns)
     return ordered.reshape(*ordered.shape[: len(batch)], *sizes)
+
+
+def _of_matrix(
+    function: Callable[..., Any], numbers: dims.MuonDimensionNumbers, leaf: Projected
+) -> Projected:
+    """A `Projected` gradient of the leaf as a matrix; projections are of matrices already."""
+    shape = _describe(numbers, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)).shape
+    residual = None if leaf.residual is None else function(numbers, leaf.residual)
+    return dataclasses.replace(leaf, shape=shape, residual=residual)
 
 
 def _from_matrix(
@@ -223,8 +240,10 @@ def _from_matrix(
     return ordered.transpose([order.index(axis) for axis in range(like.ndim)])
 
 
-def _describe(numbers: dims.MuonDimensionNumbers, leaf: Any) -> jax.ShapeDtypeStruct:
+def _describe(numbers: dims.MuonDimensionNumbers, leaf: Any) -> Any:
     """Shape, dtype and sharding of `_to_matrix`, of an array or of a description of one."""
+    if isinstance(leaf, Projected):
+        return _of_matrix(_describe, numbers, leaf)
     batch, rows, columns = dims.axes(leaf.shape, numbers)
     sharding = _mesh.sharding_of(leaf)
     entries = _mesh.spec_entries(sharding, len(leaf.shape))

@@ -13,13 +13,16 @@ from typing import Any, TypeAlias
 
 import jax
 
+from gum_optax._projected import is_projected
+
 PyTree: TypeAlias = Any
 """Any tree of arrays: parameters, updates, states."""
 
 
 def leaves_with_names(tree: PyTree) -> list[tuple[str, Any]]:
     """Flattens a tree into (name, leaf) pairs, in the order of ``jax.tree.leaves``."""
-    return [(path_name(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]]
+    flat = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_projected)[0]
+    return [(path_name(path), leaf) for path, leaf in flat]
 
 
 def path_name(path: Sequence[Any]) -> str:
@@ -32,11 +35,14 @@ def path_name(path: Sequence[Any]) -> str:
 def is_box(node: Any) -> bool:
     """Whether a node is a container of one array that it holds in an attribute ``value``."""
     # Only the node itself is opened, so `path` has one entry for each child.
+    if is_projected(node):
+        return False
     children = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)[0]
     if len(children) != 1:
         return False
     [(path, child)] = children
-    return bool(path) and _opens_box(path[-1]) and jax.tree_util.all_leaves([child])
+    is_leaf = jax.tree_util.all_leaves([child], is_leaf=is_projected)
+    return bool(path) and _opens_box(path[-1]) and is_leaf
 
 
 def is_stand_in(tree: PyTree) -> bool:

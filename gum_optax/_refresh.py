@@ -42,18 +42,33 @@ def new_period(
     Returns:
       Bases like ``old``, and ``int32[slots]`` for each group that has slots.
     """
-    # Groups without slots have no entry in `slots`, so that no array is empty.
-    basis, slots, basis_keys = {}, {}, {}
+    slots, basis_keys = draw(groups, key, period, rule)
+    basis = {}
+    for alike in _alike(groups, old):
+        basis |= _new_bases(alike, gradients, projector, basis_keys, old)
+    return basis, slots
+
+
+def draw(
+    groups: Sequence[Group], key: jax.Array, period: jax.Array, rule: residuals.Residual
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """All that is random in a period.
+
+    Returns:
+      By group, the matrices that its slots serve, ``int32[slots]``, and a key for each of its N
+      matrices, with which a projector makes the basis. Groups without slots have no entry in the
+      first, so that no array is empty.
+    """
+    slots, keys = {}, {}
     for group in groups:
         own = _period_key(key, period, group.name)
         # The draw uses the key itself and the bases one folded from it: the two are independent,
         # which is what the estimate's unbiasedness rests on.
-        basis_keys[group.name] = jax.random.fold_in(own, 1)
+        # A key for each matrix: random bases of equal gradients differ.
+        keys[group.name] = jax.random.split(jax.random.fold_in(own, 1), group.count)
         if rule.slots(group):
             slots[group.name] = rule.draw(group, own)
-    for alike in _alike(groups, old):
-        basis |= _new_bases(alike, gradients, projector, basis_keys, old)
-    return basis, slots
+    return slots, keys
 
 
 def _alike(groups: Sequence[Group], basis: dict[str, jax.Array]) -> list[list[Group]]:
@@ -111,8 +126,7 @@ def _new_bases(
         (
             np.repeat(np.arange(len(groups), dtype=np.int32), counts),
             np.concatenate([np.arange(count, dtype=np.int32) for count in counts]),
-            # A key for each matrix: random bases of equal gradients differ.
-            _joined([jax.random.split(keys[group.name], group.count) for group in groups]),
+            _joined([keys[group.name] for group in groups]),
             _joined([part.reshape(-1, *shape) for part in old]),
         ),
     )  # [matrices of all groups, m, r]

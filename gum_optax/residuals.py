@@ -78,6 +78,9 @@ class Residual(NamedTuple):
       slots: ``(group) -> int``, the number of full-size matrices that ``encode`` gives beside the
         projections; by default 0.
       uncompressed: ``(group) -> str``: why a group had better run uncompressed; empty if not.
+      reads: what these functions read of gradients, for `backward`: ``"projection"`` (and the
+        residuals of drawn matrices), ``"residual"`` (those of all matrices, too) or
+        ``"gradient"``, which the backward pass cannot give in parts.
     """
 
     init: Callable[[Group], State] = lambda group: ()
@@ -87,6 +90,7 @@ class Residual(NamedTuple):
     decode: Callable[[Frame, Compressed, Compressed, Leaves, State], tuple[Leaves, State]] = _expand
     slots: Callable[[Group], int] = lambda group: 0
     uncompressed: Callable[[Group], str] = lambda group: ""
+    reads: Literal["projection", "residual", "gradient"] = "gradient"
 
 
 def drop() -> Residual:
@@ -102,7 +106,7 @@ def drop() -> Residual:
     References:
       Zhao et al., GaLore, arXiv 2403.03507.
     """
-    return Residual()
+    return Residual(reads="projection")
 
 
 def sampled(
@@ -214,6 +218,7 @@ def sampled(
         decode=decode,
         slots=lambda group: sampling(group).slots,
         uncompressed=lambda group: _always_drawn(sampling(group), group),
+        reads="projection" if undrawn is None else "residual",
     )
 
 
@@ -250,7 +255,7 @@ def through(transformation: optax.GradientTransformation) -> Residual:
     References:
       Chen et al., Fira, arXiv 2410.01623; Zmushko et al., FRUGAL, arXiv 2411.07837.
     """
-    return _sent(transformation, _left_out, lambda basis, low, sent: basis @ low + sent)
+    return _sent(transformation, _codec.left_out, lambda basis, low, sent: basis @ low + sent)
 
 
 def guided(transformation: optax.GradientTransformation) -> Residual:
@@ -280,7 +285,7 @@ def guided(transformation: optax.GradientTransformation) -> Residual:
     References:
       Zhu et al., APOLLO, arXiv 2412.05270, algorithm 1.
     """
-    return _sent(transformation, lambda basis, low, whole: whole, lambda basis, low, sent: sent)
+    return _sent(transformation, _codec.whole, lambda basis, low, sent: sent)
 
 
 def feedback(decay: float = 0.0) -> Residual:
@@ -368,26 +373,21 @@ def _leaf_by_leaf(
     return in_sequence(one, lows, bases, gradients, *columns, after=frame.after)
 
 
-# (basis, low [*batch, r, n], wide [*batch, m, n]) -> wide, all of one leaf.
-_OfLeaf: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-
-
-def _left_out(basis: jax.Array, projected: jax.Array, gradient: jax.Array) -> jax.Array:
-    """E = G - P R, ``[*batch, m, n]``."""
-    return _codec.complement(basis, projected, gradient)
+# (group, basis, P'G [*batch, r, n], leaf) -> wide [*batch, m, n], a part of the gradient of a leaf.
+_Part: TypeAlias = Callable[[Group, jax.Array, jax.Array, Any], jax.Array]
 
 
 def _sent(
     transformation: optax.GradientTransformation,
-    part: _OfLeaf,
-    combine: _OfLeaf,
+    part: _Part,
+    combine: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
 ) -> Residual:
     """The rule that sends a part of the gradient through a transformation, leaf by leaf.
 
     Args:
       transformation: what the part is sent through.
       part: which part.
-      combine: ``(basis, D, sent part) -> update``.
+      combine: ``(basis, D, sent part [*batch, m, n]) -> update``.
     """
     transform = _transform_of("transformation", transformation, part)
 
@@ -412,20 +412,19 @@ def _sent(
         leaves = _leaf_by_leaf(frame, update_of, updates.low, gradients, *columns)
         return leaves, tuple(new_state)
 
-    return Residual(init=init, decode=decode)
+    return Residual(init=init, decode=decode, reads="residual")
 
 
 def _transform_of(
-    name: str, transformation: optax.GradientTransformation, part: _OfLeaf = _left_out
+    name: str, transformation: optax.GradientTransformation, part: _Part = _codec.left_out
 ) -> Callable[..., tuple[jax.Array, State]]:
     """``transformation.update`` as a function of one leaf's gradient and projections."""
     _checks.transformation(name, transformation)
     inner: Any = optax.with_extra_args_support(transformation)
 
     def transform(group, basis, projected_update, projected, gradient, state):
-        gradient = _codec.wide(group, gradient.astype(basis.dtype))
         return inner.update(
-            part(basis, projected, gradient), state, None,
+            part(group, basis, projected, gradient), state, None,
             projected=projected, projected_update=projected_update,
         )  # fmt: skip
 

@@ -130,7 +130,7 @@ BYTES = {
     "bases, low-rank momenta": 4 * (5 + 4) * (6 * 2 + 2 * 10),
     "two slots for q, two for down": 4 * 4 * (6 * 10),
     "the single matrix": 4 * (4 * 4),
-    "slots, count, key": 4 * (2 + 2 + 1 + 2),
+    "slots, count, period, key": 4 * (2 + 2 + 1 + 1 + 2),
     "adam: two moments of five biases, a count": 4 * (2 * 5 * 10 + 1),
 }
 

@@ -54,7 +54,15 @@ def test_state_holds_gamma_slots_and_no_other_full_matrix(layout, shape):
     for state in (first, jax.eval_shape(tx.update, tree, first)[1]):
         shapes = [shape for _, shape, _ in helpers.described(state)]
         assert sorted(shapes) == sorted(
-            [(), (2,), (GAMMA,), (*lead, M_SIDE, R), (*lead, R, N_SIDE), (GAMMA, M_SIDE, N_SIDE)]
+            [
+                (),
+                (),
+                (2,),
+                (GAMMA,),
+                (*lead, M_SIDE, R),
+                (*lead, R, N_SIDE),
+                (GAMMA, M_SIDE, N_SIDE),
+            ]
         )
         matrices = sum(math.prod(shape) for shape in shapes if len(shape) > 1)
         assert matrices == N * (M_SIDE * R + R * N_SIDE) + GAMMA * M_SIDE * N_SIDE

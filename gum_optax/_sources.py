@@ -1,0 +1,134 @@
+"""Where the matrices of a model lie in an optimizer: the way from a weight to its basis.
+
+The backward pass can only project gradients if it knows which leaves are matrices, along which
+axes, in which group, and where in the optimizer's state their bases are. As in a ledger, the code
+that decides this writes it down while ``init`` is traced, so it is right through chains, masks and
+wrappers.
+
+Tests: tests/library/test_backward.py.
+"""
+
+import contextvars
+import dataclasses
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import optax
+
+from gum_optax import dimension_numbers as dims
+from gum_optax._groups import Group
+from gum_optax._paths import PyTree, leaves_with_names
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One `low_rank` of an optimizer, and the matrices that reach it.
+
+    Attributes:
+      groups: its compressed groups. Their leaves count those of the tree that it was given.
+      names: the names of the leaves of that tree, in order.
+      compression: its `LowRank`.
+      renewed: ``(state, basis, slots) -> state``: the state in a new period.
+      state: the state that its ``init`` made.
+      place: the position of that state among all states of `low_rank` in the optimizer's.
+    """
+
+    groups: Sequence[Group]
+    names: Sequence[str]
+    compression: Any
+    renewed: Callable[..., Any]
+    state: Any
+    place: int = -1
+
+
+@dataclasses.dataclass
+class Notes:
+    """What is written down while an ``init`` is traced.
+
+    Attributes:
+      sources: every `low_rank`.
+      numbers: by the name of a leaf, the axes that are its rows and columns. A leaf without an
+        entry reaches its `low_rank` as it is.
+    """
+
+    sources: list[Source] = dataclasses.field(default_factory=list)
+    numbers: dict[str, dims.MuonDimensionNumbers] = dataclasses.field(default_factory=dict)
+
+
+_open: contextvars.ContextVar[Notes | None] = contextvars.ContextVar("notes", default=None)
+
+
+def write(make_source: Callable[[], Source]) -> None:
+    """Writes a `low_rank` down, if anybody asks."""
+    if (notes := _open.get()) is not None:
+        notes.sources.append(make_source())
+
+
+def write_numbers(params: PyTree, numbers: PyTree) -> None:
+    """Writes down which axes of the leaves are matrices; the two trees have the same masks."""
+    if (notes := _open.get()) is not None:
+        given = jax.tree.leaves(
+            numbers, is_leaf=lambda node: isinstance(node, dims.MuonDimensionNumbers)
+        )
+        names = [name for name, _ in leaves_with_names(params)]
+        notes.numbers.update(zip(names, given, strict=True))
+
+
+def find(
+    tx: optax.GradientTransformation, params: PyTree, kind: type
+) -> tuple[list[Source], dict[str, dims.MuonDimensionNumbers]]:
+    """Traces ``tx.init`` on shapes, and returns its sources and dimension numbers.
+
+    Args:
+      tx: any optimizer.
+      params: arrays or their descriptions.
+      kind: the type of the states of `low_rank`.
+
+    Raises:
+      ValueError: if a state of `low_rank` cannot be found in that of ``tx``.
+    """
+    notes = Notes()
+    places: list[int | None] = []
+
+    def init(params: PyTree) -> Any:
+        state = tx.init(params)
+        # A state is told by its count: the same traced array, wherever it was put.
+        counts = [id(found.count) for found in states(state, kind)]
+        for source in notes.sources:
+            known = id(source.state.count)
+            places.append(counts.index(known) if known in counts else None)
+        return state
+
+    token = _open.set(notes)
+    try:
+        with warnings.catch_warnings():
+            # The caller's own `init` has warned of what is not compressed.
+            warnings.simplefilter("ignore", UserWarning)
+            jax.eval_shape(init, params)
+    finally:
+        _open.reset(token)
+    if not notes.sources or None in places:
+        raise ValueError(
+            "`tx` has no compressed gradients that can be found from outside: "
+            + ("no `low_rank` is in it." if not notes.sources else "a wrapper packs their state.")
+        )
+    return [
+        dataclasses.replace(source, place=place)
+        for source, place in zip(notes.sources, places, strict=True)
+        if place is not None
+    ], notes.numbers
+
+
+def states(state: Any, kind: type) -> list[Any]:
+    """The states of a type in a tree of states, in order."""
+    is_one = lambda node: isinstance(node, kind)  # noqa: E731
+    return [node for node in jax.tree.leaves(state, is_leaf=is_one) if is_one(node)]
+
+
+def with_states(state: Any, kind: type, new: Sequence[Any]) -> Any:
+    """The tree of states with others in the places of those of a type."""
+    is_one = lambda node: isinstance(node, kind)  # noqa: E731
+    left = iter(new)
+    return jax.tree.map(lambda node: next(left) if is_one(node) else node, state, is_leaf=is_one)

@@ -1,0 +1,246 @@
+r"""Gradients that are compressed in the backward pass: `value_and_grad` for low-rank optimizers.
+
+`low_rank` needs ``P'G``, r x n, of a gradient G, m x n. For ``y = x W`` the backward pass can make
+it without G, as ``(x P)' dy``. Then gradients, the buffers that sum them over microbatches and what
+data-parallel devices exchange take r/m of the memory, and the product that makes G, a third of the
+arithmetic of training, nearly vanishes.
+
+The model is not changed. The loss is traced, every weight that an optimizer compresses is followed
+to the products that use it, and those get a backward pass of their own. A training step is:
+
+    refresh = backward.refresh(loss, tx)
+    value_and_grad = backward.value_and_grad(loss, tx)
+
+    @jax.jit
+    def step(params, state, batch):
+        state = refresh(params, state, batch)                     # new bases, once in a period
+        value, gradients = value_and_grad(params, state, batch)   # P'G of every matrix
+        updates, state = tx.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+It takes the steps that `jax.value_and_grad` and ``tx.update`` take, up to rounding. A refresh costs
+a backward pass of its own, in which one full gradient exists at a time.
+
+**Accumulation.** The gradients are linear in the loss, so ``optax.microbatching.microbatch`` may
+sum those of parts of a batch. Bases come from whatever batch `refresh` is given; one part will do.
+
+**Clipping** by a global norm sees the norm of what is kept, ``|P'G|`` and the residuals of drawn
+matrices, which is at most that of the gradient.
+
+**Residual rules that read the whole residual**, such as `residuals.through`, get it: in the place
+of the gradient, in its dtype. Memory is then that of full gradients, and only the refresh is apart.
+
+Tests: tests/library/test_backward.py, tests/library/test_interception.py.
+"""
+
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gum_optax import _checks, _sources
+from gum_optax._interception import Interpreter
+from gum_optax._low_rank import LowRankState
+from gum_optax._paths import PyTree
+from gum_optax._projected import Projected
+from gum_optax._weights import Model, differentiated, number_of, traced
+
+__all__ = ["Projected", "Use", "explain", "refresh", "value_and_grad"]
+
+
+def value_and_grad(
+    loss: Callable[..., Any], tx: optax.GradientTransformation, *, has_aux: bool = False
+) -> Callable[..., tuple[Any, PyTree]]:
+    """Makes a function of the value and the compressed gradients of a loss.
+
+    Args:
+      loss: ``(params, *args, **kwargs) -> scalar``, or ``(scalar, aux)`` with ``has_aux``: any
+        function that ``jax.grad`` can differentiate by its first argument.
+      tx: the optimizer, with one or more `low_rank` in it: `gum`, `adamw`, a chain of them.
+      has_aux: whether ``loss`` returns a pair.
+
+    Returns:
+      ``(params, state, *args, **kwargs) -> (value, gradients)``, where ``state`` is that of ``tx``,
+      after `refresh`. Gradients have a `Projected` in the place of every compressed matrix, and
+      arrays elsewhere. All projections are NaN if the bases of the state are of another period than
+      its step, so that a forgotten `refresh` does not pass unnoticed.
+
+    Raises:
+      TypeError, ValueError: if an argument is malformed, if ``tx`` compresses nothing, or by a
+        residual rule that reads the gradient before it is projected (`residuals.feedback`); from
+        the function, if the value is no real scalar.
+
+    Warns:
+      UserWarning: if a matrix is not used in dense products alone, so that its gradient exists for
+        a moment; see `explain`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import gum_optax
+      >>> from gum_optax import backward, residuals
+      >>> compression = gum_optax.LowRank(rank=2, residual=residuals.drop())
+      >>> tx = gum_optax.gum(0.02, compression)
+      >>> loss = lambda params, x: jnp.mean((x @ params["w"]) ** 2)
+      >>> params, x = {"w": jnp.eye(4, 6)}, jnp.ones((8, 4))
+      >>> state = backward.refresh(loss, tx)(params, tx.init(params), x)
+      >>> value, gradients = backward.value_and_grad(loss, tx)(params, state, x)
+      >>> gradients["w"].low.shape
+      (2, 6)
+    """
+    _checks.function("loss", loss, "(params, *args) -> scalar")
+    _checks.transformation("tx", tx)
+
+    def call(params: PyTree, state: Any, *args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
+        model = Model(tx, params, state)
+        program = traced(loss, params, args, kwargs, has_aux)
+        residual = any(source.compression.residual.reads == "residual" for source in model.sources)
+        run = Interpreter({}, residual=residual)
+        result, found = differentiated(model, program, run, model.taps())
+        if not residual:
+            _warn_of_whole_gradients(model, run)
+        return result, model.gradients(found, residual)
+
+    return call
+
+
+def refresh(
+    loss: Callable[..., Any], tx: optax.GradientTransformation, *, has_aux: bool = False
+) -> Callable[..., Any]:
+    """Makes a function that gives a state the bases and draws of a new period, when it is due.
+
+    Args:
+      loss: as of `value_and_grad`.
+      tx: as of `value_and_grad`.
+      has_aux: as of `value_and_grad`.
+
+    Returns:
+      ``(params, state, *args, **kwargs) -> state``. At the first step of a period the state has new
+      bases, from the gradients of this batch, new draws, and an inner state that the carry has
+      taken over; at other steps it comes back as it is, and nothing is computed. Called twice in a
+      step, it does nothing the second time. A weight that the loss does not depend on has a basis
+      of zeros.
+
+    Raises:
+      TypeError, ValueError: as of `value_and_grad`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import optax
+      >>> import gum_optax
+      >>> from gum_optax import backward
+      >>> tx = gum_optax.gum(0.02, gum_optax.LowRank(rank=2, period=100))
+      >>> loss = lambda params, x: sum(jnp.sum((x @ w) ** 2) for w in params["layers"])
+      >>> params, x = {"layers": [jnp.eye(4, 6)] * 4}, jnp.ones((8, 4))
+      >>> state = backward.refresh(loss, tx)(params, tx.init(params), x)
+      >>> optax.tree.get(state, "period")
+      Array(0, dtype=int32)
+    """
+    _checks.function("loss", loss, "(params, *args) -> scalar")
+    _checks.transformation("tx", tx)
+
+    def call(params: PyTree, state: Any, *args: Any, **kwargs: Any) -> Any:
+        model = Model(tx, params, state)
+        due = jnp.stack([source.state.period != number_of(source) for source in model.sources])
+
+        def renew() -> list[LowRankState]:
+            program = traced(loss, params, args, kwargs, has_aux)
+            return model.renewed(program, due)
+
+        # A step that is not due must not pay for a backward pass.
+        new = jax.lax.cond(jnp.any(due), renew, lambda: [s.state for s in model.sources])
+        placed = dict(zip((source.place for source in model.sources), new, strict=True))
+        every = _sources.states(state, LowRankState)
+        return _sources.with_states(
+            state, LowRankState, [placed.get(i, old) for i, old in enumerate(every)]
+        )
+
+    return call
+
+
+class Use(NamedTuple):
+    """How the gradient of one matrix, or of one stack of them, is compressed.
+
+    Attributes:
+      name: the leaf's name.
+      products: the number of dense products that use it; none of them makes its gradient.
+      others: the operations that need its value otherwise. For each, a full gradient exists until
+        it is compressed.
+    """
+
+    name: str
+    products: int
+    others: tuple[str, ...]
+
+
+def explain(
+    loss: Callable[..., Any],
+    tx: optax.GradientTransformation,
+    params: PyTree,
+    *args: Any,
+    has_aux: bool = False,
+    **kwargs: Any,
+) -> list[Use]:
+    """Tells how the gradients of a loss would be compressed; nothing is computed.
+
+    Args:
+      loss: as of `value_and_grad`.
+      tx: as of `value_and_grad`.
+      params: parameters, or ``jax.ShapeDtypeStruct``s of them.
+      *args: further arguments of the loss, or descriptions of them.
+      has_aux: as of `value_and_grad`.
+      **kwargs: likewise.
+
+    Returns:
+      One `Use` for each compressed leaf, in the order of ``jax.tree.leaves``. A leaf that the loss
+      does not use has neither products nor others.
+
+    Raises:
+      TypeError, ValueError: as of `value_and_grad`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import gum_optax
+      >>> from gum_optax import backward
+      >>> tx = gum_optax.gum(0.02, gum_optax.galore(rank=2))
+      >>> loss = lambda w, x: jnp.sum(x @ w["up"]) + jnp.sum(jnp.tanh(w["gate"]))
+      >>> params = {"up": jnp.ones((4, 6)), "gate": jnp.ones((4, 6))}
+      >>> for use in backward.explain(loss, tx, params, jnp.ones((8, 4))):
+      ...     print(use)
+      Use(name='gate', products=0, others=('tanh',))
+      Use(name='up', products=1, others=())
+    """
+    uses: list[Use] = []
+
+    def trace(params: PyTree, state: Any, args: Any, kwargs: Any) -> None:
+        model = Model(tx, params, state)
+        program = traced(loss, params, args, kwargs, has_aux)
+        run = Interpreter({})
+        differentiated(model, program, run, model.taps())
+        uses.extend(_uses(model, run))
+
+    jax.eval_shape(trace, params, jax.eval_shape(tx.init, params), args, kwargs)
+    return uses
+
+
+def _uses(model: Model, run: Interpreter) -> list[Use]:
+    def use(leaf: int) -> Use:
+        own = [met for met in run.met if met.leaf == leaf]
+        others = tuple(sorted(met.why for met in own if met.why))
+        return Use(model.names[leaf], len(own) - len(others), others)
+
+    return [use(weight.leaf) for weight in model.weights]
+
+
+def _warn_of_whole_gradients(model: Model, run: Interpreter) -> None:
+    others = [use for use in _uses(model, run) if use.others]
+    if others:
+        first = others[0]
+        warnings.warn(
+            f"{len(others)} of {len(model.weights)} compressed leaves are not used in dense "
+            f"products alone, so a full gradient of each exists for a moment: `{first.name}` "
+            f"({', '.join(first.others)}). `gum_optax.backward.explain` lists them.",
+            stacklevel=3,
+        )
