@@ -18,24 +18,17 @@ import numpy as np
 import tyro
 from jax.sharding import Mesh
 
-from experiments import (
-    accuracy,
-    checkpoint,
-    cli,
-    loop,
-    losses,
-    model,
-    pretrained,
-    processes,
-    sft,
-    tasks,
-)
-from experiments import mesh as meshes
-from experiments.accuracy import Accuracy, Loss
-from experiments.config import ConfigError, Launch, Training, check, make_directory
-from experiments.loop import Result, State
-from experiments.pretrained import Pretrained
+from experiments import tasks
+from experiments.data import answers as sft
+from experiments.models import llama
+from experiments.models.weights import load as pretrained
+from experiments.models.weights.load import Pretrained
 from experiments.tasks import Task
+from experiments.trainer import checkpoints, cli, evaluation, loop, losses, processes
+from experiments.trainer import mesh as meshes
+from experiments.trainer.config import ConfigError, Launch, Training, check, make_directory
+from experiments.trainer.evaluation import Accuracy, Loss
+from experiments.trainer.loop import Result, State
 
 PROGRAM = "experiments.finetune"
 _SENTENCE = 24  # tokens
@@ -113,7 +106,7 @@ def main(arguments: Sequence[str]) -> int:
     """Runs or resumes fine-tuning; returns the exit code."""
     command = cli.parse(Command, PROGRAM, arguments)
     processes.join(command.launch)
-    with checkpoint.storage_faults(command.config):
+    with checkpoints.storage_faults(command.config):
         outcome = finetune(command.config)
         if processes.is_first():
             _conclude(command.config, outcome, arguments)
@@ -147,7 +140,7 @@ class _Data(NamedTuple):
 
 
 def _finetune(config: Config, mesh: Mesh | None, show: bool) -> Outcome:
-    checkpoint.check_run_directory(config)
+    checkpoints.check_run_directory(config)
     if config.export:
         make_directory("export", Path(config.export))
     base = processes.in_turn(lambda: pretrained.load(config.model, dtype=config.weights))
@@ -156,7 +149,7 @@ def _finetune(config: Config, mesh: Mesh | None, show: bool) -> Outcome:
     static, state, step_fn = start(config, base, mesh)
     base = base._replace(params={})  # they are on the devices now
     answer = partial(
-        accuracy.measure, static, tokenizer=base.tokenizer, task=data.task, longest=data.longest,
+        evaluation.measure, static, tokenizer=base.tokenizer, task=data.task, longest=data.longest,
         batch_size=config.eval_batch_size, show=show,
     )  # fmt: skip
     before = _before(config, answer, state)
@@ -174,7 +167,7 @@ def _finetune(config: Config, mesh: Mesh | None, show: bool) -> Outcome:
         return Outcome(result, before, None, None)
     put = partial(meshes.put, mesh, config.batch_size)
     by_window = partial(losses.of_answers_by_window, static)
-    loss = accuracy.loss(by_window, result.params, map(put, data.material.held_out))
+    loss = evaluation.loss(by_window, result.params, map(put, data.material.held_out))
     after = answer(params=result.params, title="answers after training")
     if processes.is_first():
         kept = {"before": before, "after": after.summary(), "loss": loss._asdict()}
@@ -186,11 +179,11 @@ def _finetune(config: Config, mesh: Mesh | None, show: bool) -> Outcome:
 
 def start(config: Config, base: Pretrained, mesh: Mesh | None) -> tuple[Any, State, Any]:
     """The static model, the first state, with copies of the weights, and the compiled step."""
-    create = partial(model.create, base.arch, dtype=config.dtype, remat=config.remat)
+    create = partial(llama.create, base.arch, dtype=config.dtype, remat=config.remat)
     static, _ = jax.eval_shape(create)
     shapes = jax.eval_shape(lambda: base.params)
 
-    def place(shardings: Any) -> model.Params:
+    def place(shardings: Any) -> llama.Params:
         if shardings is None:
             return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), base.params)
         # Each device takes its part: none need hold the whole.
@@ -204,7 +197,7 @@ def start(config: Config, base: Pretrained, mesh: Mesh | None) -> tuple[Any, Sta
     return static, *loop.start(config, loss, shapes, place, mesh, base.arch.layers)
 
 
-def _export(config: Config, params: model.Params, base: Pretrained) -> None:
+def _export(config: Config, params: llama.Params, base: Pretrained) -> None:
     """Saves the weights as transformers opens them."""
     assert config.export
     whole, stop = processes.gather(params), sft.stop_tokens(base.tokenizer)
@@ -299,7 +292,7 @@ def _introduction(
     mesh: Mesh | None,
 ) -> str:
     return (
-        f"{config.model}: {model.parameter_count(state.params):,} parameters, "
+        f"{config.model}: {llama.parameter_count(state.params):,} parameters, "
         f"{base.arch.layers} blocks of width {base.arch.width}, "
         f"vocabulary {base.arch.vocab_size:,}\n"
         f"{data.task.name}: {len(data.task.train):,} examples to train on, {data.sizes}, "
@@ -312,7 +305,7 @@ def _introduction(
 def _conclude(config: Config, outcome: Outcome, arguments: Sequence[str]) -> None:
     """Draws the loss curve and says how the run ended."""
     # Matplotlib takes a second to import, and other processes than the first do not draw.
-    from experiments.plots import loss_curves
+    from experiments.reporting import loss_curves
 
     result = outcome.result
     label = f"{config.optimizer}, {config.learning_rate:g}"
@@ -327,7 +320,7 @@ def _conclude(config: Config, outcome: Outcome, arguments: Sequence[str]) -> Non
         return
     print(
         f"\nanswers of the trained model:\n"
-        f"{accuracy.examples(outcome.after.answers[: config.shown])}\n\n"
+        f"{evaluation.examples(outcome.after.answers[: config.shown])}\n\n"
         f"right before: {_share(outcome.before)}\nright after:  {outcome.after}\n"
         f"loss of held-out answers {outcome.loss} after {result.step} steps, "
         f"{result.seconds_per_step:.3f} s each\nloss curve: {picture}\n"
