@@ -30,7 +30,7 @@ class Config:
     """Collectives of one update of a LLaMA's parameters, by optimizer and mesh."""
 
     preset: str = "60m"
-    """Preset of experiments.models.llama whose parameters are updated."""
+    """Preset of experiments.models.presets whose parameters are updated."""
     meshes: tuple[str, ...] = ("fsdp=8", "fsdp=4,tensor=2", "tensor=8", "data=8")
     """Meshes as in experiments.pretrain; parameters lie on them as there."""
     rank: int = 128

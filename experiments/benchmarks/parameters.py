@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.models import llama
-from experiments.models.llama import Architecture, Params
+from experiments.models import llama, presets
+from experiments.models.llama import Params
+from experiments.models.presets import Architecture
 
-TRAINED = llama.PRESETS
+TRAINED = presets.PRESETS
 # Of these nothing is ever allocated: sizes alone.
 SHAPES = TRAINED | {
     "7b": Architecture(4096, 11008, 32, 32, 32, vocab_size=32_000, seq_len=2048),

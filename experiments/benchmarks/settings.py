@@ -36,7 +36,7 @@ class Config:
     """step: also time GUM's refresh with the SVD as its projector."""
 
     presets: tuple[str, ...] = ("60m", "130m", "350m")
-    """step and variants: presets of experiments.models.llama whose parameters are updated."""
+    """step and variants: presets of experiments.models.presets whose parameters are updated."""
     layouts: tuple[str, ...] = ("separate", "stacked")
     """step and compiled: layers as separate leaves, or stacked in one leaf for each role."""
 

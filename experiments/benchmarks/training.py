@@ -27,7 +27,6 @@ import numpy as np
 from experiments import reporting
 from experiments.benchmarks import parameters, timing
 from experiments.benchmarks.settings import Config
-from experiments.models import llama
 from experiments.trainer import cli, loop, pretraining
 from experiments.trainer.config import Config as Run
 from experiments.trainer.config import Optimizer, Preset
@@ -134,7 +133,7 @@ def measure(worker: Worker) -> dict[str, Any]:
         seq_len=worker.seq_len, steps=worker.steps, rank=worker.rank, period=worker.every,
         full_rank_layers=worker.full_rank_layers, seed=worker.seed,
     )  # fmt: skip
-    arch = llama.architecture(settings)
+    arch = pretraining.architecture(settings)
     started: Any = pretraining.start(settings, arch)
     _, state, step = started
     generator = np.random.default_rng(worker.seed)

@@ -12,7 +12,7 @@ import grain
 import numpy as np
 from grain.experimental import BestFitPackIterDataset, ThreadPrefetchIterDataset
 
-from experiments.tasks import Example
+from experiments.tasks.base import Example
 from experiments.trainer.config import ConfigError
 
 if TYPE_CHECKING:

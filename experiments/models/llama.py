@@ -4,7 +4,6 @@ Shapes are written into names: B batch, L length, S slots that are attended to, 
 H query heads, K key/value heads, E width of a head, V vocabulary.
 """
 
-import dataclasses
 import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -13,69 +12,24 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from experiments.trainer.config import Config, choose
+from experiments.models.presets import Architecture, RopeScaling
 
 Params = dict[str, Any]
 
 _init = nnx.initializers.normal(0.02)
 
-
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """Slower rotary positions for longer windows, as LLaMA 3.1 has them (`rope_type: llama3`).
-
-    A channel that turns fewer than `low_freq_factor` times in `original_length` tokens turns
-    `factor` times slower, one that turns more than `high_freq_factor` times is left as it is, and
-    in between the two are interpolated.
-    """
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_length: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Architecture:
-    """The shape of a LLaMA; `tied` shares the embedding with the head."""
-
-    width: int
-    hidden: int
-    layers: int
-    heads: int
-    kv_heads: int
-    vocab_size: int
-    seq_len: int
-    tied: bool = False
-    rope_theta: float = 10_000.0
-    rope_scaling: RopeScaling | None = None
-    head_dim: int | None = None
-    """Width of a head. None: `width // heads`."""
-    qkv_bias: bool = False
-    """Biases of queries, keys and values, as Qwen2.5 has them."""
-    norm_eps: float = 1e-6
-
-
-# From 60m on these are the configurations of GaLore's C4 experiments (arXiv 2403.03507).
-PRESETS = {
-    "tiny": Architecture(32, 88, 2, 4, 2, vocab_size=320, seq_len=32),
-    "nano": Architecture(128, 352, 8, 4, 2, vocab_size=2048, seq_len=128),
-    "deep": Architecture(128, 352, 16, 4, 2, vocab_size=2048, seq_len=128),
-    "60m": Architecture(512, 1376, 8, 8, 8, vocab_size=32_000, seq_len=256),
-    "130m": Architecture(768, 2048, 12, 12, 12, vocab_size=32_000, seq_len=256),
-    "350m": Architecture(1024, 2736, 24, 16, 16, vocab_size=32_000, seq_len=256),
-    "1b": Architecture(2048, 5461, 24, 32, 32, vocab_size=32_000, seq_len=256),
+# The mesh axes along each axis of a weight, by the name of its module: what reads the residual
+# stream has its input over fsdp and its output over tensor, what writes to it the other way round.
+# A bias lies as the output does. The embedding has its rows, the vocabulary, over both: with its
+# columns over fsdp, the compiler was seen to replicate whole activations in order to look tokens
+# up. Norms are on every device.
+_READS = ("q", "k", "v", "gate", "up", "lm_head")
+_WRITES = ("o", "down")
+MESH_AXES: dict[str, tuple[tuple[str, ...], ...]] = {
+    **dict.fromkeys(_READS, (("fsdp",), ("tensor",))),
+    **dict.fromkeys(_WRITES, (("tensor",), ("fsdp",))),
+    "embed": (("tensor", "fsdp"),),
 }
-
-
-def architecture(config: Config) -> Architecture:
-    """The preset of `config`, with its vocabulary and window length where they are given."""
-    preset = PRESETS[choose("preset", config.preset, PRESETS)]
-    return dataclasses.replace(
-        preset,
-        vocab_size=config.vocab_size or preset.vocab_size,
-        seq_len=config.seq_len or preset.seq_len,
-    )
 
 
 def frequencies(half: int, theta: float, scaling: RopeScaling | None = None) -> jax.Array:

@@ -17,13 +17,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
-from experiments import finetune, reporting
-from experiments.finetune import Config as Run
+from experiments import reporting
 from experiments.reporting import COLOURS, MARKERS, save
 from experiments.studies.pretraining import NAMES, best_rates
 from experiments.trainer import cli, sweeps
 from experiments.trainer.config import Optimizer
 from experiments.trainer.evaluation import wilson
+from experiments.trainer.finetuning import Config as Run
+from experiments.trainer.finetuning import finetune
 from experiments.trainer.loop import Result
 
 PROGRAM = "experiments.studies.finetuning"
@@ -55,7 +56,7 @@ class Config:
 
 def tune(config: Any, *, show: bool) -> tuple[Result, dict[str, Any]]:
     """Fine-tunes; an entry keeps the right answers before and after."""
-    outcome = finetune.finetune(config, show=show)
+    outcome = finetune(config, show=show)
     if outcome.after is None:  # the caller sees that it was stopped
         return outcome.result, {}
     assert outcome.loss

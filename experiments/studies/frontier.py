@@ -25,12 +25,13 @@ import jax
 import matplotlib.pyplot as plt
 
 from experiments import reporting
-from experiments.models import llama
+from experiments.models import llama, presets
 from experiments.reporting import COLOURS, MARKERS, save
 from experiments.studies.pretraining import steps_to
 from experiments.trainer import cli, loop, optimizers, sweeps, together
 from experiments.trainer.config import Config as Run
 from experiments.trainer.config import ConfigError, choose
+from experiments.trainer.pretraining import architecture
 
 PROGRAM = "experiments.studies.frontier"
 STEPS, TUNING_STEPS = 4000, 1000
@@ -237,7 +238,7 @@ def finals(config: Config, best: dict[str, float], corpus: str) -> list[Run]:
 
 def hidden_bytes(run: Run) -> int:
     """Bytes of optimizer state that belong to the hidden matrices: all but the fallback's."""
-    arch = llama.architecture(run)
+    arch = architecture(run)
     params = _shapes(arch)
     kinds: Any = optimizers.matrix_or_rest(params)
     # With AdamW as the fallback, which keeps two moments of each other weight.
@@ -252,7 +253,7 @@ def hidden_bytes(run: Run) -> int:
 
 
 @functools.cache
-def _shapes(arch: llama.Architecture) -> llama.Params:
+def _shapes(arch: presets.Architecture) -> llama.Params:
     """The parameters of a model as shapes; all contenders have the same."""
     return jax.eval_shape(lambda: llama.create(arch)[1])
 

@@ -23,13 +23,13 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from experiments import reporting
-from experiments.models.llama import architecture
 from experiments.reporting import COLOURS, MARKERS, save
 from experiments.studies import gradients
 from experiments.studies.gradients import KINDS, Moment
 from experiments.trainer import cli
 from experiments.trainer.config import Config as Run
 from experiments.trainer.config import ConfigError
+from experiments.trainer.pretraining import architecture
 
 PROGRAM = "experiments.studies.variance"
 # Bounds of a probability: 1/q and 1/(1-q), which weigh what norms did not foresee, are at most 20.

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from experiments.data import answers
 from experiments.models import decoding
 from experiments.models.llama import Params
-from experiments.tasks import Example, Task
+from experiments.tasks.base import Example, Task
 from experiments.trainer import processes
 
 _BAR = "{desc} |{bar:24}| {n_fmt}/{total_fmt} answers [{elapsed}, {remaining} left]"

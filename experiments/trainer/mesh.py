@@ -13,24 +13,12 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from experiments.models.llama import MESH_AXES
 from experiments.trainer.config import ConfigError
 from gum_optax import by_role
 
 AXES = ("data", "fsdp", "tensor")
 _BATCH = ("data", "fsdp")
-
-# The mesh axes along each axis of a weight, by the name of its module: what reads the residual
-# stream has its input over fsdp and its output over tensor, what writes to it the other way round.
-# A bias lies as the output does. The embedding has its rows, the vocabulary, over both: with its
-# columns over fsdp, the compiler was seen to replicate whole activations in order to look tokens
-# up. Norms are on every device.
-_READS = ("q", "k", "v", "gate", "up", "lm_head")
-_WRITES = ("o", "down")
-_RULES: dict[str, tuple[tuple[str, ...], ...]] = {
-    **dict.fromkeys(_READS, (("fsdp",), ("tensor",))),
-    **dict.fromkeys(_WRITES, (("tensor",), ("fsdp",))),
-    "embed": (("tensor", "fsdp"),),
-}
 
 
 def build(text: str | None) -> Mesh | None:
@@ -121,7 +109,7 @@ def _layout(
 ) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
     """For each axis of a leaf, the mesh axes that divide it, and those that should but cannot."""
     *_, module, name = _name(path).split("/")
-    rule = _RULES.get(module, ())[-1 if name == "bias" else 0 :]
+    rule = MESH_AXES.get(module, ())[-1 if name == "bias" else 0 :]
     layout = []
     for axes, size in zip(rule, leaf.shape[: len(rule)], strict=True):
         kept = ()

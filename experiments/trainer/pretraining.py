@@ -11,9 +11,10 @@ from jax.sharding import Mesh
 
 from experiments.data import tokens as data
 from experiments.models import llama
+from experiments.models.presets import PRESETS, Architecture
 from experiments.trainer import checkpoints, loop, losses, processes
 from experiments.trainer import mesh as meshes
-from experiments.trainer.config import Config, check
+from experiments.trainer.config import Config, check, choose
 from experiments.trainer.loop import Result, State
 
 
@@ -63,15 +64,25 @@ def _train(config: Config, mesh: Mesh | None, show: bool) -> Result:
     )
 
 
-def prepare(config: Config) -> tuple[llama.Architecture, data.Data]:
+def architecture(config: Config) -> Architecture:
+    """The preset of `config`, with its vocabulary and window length where they are given."""
+    preset = PRESETS[choose("preset", config.preset, PRESETS)]
+    return dataclasses.replace(
+        preset,
+        vocab_size=config.vocab_size or preset.vocab_size,
+        seq_len=config.seq_len or preset.seq_len,
+    )
+
+
+def prepare(config: Config) -> tuple[Architecture, data.Data]:
     """The tokens of a run, and the shape of its model, which has their vocabulary."""
-    arch = llama.architecture(config)
+    arch = architecture(config)
     tokens = processes.in_turn(lambda: data.prepare(config, arch.vocab_size))
     return dataclasses.replace(arch, vocab_size=tokens.tokenizer.get_vocab_size()), tokens
 
 
 def start(
-    config: Config, arch: llama.Architecture, mesh: Mesh | None = None
+    config: Config, arch: Architecture, mesh: Mesh | None = None
 ) -> tuple[Any, State, Callable]:
     """The static model, the first state, and the compiled `(state, batch) -> (state, metrics)`."""
 
@@ -93,7 +104,7 @@ def start(
 
 
 def _introduction(
-    config: Config, arch: llama.Architecture, tokens: data.Data, state: State, mesh: Mesh | None
+    config: Config, arch: Architecture, tokens: data.Data, state: State, mesh: Mesh | None
 ) -> str:
     epochs = config.steps * config.batch_size * arch.seq_len / len(tokens.train)
     return (

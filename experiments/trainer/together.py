@@ -21,7 +21,7 @@ import numpy as np
 import optax
 
 from experiments.data import tokens
-from experiments.models import llama
+from experiments.models import llama, presets
 from experiments.trainer import checkpoints, loop, losses, optimizers, sweeps
 from experiments.trainer.config import Config, ConfigError, check
 from experiments.trainer.loop import State
@@ -121,7 +121,7 @@ def _program(config: Config) -> str:
 
 def _read(
     configs: Sequence[Config],
-) -> tuple[llama.Architecture, dict[tuple[str, ...], tokens.Data]]:
+) -> tuple[presets.Architecture, dict[tuple[str, ...], tokens.Data]]:
     """The shape of the model, and the tokens of each corpus."""
     by_corpus = {config.corpus: prepare(config) for config in configs}
     shapes = {arch for arch, _ in by_corpus.values()}
@@ -131,7 +131,7 @@ def _read(
     return shapes.pop(), {corpus: tokens for corpus, (_, tokens) in by_corpus.items()}
 
 
-def _start(configs: Sequence[Config], arch: llama.Architecture, loss: losses.Loss) -> tuple:
+def _start(configs: Sequence[Config], arch: presets.Architecture, loss: losses.Loss) -> tuple:
     """The first state of all runs, and `(state, windows, which) -> (state, losses)` of a chunk."""
     first = configs[0]
     numbers = {
@@ -185,7 +185,7 @@ def _axis(leaf: jax.ShapeDtypeStruct) -> int | None:
 
 def _chunks(
     configs: Sequence[Config],
-    arch: llama.Architecture,
+    arch: presets.Architecture,
     texts: dict[tuple[str, ...], tokens.Data],
 ) -> Iterator[tuple[int, tuple[np.ndarray, np.ndarray]]]:
     """Steps done after a chunk, with its windows from each source, and the source of each run.
@@ -217,7 +217,7 @@ def _ahead(chunks: Iterator[Any]) -> Iterator[Any]:
 
 
 def _held_out(
-    config: Config, arch: llama.Architecture, texts: dict[tuple[str, ...], tokens.Data]
+    config: Config, arch: presets.Architecture, texts: dict[tuple[str, ...], tokens.Data]
 ) -> np.ndarray:
     """The held-out batches of each corpus, as many of all: `[corpora, batches, B, L + 1]`."""
     limit = config.validation_batches

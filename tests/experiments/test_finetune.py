@@ -13,14 +13,14 @@ from transformers import PreTrainedTokenizerFast
 
 from experiments import finetune
 from experiments.data import answers, tokens
-from experiments.finetune import Config
-from experiments.models import llama
+from experiments.models import llama, presets
 from experiments.models.weights import load as pretrained
 from experiments.reliability import kills
-from experiments.trainer import checkpoints, cli, evaluation, loop, losses
+from experiments.trainer import checkpoints, cli, evaluation, finetuning, loop, losses
 from experiments.trainer import mesh as meshes
 from experiments.trainer.config import ConfigError
 from experiments.trainer.evaluation import Accuracy, Answer
+from experiments.trainer.finetuning import Config
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -49,7 +49,7 @@ def write_model(directory, vocab_size=300, context=128):
         "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "hidden_act": "silu",
         "rope_theta": 10000.0,
     }  # fmt: skip
-    arch = llama.Architecture(32, 16, 2, 4, 2, vocab_size, 128, tied=True, norm_eps=1e-5)
+    arch = presets.Architecture(32, 16, 2, 4, 2, vocab_size, 128, tied=True, norm_eps=1e-5)
     pretrained.save(directory, llama.create(arch)[1], config, tokenizer)
     return directory
 
@@ -103,7 +103,7 @@ def run_main(config, monkeypatch):
 def unbroken(home):
     """A whole run in this process, and its outcome."""
     config = options(home, home / "unbroken", export=str(home / "exported"))
-    return config, finetune.finetune(config, show=False)
+    return config, finetuning.finetune(config, show=False)
 
 
 def test_a_run_learns_and_counts_answers(unbroken, home):
@@ -133,14 +133,14 @@ def test_the_exported_model_is_the_trained_one(unbroken, home):
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(unbroken, home, monkeypatch, capsys):
     """SIGTERM after step 5, within a period and between two checkpoints."""
     config = options(home, home / "broken")
-    step = finetune.loop.Report.step
+    step = finetuning.loop.Report.step
 
     def stop_after_five(self, number, metrics):
         step(self, number, metrics)
         if number == 5:
             signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(finetune.loop.Report, "step", stop_after_five)
+    monkeypatch.setattr(finetuning.loop.Report, "step", stop_after_five)
     assert run_main(config, monkeypatch) == 128 + signal.SIGTERM
     out = capsys.readouterr().out
     assert "stopped by SIGTERM after step 5" in out and "--resume" in out
@@ -165,9 +165,9 @@ def test_what_is_resumed_takes_the_place_of_what_it_began_with(unbroken, home, m
     """A second copy of weights and state for the rest of the run would be a second model."""
     config, _ = unbroken
     held = []
-    begin = finetune.start
-    monkeypatch.setattr(finetune, "start", lambda *a: held.append(begin(*a)) or held[0])
-    finetune.finetune(dataclasses.replace(config, resume=True, export=None), show=False)
+    begin = finetuning.start
+    monkeypatch.setattr(finetuning, "start", lambda *a: held.append(begin(*a)) or held[0])
+    finetuning.finetune(dataclasses.replace(config, resume=True, export=None), show=False)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(held[0][1]))
 
 
@@ -204,12 +204,12 @@ def test_other_data_are_not_resumed(unbroken, home, tmp_path):
     other = tmp_path / "sums.jsonl"
     other.write_text("\n".join(reversed(lines)).replace("5", "7") + "\n")
     with pytest.raises(ConfigError, match=r"--task is .*, but this run began with"):
-        finetune.finetune(dataclasses.replace(config, resume=True, task=str(other)))
+        finetuning.finetune(dataclasses.replace(config, resume=True, task=str(other)))
     kept = (home / "sums.jsonl").read_text()
     (home / "sums.jsonl").write_text(other.read_text())
     try:
         with pytest.raises(ConfigError, match=r"--resume: the data of .* has changed"):
-            finetune.finetune(dataclasses.replace(config, resume=True))
+            finetuning.finetune(dataclasses.replace(config, resume=True))
     finally:
         (home / "sums.jsonl").write_text(kept)
 
@@ -218,7 +218,7 @@ def batch_and_model(home, **more):
     """Two packed windows of uneven answers, of a model with weights of either type."""
     config = options(home, home / "none", **more)
     base = pretrained.load(config.model, dtype=config.weights)
-    material = finetune._data(config, None, base).material
+    material = finetuning._data(config, None, base).material
     # Its first block is enough.
     static = jax.eval_shape(lambda: llama.create(dataclasses.replace(base.arch, layers=1)))[0]
     params = base.params | {"layers": {0: base.params["layers"][0]}}
@@ -278,7 +278,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(home, weights):
 )
 def test_other_ways_to_compute_learn_alike(unbroken, home, tmp_path, options_of_run):
     config = options(home, tmp_path / "run", eval_examples=2, **options_of_run)
-    outcome = finetune.finetune(config, show=False)
+    outcome = finetuning.finetune(config, show=False)
     mine, plain = (
         [r["loss"] for r in o.result.metrics if "loss" in r] for o in (outcome, unbroken[1])
     )
@@ -295,7 +295,7 @@ def test_a_mesh_changes_no_loss(unbroken, home, tmp_path, monkeypatch):
     # Each layout of an array compiles programs of its own to be saved; test_multi_process.py does.
     monkeypatch.setattr(checkpoints.Checkpoints, "save", lambda *_: None)
     config = options(home, tmp_path / "run", mesh="data=2,fsdp=2,tensor=2", eval_examples=2)
-    outcome = finetune.finetune(config, show=False)
+    outcome = finetuning.finetune(config, show=False)
     mine, plain = (
         [r["loss"] for r in o.result.metrics if "loss" in r] for o in (outcome, unbroken[1])
     )
@@ -306,7 +306,7 @@ def test_a_mesh_changes_no_loss(unbroken, home, tmp_path, monkeypatch):
 def test_biases_lie_as_outputs_do():
     mesh = meshes.build("data=2,fsdp=2,tensor=2")
     assert mesh is not None
-    arch = llama.Architecture(32, 48, 1, 4, 2, 64, 32, qkv_bias=True)
+    arch = presets.Architecture(32, 48, 1, 4, 2, 64, 32, qkv_bias=True)
     _, shapes = jax.eval_shape(lambda: llama.create(arch))
     attention = meshes.param_shardings(mesh, shapes)["layers"][0]["attn"]
     assert attention["q"]["bias"].spec == jax.sharding.PartitionSpec(("tensor",))
@@ -365,7 +365,7 @@ def test_help_explains_every_option(monkeypatch, capsys):
 def test_prompts_end_where_answers_begin(home):
     """What is generated from is what the loss of the first answer token is conditioned on."""
     base = pretrained.load(str(home / "model"))
-    task = finetune._task(options(home, home / "none"))
+    task = finetuning._task(options(home, home / "none"))
     (encoded,) = answers.encode(task.held_out[:1], base.tokenizer, 64)
     prompt = answers.prompt_ids(task.held_out[0], base.tokenizer)
     assert encoded.tokens[: len(prompt)].tolist() == prompt

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from experiments import pretrain
-from experiments.models.llama import PRESETS
+from experiments.models.presets import PRESETS
 from experiments.reliability import kills
 from experiments.trainer import metrics, optimizers
 from experiments.trainer.config import Config, ConfigError, Optimizer, Preset, check

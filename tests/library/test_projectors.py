@@ -19,6 +19,7 @@ from experiments.data import tokens as data
 from experiments.models import llama
 from experiments.trainer import losses
 from experiments.trainer.config import Config
+from experiments.trainer.pretraining import architecture
 from gum_optax import LowRank, low_rank, projectors, residuals
 from tests import helpers, tables
 
@@ -230,7 +231,7 @@ def recorded(tmp_path_factory):
         corpus=(str(pathlib.Path(asyncio.__file__).parent),),
         cache_dir=str(tmp_path_factory.mktemp("cache")),
     )
-    arch = llama.architecture(config)
+    arch = architecture(config)
     arch = dataclasses.replace(arch, layers=LAYERS, seq_len=64, vocab_size=512)
     tokens = data.prepare(config, arch.vocab_size)
     batches = data.training_batches(tokens, arch.seq_len, config.batch_size, config.seed)

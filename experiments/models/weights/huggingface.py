@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.models import llama
+from experiments.models import llama, presets
 from experiments.trainer.config import ConfigError
 
 SHARD_BYTES = 5_000_000_000
@@ -52,7 +52,7 @@ class Tensors(NamedTuple):
     read: Callable[[str], np.ndarray]
 
 
-def architecture(config: dict) -> llama.Architecture:
+def architecture(config: dict) -> presets.Architecture:
     """The architecture that the content of a config.json describes.
 
     What is not in it has the default of its family in `transformers`, which also reads both the
@@ -65,7 +65,7 @@ def architecture(config: dict) -> llama.Architecture:
     rope = parsed.rope_parameters
     if bad := [f"{name} is {value!r}" for name, value in _unsupported(parsed)]:
         raise ConfigError(f"--model: not supported in its config.json: {', '.join(bad)}")
-    return llama.Architecture(
+    return presets.Architecture(
         width=parsed.hidden_size,
         hidden=parsed.intermediate_size,
         layers=parsed.num_hidden_layers,
@@ -88,13 +88,13 @@ def tensor_name(path: jax.tree_util.KeyPath) -> str:
     return ".".join(_WORDS.get(word, word) for word in words)
 
 
-def expected_shapes(arch: llama.Architecture) -> dict[str, tuple[int, ...]]:
+def expected_shapes(arch: presets.Architecture) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors of a checkpoint of `arch`."""
     leaves = jax.tree.leaves_with_path(_parameter_shapes(arch))
     return {tensor_name(path): _stored_shape(path, leaf.shape) for path, leaf in leaves}
 
 
-def assemble(arch: llama.Architecture, tensors: Tensors, dtype: str) -> llama.Params:
+def assemble(arch: presets.Architecture, tensors: Tensors, dtype: str) -> llama.Params:
     """The parameters of `arch` in the host's memory, one tensor after the other.
 
     Raises:
@@ -218,10 +218,10 @@ def _unsupported(parsed: Any) -> Iterator[tuple[str, Any]]:
     return ((name, value) for name, value, supported in settings if value not in supported)
 
 
-def _rope_scaling(rope: dict) -> llama.RopeScaling | None:
+def _rope_scaling(rope: dict) -> presets.RopeScaling | None:
     if rope["rope_type"] == "default":
         return None
-    return llama.RopeScaling(
+    return presets.RopeScaling(
         factor=rope["factor"],
         low_freq_factor=rope["low_freq_factor"],
         high_freq_factor=rope["high_freq_factor"],
@@ -230,7 +230,7 @@ def _rope_scaling(rope: dict) -> llama.RopeScaling | None:
 
 
 @functools.lru_cache(maxsize=1)  # tracing a model of 30 blocks takes a second
-def _parameter_shapes(arch: llama.Architecture) -> llama.Params:
+def _parameter_shapes(arch: presets.Architecture) -> llama.Params:
     return jax.eval_shape(functools.partial(llama.create, arch))[1]
 
 

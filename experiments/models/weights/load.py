@@ -7,7 +7,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from experiments.models.llama import Architecture, Params
+from experiments.models.llama import Params
+from experiments.models.presets import Architecture
 from experiments.models.weights import gguf, huggingface
 from experiments.trainer.config import ConfigError
 

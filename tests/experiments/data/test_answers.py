@@ -11,7 +11,7 @@ import transformers
 from tokenizers import processors
 
 from experiments.data import answers, tokens
-from experiments.tasks import Example
+from experiments.tasks.base import Example
 from experiments.trainer.config import ConfigError
 
 CHATML = """{% for message in messages %}{% if loop.first and message.role != 'system' %}\

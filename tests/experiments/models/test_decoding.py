@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.models import decoding, llama
+from experiments.models import decoding, llama, presets
 from experiments.trainer import mesh as meshes
 
-TINY = llama.PRESETS["tiny"]
+TINY = presets.PRESETS["tiny"]
 ONE_BLOCK = dataclasses.replace(TINY, layers=1)
 ALL = dataclasses.replace(
     ONE_BLOCK,
@@ -20,7 +20,7 @@ ALL = dataclasses.replace(
     qkv_bias=True,
     head_dim=16,
     norm_eps=1e-3,
-    rope_scaling=llama.RopeScaling(8.0, 1.0, 4.0, original_length=64),
+    rope_scaling=presets.RopeScaling(8.0, 1.0, 4.0, original_length=64),
 )
 # Each block has a cache of its own; two of them are in one case, since each takes time to compile.
 ARCHITECTURES = {

@@ -12,16 +12,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments.models import llama
+from experiments.models import llama, presets
 from experiments.trainer import losses
 from experiments.trainer.config import Config, ConfigError
+from experiments.trainer.pretraining import architecture
 
-TINY = llama.PRESETS["tiny"]
+TINY = presets.PRESETS["tiny"]
 ONE_BLOCK = dataclasses.replace(TINY, layers=1)
 FREQUENCIES = llama.frequencies(4, 10_000.0)
 APPLY = jax.jit(llama.apply, static_argnums=0)
 ROTARY = jax.jit(llama.rotary)
-LLAMA_3_1 = llama.RopeScaling(8.0, 1.0, 4.0, original_length=8192)
+LLAMA_3_1 = presets.RopeScaling(8.0, 1.0, 4.0, original_length=8192)
 
 
 @functools.cache
@@ -117,7 +118,7 @@ def scaled_frequency(frequency, scaling):
     return (1 - smooth) * frequency / scaling.factor + smooth * frequency
 
 
-@pytest.mark.parametrize("scaling", [LLAMA_3_1, llama.RopeScaling(32.0, 2.0, 8.0, 1024)])
+@pytest.mark.parametrize("scaling", [LLAMA_3_1, presets.RopeScaling(32.0, 2.0, 8.0, 1024)])
 def test_scaled_frequencies_are_those_of_llama_3_1(scaling):
     half, theta = 64, 500_000.0
     plain = [theta ** (-i / half) for i in range(half)]
@@ -219,13 +220,13 @@ def test_remat_changes_memory_alone():
     [("60m", 58_073_600), ("130m", 134_105_856), ("350m", 367_969_280), ("1b", 1_339_082_752)],
 )
 def test_presets_have_the_published_numbers_of_parameters(preset, count):
-    arch = llama.PRESETS[preset]
+    arch = presets.PRESETS[preset]
     params = jax.eval_shape(lambda: llama.create(arch)[1])
     assert llama.parameter_count(params) == count
 
 
 def test_nano_has_eight_blocks_of_grouped_heads():
-    arch = llama.PRESETS["nano"]
+    arch = presets.PRESETS["nano"]
     assert (arch.layers, arch.width, arch.heads, arch.kv_heads) == (8, 128, 4, 2)
     params = jax.eval_shape(lambda: llama.create(arch)[1])
     assert sorted(params["layers"]) == list(range(8))
@@ -259,10 +260,10 @@ def test_the_seed_decides_the_weights():
 
 
 def test_options_replace_the_presets_vocabulary_and_window():
-    arch = llama.architecture(Config(preset="60m", vocab_size=1000, seq_len=64))
+    arch = architecture(Config(preset="60m", vocab_size=1000, seq_len=64))
     assert (arch.vocab_size, arch.seq_len, arch.width) == (1000, 64, 512)
 
 
 def test_an_unknown_preset_is_named():
     with pytest.raises(ConfigError, match="--preset: there is no 'nanno'; did you mean 'nano'"):
-        llama.architecture(Config(preset="nanno"))  # pyright: ignore[reportArgumentType]
+        architecture(Config(preset="nanno"))  # pyright: ignore[reportArgumentType]

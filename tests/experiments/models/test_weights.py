@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from experiments.models.llama import Architecture, RopeScaling
+from experiments.models.presets import Architecture, RopeScaling
 from experiments.models.weights import huggingface
 from experiments.models.weights import load as pretrained
 from experiments.trainer.config import ConfigError

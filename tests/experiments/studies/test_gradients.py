@@ -20,6 +20,7 @@ from experiments.studies.variance import LEAST, MOST, Norms
 from experiments.trainer import losses
 from experiments.trainer.config import Config as Run
 from experiments.trainer.config import ConfigError
+from experiments.trainer.pretraining import architecture
 from gum_optax import LowRank, low_rank, residuals, samplers
 
 LAYERS, OFFSETS = 4, (0, 1, 2, 3)
@@ -124,7 +125,7 @@ def test_a_run(tmp_path):
     # The first step's gradient, for the weights and the batch that training starts with.
     tokens = data.prepare(run, 320)
     vocabulary = tokens.tokenizer.get_vocab_size()
-    arch = dataclasses.replace(llama.architecture(run), vocab_size=vocabulary)
+    arch = dataclasses.replace(architecture(run), vocab_size=vocabulary)
     static, params = llama.create(arch, seed=run.seed)
     batch = next(data.training_batches(tokens, arch.seq_len, run.batch_size, run.seed))
     grads = jax.grad(losses.mean(partial(losses.of_windows, static)))(params, batch)

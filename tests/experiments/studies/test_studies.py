@@ -10,7 +10,6 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.models.llama import architecture
 from experiments.studies import (
     ablations,
     finetuning,
@@ -26,6 +25,7 @@ from experiments.trainer.config import Config as Run
 from experiments.trainer.config import ConfigError, check
 from experiments.trainer.evaluation import wilson
 from experiments.trainer.loop import Result
+from experiments.trainer.pretraining import architecture
 
 SPECTRA = {
     f"layers/{i}/mlp/{kind}/kernel": singular_values.spectrum(np.eye(3))

@@ -9,7 +9,8 @@ import pytest
 
 from experiments import tasks
 from experiments.data import text
-from experiments.tasks import Example
+from experiments.tasks import base
+from experiments.tasks.base import Example
 from experiments.trainer.config import ConfigError
 
 GENERATED = ["chain_sum", "gsm_symbolic"]
@@ -70,7 +71,7 @@ def test_the_reference_is_right_and_another_items_is_wrong(name):
     assert all(task.correct(f" {item.answer}\n", item) for item in task.held_out)
     first, other = task.held_out[0], next(
         item for item in task.held_out
-        if tasks.stated_number(item.answer) != tasks.stated_number(task.held_out[0].answer)
+        if base.stated_number(item.answer) != base.stated_number(task.held_out[0].answer)
     )  # fmt: skip
     assert not task.correct(other.answer, first)
     assert not task.correct("", first)
@@ -85,12 +86,12 @@ def test_symbolic_answers_are_a_chain_of_thought():
 
 @pytest.mark.parametrize("text", ["46", " 46\n", "046", "46.0", "The sum is 46.", "12 + 34 = 46"])
 def test_a_sum_is_right_when_it_is_stated_last(text):
-    assert tasks.same_number(text, Example("12 + 34 =", "46"))
+    assert base.same_number(text, Example("12 + 34 =", "46"))
 
 
 @pytest.mark.parametrize("text", ["", "  ", "45", "-46", "46 - 12 = 34", "4\n6", "?", "forty-six"])
 def test_a_sum_is_wrong_with_another_number_last(text):
-    assert not tasks.same_number(text, Example("12 + 34 =", "46"))
+    assert not base.same_number(text, Example("12 + 34 =", "46"))
 
 
 @pytest.mark.parametrize(
@@ -111,7 +112,7 @@ def test_a_sum_is_wrong_with_another_number_last(text):
     ],
 )
 def test_the_number_of_a_text(text, number):
-    assert tasks.stated_number(text) == (None if number is None else Decimal(number))
+    assert base.stated_number(text) == (None if number is None else Decimal(number))
 
 
 @pytest.mark.parametrize(
@@ -126,8 +127,8 @@ def test_the_number_of_a_text(text, number):
 )
 def test_a_result_is_compared_as_a_number_or_else_exactly(reference, right, wrong):
     example = Example("?", reference)
-    assert [tasks.same_result(text, example) for text in right] == [True] * len(right)
-    assert [tasks.same_result(text, example) for text in wrong] == [False] * len(wrong)
+    assert [base.same_result(text, example) for text in right] == [True] * len(right)
+    assert [base.same_result(text, example) for text in wrong] == [False] * len(wrong)
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.xz"])
@@ -135,7 +136,7 @@ def test_a_file_is_divided_by_a_hash_of_the_prompt(tmp_path, suffix):
     items = rows(100) + rows(30)  # some prompts twice
     file = write(tmp_path / f"items{suffix}", items)
     every = [Example(item["prompt"], item["answer"]) for item in items]
-    held_out = [e for e in every if text.held_out(e.prompt, tasks.HELD_OUT_SHARE)]
+    held_out = [e for e in every if text.held_out(e.prompt, base.HELD_OUT_SHARE)]
     assert 10 < len(held_out) < 50
     task = load(file, train=len(every) - len(held_out), held_out=len(held_out))
     assert Counter([*task.train, *task.held_out]) == Counter(every)

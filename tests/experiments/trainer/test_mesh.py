@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import gum_optax
 from experiments.data import tokens as data
-from experiments.models import llama
+from experiments.models import llama, presets
 from experiments.trainer import checkpoints as checkpoint
 from experiments.trainer import loop, optimizers, pretraining
 from experiments.trainer import mesh as meshes
@@ -157,7 +157,7 @@ def test_every_optimizer_has_shardings_for_its_state(optimizer):
 
 def test_weights_lie_by_their_role():
     mesh = spread_mesh("fsdp=4,tensor=2")
-    _, shapes = jax.eval_shape(functools.partial(llama.create, llama.PRESETS["tiny"]))
+    _, shapes = jax.eval_shape(functools.partial(llama.create, presets.PRESETS["tiny"]))
     specs = jax.tree.map(lambda s: s.spec, meshes.param_shardings(mesh, shapes))
     block = specs["layers"][0]
     assert block["attn"]["q"]["kernel"] == block["mlp"]["up"]["kernel"] == P("fsdp", "tensor")
@@ -168,7 +168,7 @@ def test_weights_lie_by_their_role():
 
 
 def test_what_cannot_be_divided_is_whole_and_named():
-    odd = llama.Architecture(32, 87, 2, 4, 2, vocab_size=330, seq_len=32)
+    odd = presets.Architecture(32, 87, 2, 4, 2, vocab_size=330, seq_len=32)
     _, shapes = jax.eval_shape(functools.partial(llama.create, odd))
     mesh = spread_mesh("fsdp=4,tensor=2")
     specs = jax.tree.map(lambda s: s.spec, meshes.param_shardings(mesh, shapes))

@@ -15,11 +15,10 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import finetune
-from experiments.models import llama
+from experiments.models import presets
 from experiments.models.weights import load as pretrained
 from experiments.reliability import kills
-from experiments.trainer import checkpoints, cli
+from experiments.trainer import checkpoints, cli, finetuning
 from experiments.trainer.config import Config
 from experiments.trainer.pretraining import train
 from tests.experiments import test_finetune
@@ -116,7 +115,7 @@ def options(base: Path, name: str, **more: Any) -> dict[str, Any]:
 
 def here(settings: dict[str, Any], patch: pytest.MonkeyPatch) -> None:
     """Trains in this process, which has as many devices."""
-    patch.setitem(llama.PRESETS, "tiny", SMALL)
+    patch.setitem(presets.PRESETS, "tiny", SMALL)
     patch.setattr(checkpoints, "Checkpoints", Watched)
     train(cli.parse(Config, "test", kills.command(settings)[3:]), show=False)
 
@@ -246,7 +245,7 @@ def test_fine_tuning_in_two_processes_is_that_of_one(base):
     """Weights are placed, answers generated and the result exported by both together."""
     alone = tuning(base, "tuned-alone")
     words = kills.command(alone)[3:]
-    outcome = finetune.finetune(cli.parse(finetune.Config, "test", words), show=False)
+    outcome = finetuning.finetune(cli.parse(finetuning.Config, "test", words), show=False)
     together = tuning(base, "tuned-together")
     with Job(2, together, "experiments.finetune") as job:
         assert job.codes() == [0, 0], job.output()
@@ -268,20 +267,20 @@ def test_weights_in_bfloat16_on_a_mesh_resume_bit_for_bit(base, monkeypatch):
     """Rounded at random, accumulated in parts, stopped after step 4 and exported."""
     more = {"weights": "bfloat16", "checkpoint_every": 4}
     whole, broken = (tuning(base, name, **more) for name in ("rounded", "rounded-broken"))
-    config = cli.parse(finetune.Config, "test", kills.command(whole)[3:])
-    finetune.finetune(config, show=False)
-    config = cli.parse(finetune.Config, "test", kills.command(broken)[3:])
-    step = finetune.loop.Report.step
+    config = cli.parse(finetuning.Config, "test", kills.command(whole)[3:])
+    finetuning.finetune(config, show=False)
+    config = cli.parse(finetuning.Config, "test", kills.command(broken)[3:])
+    step = finetuning.loop.Report.step
 
     def stop_after_four(self: Any, number: int, metrics: Any) -> None:
         step(self, number, metrics)
         if number == 4:
             signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(finetune.loop.Report, "step", stop_after_four)
-    assert finetune.finetune(config, show=False).after is None
+    monkeypatch.setattr(finetuning.loop.Report, "step", stop_after_four)
+    assert finetuning.finetune(config, show=False).after is None
     monkeypatch.undo()
-    finetune.finetune(dataclasses.replace(config, resume=True), show=False)
+    finetuning.finetune(dataclasses.replace(config, resume=True), show=False)
     assert kills.differences(whole["run_dir"], broken["run_dir"], TUNING["steps"]) == []
     one, other = (pretrained.load(str(o["export"]), dtype="bfloat16") for o in (whole, broken))
     jax.tree.map(np.testing.assert_array_equal, one.params, other.params)

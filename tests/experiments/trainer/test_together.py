@@ -11,7 +11,7 @@ import pytest
 
 import gum_optax
 from experiments.data import tokens
-from experiments.models import llama
+from experiments.models import presets
 from experiments.reliability import kills
 from experiments.trainer import low_bits, sweeps, together
 from experiments.trainer.config import Config, ConfigError
@@ -22,7 +22,7 @@ from tests.watched_pretrain import SMALL
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(llama.PRESETS, "tiny", SMALL)  # it compiles sooner
+        patch.setitem(presets.PRESETS, "tiny", SMALL)  # it compiles sooner
         yield settings(tmp_path_factory)
 
 
