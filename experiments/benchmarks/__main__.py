@@ -3,19 +3,19 @@
 import sys
 from collections.abc import Callable, Sequence
 
-from experiments import cli
 from experiments.benchmarks import (
+    bases,
     compiled,
     figure,
     orthogonality,
-    projectors,
     step,
     sweep,
     training,
     variants,
 )
 from experiments.benchmarks.settings import Config, check
-from experiments.config import make_directory
+from experiments.trainer import cli
+from experiments.trainer.config import make_directory
 
 PROGRAM = "experiments.benchmarks"
 
@@ -25,7 +25,7 @@ STUDIES: dict[str, Callable[[Config], None]] = {
     "step": step.run,
     "compiled": compiled.run,
     "sweep": sweep.run,
-    "projectors": projectors.run,
+    "projectors": bases.run,
     "orthogonality": orthogonality.run,
     "variants": variants.run,
 }

@@ -10,8 +10,8 @@ from typing import Any
 
 import jax
 
-from experiments import record, tables
-from experiments.benchmarks import contenders, trees
+from experiments import reporting
+from experiments.benchmarks import contenders, parameters
 from experiments.benchmarks.settings import Config
 from experiments.benchmarks.step import jitted
 
@@ -27,7 +27,7 @@ def run(config: Config) -> None:
     needed = {preset: _by_layout(config, preset, temporary_bytes) for preset in config.compiled}
     needed |= {name: _by_layout(config, name, temporary_bytes, ["gum"]) for name in sorted(of_gum)}
     grown = list(growth(config))
-    record.write(
+    reporting.write(
         config.out / "compiled.json",
         config,
         state_bytes=state,
@@ -36,7 +36,7 @@ def run(config: Config) -> None:
     )
     _show_bytes("State, MiB", state)
     _show_bytes("Temporaries of the compiled update, MiB", needed)
-    tables.show(
+    reporting.table(
         "Seconds of tracing and compiling",
         ("layout", "optimizer", "layers", "trace", "compile", "HLO MiB"),
         (
@@ -49,8 +49,10 @@ def run(config: Config) -> None:
 
 def state_bytes(tree: Any, optimizers: dict[str, contenders.Optimizer]) -> dict[str, int]:
     """Bytes of parameters and of each optimizer's state."""
-    sizes = {name: trees.size(jax.eval_shape(tx.init, tree)) for name, tx in optimizers.items()}
-    return {"parameters": trees.size(tree), **sizes}
+    sizes = {
+        name: parameters.size(jax.eval_shape(tx.init, tree)) for name, tx in optimizers.items()
+    }
+    return {"parameters": parameters.size(tree), **sizes}
 
 
 def temporary_bytes(tree: Any, optimizers: dict[str, contenders.Optimizer]) -> dict[str, int]:
@@ -63,8 +65,8 @@ def growth(config: Config) -> Iterator[dict[str, Any]]:
     for layout in config.layouts:
         for name, tx in _optimizers(config, layout, _GROWING).items():
             for layers in config.depths:
-                tree = trees.depth(layers, config.depth_preset)
-                tree = trees.stack(tree) if layout == "stacked" else tree
+                tree = parameters.depth(layers, config.depth_preset)
+                tree = parameters.stack(tree) if layout == "stacked" else tree
                 yield {"layout": layout, "contender": name, "depth": layers} | _compilation(
                     tx, tree
                 )
@@ -97,7 +99,7 @@ def _by_layout(
     config: Config, preset: str, measure: Any, names: Iterable[str] = tuple(contenders.TABLE)
 ) -> dict[str, dict[str, int]]:
     return {
-        layout: measure(trees.LAYOUTS[layout](preset), _optimizers(config, layout, names))
+        layout: measure(parameters.LAYOUTS[layout](preset), _optimizers(config, layout, names))
         for layout in config.layouts
     }
 
@@ -113,7 +115,7 @@ def _optimizers(
 
 def _show_bytes(title: str, sizes: Bytes) -> None:
     names = ("parameters", *contenders.TABLE)
-    tables.show(
+    reporting.table(
         title,
         ("preset", "layout", *names),
         (

@@ -11,7 +11,7 @@ from matplotlib.axis import Axis
 from matplotlib.ticker import NullLocator
 
 from experiments.benchmarks import contenders, step, training
-from experiments.plots import COLOURS, MARKERS
+from experiments.reporting import COLOURS, MARKERS
 
 _NAMES = (*contenders.TABLE, "parameters")
 _IN_TRAINING = {"muon": "optax muon"}

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 import gum_optax
-from experiments.benchmarks import contenders, timing, trees
+from experiments.benchmarks import contenders, parameters, timing
 
 _NS_STEPS = 5
 _REPEATS = 5
@@ -50,7 +50,7 @@ def count(name: str, tree: Any, rank: int, gamma: int) -> tuple[int, int]:
     if optimizer is None:
         raise ValueError(f"{name} {contenders.NOT_STACKED}")
     state = jax.eval_shape(optimizer.init, tree)
-    moved = 3 * trees.size(tree) + 2 * trees.size(state) - trees.size(_bases(state))
+    moved = 3 * parameters.size(tree) + 2 * parameters.size(state) - parameters.size(_bases(state))
     # GUM's plan names the groups of matrices, which are the same under every contender.
     plan = gum_optax.memory_plan(contenders.gum(rank, gamma, 1, layout), tree)
     groups = (row for row in plan.rows if row.treatment in _MATRICES)

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import gradients, record, tables
-from experiments.benchmarks import projectors
+from experiments import reporting
+from experiments.benchmarks import bases
 from experiments.benchmarks.settings import Config
+from experiments.studies import gradients
 
 # Amsel et al., The Polar Express, arXiv 2505.16932, their list with a safety factor of 1.01: the
 # triples are a / 1.01, b / 1.01**3 and c / 1.01**5.
@@ -46,8 +47,8 @@ def run(config: Config) -> None:
         for scaling in SCALINGS
         for steps in STEPS
     ]
-    record.write(config.out / "orthogonality.json", config, matrices=count, rows=rows)
-    tables.show(
+    reporting.write(config.out / "orthogonality.json", config, matrices=count, rows=rows)
+    reporting.table(
         f"Distance from the polar factor, over its norm, of {count} momenta of slots",
         ("coefficients", "scaling", "steps", "median", "largest"),
         ((r["coefficients"], r["scaling"], r["steps"], r["median"], r["max"]) for r in rows),
@@ -56,7 +57,7 @@ def run(config: Config) -> None:
 
 def momenta(config: Config) -> list[np.ndarray]:
     """Of each kind of matrix, ``[N, m, n]``: what its slots hold at all ages in all periods."""
-    settings = projectors.run_of(config)
+    settings = bases.run_of(config)
     ages = [age for age in AGES if age < settings.period]
     moments = gradients.along(settings, gradients.since_refresh(settings, ages))
     by_kind = [moment.slots for moment in moments]

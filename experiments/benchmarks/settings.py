@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
 
-from experiments.benchmarks import contenders, trees
-from experiments.config import ConfigError, choose, flag
+from experiments.benchmarks import contenders, parameters
+from experiments.trainer.config import ConfigError, choose, flag
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Config:
     """step: also time GUM's refresh with the SVD as its projector."""
 
     presets: tuple[str, ...] = ("60m", "130m", "350m")
-    """step and variants: presets of experiments.model whose parameters are updated."""
+    """step and variants: presets of experiments.models.presets whose parameters are updated."""
     layouts: tuple[str, ...] = ("separate", "stacked")
     """step and compiled: layers as separate leaves, or stacked in one leaf for each role."""
 
@@ -93,15 +93,19 @@ _ONE_PRESET = ("depth_preset", "sweep_preset")
 
 def check(config: Config) -> None:
     """Raises `ConfigError` naming the first field whose value cannot work."""
-    known = {"studies": Config.studies, "layouts": trees.LAYOUTS, "contenders": Config.contenders}
-    known |= dict.fromkeys(_PRESETS, trees.SHAPES)
+    known = {
+        "studies": Config.studies,
+        "layouts": parameters.LAYOUTS,
+        "contenders": Config.contenders,
+    }
+    known |= dict.fromkeys(_PRESETS, parameters.SHAPES)
     for field, names in known.items():
         for value in getattr(config, field):
             choose(field, value, names)
     for field in _ONE_PRESET:
-        choose(field, getattr(config, field), trees.SHAPES)
+        choose(field, getattr(config, field), parameters.SHAPES)
     for field in ("training_preset", "projector_preset"):
-        choose(field, getattr(config, field), trees.TRAINED)
+        choose(field, getattr(config, field), parameters.TRAINED)
     for field in _COUNTS + _PROJECTOR_COUNTS:
         _demand(field, [getattr(config, field)], 1)
     for field in ("ranks", "periods", "depths"):

@@ -15,8 +15,8 @@ from typing import Any
 import jax
 import optax
 
-from experiments import record, tables
-from experiments.benchmarks import contenders, floors, timing, trees
+from experiments import reporting
+from experiments.benchmarks import contenders, floors, parameters, timing
 from experiments.benchmarks.settings import Config
 
 _ALTERNATING = 2
@@ -29,7 +29,7 @@ def run(config: Config) -> None:
         for layout in config.layouts:
             tree = {"preset": preset, "layout": layout}
             found = list(_pairs(config, preset, layout))
-            record.write(
+            reporting.write(
                 config.out / "step" / f"{preset}-{layout}.json",
                 config,
                 rates=rates,
@@ -41,7 +41,7 @@ def run(config: Config) -> None:
 
 def stored(out: Path) -> dict[str, list[dict[str, Any]]]:
     """The pairs and the costs of all trees that have been timed, in the order of their sizes."""
-    files = [out / "step" / f"{p}-{k}.json" for p in trees.SHAPES for k in trees.LAYOUTS]
+    files = [out / "step" / f"{p}-{k}.json" for p in parameters.SHAPES for k in parameters.LAYOUTS]
     found = [json.loads(file.read_text()) for file in files if file.exists()]
     return {key: [row for each in found for row in each[key]] for key in ("pairs", "costs")}
 
@@ -75,8 +75,8 @@ def alternating(
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
     """Seconds of plain and of refresh steps of optimizers of period two, by turns."""
     shared = {
-        "params": trees.random(tree, config.seed),
-        "grads": trees.random(tree, config.seed + 1),
+        "params": parameters.random(tree, config.seed),
+        "grads": parameters.random(tree, config.seed + 1),
     }
     steps = {name: stepper(tx, shared) for name, tx in optimizers.items()}
     # Every optimizer that refreshes is called twice in a turn, so refreshes stay at even steps.
@@ -121,7 +121,7 @@ def _pairs(config: Config, preset: str, layout: str) -> Iterator[dict[str, Any]]
             yield {"other": name, "note": contenders.NOT_STACKED}
             continue
         pair = {"gum": contenders.gum(*arguments), name: other}
-        plain, refresh = alternating(pair, trees.LAYOUTS[layout](preset), config)
+        plain, refresh = alternating(pair, parameters.LAYOUTS[layout](preset), config)
         yield compare(plain, refresh, name, config.period)
         print(f"timed {preset} {layout}: gum and {name}", flush=True)
         gc.collect()  # The pair's states go before the next one's come.
@@ -136,7 +136,7 @@ def _contenders(
     ours = [p["gum_costs"]["plain"]["median"] for p in pairs if "note" not in p]
     if ours:
         timed = {"gum": statistics.median(ours)} | timed
-    tree = trees.LAYOUTS[layout](preset)
+    tree = parameters.LAYOUTS[layout](preset)
     for name, measured in timed.items():
         arguments = (config.rank, config.full_rank_layers, config.period, layout)
         optimizer = contenders.TABLE[name](*arguments)
@@ -145,7 +145,7 @@ def _contenders(
         floor = floors.seconds(moved, flops, rates["bytes_per_second"], rates["flops_per_second"])
         yield {
             "contender": name,
-            "state_bytes": trees.size(jax.eval_shape(optimizer.init, tree)),
+            "state_bytes": parameters.size(jax.eval_shape(optimizer.init, tree)),
             "floor": {"bytes": moved, "flops": flops, "seconds": floor},
             "plain_seconds": measured,
             "measured_over_floor": measured / floor,
@@ -158,7 +158,7 @@ def _extra(plain: list[float], refresh: list[float]) -> list[float]:
 
 
 def _show(pairs: list[dict[str, Any]], costs: list[dict[str, Any]]) -> None:
-    tables.show(
+    reporting.table(
         "Seconds of an update: GUM over another, by turns",
         ("preset", "layout", "other", "plain", "least", "largest", "amortized", "refresh/plain"),
         (
@@ -168,7 +168,7 @@ def _show(pairs: list[dict[str, Any]], costs: list[dict[str, Any]]) -> None:
             if "note" not in p
         ),
     )  # fmt: skip
-    tables.show(
+    reporting.table(
         "Plain steps beside the least that the device needs",
         ("preset", "layout", "optimizer", "state MiB", "ms", "floor ms", "measured/floor"),
         (

@@ -3,8 +3,8 @@
 import statistics
 from typing import Any
 
-from experiments import record, tables
-from experiments.benchmarks import contenders, timing, trees
+from experiments import reporting
+from experiments.benchmarks import contenders, parameters, timing
 from experiments.benchmarks.settings import Config
 from experiments.benchmarks.step import alternating
 
@@ -17,14 +17,14 @@ def run(config: Config) -> None:
     # A dict, not a set: each once, in an order that does not change.
     settings = dict.fromkeys([default, *by_rank.values(), *by_gamma.values()])
     optimizers = {str(s): contenders.gum(*s, 2, "separate") for s in settings}
-    plain, refresh = alternating(optimizers, trees.separate(config.sweep_preset), config)
+    plain, refresh = alternating(optimizers, parameters.separate(config.sweep_preset), config)
     costs = {name: timing.costs(plain[name], refresh[name], config.period) for name in optimizers}
     results = {
         "rank": [{"rank": r} | costs[str(setting)] for r, setting in by_rank.items()],
         "gamma": [{"gamma": g} | costs[str(setting)] for g, setting in by_gamma.items()],
         "period": by_period(plain[str(default)], refresh[str(default)], config.periods),
     }
-    record.write(config.out / "sweep.json", config, **results)
+    reporting.write(config.out / "sweep.json", config, **results)
     _show(results)
 
 
@@ -41,7 +41,7 @@ def by_period(
 
 def _show(results: dict[str, list[dict[str, Any]]]) -> None:
     for name, rows in results.items():
-        tables.show(
+        reporting.table(
             f"Milliseconds of GUM's update against {name}",
             (name, "plain", "refresh", "amortized"),
             (

@@ -24,11 +24,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import cli, loop, model, record, tables, train
-from experiments.benchmarks import timing, trees
+from experiments import reporting
+from experiments.benchmarks import parameters, timing
 from experiments.benchmarks.settings import Config
-from experiments.config import Config as Run
-from experiments.config import Optimizer, Preset
+from experiments.trainer import cli, loop, pretraining
+from experiments.trainer.config import Config as Run
+from experiments.trainer.config import Optimizer, Preset
 
 PROGRAM = "experiments.benchmarks.training"
 OPTIMIZERS: tuple[Optimizer, ...] = ("gum", "adamw", "muon")
@@ -82,8 +83,8 @@ def run(config: Config, work: Callable[[Worker], dict[str, Any]] | None = None) 
             print(f"trained with {name}, round {turn + 1} of {config.rounds}", flush=True)
     results = compare(runs, config.period)
     name = f"{config.training_preset}-{config.batch_size}x{config.seq_len}.json"
-    record.write(config.out / "training" / name, config, runs=runs, **results)
-    tables.show(
+    reporting.write(config.out / "training" / name, config, runs=runs, **results)
+    reporting.table(
         f"Steps of {config.training_preset}, {config.batch_size} x {config.seq_len} random tokens",
         ("optimizer", "tokens/s", "amortized", "refresh s", "program MiB", "peak MiB", "state MiB"),
         (
@@ -132,8 +133,8 @@ def measure(worker: Worker) -> dict[str, Any]:
         seq_len=worker.seq_len, steps=worker.steps, rank=worker.rank, period=worker.every,
         full_rank_layers=worker.full_rank_layers, seed=worker.seed,
     )  # fmt: skip
-    arch = model.architecture(settings)
-    started: Any = train.start(settings, arch)
+    arch = pretraining.architecture(settings)
+    started: Any = pretraining.start(settings, arch)
     _, state, step = started
     generator = np.random.default_rng(worker.seed)
     shape = (worker.batch_size, worker.seq_len + 1)
@@ -142,7 +143,7 @@ def measure(worker: Worker) -> dict[str, Any]:
     for number in range(worker.steps):
         if number == _SKIPPED:
             process_peak = _status("VmHWM")
-            settled = _settle() - trees.size(state)
+            settled = _settle() - parameters.size(state)
         batch = generator.integers(arch.vocab_size, size=shape, dtype=np.int32)
         start = time.perf_counter()
         state, _ = jax.block_until_ready(step(state, batch))

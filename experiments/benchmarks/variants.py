@@ -4,8 +4,8 @@ All of them keep their state and share the parameters, as in `experiments.benchm
 step but the first is a refresh.
 """
 
-from experiments import record, tables
-from experiments.benchmarks import contenders, step, timing, trees
+from experiments import reporting
+from experiments.benchmarks import contenders, parameters, step, timing
 from experiments.benchmarks.settings import Config
 
 REFERENCE = "GaLore-Muon"
@@ -14,10 +14,10 @@ REFERENCE = "GaLore-Muon"
 def run(config: Config) -> None:
     """Times every method on every preset, writes a file for each, prints a table."""
     for preset in config.presets:
-        tree = trees.separate(preset)
+        tree = parameters.separate(preset)
         shared = {
-            "params": trees.random(tree, config.seed),
-            "grads": trees.random(tree, config.seed + 1),
+            "params": parameters.random(tree, config.seed),
+            "grads": parameters.random(tree, config.seed + 1),
         }
         steps = {
             name: step.stepper(make(config.rank, config.full_rank_layers), shared)
@@ -25,8 +25,8 @@ def run(config: Config) -> None:
         }
         seconds = timing.by_turns(steps, config.repeats)
         ratios = {name: timing.ratio(each, seconds[REFERENCE]) for name, each in seconds.items()}
-        record.write(config.out / "variants" / f"{preset}.json", config, ratios=ratios)
-        tables.show(
+        reporting.write(config.out / "variants" / f"{preset}.json", config, ratios=ratios)
+        reporting.table(
             f"{preset}: seconds of an update over {REFERENCE}'s, by turns",
             ("method", "median", "least", "largest"),
             ((name, *ratio.values()) for name, ratio in ratios.items()),

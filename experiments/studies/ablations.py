@@ -16,10 +16,11 @@ from typing import Any
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from experiments import cli, runs, tables
-from experiments.config import Config as Run
-from experiments.plots import COLOURS, save
+from experiments import reporting
+from experiments.reporting import COLOURS, save
 from experiments.studies import pretraining
+from experiments.trainer import cli, sweeps
+from experiments.trainer.config import Config as Run
 
 PROGRAM = "experiments.studies.ablations"
 _TOP = 0.1  # of the figure, in nats above the default; what is worse is written there
@@ -88,7 +89,9 @@ def configurations(config: Config, rates: dict[str, float], changes: dict[str, A
     """The runs of one setting, one for each seed."""
     options = {"optimizer": "gum", "learning_rate": rates["gum"]} | changes
     points = [dataclasses.replace(config.base, **options, seed=seed) for seed in config.seeds]
-    return [dataclasses.replace(p, run_dir=runs.directory(config.base.run_dir, p)) for p in points]
+    return [
+        dataclasses.replace(p, run_dir=sweeps.directory(config.base.run_dir, p)) for p in points
+    ]
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -98,19 +101,19 @@ def main(arguments: Sequence[str]) -> int:
     settings = [c for panel in panels(config, rates).values() for c in panel.values()]
     each = [configurations(config, rates, changes) for changes in settings]
     by_seed = [point for points in zip(*each, strict=True) for point in points]
-    runs.complete(by_seed, config.out, jobs=config.jobs)  # all settings before the next seed
-    default = losses(runs.complete(configurations(config, rates, {}), config.out))
+    sweeps.complete(by_seed, config.out, jobs=config.jobs)  # all settings before the next seed
+    default = losses(sweeps.complete(configurations(config, rates, {}), config.out))
     found = {
         title: {
             label: summary(
-                runs.complete(configurations(config, rates, changes), config.out), default
+                sweeps.complete(configurations(config, rates, changes), config.out), default
             )
             for label, changes in panel.items()
         }
         for title, panel in panels(config, rates).items()
     }
     for title, rows in found.items():
-        tables.show(
+        reporting.table(
             title,
             ("setting", "loss", "less default's", "least", "largest", "state MiB", "s/step"),
             ((label, row["loss"], row["difference"], min(row["differences"]),
@@ -121,12 +124,12 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def losses(entries: Sequence[runs.Entry]) -> list[float]:
+def losses(entries: Sequence[sweeps.Entry]) -> list[float]:
     """The last validation losses."""
     return [entry["validation_loss"] for entry in entries]
 
 
-def summary(entries: Sequence[runs.Entry], default: Sequence[float]) -> dict[str, Any]:
+def summary(entries: Sequence[sweeps.Entry], default: Sequence[float]) -> dict[str, Any]:
     """Mean loss, and by seed what it differs from the default's; bytes and seconds."""
     differences = [a - b for a, b in zip(losses(entries), default, strict=True)]
     return {

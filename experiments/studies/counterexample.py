@@ -1,56 +1,244 @@
-"""The counterexample with other settings: `python -m experiments.studies.counterexample`.
+"""The counterexample on which GaLore stands still and GUM converges (the paper's Figure 1).
 
-`experiments.counterexample` has q = 0.5, K = 20 and projectors as wide as the noise. Here GUM runs
-with other q and K, and GUM and GaLore-Muon with other ranks. The rule of the learning rate is kept:
-the least that surely reaches the optimum in a fraction q of the steps, times four; so it grows as q
-shrinks.
+Minimize ``f(X) = 1/2 ||A X||_F^2 + <B, X>`` over n x n matrices, with ``A = [I_{n-r} 0]`` and
+``B = blockdiag(D, 0)``, from gradients with noise ``xi sigma C``, ``C = blockdiag(0, I_r)`` and
+``xi = +-1`` with equal odds. The noise is larger than the signal and has rank r, so it captures the
+whole rank-r projector; the complement, which GaLore drops, holds all of the signal.
+
+`python -m experiments.studies.counterexample` draws the figure, with q = 0.5, K = 20 and projectors
+as wide as the noise, and then sweeps: GUM with other q and K, GUM and GaLore-Muon with other ranks.
+The rule of the learning rate is kept: the least that surely reaches the optimum in a fraction q of
+the steps, times four; so it grows as q shrinks.
 """
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import jax
+import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
+import optax
 from matplotlib.axes import Axes
 
-from experiments import cli, counterexample, record, tables
-from experiments.plots import COLOURS, MARKERS, save
+import gum_optax
+from experiments import reporting
+from experiments.reporting import COLOURS, MARKERS, save
+from experiments.trainer import cli
+from gum_optax import projectors, residuals, samplers
 
 PROGRAM = "experiments.studies.counterexample"
-_FLOOR = 1e-12  # of the figure: smaller gaps, and zero, are drawn here
+_FLOOR = 1e-12  # of the sweep's figure: smaller gaps, and zero, are drawn here
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(counterexample.Config):
-    """Vary q, the period and the projectors' rank on the paper's counterexample."""
+class Config:
+    """GUM and its relatives on the paper's counterexample, whose sizes these are."""
 
+    parts: tuple[Literal["figure", "sweep"], ...] = ("figure", "sweep")
+    """figure: every method, as in the paper; sweep: over q, K and the projectors' rank."""
+    n: int = 20
+    """Side of the matrix."""
+    r: int = 12
+    """Rank of the noise."""
+    rank: int | None = None
+    """Rank of the projectors. None: that of the noise."""
+    sigma: float = 100.0
+    """Scale of the noise; the signal is of order one."""
+    steps: int = 4000
+    """Optimizer steps."""
+    period: int = 20
+    """K: steps between refreshes."""
+    probability: float = 0.5
+    """q: probability that a period is full-rank, for GUM."""
+    seeds: int = 10
+    """Seeds 0, 1, ... decide the problem, the noise and the draws."""
     probabilities: tuple[float, ...] = (0.1, 0.25, 0.5, 0.75, 0.9)
-    """Probabilities q of a full-rank period."""
+    """sweep: probabilities q of a full-rank period."""
     periods: tuple[int, ...] = (5, 20, 100, 500)
-    """Periods K, each with every q."""
+    """sweep: periods K, each with every q."""
     ranks: tuple[int, ...] = (4, 8, 12, 16)
-    """Ranks of the projectors; q and K are --probability and --period."""
-    out: Path = Path("experiments/results/studies/counterexample.json")
-    """Result file; the figure is beside it."""
+    """sweep: ranks of the projectors; q and K are --probability and --period."""
+    out: Path = Path("experiments/results")
+    """Directory: the figure and its JSON file lie in it, those of the sweep in its studies."""
+
+    @property
+    def projector_rank(self) -> int:
+        """Columns of every basis."""
+        return self.r if self.rank is None else self.rank
+
+    @property
+    def learning_rate(self) -> float:
+        """The peak, the same for every method: the least that surely reaches, times four.
+
+        An orthogonalized update moves each singular direction by about the learning rate, and the
+        linear decay makes the way ``learning_rate * steps / 2``. The optimum is ``-D``, at most
+        about ``2 sqrt(n - r)`` away in the spectral norm, and GUM moves towards it in a fraction q
+        of steps.
+        """
+        return 4 * 2 * (self.n - self.r) ** 0.5 / (self.probability * self.steps / 2)
+
+
+def methods(config: Config) -> dict[str, Callable[[jax.Array], optax.GradientTransformation]]:
+    """The directions compared, each from a random key, without learning rate."""
+
+    def low_rank_muon(
+        residual: residuals.Residual, projector: Any = projectors.svd
+    ) -> Callable[[jax.Array], optax.GradientTransformationExtraArgs]:
+        return lambda key: gum_optax.scale_by_gum(
+            gum_optax.LowRank(
+                config.projector_rank,
+                config.period,
+                residual=residual,
+                projector=projector,
+                key=key,
+            )
+        )
+
+    golore = projectors.switch(projectors.svd, projectors.random_orthonormal, config.steps // 2)
+    return {
+        "Muon": lambda key: optax.contrib.scale_by_muon(nesterov=False),
+        "GaLore-Muon": low_rank_muon(residuals.drop()),
+        "GoLore-Muon": low_rank_muon(residuals.drop(), golore),
+        "GUM": low_rank_muon(residuals.sampled(samplers.bernoulli(config.probability))),
+    }
+
+
+def relative_gap(
+    direction: Callable[[jax.Array], optax.GradientTransformation], config: Config, seed: jax.Array
+) -> jax.Array:
+    """Runs one method on one seed.
+
+    Returns:
+      ``[steps + 1]``: ``(f(X_t) - f*) / (f(X_0) - f*)``, with X_0 = 0 and f* = -1/2 ||D||^2.
+    """
+    signal = config.n - config.r
+    problem_key, noise_key, draw_key = jax.random.split(jax.random.key(seed), 3)
+    d = jax.random.normal(problem_key, (signal, signal))
+    b = jnp.zeros((config.n, config.n)).at[:signal, :signal].set(d)
+    c = jnp.diag(jnp.arange(config.n) >= signal).astype(jnp.float32)
+
+    def f(x: jax.Array) -> jax.Array:
+        return 0.5 * jnp.sum(x[:signal] ** 2) + jnp.sum(b * x)
+
+    def gap(x: Any) -> jax.Array:
+        # f(X) - f* by completing the square: the difference of the two would round to 1e-7.
+        return 0.5 * jnp.sum((x + b)[:signal] ** 2)
+
+    tx = optax.chain(
+        direction(draw_key),
+        optax.scale_by_learning_rate(
+            optax.linear_schedule(config.learning_rate, 0.0, config.steps)
+        ),
+    )
+
+    def step(carry: Any, noise: jax.Array) -> tuple[Any, jax.Array]:
+        x, state = carry
+        updates, state = tx.update(jax.grad(f)(x) + noise * config.sigma * c, state, x)
+        x = optax.apply_updates(x, updates)
+        return (x, state), gap(x)
+
+    x = jnp.zeros((config.n, config.n))
+    signs = jax.random.rademacher(noise_key, (config.steps,), jnp.float32)
+    _, values = jax.lax.scan(step, (x, tx.init(x)), signs)
+    return jnp.concatenate([gap(x)[None], values]) / gap(x)
+
+
+def run(config: Config) -> dict[str, np.ndarray]:
+    """Runs every method on every seed: method -> ``[seeds, steps + 1]`` relative gaps."""
+    return {name: relative_gaps(direction, config) for name, direction in methods(config).items()}
+
+
+def relative_gaps(
+    direction: Callable[[jax.Array], optax.GradientTransformation], config: Config
+) -> np.ndarray:
+    """Runs one method on every seed: ``[seeds, steps + 1]``."""
+    # lax.map, not vmap: vmap would turn the optimizer's conditionals into computing both branches.
+    every = jax.jit(partial(jax.lax.map, partial(relative_gap, direction, config)))
+    return np.asarray(every(jnp.arange(config.seeds)))
+
+
+def plot(gaps: dict[str, np.ndarray], config: Config, path: Path) -> None:
+    """Draws the median over seeds and the band from the least to the largest."""
+    # Okabe and Ito's colours, safe for colour-blind readers; line styles serve black and white.
+    styles = {
+        "Muon": ("#000000", ":"),
+        "GaLore-Muon": ("#D55E00", "--"),
+        "GoLore-Muon": ("#E69F00", "-."),
+        "GUM": ("#0072B2", "-"),
+    }
+    figure, axes = plt.subplots(figsize=(6.4, 4.0), constrained_layout=True)
+    steps = np.arange(config.steps + 1)
+    for name, values in gaps.items():
+        colour, line = styles[name]
+        values = np.maximum(values, 1e-30)  # A gap of exactly zero has no logarithm.
+        axes.plot(steps, np.median(values, 0), line, color=colour, label=name, linewidth=2)
+        axes.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.2, linewidth=0)
+    axes.set(
+        yscale="log",
+        xlabel="step",
+        ylabel="gap to the optimum / gap at the start",
+        xlim=(0, config.steps),
+        ylim=(1e-9, 3),
+    )
+    axes.set_title(
+        f"GaLore stays where it started, GUM converges\nmedian and range over {config.seeds} seeds",
+        fontsize=11,
+    )
+    axes.legend(frameon=False)
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs all settings, prints tables, writes results and figure; returns the exit code."""
+    """Runs the parts that are asked for, each of which writes its results and figure."""
     config = cli.parse(Config, PROGRAM, arguments)
+    for part in config.parts:
+        PARTS[part](config)
+    return 0
+
+
+def figure(config: Config) -> None:
+    """Figure 1: every method on every seed."""
+    start = time.perf_counter()
+    gaps = run(config)
+    config.out.mkdir(parents=True, exist_ok=True)
+    plot(gaps, config, config.out / "counterexample.png")
+    reporting.write(
+        config.out / "counterexample.json",
+        config,
+        learning_rate=config.learning_rate,
+        final_relative_gap={name: values[:, -1].tolist() for name, values in gaps.items()},
+    )
+    print(f"{'method':<12}  final gap / gap at the start: median [least, largest]")
+    for name, values in gaps.items():
+        last = values[:, -1]
+        print(f"{name:<12}  {np.median(last):.2e} [{last.min():.2e}, {last.max():.2e}]")
+    print(
+        f"{config.seeds} seeds in {time.perf_counter() - start:.0f} s; "
+        f"figure: {config.out / 'counterexample.png'}"
+    )
+
+
+def sweep(config: Config) -> None:
+    """GUM over q and K; GUM and GaLore-Muon over the rank of the projectors."""
+    path = config.out / "studies" / "counterexample.json"
     draws, ranks = by_draw(config), by_rank(config)
-    record.write(config.out, config, draws=draws, ranks=ranks)
+    reporting.write(path, config, draws=draws, ranks=ranks)
     head = ("method", "q", "K", "rank", "median", "least", "largest")
     for title, rows in (("q and K", draws), ("the rank of projectors", ranks)):
-        tables.show(
+        reporting.table(
             f"Final gap / gap at the start by {title}, {config.seeds} seeds",
             head,
             ([row[name] for name in head] for row in rows),
         )
-    print(f"\nresults: {config.out}; figure: {draw(config, draws, ranks)}")
-    return 0
+    print(f"\nresults: {path}; figure: {draw(config, draws, ranks, path)}")
 
 
 def by_draw(config: Config) -> list[dict[str, Any]]:
@@ -73,8 +261,8 @@ def by_rank(config: Config) -> list[dict[str, Any]]:
 
 def final(method: str, config: Config) -> dict[str, Any]:
     """The last relative gap of one method with one setting: every seed's, median and range."""
-    direction = counterexample.methods(config)[method]
-    gaps = counterexample.relative_gaps(direction, config)[:, -1]
+    direction = methods(config)[method]
+    gaps = relative_gaps(direction, config)[:, -1]
     return {
         "method": method,
         "q": config.probability,
@@ -88,7 +276,9 @@ def final(method: str, config: Config) -> dict[str, Any]:
     }
 
 
-def draw(config: Config, draws: list[dict[str, Any]], ranks: list[dict[str, Any]]) -> Path:
+def draw(
+    config: Config, draws: list[dict[str, Any]], ranks: list[dict[str, Any]], path: Path
+) -> Path:
     """Draws median and range of the final gap: over K for each q, and over the rank."""
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(8.6, 4.0), layout="constrained", sharey=True
@@ -114,7 +304,7 @@ def draw(config: Config, draws: list[dict[str, Any]], ranks: list[dict[str, Any]
     for axes in (left, right):
         axes.legend(frameon=False, fontsize="small")
         axes.grid(alpha=0.3)
-    return save(figure, config.out)
+    return save(figure, path)
 
 
 def _series(
@@ -129,6 +319,9 @@ def _series(
         places, middle, yerr=(middle - least, largest - middle), fmt=f"{MARKERS[i]}-",
         color=COLOURS[i], label=label, capsize=2, markersize=4, linewidth=1,
     )  # fmt: skip
+
+
+PARTS = {"figure": figure, "sweep": sweep}
 
 
 if __name__ == "__main__":

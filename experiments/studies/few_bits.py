@@ -25,8 +25,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import gum_optax
-from experiments import cli, data, gradients, losses, low_bits, record, tables, train
-from experiments.config import Config as Run
+from experiments import reporting
+from experiments.data import tokens as data
+from experiments.studies import gradients
+from experiments.trainer import cli, losses, low_bits, pretraining
+from experiments.trainer.config import Config as Run
 from gum_optax import storages
 
 PROGRAM = "experiments.studies.few_bits"
@@ -86,9 +89,9 @@ def main(arguments: Sequence[str]) -> int:
     for row in measured(config):
         rows.append(row)
         print(f"step {row['step']}", file=sys.stderr, flush=True)
-        record.write(config.out, config, rows=rows)
+        reporting.write(config.out, config, rows=rows)
     last = rows[-1]
-    tables.show(
+    reporting.table(
         f"Relative errors at step {last['step']}, mean over all matrices",
         ("storage", *_MEASURED),
         (
@@ -104,9 +107,9 @@ def main(arguments: Sequence[str]) -> int:
 def measured(config: Config) -> Iterator[dict[str, Any]]:
     """Trains; the errors at each step that is measured."""
     run = config.base
-    arch, tokens = train.prepare(run)
+    arch, tokens = pretraining.prepare(run)
     batches = data.training_batches(tokens, arch.seq_len, run.batch_size, run.seed)
-    static, state, step = train.start(run, arch)
+    static, state, step = pretraining.start(run, arch)
     gradient = jax.jit(jax.grad(losses.mean(partial(losses.of_windows, static))))
     momenta: Any = None
     for number in range(run.steps):

@@ -17,13 +17,15 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
-from experiments import cli, finetune, runs, tables
-from experiments.accuracy import wilson
-from experiments.config import Optimizer
-from experiments.finetune import Config as Run
-from experiments.loop import Result
-from experiments.plots import COLOURS, MARKERS, save
+from experiments import reporting
+from experiments.reporting import COLOURS, MARKERS, save
 from experiments.studies.pretraining import NAMES, best_rates
+from experiments.trainer import cli, sweeps
+from experiments.trainer.config import Optimizer
+from experiments.trainer.evaluation import wilson
+from experiments.trainer.finetuning import Config as Run
+from experiments.trainer.finetuning import finetune
+from experiments.trainer.loop import Result
 
 PROGRAM = "experiments.studies.finetuning"
 # GoLore is GaLore until its first refresh after half of the steps: in runs of one period, the same.
@@ -54,7 +56,7 @@ class Config:
 
 def tune(config: Any, *, show: bool) -> tuple[Result, dict[str, Any]]:
     """Fine-tunes; an entry keeps the right answers before and after."""
-    outcome = finetune.finetune(config, show=show)
+    outcome = finetune(config, show=show)
     if outcome.after is None:  # the caller sees that it was stopped
         return outcome.result, {}
     assert outcome.loss
@@ -76,10 +78,10 @@ def point(config: Config, optimizer: Optimizer, rate: float, seed: int) -> Run:
                                              config.seeds[0]),
         projector="subspace_iteration" if optimizer in ("galore", "galore_muon") else None,
     )  # fmt: skip
-    return dataclasses.replace(run, run_dir=runs.directory(config.base.run_dir, run))
+    return dataclasses.replace(run, run_dir=sweeps.directory(config.base.run_dir, run))
 
 
-def grid(config: Config) -> list[runs.Entry]:
+def grid(config: Config) -> list[sweeps.Entry]:
     """Runs with the first seed: two rates for all, then the neighbours of each one's best."""
     options: Any = {"jobs": config.jobs, "trainer": tune}
     points = {(o, r) for o in config.optimizers for r in _first_rates(config)}
@@ -90,7 +92,7 @@ def grid(config: Config) -> list[runs.Entry]:
             for optimizer in config.optimizers
             if (optimizer, rate) in points
         ]
-        entries = runs.complete(wanted, config.out, **options)
+        entries = sweeps.complete(wanted, config.out, **options)
         further = {
             (optimizer, rate)
             for optimizer, best in best_rates(entries).items()
@@ -125,14 +127,14 @@ def main(arguments: Sequence[str]) -> int:
     config = cli.parse(Config, PROGRAM, arguments)
     tuned = grid(config)
     best = finals(config, best_rates(tuned))
-    found = runs.complete(best, config.out, jobs=config.jobs, trainer=tune)
+    found = sweeps.complete(best, config.out, jobs=config.jobs, trainer=tune)
     asked = before([*tuned, *found])
     show(config, tuned, found, asked)
     print(f"\nresults: {config.out}; figure: {draw(config, found, asked)}")
     return 0
 
 
-def finals_of(entries: Sequence[runs.Entry]) -> list[runs.Entry]:
+def finals_of(entries: Sequence[sweeps.Entry]) -> list[sweeps.Entry]:
     """Of all stored runs like the first, those at each optimizer's best rate of the grid."""
     first = entries[0]["config"]
     varied = {"optimizer", "learning_rate", "seed", "projector"}
@@ -141,18 +143,18 @@ def finals_of(entries: Sequence[runs.Entry]) -> list[runs.Entry]:
     return [e for e in alike if e["config"]["learning_rate"] == best[e["config"]["optimizer"]]]
 
 
-def compare(entries: Sequence[runs.Entry]) -> list[dict[str, Any]]:
+def compare(entries: Sequence[sweeps.Entry]) -> list[dict[str, Any]]:
     """One row for each optimizer: means over its seeds, and 95 % limits for the choice of items."""
     names = dict.fromkeys(entry["config"]["optimizer"] for entry in entries)
     return [_row(n, [e for e in entries if e["config"]["optimizer"] == n]) for n in names]
 
 
-def before(entries: Sequence[runs.Entry]) -> float:
+def before(entries: Sequence[sweeps.Entry]) -> float:
     """The share of right answers before training."""
     return next((e["before"]["share"] for e in entries if e["before"]), float("nan"))
 
 
-def _row(optimizer: str, entries: Sequence[runs.Entry]) -> dict[str, Any]:
+def _row(optimizer: str, entries: Sequence[sweeps.Entry]) -> dict[str, Any]:
     # All seeds answer the same items: more seeds do not make more of them.
     items = entries[0]["after"]["of"]
     shares = [e["after"]["share"] for e in entries]
@@ -175,7 +177,7 @@ def _row(optimizer: str, entries: Sequence[runs.Entry]) -> dict[str, Any]:
 
 
 def show(
-    config: Config, tuned: Sequence[runs.Entry], found: Sequence[runs.Entry], asked: float
+    config: Config, tuned: Sequence[sweeps.Entry], found: Sequence[sweeps.Entry], asked: float
 ) -> None:
     """Prints the grid, and the comparison."""
     by_point = {(e["config"]["optimizer"], e["config"]["learning_rate"]): e for e in tuned}
@@ -188,13 +190,13 @@ def show(
             else f"{entry['validation_loss']:.4f} ({entry['after']['share']:.0%})"
         )
 
-    tables.show(
+    reporting.table(
         f"Loss of held-out answers, and share of right ones, by learning rate, {config.base.task}",
         ("optimizer", *(f"{rate:g}" for rate in config.learning_rates)),
         ((o, *(cell(o, rate) for rate in config.learning_rates)) for o in config.optimizers),
     )
     rows = compare(found)
-    tables.show(
+    reporting.table(
         f"{config.base.model} on {config.base.task}: {config.base.steps} steps, "
         f"{len(config.seeds)} seeds, right before: {asked:.1%}",
         ("optimizer", "rate", "right", "95 % limits", "loss", "its limits", "state MiB", "s/step"),
@@ -208,7 +210,7 @@ def show(
     )  # fmt: skip
 
 
-def draw(config: Config, found: Sequence[runs.Entry], asked: float) -> Path:
+def draw(config: Config, found: Sequence[sweeps.Entry], asked: float) -> Path:
     """Draws the loss of held-out answers over steps, and right answers over bytes of state."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(8.6, 4.0), layout="constrained")
     for i, optimizer in enumerate(config.optimizers):

@@ -24,11 +24,14 @@ from typing import Any, Literal
 import jax
 import matplotlib.pyplot as plt
 
-from experiments import cli, loop, model, optimizers, runs, tables, together
-from experiments.config import Config as Run
-from experiments.config import ConfigError, choose
-from experiments.plots import COLOURS, MARKERS, save
+from experiments import reporting
+from experiments.models import llama, presets
+from experiments.reporting import COLOURS, MARKERS, save
 from experiments.studies.pretraining import steps_to
+from experiments.trainer import cli, loop, optimizers, sweeps, together
+from experiments.trainer.config import Config as Run
+from experiments.trainer.config import ConfigError, choose
+from experiments.trainer.pretraining import architecture
 
 PROGRAM = "experiments.studies.frontier"
 STEPS, TUNING_STEPS = 4000, 1000
@@ -167,7 +170,7 @@ class Config:
     """All other options of a run, as in experiments.pretrain."""
 
 
-Complete = Callable[[Sequence[Run]], list[runs.Entry]]
+Complete = Callable[[Sequence[Run]], list[sweeps.Entry]]
 
 
 def point(config: Config, key: str, rate: float, seed: int, corpus: str, steps: int) -> Run:
@@ -175,7 +178,7 @@ def point(config: Config, key: str, rate: float, seed: int, corpus: str, steps: 
     chosen = CONTENDERS[choose("contenders", key, CONTENDERS)]
     options = chosen.options | {chosen.tuned: rate}
     run = dataclasses.replace(config.base, seed=seed, corpus=(corpus,), steps=steps, **options)
-    return dataclasses.replace(run, run_dir=runs.directory(config.base.run_dir, run))
+    return dataclasses.replace(run, run_dir=sweeps.directory(config.base.run_dir, run))
 
 
 def trials(config: Config, key: str, rate: float) -> list[Run]:
@@ -235,7 +238,7 @@ def finals(config: Config, best: dict[str, float], corpus: str) -> list[Run]:
 
 def hidden_bytes(run: Run) -> int:
     """Bytes of optimizer state that belong to the hidden matrices: all but the fallback's."""
-    arch = model.architecture(run)
+    arch = architecture(run)
     params = _shapes(arch)
     kinds: Any = optimizers.matrix_or_rest(params)
     # With AdamW as the fallback, which keeps two moments of each other weight.
@@ -250,19 +253,19 @@ def hidden_bytes(run: Run) -> int:
 
 
 @functools.cache
-def _shapes(arch: model.Architecture) -> model.Params:
+def _shapes(arch: presets.Architecture) -> llama.Params:
     """The parameters of a model as shapes; all contenders have the same."""
-    return jax.eval_shape(lambda: model.create(arch)[1])
+    return jax.eval_shape(lambda: llama.create(arch)[1])
 
 
-def compare(config: Config, entries: Sequence[runs.Entry]) -> list[dict[str, Any]]:
+def compare(config: Config, entries: Sequence[sweeps.Entry]) -> list[dict[str, Any]]:
     """One row for each contender, over its seeds, the least loss first."""
     of = _by_contender(config, entries)
     goals = {name: _losses(of[name]) for name in ("adamw", "muon") if name in of}
     return sorted((_row(key, found, goals) for key, found in of.items()), key=lambda r: r["loss"])
 
 
-def _by_contender(config: Config, entries: Sequence[runs.Entry]) -> dict[str, list[runs.Entry]]:
+def _by_contender(config: Config, entries: Sequence[sweeps.Entry]) -> dict[str, list[sweeps.Entry]]:
     """The entries of `finals`, whose order they have."""
     keys = list(config.contenders) * len(config.seeds)
     return {
@@ -271,11 +274,13 @@ def _by_contender(config: Config, entries: Sequence[runs.Entry]) -> dict[str, li
     }
 
 
-def _losses(entries: Sequence[runs.Entry]) -> list[float]:
+def _losses(entries: Sequence[sweeps.Entry]) -> list[float]:
     return [entry["validation_loss"] for entry in entries]
 
 
-def _row(key: str, entries: Sequence[runs.Entry], goals: dict[str, list[float]]) -> dict[str, Any]:
+def _row(
+    key: str, entries: Sequence[sweeps.Entry], goals: dict[str, list[float]]
+) -> dict[str, Any]:
     losses = _losses(entries)
     run = dataclasses.replace(Run(), **_known(entries[0]["config"]))
     # Runs of one program share its seconds, and none has seconds of its own.
@@ -311,10 +316,10 @@ def main(arguments: Sequence[str]) -> int:
     """Runs what is missing, prints tables, draws the figure; returns the exit code."""
     config = cli.parse(Config, PROGRAM, arguments)
     complete: Complete = partial(
-        runs.complete,
+        sweeps.complete,
         out=config.out,
         jobs=config.jobs,
-        deadline=runs.deadline_in(config.budget_minutes),
+        deadline=sweeps.deadline_in(config.budget_minutes),
     )
     if config.together:
         if config.budget_minutes is not None:
@@ -327,10 +332,10 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def show(config: Config, found: dict[str, list[runs.Entry]]) -> None:
+def show(config: Config, found: dict[str, list[sweeps.Entry]]) -> None:
     """Prints the comparison on each corpus."""
     for corpus, entries in found.items():
-        tables.show(
+        reporting.table(
             f"{corpus}: {config.base.steps} steps, {len(config.seeds)} seeds",
             ("contender", "rate", "loss", "deviation", "above Muon", "deviation",
              "steps to AdamW's", "hidden KiB", "state KiB", "s/step"),
@@ -344,7 +349,7 @@ def show(config: Config, found: dict[str, list[runs.Entry]]) -> None:
         )  # fmt: skip
 
 
-def draw(config: Config, found: dict[str, list[runs.Entry]]) -> Path:
+def draw(config: Config, found: dict[str, list[sweeps.Entry]]) -> Path:
     """Draws, for each corpus, last losses over the hidden matrices' bytes: mean and range."""
     figure, axes = plt.subplots(
         1, len(found), figsize=(4.8 * len(found), 4.8), layout="constrained", squeeze=False

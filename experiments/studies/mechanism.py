@@ -28,11 +28,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 
-from experiments import cli, data, gradients, loop, losses, optimizers, record, tables, train
-from experiments.config import Config as Run
-from experiments.loop import State
-from experiments.model import Params
-from experiments.plots import COLOURS, MARKERS, save
+from experiments import reporting
+from experiments.data import tokens as data
+from experiments.models.llama import Params
+from experiments.reporting import COLOURS, MARKERS, save
+from experiments.studies import gradients
+from experiments.trainer import cli, loop, losses, optimizers, pretraining
+from experiments.trainer.config import Config as Run
+from experiments.trainer.loop import State
 
 PROGRAM = "experiments.studies.mechanism"
 PARTS = ("low rank", "residual", "both", "residual with momentum", "Muon")
@@ -70,8 +73,8 @@ def main(arguments: Sequence[str]) -> int:
     for row in measured(config):
         rows.append(row)
         print(f"step {row['step']}: loss {row['loss']:.4f}", file=sys.stderr, flush=True)
-        record.write(config.out, config, rows=rows)
-    tables.show(
+        reporting.write(config.out, config, rows=rows)
+    reporting.table(
         "Gain of each part in held-out loss, in thousandths of a nat",
         ("step", "loss", *PARTS, "momentum outside", "cosine"),
         ((str(row["step"]), row["loss"], *_thousandths(row), row["outside"], row["cosine"])
@@ -84,10 +87,10 @@ def main(arguments: Sequence[str]) -> int:
 def measured(config: Config) -> Iterator[dict[str, Any]]:
     """Trains; what is found before each step that is measured."""
     run = config.base
-    arch, tokens = train.prepare(run)
+    arch, tokens = pretraining.prepare(run)
     batches = data.training_batches(tokens, arch.seq_len, run.batch_size, run.seed)
     held_out = data.validation_batches(tokens, arch.seq_len, run.batch_size, run.validation_batches)
-    static, state, _ = train.start(run, arch)
+    static, state, _ = pretraining.start(run, arch)
     loss = partial(losses.of_windows, static)
     evaluate = jax.jit(loss)
     rate: Any = optimizers.schedule(run)

@@ -20,12 +20,13 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 
-from experiments import cli, runs, tables
-from experiments.config import Config as Run
-from experiments.config import ConfigError, Optimizer, flag
-from experiments.plots import COLOURS, MARKERS, save
-from experiments.recipes import RECIPES
-from experiments.studies import weights
+from experiments import reporting
+from experiments.reporting import COLOURS, MARKERS, save
+from experiments.studies import singular_values
+from experiments.trainer import cli, sweeps
+from experiments.trainer.config import Config as Run
+from experiments.trainer.config import ConfigError, Optimizer, flag
+from experiments.trainer.recipes import RECIPES
 
 PROGRAM = "experiments.studies.pretraining"
 OPTIMIZERS: tuple[Optimizer, ...] = (
@@ -94,17 +95,17 @@ def point(
         seed=config.seeds[0] if seed is None else seed,
         corpus=(corpus or config.corpora[0],),
     )
-    return dataclasses.replace(run, run_dir=runs.directory(config.base.run_dir, run))
+    return dataclasses.replace(run, run_dir=sweeps.directory(config.base.run_dir, run))
 
 
-def best_rates(entries: Iterable[runs.Entry]) -> dict[str, float]:
+def best_rates(entries: Iterable[sweeps.Entry]) -> dict[str, float]:
     """By optimizer, the learning rate of the least validation loss; a run that diverged loses."""
     finite = [e for e in entries if np.isfinite(e["validation_loss"])]
     ordered = sorted(finite, key=lambda entry: -entry["validation_loss"])
     return {e["config"]["optimizer"]: e["config"]["learning_rate"] for e in ordered}
 
 
-def stored(path: Path, option: str) -> tuple[dict[str, float], dict[str, list[runs.Entry]]]:
+def stored(path: Path, option: str) -> tuple[dict[str, float], dict[str, list[sweeps.Entry]]]:
     """What the result file holds: the best learning rates, and by corpus the runs with them.
 
     Raises:
@@ -112,11 +113,11 @@ def stored(path: Path, option: str) -> tuple[dict[str, float], dict[str, list[ru
     """
     if not path.exists():
         raise ConfigError(f"{flag(option)}: there is no {path}; run `python -m {PROGRAM}` first")
-    entries: list[runs.Entry] = json.loads(path.read_text())
+    entries: list[sweeps.Entry] = json.loads(path.read_text())
     first = entries[0]["config"]
     alike = ("corpus", "seed")
     best = best_rates(e for e in entries if all(e["config"][k] == first[k] for k in alike))
-    finals: dict[str, list[runs.Entry]] = {}
+    finals: dict[str, list[sweeps.Entry]] = {}
     for entry in entries:
         config = entry["config"]
         if config["learning_rate"] == best[config["optimizer"]]:
@@ -133,7 +134,7 @@ def steps_to(curve: Sequence[Sequence[float]], loss: float) -> float | None:
     return None
 
 
-def compare(entries: Sequence[runs.Entry]) -> list[dict[str, Any]]:
+def compare(entries: Sequence[sweeps.Entry]) -> list[dict[str, Any]]:
     """One row for each optimizer, over its seeds; AdamW's mean final loss is what others reach."""
     names = dict.fromkeys(entry["config"]["optimizer"] for entry in entries)
     of = {n: [e for e in entries if e["config"]["optimizer"] == n] for n in names}
@@ -141,7 +142,7 @@ def compare(entries: Sequence[runs.Entry]) -> list[dict[str, Any]]:
     return [_row(name, found, goal) for name, found in of.items()]
 
 
-def _row(optimizer: str, entries: Sequence[runs.Entry], goal: float) -> dict[str, Any]:
+def _row(optimizer: str, entries: Sequence[sweeps.Entry], goal: float) -> dict[str, Any]:
     losses = [entry["validation_loss"] for entry in entries]
     config = entries[0]["config"]
     reached = [steps_to(entry["curve"], goal) for entry in entries]
@@ -167,11 +168,11 @@ def main(arguments: Sequence[str]) -> int:
         base = RECIPES[recipe]
         default = Config(corpora=base.corpus, base=base)
         config = cli.parse(Config, PROGRAM, arguments, default)
-    options: dict[str, Any] = {"jobs": config.jobs, "trainer": weights.pretrain}
-    tuned = runs.complete(grid(config), config.out, **options)
+    options: dict[str, Any] = {"jobs": config.jobs, "trainer": singular_values.pretrain}
+    tuned = sweeps.complete(grid(config), config.out, **options)
     best = best_rates(tuned)
     found = {
-        corpus: runs.complete(finals(config, best, corpus), config.out, **options)
+        corpus: sweeps.complete(finals(config, best, corpus), config.out, **options)
         for corpus in config.corpora
     }
     show(config, tuned, found)
@@ -179,19 +180,21 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def show(config: Config, tuned: Sequence[runs.Entry], found: dict[str, list[runs.Entry]]) -> None:
+def show(
+    config: Config, tuned: Sequence[sweeps.Entry], found: dict[str, list[sweeps.Entry]]
+) -> None:
     """Prints the grid, and for each corpus the comparison."""
     losses = {
         (e["config"]["optimizer"], e["config"]["learning_rate"]): e["validation_loss"]
         for e in tuned
     }
-    tables.show(
+    reporting.table(
         f"Validation loss by learning rate of the hidden matrices, {config.corpora[0]}",
         ("optimizer", *(f"{rate:g}" for rate in config.learning_rates)),
         ((o, *(losses[o, rate] for rate in config.learning_rates)) for o in config.optimizers),
     )
     for corpus, entries in found.items():
-        tables.show(
+        reporting.table(
             f"{corpus}: {config.base.steps} steps, {len(config.seeds)} seeds",
             ("optimizer", "rate", "loss", "deviation", "state MiB", "s/step", "steps to AdamW's"),
             (
@@ -202,7 +205,7 @@ def show(config: Config, tuned: Sequence[runs.Entry], found: dict[str, list[runs
         )  # fmt: skip
 
 
-def draw(config: Config, found: dict[str, list[runs.Entry]]) -> Path:
+def draw(config: Config, found: dict[str, list[sweeps.Entry]]) -> Path:
     """Draws, for each corpus, last losses over bytes of state: mean and range over seeds."""
     figure, axes = plt.subplots(
         1, len(found), figsize=(4.6 * len(found), 4.0), layout="constrained", squeeze=False

@@ -17,11 +17,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
-from experiments import cli, gradients, record, tables
-from experiments.config import Config as Run
-from experiments.config import ConfigError
-from experiments.gradients import KINDS, ByKind, Moment
-from experiments.plots import COLOURS, MARKERS, save
+from experiments import reporting
+from experiments.reporting import COLOURS, MARKERS, save
+from experiments.studies import gradients
+from experiments.studies.gradients import KINDS, ByKind, Moment
+from experiments.trainer import cli
+from experiments.trainer.config import Config as Run
+from experiments.trainer.config import ConfigError
 
 PROGRAM = "experiments.studies.residual"
 
@@ -58,9 +60,9 @@ def main(arguments: Sequence[str]) -> int:
     config = cli.parse(Config, PROGRAM, arguments)
     values = measured(config)
     starts = range(0, config.base.steps, config.base.period)
-    record.write(config.out, config, refreshes=list(starts), curves=summary(values))
+    reporting.write(config.out, config, refreshes=list(starts), curves=summary(values))
     for i, start in enumerate(starts):
-        tables.show(
+        reporting.table(
             f"Residual, mean over all matrices, steps after the refresh at {start}",
             ("curve", *map(str, config.offsets)),
             ((curve, *overall(by_kind)[0][i].tolist()) for curve, by_kind in values.items()),

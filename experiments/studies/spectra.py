@@ -15,11 +15,12 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 
-from experiments import cli, record, runs, tables
-from experiments.config import ConfigError, Optimizer
-from experiments.gradients import KINDS
-from experiments.plots import COLOURS, MARKERS, save
+from experiments import reporting
+from experiments.reporting import COLOURS, MARKERS, save
 from experiments.studies import pretraining
+from experiments.studies.gradients import KINDS
+from experiments.trainer import cli, sweeps
+from experiments.trainer.config import ConfigError, Optimizer
 
 PROGRAM = "experiments.studies.spectra"
 
@@ -40,8 +41,8 @@ def main(arguments: Sequence[str]) -> int:
     """Compares, prints a table, writes the results and the figure; returns the exit code."""
     config = cli.parse(Config, PROGRAM, arguments)
     found = {o: compare(entries) for o, entries in finals(config).items()}
-    record.write(config.out, config, optimizers=found)
-    tables.show(
+    reporting.write(config.out, config, optimizers=found)
+    reporting.table(
         "Stable rank of trained weights, mean over layers and seeds",
         ("optimizer", "validation loss", "seeds", *KINDS),
         (
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def finals(config: Config) -> dict[str, list[runs.Entry]]:
+def finals(config: Config) -> dict[str, list[sweeps.Entry]]:
     """By optimizer, its runs at its best learning rate.
 
     Raises:
@@ -68,7 +69,7 @@ def finals(config: Config) -> dict[str, list[runs.Entry]]:
     return {o: [e for e in first if e["config"]["optimizer"] == o] for o in config.optimizers}
 
 
-def compare(entries: Sequence[runs.Entry]) -> dict[str, Any]:
+def compare(entries: Sequence[sweeps.Entry]) -> dict[str, Any]:
     """Stable ranks by kind, and the mean distribution of singular values, of one optimizer."""
     quantiles = [s["quantiles"] for entry in entries for s in entry["spectra"].values()]
     return {
@@ -79,7 +80,7 @@ def compare(entries: Sequence[runs.Entry]) -> dict[str, Any]:
     }
 
 
-def _stable_rank(entries: Sequence[runs.Entry], kind: str) -> dict[str, float]:
+def _stable_rank(entries: Sequence[sweeps.Entry], kind: str) -> dict[str, float]:
     """Mean over layers and seeds, and the deviation between seeds."""
     means = [
         statistics.mean(

@@ -22,12 +22,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
-from experiments import cli, gradients, record, tables
-from experiments.config import Config as Run
-from experiments.config import ConfigError
-from experiments.gradients import KINDS, Moment
-from experiments.model import architecture
-from experiments.plots import COLOURS, MARKERS, save
+from experiments import reporting
+from experiments.reporting import COLOURS, MARKERS, save
+from experiments.studies import gradients
+from experiments.studies.gradients import KINDS, Moment
+from experiments.trainer import cli
+from experiments.trainer.config import Config as Run
+from experiments.trainer.config import ConfigError
+from experiments.trainer.pretraining import architecture
 
 PROGRAM = "experiments.studies.variance"
 # Bounds of a probability: 1/q and 1/(1-q), which weigh what norms did not foresee, are at most 20.
@@ -78,7 +80,7 @@ def main(arguments: Sequence[str]) -> int:
     overviews = {gamma: overview(norms, gamma) for gamma in config.gammas}
     rules = {gamma: comparison(norms, gamma) for gamma in config.gammas}
     residual = dict(zip(KINDS, np.moveaxis(missed(norms), -1, 0).round(4).tolist(), strict=True))
-    record.write(config.out, config, residual=residual, equal=overviews, rules=rules)
+    reporting.write(config.out, config, residual=residual, equal=overviews, rules=rules)
     show(overviews, rules)
     print(f"\nresults: {config.out}; figure: {draw(config, norms, rules[config.shown])}")
     return 0
@@ -228,14 +230,14 @@ def known(norms: Norms, whose: str) -> Norms:
 
 def show(overviews: dict[int, dict[str, float]], rules: dict[int, Comparison]) -> None:
     """Prints the variance by gamma, and what rules make of it."""
-    tables.show(
+    reporting.table(
         "Variance over ||G||^2, equal probabilities, over kinds and steps",
         ("gamma", "q", "least", "mean", "largest"),
         ((str(gamma), *row.values()) for gamma, row in overviews.items()),
     )
     for gamma, weighings in rules.items():
         for weighing, rows in weighings.items():
-            tables.show(
+            reporting.table(
                 f"Variance by rule, gamma {gamma}, {weighing}",
                 ("rule and its norms", *KINDS, "mean"),
                 (

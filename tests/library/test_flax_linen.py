@@ -14,7 +14,7 @@ from flax.training.train_state import TrainState
 from jax.sharding import AxisType
 
 import gum_optax
-from experiments import flax_linen
+from experiments.examples import flax_linen
 from tests.helpers import QUICK, jit_once, low_rank_state
 from tests.tables import SIMPLE, assert_close, assert_equal, program
 

@@ -14,7 +14,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import gum_optax
-from experiments import flax_nnx
+from experiments.examples import flax_nnx
 from tests.helpers import QUICK, low_rank_state
 from tests.tables import SIMPLE, assert_close, assert_equal
 

@@ -15,8 +15,11 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import data, losses, model
-from experiments.config import Config
+from experiments.data import tokens as data
+from experiments.models import llama
+from experiments.trainer import losses
+from experiments.trainer.config import Config
+from experiments.trainer.pretraining import architecture
 from gum_optax import LowRank, low_rank, projectors, residuals
 from tests import helpers, tables
 
@@ -228,11 +231,11 @@ def recorded(tmp_path_factory):
         corpus=(str(pathlib.Path(asyncio.__file__).parent),),
         cache_dir=str(tmp_path_factory.mktemp("cache")),
     )
-    arch = model.architecture(config)
+    arch = architecture(config)
     arch = dataclasses.replace(arch, layers=LAYERS, seq_len=64, vocab_size=512)
     tokens = data.prepare(config, arch.vocab_size)
     batches = data.training_batches(tokens, arch.seq_len, config.batch_size, config.seed)
-    static, params = model.create(arch)
+    static, params = llama.create(arch)
     of_windows = losses.mean(functools.partial(losses.of_windows, static))
     optimizer = optax.adamw(3e-3)
 

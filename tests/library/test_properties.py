@@ -3,19 +3,20 @@
 import pytest
 from hypothesis import given, settings
 
-from experiments import examples, fuzz
+from experiments.reliability import fuzz, strategies
 from gum_optax import by_role, projectors, residuals, samplers
 
 
-# `python -m experiments.fuzz` runs many more, on larger trees and on empty ones, and op by op. A
-# compiled update is one program; op by op it is a hundred, of which each new shape has its own.
+# `python -m experiments.reliability.fuzz` runs many more, on larger trees and on empty ones, and op
+# by op. A compiled update is one program; op by op it is a hundred, of which each new shape has its
+# own.
 @settings(max_examples=5)
-@given(example=examples.examples(parts_of_tree=2).filter(lambda example: example.tree))
+@given(example=strategies.examples(parts_of_tree=2).filter(lambda example: example.tree))
 def test_a_random_example(example):
     fuzz.check(example, compiled=True)
 
 
-LAYERS = {"layers": [examples.Leaf((3, 5), "float32")] * 4}
+LAYERS = {"layers": [strategies.Leaf((3, 5), "float32")] * 4}
 PARTS = {
     "method": "LowRank", "rank": 2, "period": 2, "key": 0, "group_by": by_role,
     "projector": projectors.svd, "residual": ("sampled", "1", "exclusive", "nothing"),
@@ -24,7 +25,7 @@ PARTS = {
 
 
 def an_example(*, flaw=None, **changes):
-    return examples.Example(
+    return strategies.Example(
         optimizer="low_rank",
         options={"inner": "identity"},
         parts=PARTS | changes,
@@ -65,7 +66,7 @@ def test_the_check_notices_what_is_wrong(monkeypatch):
 def test_the_check_notices_a_plan_and_a_warning_that_are_wrong():
     assert fuzz.check(an_example(rank=3))["accepted"] == 1  # uncompressed, so `init` warns
     tx = fuzz._estimator(an_example(), residuals.drop())
-    params = examples.arrays(LAYERS, "ordinary", seed=0)
+    params = strategies.arrays(LAYERS, "ordinary", seed=0)
     state, plan = tx.init(params), fuzz.gum_optax.memory_plan(tx, params)
     fuzz._check_plan(plan, state, warned=False)
     with pytest.raises(AssertionError, match="init warned: True"):

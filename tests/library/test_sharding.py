@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import gum_optax
-from experiments.collectives import collectives
+from experiments.benchmarks.collectives import collectives
 from gum_optax import LowRank, projectors, residuals
 from tests import helpers, tables
 

@@ -1,0 +1,80 @@
+"""How much of the gradient GUM's bases catch during a real run.
+
+Each refresh starts from the basis of the one before, so what the projector does is seen only along
+a run: at each refresh the energy that the new basis catches is divided by that of the best subspace
+of the same rank.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from experiments import reporting
+from experiments.benchmarks.settings import Config
+from experiments.studies import gradients
+from experiments.studies.gradients import Moment
+from experiments.trainer.config import Config as Run
+
+Captured = dict[str, np.ndarray]
+
+
+def run(config: Config) -> None:
+    """Trains, writes `projectors.json`, prints a table."""
+    found = dict(refreshes(config))
+    rows = [
+        {"step": step, "matrix": kind} | _summary(values)
+        for step, kinds in found.items()
+        for kind, values in kinds.items()
+    ]
+    together = [
+        {"step": step} | _summary(np.concatenate(list(kinds.values())))
+        for step, kinds in found.items()
+    ]
+    reporting.write(config.out / "projectors.json", config, by_step=together, by_matrix=rows)
+    reporting.table(
+        "Captured energy over that of the best subspace",
+        ("step", "least", "median", "matrices"),
+        ((row["step"], row["min"], row["median"], row["matrices"]) for row in together),
+    )
+
+
+def refreshes(config: Config) -> Iterator[tuple[int, Captured]]:
+    """Trains; yields the step and, by kind, each matrix's share at every refresh."""
+    settings = run_of(config)
+    steps = range(0, settings.steps + 1, settings.period)
+    for moment in gradients.along(settings, steps):
+        yield moment.step, captured(moment)
+
+
+def run_of(config: Config) -> Run:
+    """The run of GUM that is looked at."""
+    preset: Any = config.projector_preset
+    return Run(
+        preset=preset, optimizer="gum", steps=config.projector_steps, seed=config.seed,
+        period=config.projector_period, rank=config.projector_rank,
+        full_rank_layers=config.full_rank_layers, corpus=config.corpus, cache_dir=config.cache_dir,
+    )  # fmt: skip
+
+
+def captured(moment: Moment) -> Captured:
+    """By kind, ||P'G||^2 of each matrix over that of the best subspace of its rank."""
+    return {
+        kind: np.array([share(G, P) for G, P in zip(moment.gradients[kind], basis, strict=True)])
+        for kind, basis in moment.bases.items()
+    }
+
+
+def share(gradient: Any, basis: Any) -> float:
+    """||P'G||^2 over the sum of the largest eigenvalues of G G', in float64."""
+    G, P = gradients.wide(gradient), np.asarray(basis, np.float64)
+    best = np.linalg.eigvalsh(G @ G.T)[-P.shape[1] :].sum()
+    return float(np.sum((P.T @ G) ** 2) / best)
+
+
+def _summary(values: np.ndarray) -> dict[str, Any]:
+    return {
+        "min": float(values.min()),
+        "median": float(np.median(values)),
+        "matrices": len(values),
+    }

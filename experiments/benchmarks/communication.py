@@ -1,0 +1,132 @@
+"""What an update sends between eight devices: `python -m experiments.benchmarks.communication`.
+
+Counted in the compiled program of GUM's plain and refresh steps, Muon's and AdamW's: nothing runs.
+The devices are eight parts of the CPU, whose program XLA partitions as it does for others.
+"""
+
+import dataclasses
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import gum_optax
+from experiments import reporting
+from experiments.benchmarks import parameters
+from experiments.benchmarks.collectives import Collective, collectives, total_bytes
+from experiments.trainer import cli, mesh
+from gum_optax import dimension_numbers
+
+PROGRAM = "experiments.benchmarks.communication"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Collectives of one update of a LLaMA's parameters, by optimizer and mesh."""
+
+    preset: str = "60m"
+    """Preset of experiments.models.presets whose parameters are updated."""
+    meshes: tuple[str, ...] = ("fsdp=8", "fsdp=4,tensor=2", "tensor=8", "data=8")
+    """Meshes as in experiments.pretrain; parameters lie on them as there."""
+    rank: int = 128
+    """Rank of GUM."""
+    full_rank_layers: int = 2
+    """Gamma: full-rank layers of each role in a period."""
+    out: Path = Path("experiments/results/sharding.json")
+    """Result file."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Prints a table and writes it."""
+    config = cli.parse(Config, PROGRAM, arguments)
+    result = reporting.write(config.out, config, rows=rows(config))
+    print(table(result["rows"]))
+    return 0
+
+
+def rows(config: Config) -> list[dict[str, Any]]:
+    """One row for each mesh and kind of step."""
+    compression = gum_optax.LowRank(
+        config.rank, residual=gum_optax.residuals.sampled(config.full_rank_layers)
+    )
+    gum = gum_optax.gum(1e-3, compression)
+    muon = optax.contrib.muon(1e-3, muon_weight_dimension_numbers=dimension_numbers.default)
+    steps = {
+        "GUM": (gum, 1),
+        "GUM, refresh": (gum, 0),
+        "optax Muon": (muon, 1),
+        "AdamW": (optax.adamw(1e-3), 1),
+    }
+    params = parameters.separate(config.preset)
+    return [
+        {"mesh": text, "step": name} | summary(sent(tx, count, params, text), params)
+        for text in config.meshes
+        for name, (tx, count) in steps.items()
+    ]
+
+
+def sent(
+    tx: optax.GradientTransformation, count: int, params: Any, mesh_text: str
+) -> list[Collective]:
+    """The collectives of the update at step `count`, on a mesh."""
+    devices = mesh.build(mesh_text)
+    assert devices is not None
+    placed = mesh.param_shardings(devices, params)
+    state = jax.eval_shape(tx.init, params)
+    where = gum_optax.state_shardings(tx, params, placed)
+
+    def step(grads, state, params):
+        # The step is a constant of the program, so XLA knows whether it is a refresh.
+        return tx.update(grads, optax.tree.set(state, count=jnp.int32(count)), params)
+
+    grads = jax.tree.map(_describe, params, placed)
+    lowered = jax.jit(step, out_shardings=(placed, where)).lower(
+        grads, jax.tree.map(_describe, state, where), grads
+    )
+    # Machine code is not run, so it need not be fast; the passes that partition are the same.
+    quick: dict[str, Any] = {"xla_backend_optimization_level": 0}
+    compiled = lowered.compile(compiler_options=quick)
+    return collectives(compiled.as_text() or "")
+
+
+def summary(found: list[Collective], params: Any) -> dict[str, Any]:
+    """How many collectives run, what they bring to one device, how many whole matrices it gets."""
+    whole = {frozenset(leaf.shape) for leaf in jax.tree.leaves(params) if leaf.ndim == 2}
+    return {
+        "collectives": sum(each.times for each in found),
+        "MiB": total_bytes(found) / 2**20,
+        "gathered_matrices": sum(
+            each.times * math.prod(shape[:-2])
+            for each in found
+            for shape in each.shapes
+            if each.kind == "all-gather" and frozenset(shape[-2:]) in whole
+        ),
+    }
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows in Markdown."""
+    lines = [
+        "| mesh | step | collectives | MiB received per device | matrices gathered whole |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row['mesh']} | {row['step']} | {row['collectives']} | {row['MiB']:.1f} | "
+        f"{row['gathered_matrices']} |"
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
+def _describe(leaf: Any, sharding: jax.sharding.NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_num_cpu_devices", 8)
+    sys.exit(cli.run(main, PROGRAM))

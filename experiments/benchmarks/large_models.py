@@ -1,0 +1,172 @@
+"""Optimizer state for models of 7 to 70 billion parameters.
+
+`python -m experiments.benchmarks.large_models` counts it from shapes alone, made from the models'
+public architecture numbers: nothing is downloaded, allocated or run.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import gum_optax
+from experiments import reporting
+from experiments.benchmarks import parameters as trees
+from experiments.trainer import cli
+from experiments.trainer.config import choose
+from gum_optax import dimension_numbers
+
+PROGRAM = "experiments.benchmarks.large_models"
+_LEARNING_RATE = 1e-3
+_GIB = 2**30
+_WORDS = {"embed": "embedding", "lm_head": "kernel"}  # no other leaf has their shapes
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Bytes of optimizer state, by model and optimizer."""
+
+    models: tuple[str, ...] = ("Llama-3-8B", "Qwen2.5-7B", "Gemma-2-9B", "Llama-3-70B")
+    """Models whose parameters are updated."""
+    rank: int = 128
+    """Rank of GUM."""
+    full_rank_layers: int = 2
+    """Gamma: full-rank layers of each role in a period."""
+    galore_rank: int = 512
+    """Rank of GaLore."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Type of the parameters; each optimizer decides that of its state."""
+    out: Path = Path("experiments/results/plans.json")
+    """Result file."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+    """What decides the shapes of a model's parameters."""
+
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    head_width: int
+    hidden: int
+    vocab_size: int
+    tied: bool = False
+    qkv_biases: bool = False
+    norms_per_layer: int = 2
+
+
+MODELS = {
+    "Llama-3-8B": Decoder(32, 4096, 32, 8, 128, 14336, 128_256),
+    "Qwen2.5-7B": Decoder(28, 3584, 28, 4, 128, 18944, 152_064, qkv_biases=True),
+    "Llama-3-70B": Decoder(80, 8192, 64, 8, 128, 28672, 128_256),
+    "Gemma-2-9B": Decoder(42, 3584, 16, 8, 256, 14336, 256_000, tied=True, norms_per_layer=4),
+}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Prints the plans and a table, and writes them."""
+    config = cli.parse(Config, PROGRAM, arguments)
+    for name in config.models:
+        choose("models", name, MODELS)
+    found = {name: plan(config, MODELS[name]) for name in config.models}
+    reporting.write(config.out, config, models=found)
+    for name, each in found.items():
+        print(f"\n{name}\n{each['plan']}")
+    reporting.table(
+        f"Optimizer state, GiB (GUM at rank {config.rank}, GaLore at {config.galore_rank})",
+        ("model", "parameters, 10^9", "optimizer", "state", "embedding, head", "share"),
+        (
+            (name, each["parameters"] / 1e9, optimizer, row["bytes"] / _GIB,
+             row["embedding_and_head_bytes"] / _GIB, row["embedding_and_head_bytes"] / row["bytes"])
+            for name, each in found.items()
+            for optimizer, row in each["state"].items()
+        ),
+    )  # fmt: skip
+    return 0
+
+
+def plan(config: Config, decoder: Decoder) -> dict[str, Any]:
+    """The state of every optimizer for one model, and GUM's plan as text."""
+    params = parameters(decoder, jnp.dtype(config.dtype))
+    compared = optimizers(config)
+    return {
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+        "parameter_bytes": trees.size(params),
+        "state": {name: state(tx, params) for name, tx in compared.items()},
+        "plan": str(gum_optax.memory_plan(compared["GUM"], params)),
+    }
+
+
+def optimizers(config: Config) -> dict[str, optax.GradientTransformation]:
+    """Those that are compared.
+
+    All give embedding, head, norms and biases to AdamW; the lean ones, with momentum in 8 bits,
+    to a factored second moment without momentum.
+    """
+    numbers = dimension_numbers.default
+    residual = gum_optax.residuals.sampled(config.full_rank_layers)
+    compression = gum_optax.LowRank(config.rank, residual=residual)
+    in_8_bits = dataclasses.replace(compression, storage=gum_optax.storages.int8())
+    factored = gum_optax.fallbacks.factored()
+    return {
+        "GUM": gum_optax.gum(_LEARNING_RATE, compression),
+        "AdamW": optax.adamw(_LEARNING_RATE),
+        "Muon": optax.contrib.muon(_LEARNING_RATE, muon_weight_dimension_numbers=numbers),
+        "GaLore": gum_optax.adamw(_LEARNING_RATE, gum_optax.galore(config.galore_rank)),
+        "8-bit AdamW": gum_optax.quantized(optax.adamw(_LEARNING_RATE)),
+        "8-bit Muon, lean": gum_optax.muon(_LEARNING_RATE, fallback=factored),
+        "8-bit GUM, lean": gum_optax.gum(_LEARNING_RATE, in_8_bits, fallback=factored),
+    }
+
+
+def state(tx: optax.GradientTransformation, params: Any) -> dict[str, int]:
+    """Bytes of the state, and of what in it belongs to embedding and head."""
+    leaves = jax.tree.leaves(jax.eval_shape(tx.init, params))
+    words = {params[name][leaf].shape for name, leaf in _WORDS.items() if name in params}
+    # Codes of 8 bits have the shapes of what they stand for; their scales are few.
+    of_words = [leaf for leaf in leaves if leaf.shape in words]
+    return {"bytes": trees.size(leaves), "embedding_and_head_bytes": trees.size(of_words)}
+
+
+def parameters(decoder: Decoder, dtype: Any = jnp.bfloat16) -> dict[str, Any]:
+    """The parameters as shapes, a kernel of a projection as `[fan_in, fan_out]`."""
+    D, V = decoder.width, decoder.vocab_size
+
+    def leaf(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    def projection(fan_in: int, fan_out: int, bias: bool = False) -> dict[str, Any]:
+        kernel = {"kernel": leaf(fan_in, fan_out)}
+        return kernel | {"bias": leaf(fan_out)} if bias else kernel
+
+    def layer() -> dict[str, Any]:
+        q, kv = (heads * decoder.head_width for heads in (decoder.heads, decoder.kv_heads))
+        inputs = {"q": q, "k": kv, "v": kv}
+        biases = decoder.qkv_biases
+        return {
+            "attn": {name: projection(D, width, biases) for name, width in inputs.items()}
+            | {"o": projection(q, D)},
+            "mlp": {
+                "gate": projection(D, decoder.hidden),
+                "up": projection(D, decoder.hidden),
+                "down": projection(decoder.hidden, D),
+            },
+            **{f"norm_{i}": {"scale": leaf(D)} for i in range(decoder.norms_per_layer)},
+        }
+
+    whole = {
+        "embed": {"embedding": leaf(V, D)},
+        "layers": [layer() for _ in range(decoder.layers)],
+        "norm": {"scale": leaf(D)},
+    }
+    return whole if decoder.tied else whole | {"lm_head": projection(D, V)}
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main, PROGRAM))

@@ -1,0 +1,64 @@
+"""The parameters that the optimizers are given: LLaMAs as shapes, and random arrays for them."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.models import llama, presets
+from experiments.models.llama import Params
+from experiments.models.presets import Architecture
+
+TRAINED = presets.PRESETS
+# Of these nothing is ever allocated: sizes alone.
+SHAPES = TRAINED | {
+    "7b": Architecture(4096, 11008, 32, 32, 32, vocab_size=32_000, seq_len=2048),
+    "70b": Architecture(8192, 28672, 80, 64, 8, vocab_size=32_000, seq_len=4096),
+}
+
+
+def separate(name: str) -> Params:
+    """A preset's parameters as shapes; each layer has leaves of its own."""
+    return _shapes(SHAPES[name])
+
+
+def stacked(name: str) -> Params:
+    """The same parameters with the layers of one role in one leaf `[L, ...]`."""
+    return stack(separate(name))
+
+
+LAYOUTS = {"separate": separate, "stacked": stacked}
+
+
+def depth(layers: int, preset: str = "350m") -> Params:
+    """Separate parameters of a preset's widths with another number of layers."""
+    return _shapes(dataclasses.replace(SHAPES[preset], layers=layers))
+
+
+def stack(tree: Params) -> Params:
+    """Separate layers as one leaf `[L, ...]` for each role."""
+    layers = list(tree["layers"].values())
+
+    def together(leaf: jax.ShapeDtypeStruct, *_: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((len(layers), *leaf.shape), leaf.dtype)
+
+    return tree | {"layers": jax.tree.map(together, *layers)}
+
+
+def random(tree: Params, seed: int) -> Params:
+    """Arrays of Gaussian numbers in the shapes of `tree`, float32."""
+    generator = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(generator.standard_normal(leaf.shape, np.float32)), tree
+    )
+
+
+def size(tree: Any) -> int:
+    """Bytes of a tree of arrays, or of shapes."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _shapes(shape: Architecture) -> Params:
+    return jax.eval_shape(lambda: llama.create(shape)[1])

@@ -1,0 +1,1 @@
+"""GUM in the models of other libraries: Flax NNX and Flax Linen."""

@@ -1,0 +1,1 @@
+"""The network, its presets and its decoding; weights in the formats of others."""

@@ -1,0 +1,51 @@
+"""The shapes of LLaMAs, and those that have a name."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Slower rotary positions for longer windows, as LLaMA 3.1 has them (`rope_type: llama3`).
+
+    A channel that turns fewer than `low_freq_factor` times in `original_length` tokens turns
+    `factor` times slower, one that turns more than `high_freq_factor` times is left as it is, and
+    in between the two are interpolated.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_length: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """The shape of a LLaMA; `tied` shares the embedding with the head."""
+
+    width: int
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocab_size: int
+    seq_len: int
+    tied: bool = False
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    head_dim: int | None = None
+    """Width of a head. None: `width // heads`."""
+    qkv_bias: bool = False
+    """Biases of queries, keys and values, as Qwen2.5 has them."""
+    norm_eps: float = 1e-6
+
+
+# From 60m on these are the configurations of GaLore's C4 experiments (arXiv 2403.03507).
+PRESETS = {
+    "tiny": Architecture(32, 88, 2, 4, 2, vocab_size=320, seq_len=32),
+    "nano": Architecture(128, 352, 8, 4, 2, vocab_size=2048, seq_len=128),
+    "deep": Architecture(128, 352, 16, 4, 2, vocab_size=2048, seq_len=128),
+    "60m": Architecture(512, 1376, 8, 8, 8, vocab_size=32_000, seq_len=256),
+    "130m": Architecture(768, 2048, 12, 12, 12, vocab_size=32_000, seq_len=256),
+    "350m": Architecture(1024, 2736, 24, 16, 16, vocab_size=32_000, seq_len=256),
+    "1b": Architecture(2048, 5461, 24, 32, 32, vocab_size=32_000, seq_len=256),
+}

@@ -1,0 +1,297 @@
+"""The layout of a Hugging Face checkpoint: config.json and tensors on one side, ours on the other.
+
+A tensor's name is its parameter's path, word by word; a matrix is stored as `[out, in]`, the
+transpose of ours. That is the whole difference, for loading and for saving.
+"""
+
+import functools
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.models import llama, presets
+from experiments.trainer.config import ConfigError
+
+SHARD_BYTES = 5_000_000_000
+"""A larger checkpoint is written as several files."""
+
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_FAMILIES = ("llama", "qwen2")
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+_WORDS = {
+    "embed": "model.embed_tokens",
+    "layers": "model.layers",
+    "norm": "model.norm",
+    "attn": "self_attn",
+    "q": "q_proj",
+    "k": "k_proj",
+    "v": "v_proj",
+    "o": "o_proj",
+    "gate": "gate_proj",
+    "up": "up_proj",
+    "down": "down_proj",
+    "attn_norm": "input_layernorm",
+    "mlp_norm": "post_attention_layernorm",
+    "embedding": "weight",
+    "kernel": "weight",
+    "scale": "weight",
+}
+
+
+class Tensors(NamedTuple):
+    """The tensors of a checkpoint by their Hugging Face names: shapes now, contents when read."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    read: Callable[[str], np.ndarray]
+
+
+def architecture(config: dict) -> presets.Architecture:
+    """The architecture that the content of a config.json describes.
+
+    What is not in it has the default of its family in `transformers`, which also reads both the
+    older `rope_theta` and `rope_scaling` and the newer `rope_parameters`.
+
+    Raises:
+      ConfigError: the family or a setting is not supported.
+    """
+    parsed = _parse(config)
+    rope = parsed.rope_parameters
+    if bad := [f"{name} is {value!r}" for name, value in _unsupported(parsed)]:
+        raise ConfigError(f"--model: not supported in its config.json: {', '.join(bad)}")
+    return presets.Architecture(
+        width=parsed.hidden_size,
+        hidden=parsed.intermediate_size,
+        layers=parsed.num_hidden_layers,
+        heads=parsed.num_attention_heads,
+        kv_heads=parsed.num_key_value_heads,
+        vocab_size=parsed.vocab_size,
+        seq_len=parsed.max_position_embeddings,
+        tied=parsed.tie_word_embeddings,
+        rope_theta=float(rope["rope_theta"]),
+        head_dim=getattr(parsed, "head_dim", None),
+        qkv_bias=parsed.model_type == "qwen2",
+        norm_eps=parsed.rms_norm_eps,
+        rope_scaling=_rope_scaling(rope),
+    )
+
+
+def tensor_name(path: jax.tree_util.KeyPath) -> str:
+    """The Hugging Face name of the parameter at `path`."""
+    words = (str(getattr(entry, "key", entry)) for entry in path)
+    return ".".join(_WORDS.get(word, word) for word in words)
+
+
+def expected_shapes(arch: presets.Architecture) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors of a checkpoint of `arch`."""
+    leaves = jax.tree.leaves_with_path(_parameter_shapes(arch))
+    return {tensor_name(path): _stored_shape(path, leaf.shape) for path, leaf in leaves}
+
+
+def assemble(arch: presets.Architecture, tensors: Tensors, dtype: str) -> llama.Params:
+    """The parameters of `arch` in the host's memory, one tensor after the other.
+
+    Raises:
+      ConfigError: tensors are missing, not known or of another shape; all of them are named.
+    """
+    _check_shapes(expected_shapes(arch), tensors.shapes, arch.tied)
+    if arch.tied and _HEAD in tensors.shapes:
+        _check_tied(tensors)
+
+    def parameter(path: jax.tree_util.KeyPath, _: Any) -> np.ndarray:
+        tensor = tensors.read(tensor_name(path))
+        return np.array(tensor.T if _is_matrix(path) else tensor, jnp.dtype(dtype), order="C")
+
+    return jax.tree.map_with_path(parameter, _parameter_shapes(arch))
+
+
+def open_safetensors(directory: Path) -> Tensors:
+    """The tensors in `model.safetensors`, or in the shards that its index names.
+
+    Raises:
+      ConfigError: a file is missing, truncated, or holds a type that is no float.
+    """
+    owners = {}
+    for file in _shards(directory):
+        opened = _open(file)
+        for name in opened.keys():  # noqa: SIM118 (it is no mapping)
+            if name in owners:
+                raise ConfigError(f"--model: {name} is in more than one file of {directory}")
+            owners[name] = opened
+    slices = {name: opened.get_slice(name) for name, opened in owners.items()}
+    if bad := [f"{n} {s.get_dtype()}" for n, s in slices.items() if s.get_dtype() not in _FLOATS]:
+        raise ConfigError(f"--model: {directory} holds tensors of no float: {', '.join(bad)}")
+    shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
+    return Tensors(shapes, lambda name: owners[name].get_tensor(name))
+
+
+def write_safetensors(directory: Path, params: llama.Params) -> None:
+    """Writes `params` in their own types; older weights in `directory` are replaced."""
+    from huggingface_hub import split_state_dict_into_shards_factory
+    from safetensors.numpy import save_file
+
+    leaves = {tensor_name(path): (path, leaf) for path, leaf in jax.tree.leaves_with_path(params)}
+    split = split_state_dict_into_shards_factory(
+        {name: leaf for name, (_, leaf) in leaves.items()},
+        get_storage_size=lambda leaf: leaf.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=SHARD_BYTES,
+    )
+    for file, names in split.filename_to_tensors.items():
+        tensors = {name: _stored(*leaves[name]) for name in names}
+        save_file(tensors, directory / f"{file}.partial", metadata={"format": "pt"})
+    # Only now that all is on the disk does it take the place of what was there.
+    for stale in [*directory.glob("model*.safetensors"), directory / _INDEX]:
+        stale.unlink(missing_ok=True)
+    for file in split.filename_to_tensors:
+        (directory / f"{file}.partial").rename(directory / file)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_json(directory / _INDEX, index)
+
+
+def read_json(file: Path) -> dict:
+    """The JSON object in `file`."""
+    try:
+        content = json.loads(file.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"--model: there is no {file.name} in {file.parent}") from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--model: cannot read {file}: {reason(error)}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"--model: {file} holds no JSON object")
+    return content
+
+
+def write_json(file: Path, content: dict) -> None:
+    """Writes `content` as Hugging Face's own tools do."""
+    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", "utf-8")
+
+
+def with_dtype(config: dict, dtype: str) -> dict:
+    """`config` for weights of another type, under the name that it has there for the type."""
+    names = [name for name in ("dtype", "torch_dtype") if name in config] or ["dtype"]
+    return {**config, **dict.fromkeys(names, dtype)}
+
+
+def reason(error: Exception) -> str:
+    """What another library says went wrong, in one line."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _parse(config: dict) -> Any:
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    family = config.get("model_type")
+    if family not in _FAMILIES:
+        raise ConfigError(
+            f"--model: its model_type is {family!r}; supported are {', '.join(_FAMILIES)}"
+        )
+    try:
+        parsed = AutoConfig.for_model(**config)
+        float(parsed.rope_parameters["rope_theta"])  # the only number that is not checked there
+        return parsed
+    except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"--model: its config.json: {reason(error)}") from error
+
+
+def _unsupported(parsed: Any) -> Iterator[tuple[str, Any]]:
+    """Settings that would change what the model computes."""
+    rope, get = parsed.rope_parameters, functools.partial(getattr, parsed)
+    slides = "sliding_attention" in (get("layer_types", None) or ())
+    settings = [
+        ("hidden_act", parsed.hidden_act, ("silu",)),
+        ("attention_bias", get("attention_bias", False), (False, None)),
+        ("mlp_bias", get("mlp_bias", False), (False, None)),
+        ("sliding_window", parsed.sliding_window if slides else None, (None,)),
+        ("rope_type", rope["rope_type"], ("default", "llama3")),
+        ("partial_rotary_factor", rope.get("partial_rotary_factor"), (None, 1)),
+        ("quantization_config", get("quantization_config", None), (None,)),
+    ]
+    return ((name, value) for name, value, supported in settings if value not in supported)
+
+
+def _rope_scaling(rope: dict) -> presets.RopeScaling | None:
+    if rope["rope_type"] == "default":
+        return None
+    return presets.RopeScaling(
+        factor=rope["factor"],
+        low_freq_factor=rope["low_freq_factor"],
+        high_freq_factor=rope["high_freq_factor"],
+        original_length=rope["original_max_position_embeddings"],
+    )
+
+
+@functools.lru_cache(maxsize=1)  # tracing a model of 30 blocks takes a second
+def _parameter_shapes(arch: presets.Architecture) -> llama.Params:
+    return jax.eval_shape(functools.partial(llama.create, arch))[1]
+
+
+def _is_matrix(path: jax.tree_util.KeyPath) -> bool:
+    return getattr(path[-1], "key", None) == "kernel"
+
+
+def _stored_shape(path: jax.tree_util.KeyPath, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return shape[::-1] if _is_matrix(path) else shape
+
+
+def _stored(path: jax.tree_util.KeyPath, leaf: jax.Array) -> np.ndarray:
+    """The content of a parameter's tensor; a safetensors file holds contiguous arrays only."""
+    array = np.asarray(leaf)
+    return np.ascontiguousarray(array.T if _is_matrix(path) else array)
+
+
+def _check_shapes(
+    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], tied: bool
+) -> None:
+    missing = expected.keys() - found.keys()
+    unknown = {n for n in found.keys() - expected.keys() if not _is_redundant(n, tied)}
+    reshaped = {n for n in expected.keys() & found.keys() if expected[n] != found[n]}
+    problems = [
+        *(f"{n} {list(expected[n])} is missing" for n in missing),
+        *(f"{n} {list(found[n])} is not known" for n in unknown),
+        *(f"{n} is {list(found[n])} instead of {list(expected[n])}" for n in reshaped),
+    ]
+    if problems:
+        raise ConfigError(
+            f"--model: the tensors are not those of the config: {'; '.join(sorted(problems))}"
+        )
+
+
+def _is_redundant(name: str, tied: bool) -> bool:
+    """Whether a tensor follows from others, or, as old rotary frequencies do, from the config."""
+    return name.endswith("rotary_emb.inv_freq") or (tied and name == _HEAD)
+
+
+def _check_tied(tensors: Tensors) -> None:
+    if not np.array_equal(tensors.read(_HEAD), tensors.read(_EMBEDDING)):
+        raise ConfigError(
+            f"--model: {_HEAD} differs from {_EMBEDDING}, but tie_word_embeddings is true"
+        )
+
+
+def _shards(directory: Path) -> list[Path]:
+    if (directory / _WEIGHTS).is_file():
+        return [directory / _WEIGHTS]
+    if not (directory / _INDEX).is_file():
+        raise ConfigError(f"--model: there is neither {_WEIGHTS} nor {_INDEX} in {directory}")
+    names = read_json(directory / _INDEX).get("weight_map")
+    if not isinstance(names, dict):
+        raise ConfigError(f"--model: {directory / _INDEX} has no weight_map")
+    return [directory / str(name) for name in sorted(set(names.values()))]
+
+
+def _open(file: Path) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(file, "numpy")
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"--model: cannot read {file}: {reason(error)}") from error

@@ -1,0 +1,1 @@
+"""Trials of the library: random trees, long runs, killed processes."""

@@ -1,0 +1,224 @@
+"""Kills training again and again, and compares the end: `python -m experiments.reliability.kills`.
+
+Every other kill falls while a checkpoint is being written. The run that was killed must end with
+the metrics, parameters, optimizer state and data position of one that was not, bit for bit, and
+each resume must go on from the newest checkpoint that was complete.
+"""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from experiments import reporting
+from experiments.trainer import cli
+from experiments.trainer.config import flag
+from experiments.trainer.metrics import read_metrics
+
+PROGRAM = "experiments.reliability.kills"
+ROOT = Path(__file__).parents[2]
+# A run of seconds. Where these are equal, so is the machine code, which is kept.
+SMALL: dict[str, Any] = {
+    "preset": "tiny", "steps": 60, "batch_size": 4, "rank": 8, "period": 7, "log_every": 1,
+    "checkpoint_every": 10, "validate_every": 25, "validation_batches": 2,
+}  # fmt: skip
+_PATIENCE = 240  # seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Kill training at random moments and compare it with a run that was left alone."""
+
+    kills: int = 20
+    """How many kills; every other one while a checkpoint is written."""
+    steps: int = 400
+    """Steps of the run."""
+    checkpoint_every: int = 4
+    """Steps between two checkpoints."""
+    optimizer: str = "gum"
+    """Which optimizer of experiments.trainer.optimizers."""
+    seed: int = 0
+    """Seed of the moments."""
+    out: Path = Path("experiments/results/kills.json")
+    """Result file."""
+
+
+def write_corpus(directory: Path) -> Path:
+    """A small corpus, so that preparing it takes no time."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for i in range(60):
+        (directory / f"{i:02}.txt").write_text(f"document {i}\n" + f"{i * i} is {i} * {i}\n" * 40)
+    return directory
+
+
+def command(options: dict[str, Any]) -> list[str]:
+    """The command line of a training run; an option that is True has no value."""
+    program = [sys.executable, "-m", "experiments.pretrain"]
+    pairs = [[flag(name)] if x is True else [flag(name), str(x)] for name, x in options.items()]
+    return program + [word for pair in pairs for word in pair]
+
+
+def start(options: dict[str, Any], compiled: Path) -> subprocess.Popen:
+    """Starts a training run; machine code is kept in `compiled` for the next."""
+    environment = {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(compiled),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    }
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command(options), cwd=ROOT, env=os.environ | environment, **pipes)
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str, str]:
+    """Waits for the end; returns the exit code, stdout and stderr."""
+    out, error = process.communicate(timeout=_PATIENCE)
+    return process.returncode, out, error
+
+
+def interrupt(
+    process: subprocess.Popen, number: int, when: Callable[[], Any]
+) -> tuple[int, str, str]:
+    """Sends a signal as soon as `when()` holds, then waits for the end.
+
+    Raises:
+      RuntimeError: the run ended before.
+    """
+    deadline = time.monotonic() + _PATIENCE
+    while process.poll() is None and time.monotonic() < deadline:
+        if when():
+            process.send_signal(number)
+            return finish(process)
+        time.sleep(0.001)
+    process.kill()
+    raise RuntimeError(f"the moment to interrupt the run never came: {finish(process)}")
+
+
+def steps_done(run_dir: Path) -> int:
+    """The last step in the metrics."""
+    records = read_metrics(run_dir / "metrics.jsonl")
+    return records[-1]["step"] if records else 0
+
+
+def being_written(run_dir: Path) -> list[Path]:
+    """Checkpoints that are not complete."""
+    return list((run_dir / "checkpoints").glob("*.orbax-checkpoint-tmp*"))
+
+
+def newest_complete(run_dir: Path) -> int:
+    """The step of the newest complete checkpoint, or 0."""
+    names = [path.name for path in (run_dir / "checkpoints").glob("*")]
+    return max((int(name) for name in names if name.isdigit()), default=0)
+
+
+def sequence(run_dir: Path) -> list[dict]:
+    """Everything in the metrics but the wall-clock time, in order."""
+    records = read_metrics(run_dir / "metrics.jsonl")
+    return [{k: v for k, v in record.items() if k != "seconds"} for record in records]
+
+
+def saved(run_dir: Path, step: int) -> tuple[dict[str, np.ndarray], dict]:
+    """The arrays and the data position of a checkpoint."""
+    directory = (run_dir / "checkpoints" / str(step)).absolute()
+    with ocp.PyTreeCheckpointer() as checkpointer, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that arrays come to the device they were on
+        tree = checkpointer.restore(directory / "state")
+    arrays = {
+        jax.tree_util.keystr(path): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+    }
+    return arrays, json.loads((directory / "data" / "metadata").read_text())
+
+
+def differences(one: Path, other: Path, step: int) -> list[str]:
+    """What differs between two runs at their end; nothing, it is hoped."""
+    (arrays, position), (arrays2, position2) = saved(one, step), saved(other, step)
+    different = [
+        name
+        for name in arrays.keys() | arrays2.keys()
+        if name not in arrays
+        or name not in arrays2
+        or arrays[name].tobytes() != arrays2[name].tobytes()
+    ]
+    different += ["metrics"] if sequence(one) != sequence(other) else []
+    return different + (["data position"] if position != position2 else [])
+
+
+def kill_often(
+    options: dict[str, Any], run_dir: Path, compiled: Path, config: Config
+) -> list[dict]:
+    """Starts, kills and resumes a run; returns what happened at each kill."""
+    rng = random.Random(config.seed)
+    options = options | {"run_dir": run_dir}
+    kills = []
+    for number in range(config.kills):
+        complete, resume = newest_complete(run_dir), {"resume": True} if number else {}
+        process = start(options | resume, compiled)
+        if number % 2:
+            target = complete + config.checkpoint_every * rng.randint(1, 3) - 1
+            moment = lambda: steps_done(run_dir) >= target and being_written(run_dir)  # noqa: E731, B023
+        else:
+            target, pause = complete + rng.randint(5, 14), rng.random() / 10
+            moment = lambda: steps_done(run_dir) >= target and not time.sleep(pause)  # noqa: E731, B023
+        code, _, error = interrupt(process, signal.SIGKILL, moment)
+        assert code == -signal.SIGKILL, error
+        kills.append(
+            {
+                "resumed from": complete,
+                "killed after step": steps_done(run_dir),
+                "checkpoints torn": len(being_written(run_dir)),
+                "newest complete": newest_complete(run_dir),
+            }
+        )
+        print(kills[-1], flush=True)
+    return kills
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs both, prints and writes what was found; exit code 1 if anything differs."""
+    config = cli.parse(Config, PROGRAM, arguments)
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as scratch:
+        base = Path(scratch)
+        options = SMALL | {
+            "corpus": write_corpus(base / "corpus"), "cache_dir": base / "cache",
+            "optimizer": config.optimizer,
+            "steps": config.steps, "checkpoint_every": config.checkpoint_every,
+        }  # fmt: skip
+        code, _, error = finish(start(options | {"run_dir": base / "whole"}, base / "compiled"))
+        assert code == 0, error
+        kills = kill_often(options, base / "killed", base / "compiled", config)
+        last = start(options | {"run_dir": base / "killed", "resume": True}, base / "compiled")
+        code, _, error = finish(last)
+        assert code == 0, error
+        different = differences(base / "whole", base / "killed", config.steps)
+        arrays = len(saved(base / "whole", config.steps)[0])
+    lost = [kill["killed after step"] - kill["newest complete"] for kill in kills]
+    results: dict[str, Any] = {
+        "kills": kills,
+        "kills while a checkpoint was written": sum(bool(k["checkpoints torn"]) for k in kills),
+        "steps lost at most": max(lost),
+        "arrays compared": arrays,
+        "differences": different,
+        "seconds": round(time.perf_counter() - began),
+    }
+    reporting.write(config.out, config, **results)
+    print(f"{len(kills)} kills, {arrays} arrays; different at the end: {different or 'nothing'}")
+    return 1 if different else 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main, PROGRAM))

@@ -1,0 +1,271 @@
+"""Random trees of leaves, optimizers, compressions and gradients, for `fuzz`.
+
+Parts without a name of their own, such as residual rules, are given by name and made when the
+example runs, so that equal examples have equal descriptions.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import gum_optax
+from gum_optax import carries, projectors, residuals, samplers, storages
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """A parameter: its shape and dtype."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """An optimizer and a compression, a tree of `Leaf`s, and how large the gradients are.
+
+    Attributes:
+      optimizer: a name in `OPTIMIZERS`.
+      options: its arguments beside the compression.
+      parts: the arguments of `compression`.
+      tree: the parameters.
+      size: a name in `SIZES`.
+      other_dtype: whether gradients have another dtype than parameters.
+      flaw: what is wrong with the example, if anything.
+    """
+
+    optimizer: str
+    options: dict[str, Any]
+    parts: dict[str, Any]
+    tree: Any
+    size: str
+    other_dtype: bool
+    flaw: str | None
+
+
+# Few distinct shapes, so that compiled operations are met again.
+MATRICES = [(1, 1), (1, 4), (3, 5), (5, 3), (4, 4), (2, 3, 5), (3, 4, 4), (2, 2, 5, 3), (0, 4)]
+OTHERS = [(), (4,), (0,)]  # no matrices: for whole optimizers, which have a fallback
+DTYPES = ["float32", "bfloat16", "float16"]
+WHOLE_DTYPES = DTYPES[:2]  # in float16 the `eps` of optax's AdamW is 0, and 0 / 0 not finite
+NAMES = ["layers", "q", "w", "block_1", "block_2", "embed"]
+SIZES = ["ordinary", "zero", "huge", "tiny", "mixed", "rank one"]
+PROJECTORS = [
+    projectors.svd,
+    projectors.subspace_iteration,
+    projectors.randomized_svd,
+    projectors.random_orthonormal,
+    projectors.switch(projectors.svd, projectors.random_orthonormal, 2),
+]
+INNERS: dict[str, optax.GradientTransformation] = {
+    "identity": optax.identity(),
+    "trace": optax.trace(0.9),
+    "adam": optax.scale_by_adam(),
+    "adamw": optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(0.1)),
+    "lion": optax.scale_by_lion(),
+}
+SQUARES = ("adam", "adamw")  # of these the second moment cannot be carried into another basis
+SCHEDULE = optax.linear_schedule(0.1, 0.0, 10)
+
+# What becomes of residuals: without state, with state of every leaf, with the projection in hand.
+TRANSFORMS: dict[str, optax.GradientTransformation | None] = {
+    "nothing": None,
+    "columns": gum_optax.normalize_columns(),
+    "trace": optax.trace(0.9),
+}
+SAMPLERS: dict[str, int | samplers.Sampler] = {
+    "0": 0, "1": 1, "2": 2, "3": 3, "none": samplers.none,
+    "bernoulli 0.3": samplers.bernoulli(0.3), "bernoulli 0.7": samplers.bernoulli(0.7),
+}  # fmt: skip
+
+
+def half(group: gum_optax.Group) -> int:
+    """A rank for each shape."""
+    return max(group.m // 2, 1)
+
+
+def by_name(group: gum_optax.Group) -> int:
+    """A rank for each group; at 4 some of them are uncompressed."""
+    return 1 + len(group.name) % 4
+
+
+def residual(rule: Any) -> Any:
+    """The residual rule of a description; whatever is no description stays as it is."""
+    if not isinstance(rule, tuple):
+        return rule
+    name, *options = rule
+    if name == "sampled":
+        sampler, form, undrawn = options
+        return residuals.sampled(SAMPLERS[sampler], form=form, undrawn=TRANSFORMS[undrawn])
+    if name == "through":
+        return residuals.through(TRANSFORMS[options[0]])  # pyright: ignore[reportArgumentType]
+    return getattr(residuals, name)(*options)
+
+
+def compression(method: str, **parts: Any) -> gum_optax.LowRank:
+    """`LowRank`, or what a paper makes of it, with rule and storage from their descriptions."""
+    make = {"LowRank": gum_optax.LowRank, "galore": gum_optax.galore, "golore": gum_optax.golore}
+    storage = parts.pop("storage")
+    if isinstance(storage, str):
+        storage = storages.plain() if storage == "plain" else storages.cast(storage)
+    if "residual" in parts:
+        parts["residual"] = residual(parts["residual"])
+    return make[method](storage=storage, **parts)
+
+
+def _low_rank(compression: gum_optax.LowRank, inner: str) -> optax.GradientTransformationExtraArgs:
+    return gum_optax.low_rank(INNERS[inner], compression)
+
+
+def _for_matrices(
+    compression: gum_optax.LowRank, inner: str, **options: Any
+) -> optax.GradientTransformationExtraArgs:
+    return gum_optax.for_matrices(_low_rank(compression, inner), **options)
+
+
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
+    "low_rank": _low_rank,
+    "scale_by_gum": gum_optax.scale_by_gum,
+    "gum": gum_optax.gum,
+    "adamw": gum_optax.adamw,
+    "for_matrices": _for_matrices,
+}
+DIRECTIONS = ("low_rank", "scale_by_gum")  # every leaf is a matrix
+
+inner = {"inner": st.sampled_from([*INNERS])}
+muon = {"nesterov": st.booleans()}
+whole = {
+    "learning_rate": st.sampled_from([0.1, SCHEDULE]),
+    "weight_decay": st.sampled_from([0.0, 0.1]),
+    "weight_dimension_numbers": st.just(gum_optax.dimension_numbers.scanned_layers),
+}
+OPTIONS = {
+    "low_rank": inner,
+    "scale_by_gum": muon,
+    "gum": whole | muon | {"consistent_rms": st.sampled_from([None, 0.2])},
+    "adamw": whole | {"b1": st.sampled_from([0.0, 0.9])},
+    "for_matrices": whole | inner,
+}
+
+_sampled = st.tuples(
+    st.just("sampled"),
+    st.sampled_from([*SAMPLERS]),
+    st.sampled_from(["exclusive", "additive"]),
+    st.sampled_from(["nothing", *TRANSFORMS]),
+)
+_rules = st.one_of(
+    _sampled,
+    _sampled,
+    st.sampled_from([("drop",), ("through", "columns"), ("through", "trace")]),
+    st.sampled_from([("feedback", 0.0), ("feedback", 0.9)]),
+)
+common = {
+    "rank": st.one_of(st.integers(1, 5), st.sampled_from([half, by_name])),
+    "period": st.integers(1, 3),
+    "storage": st.sampled_from(["plain", "float32", "bfloat16"]),
+    "group_by": st.sampled_from([gum_optax.by_role, gum_optax.by_shape]),
+    "key": st.integers(0, 2**31 - 1),
+}
+CARRIES = [carries.restart, carries.keep, carries.rotate]
+PARTS = {
+    "LowRank": common
+    | {"method": st.just("LowRank"), "residual": _rules}
+    | {"projector": st.sampled_from(PROJECTORS), "carry": st.sampled_from(CARRIES)},
+    "galore": common | {"method": st.just("galore")},
+    "golore": common | {"method": st.just("golore"), "switch_step": st.integers(0, 3)},
+}
+
+# flaw -> what is wrong with the compression, or with one leaf of a direction's tree; each error
+# names the flaw.
+BAD_PARTS: dict[str, dict[str, Any]] = {
+    "rank": {"rank": 0},
+    "period": {"period": 1.5},
+    "key": {"key": None},
+    "dtype": {"storage": "int32"},
+    "storage": {"storage": None},
+    "carry": {"carry": "keep"},
+    "residual": {"residual": None},
+    "group_by": {"group_by": "role"},
+}
+BAD_LEAVES = {
+    "a vector": Leaf((3,), "float32"),
+    "a scalar": Leaf((), "float32"),
+    "integers": Leaf((3, 5), "int32"),
+    "complex numbers": Leaf((3, 5), "complex64"),
+}
+OTHER_GRADIENTS = "gradients of other shapes"
+
+
+def trees(shapes: list[tuple[int, ...]], dtypes: list[str], parts: int) -> st.SearchStrategy:
+    """Trees like those of models: leaves, blocks of named leaves, layers of equal blocks, None.
+
+    At most `parts` of them.
+    """
+    leaf = st.builds(Leaf, st.sampled_from(shapes), st.sampled_from(dtypes))
+    some = st.one_of(leaf, leaf, leaf, st.none())
+    block = st.dictionaries(st.sampled_from(NAMES), some, min_size=1, max_size=4)
+    layers = st.tuples(st.one_of(leaf, block), st.integers(2, 5)).map(lambda x: [x[0]] * x[1])
+    part = st.one_of(some, block, layers, layers, st.lists(leaf, max_size=4))
+    some_parts = st.dictionaries(st.sampled_from(NAMES), part, min_size=1, max_size=3)
+    return st.dictionaries(st.sampled_from(NAMES), st.one_of(part, some_parts), max_size=parts)
+
+
+@st.composite
+def examples(draw: Callable, parts_of_tree: int = 5) -> Example:
+    """Examples, about one in eight with a flaw; trees have at most so many parts."""
+    name = draw(st.sampled_from([*OPTIMIZERS]))
+    options = draw(st.fixed_dictionaries(OPTIONS[name]))
+    method = draw(st.sampled_from(["LowRank", "LowRank", "LowRank", "galore", "golore"]))
+    parts = draw(st.fixed_dictionaries(PARTS[method]))
+    squares = name == "adamw" or options.get("inner") in SQUARES
+    if squares and parts.get("carry") is carries.rotate:
+        parts["carry"] = carries.keep
+    direction = name in DIRECTIONS
+    kinds = (MATRICES, DTYPES) if direction else (MATRICES + OTHERS, WHOLE_DTYPES)
+    tree = draw(trees(*kinds, parts_of_tree))
+    flaw = None
+    if draw(st.sampled_from([False] * 7 + [True])):
+        leaves = [*BAD_LEAVES] if direction else []
+        flaw = draw(st.sampled_from([*BAD_PARTS, *leaves, OTHER_GRADIENTS]))
+    if flaw == OTHER_GRADIENTS:
+        tree |= {"changing": Leaf((3, 5), "float32")}
+    elif flaw in BAD_LEAVES:
+        tree |= {"flawed": BAD_LEAVES[flaw]}
+    parts |= BAD_PARTS.get(flaw or "", {})
+    size, other_dtype = draw(st.sampled_from(SIZES)), draw(st.booleans())
+    return Example(name, options, parts, tree, size, other_dtype, flaw)
+
+
+def arrays(tree: Any, size: str, seed: int, other: bool = False) -> Any:
+    """The tree's arrays; `other` gives float32 for lower precision and bfloat16 for float32."""
+    rng = np.random.default_rng(seed)
+
+    def array(leaf: Leaf) -> jax.Array:
+        swapped = {"float32": "bfloat16", "bfloat16": "float32", "float16": "float32"}
+        dtype = swapped.get(leaf.dtype, leaf.dtype) if other else leaf.dtype
+        values = rng.standard_normal(leaf.shape)
+        if size == "rank one" and len(leaf.shape) > 1:
+            values = values[..., :1] * values[..., :1, :]
+        # Rounded by NumPy and put as it is: `jnp.asarray` compiles a program for each shape.
+        return jax.device_put((values * _scale(size, leaf, rng)).astype(jnp.dtype(dtype)))
+
+    return jax.tree.map(array, tree)
+
+
+def _scale(size: str, leaf: Leaf, rng: np.random.Generator) -> Any:
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return 1
+    # Of the narrower of the two dtypes a gradient may have: 1e28 and 1e-28, or 1e3 and 1e-3.
+    huge = float(jnp.finfo(leaf.dtype).max) ** 0.75
+    return {
+        "zero": 0.0,
+        "huge": huge,
+        "tiny": 1 / huge,
+        "mixed": rng.choice([0.0, 1.0, huge, 1 / huge], leaf.shape),
+    }.get(size, 1.0)

@@ -1,0 +1,148 @@
+"""What a command leaves: result files, tables for the terminal, and figures.
+
+A result file says what it rests on: configuration, versions, device and commit. A figure lies
+beside its result file.
+"""
+
+import dataclasses
+import json
+import os
+import subprocess
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+from experiments.trainer import compatibility
+from experiments.trainer.config import make_directory
+
+# Okabe and Ito's palette: distinct under the common kinds of colour blindness.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = "os^Dv*P"
+
+
+def write(path: Path, config: Any, **results: Any) -> dict[str, Any]:
+    """Writes `results` under a description of what made them; returns all that was written.
+
+    Args:
+      path: the JSON file; its directory is made.
+      config: a dataclass.
+      **results: what JSON can hold.
+
+    Raises:
+      ConfigError: the directory cannot be made.
+    """
+    content = {
+        "config": _settings(config),
+        "versions": compatibility.versions(),
+        "device": device(),
+        "commit": commit(),
+        **results,
+    }
+    make_directory("out", path.parent)
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    return content
+
+
+def device() -> dict[str, Any]:
+    """The devices that JAX uses, and the CPU that drives them."""
+    first = jax.devices()[0]
+    described = {
+        "platform": first.platform,
+        "device_kind": first.device_kind,
+        "devices": jax.device_count(),
+        "cpus": os.cpu_count(),
+        "cpu_model": _cpu_model(),
+    }
+    memory = (first.memory_stats() or {}).get("bytes_limit")  # None on CPUs
+    return described | ({"memory_bytes": memory} if memory else {})
+
+
+def commit() -> str | None:
+    """The commit that is checked out, with "+" if files differ from it; None outside a clone.
+
+    Results do not count: those of one study are written before the next one runs.
+    """
+    here = Path(__file__).parent
+    try:
+        name = _git("rev-parse", "--short", "HEAD", cwd=here)
+        changed = _git("status", "--porcelain", "--", ":/", ":!results", cwd=here)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return name + ("+" if changed else "")
+
+
+def table(title: str, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Prints rows under a title; the first column is text, and None a dash."""
+    cells = [list(head), *([_cell(value) for value in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    print(f"\n{title}")
+    for row in cells:
+        print("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip())
+
+
+def loss_curves(runs: dict[str, list[dict]], path: Path, title: str) -> Path:
+    """Draws training loss (thin) and validation loss (marked) of each run over the steps.
+
+    Args:
+      runs: label to the records of a metrics file.
+      path: the PNG to write.
+      title: what the picture shows.
+    """
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for i, (label, records) in enumerate(runs.items()):
+        colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
+        axes.plot(*_series(records, "loss"), color=colour, alpha=0.35, linewidth=0.8)
+        held_out = _series(records, "validation_loss")
+        axes.plot(*held_out, color=colour, marker=marker, label=f"{label}, validation")
+    axes.set(xlabel="step", ylabel="cross-entropy (nats per token)", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return save(figure, path)
+
+
+def save(figure: Figure, results: Path) -> Path:
+    """Writes a figure beside a result file and frees it; returns where it is."""
+    path = results.with_suffix(".png")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path
+
+
+def _settings(config: Any) -> dict[str, Any]:
+    """The options but `out`: where a result lies decides nothing, and may be a private path."""
+    fields = dataclasses.asdict(config)
+    fields.pop("out", None)
+    return {name: str(v) if isinstance(v, Path) else v for name, v in fields.items()}
+
+
+def _cpu_model() -> str | None:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((x.partition(":")[2].strip() for x in lines if x.startswith("model name")), None)
+
+
+def _git(*arguments: str, cwd: Path) -> str:
+    command = ["git", *arguments]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _series(records: list[dict], name: str) -> tuple[list[int], list[float]]:
+    points = [(record["step"], record[name]) for record in records if name in record]
+    return [step for step, _ in points], [value for _, value in points]

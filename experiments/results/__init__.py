@@ -1,0 +1,1 @@
+"""Result files, one beside each figure, and the tables that the README makes of them."""

@@ -1,0 +1,325 @@
+"""The README's tables of measured facts: `python -m experiments.results.readme` prints them.
+
+They are made from the result files. A test compares them with the README, so that the two cannot
+drift apart.
+"""
+
+import json
+import statistics
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from experiments.benchmarks import step
+from experiments.benchmarks import training as whole_steps
+from experiments.studies import finetuning as answers
+from experiments.studies import pretraining as comparison
+from experiments.trainer.config import flag
+
+RESULTS = Path(__file__).parent
+COMPILED = "benchmarks/compiled.json"
+_NAMES = {"adamw": "AdamW", "optax muon": "Muon", "galore": "GaLore", "gum": "GUM"} | {
+    "optax galore": "optax GaLore"
+}
+_PERFORMANCE_HEAD = (
+    "| LLaMA | GUM, plain step | / optax Muon | / AdamW | / optax GaLore | refresh / plain "
+    "| refreshes' share | SVD refresh / ours | / floor |\n|---|---|---|---|---|---|---|---|---|"
+)
+_CURVES_COMMAND = (
+    "python -m experiments.tune --optimizers gum --learning-rates 1e-2 --seeds 0 1 2 "
+    "--base.steps 300 --base.period 50 --out experiments/results/projector_curves.json"
+)
+_HEAD = "| what | measured | command |\n|---|---|---|"
+
+
+def table() -> str:
+    """The whole table in Markdown."""
+    rows = [row for fact in FACTS for row in fact()]
+    return "\n".join([_HEAD, *(f"| {what} | {how} | `{command}` |" for what, how, command in rows)])
+
+
+def performance() -> str:
+    """Seconds of GUM's update beside others', for every tree that was timed."""
+    timed = step.stored(RESULTS / "benchmarks")
+    floors = {
+        (c["preset"], c["layout"]): c["measured_over_floor"]
+        for c in timed["costs"]
+        if c["contender"] == "gum"
+    }
+    rows = [
+        f"| {preset}, {layout} | " + " | ".join(_cells(timed["pairs"], preset, layout)) + " | "
+        f"{over_floor:.2f} |"
+        for (preset, layout), over_floor in floors.items()
+    ]
+    return "\n".join([_PERFORMANCE_HEAD, *rows])
+
+
+def pretraining() -> str:
+    """Each optimizer at its best learning rate, on each corpus."""
+    _, finals = comparison.stored(RESULTS / "studies/pretraining.json", "pretraining")
+    rows = {c: {r["optimizer"]: r for r in comparison.compare(es)} for c, es in finals.items()}
+    reference = next(iter(rows))
+    head = ["optimizer", "learning rate", "state", *(Path(c).name for c in rows)]
+    head += ["time per step", "steps to AdamW's loss", "time to it"]
+    adamw = rows[reference]["adamw"]
+    whole = finals[reference][0]["config"]["steps"] * adamw["seconds_per_step"]
+    lines = [head, ["---"] * len(head)]
+    for name, row in sorted(rows[reference].items(), key=lambda item: item[1]["loss"]):
+        losses = [f"{r[name]['loss']:.3f} ({r[name]['deviation']:.3f})" for r in rows.values()]
+        time = f"{row['seconds_per_step'] / adamw['seconds_per_step']:.2f}"
+        reached = ["", ""]
+        if row["steps_to_adamw"] is not None:
+            steps, seconds = row["steps_to_adamw"], row["seconds_to_adamw"]
+            reached = [f"{steps:.0f}", f"{seconds / whole:.2f}"]
+        state = f"{row['state_bytes'] / 2**20:.1f} MiB"
+        rate = f"{row['learning_rate']:g}"
+        lines.append([comparison.NAMES[name], rate, state, *losses, time, *reached])
+    return _markdown(lines)
+
+
+def finetuning() -> str:
+    """Each optimizer at its best learning rate, on answers of all seeds."""
+    entries = _read("studies/finetuning.json")
+    rows = answers.compare(answers.finals_of(entries))
+    head = ["optimizer", "learning rate", "state", "right answers, by seed", "95 % interval"]
+    head += ["loss of answers, by seed", "95 % interval of the last", "time per step"]
+    lines = [head, ["---"] * len(head)]
+    adamw = next(row["seconds_per_step"] for row in rows if row["optimizer"] == "adamw")
+    for row in sorted(rows, key=lambda row: row["loss"]):
+        losses = ", ".join(f"{loss:.3f}" for loss in row["losses"])
+        lines.append([
+            comparison.NAMES[row["optimizer"]],
+            f"{row['learning_rate']:g}",
+            f"{row['state_bytes'] / 2**20:.0f} MiB",
+            ", ".join(f"{share:.1%}" for share in row["shares"]),
+            "{:.1%} to {:.1%}".format(*row["interval"]),
+            losses,
+            "{:.2f} to {:.2f}".format(*row["loss_interval"]),
+            f"{row['seconds_per_step'] / adamw:.2f}",
+        ])  # fmt: skip
+    return _markdown(lines)
+
+
+def plans() -> str:
+    """State of large models, in GiB, and how much of GUM's is of embedding and head."""
+    models = _read("plans.json")["models"]
+    lines = [["model", *next(iter(models.values()))["state"], "of GUM's, embedding and head"]]
+    lines.append(["---"] * len(lines[0]))
+    for name, each in models.items():
+        cells = (f"{row['bytes'] / 2**30:.1f} GiB" for row in each["state"].values())
+        words = each["state"]["GUM"]["embedding_and_head_bytes"] / 2**30
+        lines.append([name, *cells, f"{words:.1f} GiB"])
+    return _markdown(lines)
+
+
+def _markdown(lines: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _cells(pairs: list[dict[str, Any]], preset: str, layout: str) -> Iterator[str]:
+    found = {p["other"]: p for p in pairs if (p["preset"], p["layout"]) == (preset, layout)}
+    ours = [p["gum_costs"] for p in found.values() if "note" not in p]
+    yield f"{1000 * statistics.median(each['plain']['median'] for each in ours):.0f} ms"
+    for other in ("optax muon", "adamw", "optax galore"):
+        ratio = found.get(other, {}).get("plain_ratio")
+        yield (
+            f"{ratio['of_medians']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})" if ratio else ""
+        )
+    yield f"{statistics.median(each['refresh_over_plain'] for each in ours):.1f}"
+    yield f"{100 * statistics.median(each['refresh_share'] for each in ours):.1f} %"
+    svd = found.get("gum, svd", {}).get("svd_refresh_ratio")
+    yield f"{svd['of_medians']:.0f}" if svd else ""
+
+
+def counterexample() -> Iterator[tuple[str, str, str]]:
+    """How far each method comes on the paper's counterexample."""
+    result = _read("counterexample.json")
+    gaps = result["final_relative_gap"]
+    worst = max(gaps["GUM"])
+    medians = ", ".join(f"{name} {_power(statistics.median(v))}" for name, v in gaps.items())
+    yield (
+        f"Counterexample: final gap / gap at the start, median of {len(gaps['GUM'])} seeds",
+        f"{medians} (worst seed of GUM {_power(worst)})",
+        "python -m experiments.studies.counterexample",
+    )
+
+
+def memory() -> Iterator[tuple[str, str, str]]:
+    """State and temporaries on GaLore's LLaMA presets."""
+    result = _read(COMPILED)
+    rank, gamma = result["config"]["rank"], result["config"]["full_rank_layers"]
+    command = "python -m experiments.benchmarks --studies compiled"
+    for preset in ("350m", "1b"):
+        yield (
+            f"Optimizer state, LLaMA {preset}, float32, rank {rank}, gamma {gamma}",
+            _mebibytes(result["state_bytes"][preset]["separate"]),
+            command,
+        )
+    for preset in ("60m", "1b"):
+        yield (
+            f"Temporaries of the compiled update, LLaMA {preset}, {result['device']['platform']}",
+            _mebibytes(result["temporary_bytes"][preset]["separate"]),
+            command,
+        )
+
+
+def grid() -> Iterator[tuple[str, str, str]]:
+    """The best validation loss of each optimizer over the same grid of learning rates."""
+    entries, best = _grid_entries(), best_of_grid()
+    cells = []
+    for name in ("gum", "adamw"):
+        rate = best[name]["learning_rate"]
+        losses = [
+            e["validation_loss"]
+            for e in entries
+            if e["config"]["optimizer"] == name and e["config"]["learning_rate"] == rate
+        ]
+        each = " and ".join(f"{loss:.2f}" for loss in losses)
+        cells.append(f"{name} {each} (learning rate {rate:g})")
+    steps = best["gum"]["steps"]
+    yield (
+        f"Validation loss of the demo's model, {steps} steps, learning rate from one grid, by seed",
+        ", ".join(cells),
+        "python -m experiments.tune",
+    )
+
+
+def demo() -> Iterator[tuple[str, str, str]]:
+    """What the demo printed when its result was committed."""
+    runs = _read("demo.json")["runs"]
+    yield (
+        "The demo: validation loss; optimizer state; seconds per step, 2 CPU cores",
+        "; ".join(
+            f"{name} {run['validation_loss']:.2f}, {run['state_bytes'] / 2**20:.1f} MiB, "
+            f"{run['seconds_per_step']:.2f} s"
+            for name, run in runs.items()
+        ),
+        "make demo",
+    )
+
+
+def compilation() -> Iterator[tuple[str, str, str]]:
+    """How compiling GUM's update grows with the layers."""
+    result = _read(COMPILED)
+    for layout in ("separate", "stacked"):
+        cells = (
+            f"{row['depth']} layers {row['trace_seconds'] + row['compile_seconds']:.0f} s"
+            for row in result["growth"]
+            if (row["contender"], row["layout"]) == ("gum", layout)
+        )
+        yield (
+            f"Tracing and compiling GUM's update, widths of {result['config']['depth_preset']}, "
+            f"layers {layout}",
+            ", ".join(cells),
+            "python -m experiments.benchmarks --studies compiled",
+        )
+
+
+def sweep() -> Iterator[tuple[str, str, str]]:
+    """What GUM's settings cost."""
+    result = _read("benchmarks/sweep.json")
+    for name in ("gamma", "rank"):
+        yield (
+            f"Milliseconds of GUM's plain step on {result['config']['sweep_preset']}, by {name}",
+            ", ".join(f"{row[name]}: {1000 * row['plain']['median']:.0f}" for row in result[name]),
+            "python -m experiments.benchmarks --studies sweep",
+        )
+
+
+def training() -> Iterator[tuple[str, str, str]]:
+    """Whole training steps, and what they hold."""
+    for result in whole_steps.stored(RESULTS / "benchmarks"):
+        config = result["config"]
+        options = ("batch_size", "rounds", "training_steps")
+        speeds = whole_steps.speeds(result)
+        adamw = result["medians"]["adamw"]["amortized_tokens_per_second"]
+        yield (
+            f"Training {config['training_preset']} with {config['batch_size']} x "
+            f"{config['seq_len']} tokens a step: tokens per second over AdamW's; bytes that the "
+            "compiled step holds",
+            "; ".join(
+                f"{name} {speeds[name]:.2f}, {each['program_bytes'] / 2**20:.0f} MiB"
+                for name, each in result["medians"].items()
+            )
+            + f" (AdamW: {adamw:.0f} tokens/s)",
+            "python -m experiments.benchmarks --studies training "
+            + " ".join(f"{flag(name)} {config[name]}" for name in options),
+        )
+
+
+def projector() -> Iterator[tuple[str, str, str]]:
+    """What the default projector's bases catch."""
+    result = _read("benchmarks/projectors.json")
+    rows, config = result["by_step"], result["config"]
+    yield (
+        f"Energy that GUM's bases catch over the SVD's, {rows[0]['matrices']} matrices at "
+        f"{len(rows)} refreshes of a run of {config['projector_preset']}",
+        f"worst {min(row['min'] for row in rows):.4f}, at the first refresh "
+        f"{rows[0]['min']:.4f}; least median {min(row['median'] for row in rows):.4f}",
+        "python -m experiments.benchmarks --studies projectors",
+    )
+
+
+def curves() -> Iterator[tuple[str, str, str]]:
+    """Validation losses with the default projector and with SVD, by seed."""
+    entries = _read("projector_curves.json")
+    losses = {
+        name: [e["validation_loss"] for e in entries if e["config"]["projector"] == projector]
+        for name, projector in (("default projector", None), ("SVD", "svd"))
+    }
+    steps, seeds = entries[0]["config"]["steps"], len(losses["SVD"])
+    yield (
+        f"Validation loss after {steps} steps of the demo's model, {seeds} seeds",
+        "; ".join(
+            f"{name} {statistics.mean(values):.3f} (standard deviation "
+            f"{statistics.stdev(values):.3f})"
+            for name, values in losses.items()
+        ),
+        f"{_CURVES_COMMAND}`, and with `--base.projector svd",
+    )
+
+
+FACTS: tuple[Callable[[], Iterator[tuple[str, str, str]]], ...] = (
+    counterexample,
+    memory,
+    compilation,
+    sweep,
+    training,
+    projector,
+    curves,
+    grid,
+    demo,
+)
+
+
+TABLES: tuple[Callable[[], str], ...] = (table, performance, pretraining, finetuning, plans)
+
+
+def best_of_grid() -> dict[str, dict]:
+    """For each optimizer, the configuration with the least validation loss on seed 0."""
+    first = [e for e in _grid_entries() if e["config"]["seed"] == 0]
+    worst_first = sorted(first, key=lambda e: -e["validation_loss"])
+    return {entry["config"]["optimizer"]: entry["config"] for entry in worst_first}
+
+
+def _grid_entries() -> list[dict]:
+    """The runs of the grid, less those that study another learning rate for the fallback."""
+    return [e for e in _read("demo_grid.json") if not e["config"]["fallback_learning_rate"]]
+
+
+def _read(name: str) -> Any:
+    return json.loads((RESULTS / name).read_text())
+
+
+def _mebibytes(sizes: dict[str, int]) -> str:
+    return ", ".join(
+        f"{_NAMES.get(name, name)} {size / 2**20:.0f} MiB" for name, size in sizes.items()
+    )
+
+
+def _power(value: float) -> str:
+    return f"{value:.2g}" if value > 1e-3 or value == 0 else f"{value:.0e}"
+
+
+if __name__ == "__main__":
+    print(*(each() for each in TABLES), sep="\n\n")

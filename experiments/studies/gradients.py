@@ -1,0 +1,140 @@
+"""Gradients along a real run of GUM, with the bases that it projects them on.
+
+Everything is float64 NumPy, by kind of matrix (q, k, v, o, gate, up, down): an array `[N, m, n]`
+holds the gradients of that kind in all N layers, turned so that m <= n.
+"""
+
+import itertools
+import re
+from collections.abc import Collection, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+import gum_optax
+from experiments.data import tokens as data
+from experiments.trainer import losses, pretraining
+from experiments.trainer.config import Config, ConfigError
+
+KINDS = ("q", "k", "v", "o", "gate", "up", "down")
+# A learning rate of its own for embedding and head: what GUM was best with in the demo's log.
+RUN = Config(period=200, learning_rate=3e-3, fallback_learning_rate=1e-2)
+
+ByKind = dict[str, np.ndarray]
+
+
+class Moment(NamedTuple):
+    """What one step of a run has.
+
+    Attributes:
+      step: its number, from 0.
+      gradients: ``[N, m, n]``, of the step's own batch.
+      bases: ``[N, m, r]``, in force at this step, which may have renewed them.
+      slots: ``[gamma, m, n]``, the momentum of the layers that are at full rank.
+      others: gradients of further batches at the same weights.
+    """
+
+    step: int
+    gradients: ByKind
+    bases: ByKind
+    slots: ByKind
+    others: list[ByKind]
+
+
+def along(config: Config, steps: Collection[int], others: int = 0) -> Iterator[Moment]:
+    """Trains with GUM up to the last of `steps`; yields each of them, with `others` batches."""
+    arch, tokens = pretraining.prepare(config)
+    # The other batches are the same text in another order.
+    batches, further = (
+        data.training_batches(tokens, arch.seq_len, config.batch_size, seed)
+        for seed in (config.seed, config.seed + 1)
+    )
+    static, state, step = pretraining.start(config, arch)
+    gradient = jax.jit(jax.grad(losses.mean(partial(losses.of_windows, static))))
+    for number in range(max(steps) + 1):
+        batch = next(batches)
+        wanted = [batch, *itertools.islice(further, others)] if number in steps else []
+        found = [by_kind(gradient(state.params, each)) for each in wanted]
+        state, _ = step(state, batch)
+        if number in steps:
+            low_rank = low_rank_state(state.opt_state)
+            yield Moment(number, found[0], bases(low_rank), slots(low_rank), found[1:])
+
+
+def since_refresh(config: Config, offsets: Sequence[int]) -> list[int]:
+    """The steps that come `offsets` after each refresh of a run.
+
+    Raises:
+      ConfigError: a step would be in the next period, or the first is not the refresh.
+    """
+    refreshes = range(0, config.steps, config.period)
+    if list(offsets) != sorted({0, *offsets}) or offsets[-1] >= config.period:
+        raise ConfigError(
+            f"--offsets are {' '.join(map(str, offsets))}; they must start at 0, rise and stay "
+            f"below the period of {config.period}"
+        )
+    if refreshes[-1] + offsets[-1] >= config.steps:
+        raise ConfigError(f"--base.steps is {config.steps}; the last period lacks some --offsets")
+    return [refresh + offset for refresh in refreshes for offset in offsets]
+
+
+def by_kind(grads: Any) -> ByKind:
+    """The matrices of a tree of a model's shape."""
+    found: dict[str, list[np.ndarray]] = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(grads)[0]:
+        name = kind(jax.tree_util.keystr(path, simple=True, separator="/"))
+        if name in KINDS:
+            found.setdefault(name, []).append(wide(leaf))
+    return {name: np.stack(matrices) for name, matrices in found.items()}
+
+
+def bases(state: gum_optax.LowRankState) -> ByKind:
+    """The bases in GUM's state."""
+    return {kind(name): np.asarray(basis, np.float64) for name, basis in state.basis.items()}
+
+
+def slots(state: gum_optax.LowRankState) -> ByKind:
+    """The momenta of the slots in GUM's state; without any, none."""
+    momentum = optax.tree.get(state.inner, "trace")
+    found = {kind(name): momentum[name].residual for name in state.slots}
+    return {name: np.asarray(momenta, np.float64) for name, momenta in found.items()}
+
+
+def best_bases(gradients: np.ndarray, rank: int) -> np.ndarray:
+    """The bases ``[..., m, r]`` that catch most of these gradients: top left singular vectors."""
+    return np.linalg.svd(gradients, full_matrices=False)[0][..., :rank]
+
+
+def residual(gradients: np.ndarray, bases: np.ndarray) -> np.ndarray:
+    """``G - P P'G`` of each matrix."""
+    return gradients - bases @ (bases.mT @ gradients)
+
+
+def squares(matrices: np.ndarray) -> np.ndarray:
+    """The squared Frobenius norm of each matrix: ``[..., m, n]`` to ``[...]``."""
+    return np.sum(matrices**2, axis=(-2, -1))
+
+
+def wide(matrix: Any) -> np.ndarray:
+    """The matrix in float64, transposed if it has more rows than columns."""
+    matrix = np.asarray(matrix, np.float64)
+    return matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+
+
+def kind(path: str) -> str:
+    """The kind of a matrix, q, k, v, o, gate, up or down, from its path or its group's name."""
+    found = re.fullmatch(r".*/(\w+)/kernel", path)
+    return found.group(1) if found else path
+
+
+def low_rank_state(opt_state: Any) -> gum_optax.LowRankState:
+    parts = jax.tree.leaves(opt_state, is_leaf=_is_low_rank)
+    (state,) = filter(_is_low_rank, parts)
+    return state
+
+
+def _is_low_rank(part: Any) -> bool:
+    return isinstance(part, gum_optax.LowRankState)

@@ -1,0 +1,89 @@
+"""How much the draws alone decide: `python -m experiments.studies.luck_of_draws`.
+
+Weights, data and their order are those of one seed; the seed of GUM's draws, and of the noise in
+its bases, is the only thing that differs. The variance of the estimator itself is in
+`experiments.studies.variance`.
+"""
+
+import dataclasses
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+from experiments import reporting
+from experiments.reporting import COLOURS, save
+from experiments.studies import pretraining
+from experiments.trainer import cli, sweeps
+from experiments.trainer.config import Config as Run
+
+PROGRAM = "experiments.studies.luck_of_draws"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Repeat runs of GUM that differ in nothing but the draws."""
+
+    gammas: tuple[int, ...] = (0, 1, 2, 4)
+    """Numbers of full-rank layers of each role; with none, bases alone depend on the seed."""
+    draws: int = 4
+    """Seeds of draws, 0, 1, ..."""
+    pretraining: Path = Path("experiments/results/studies/pretraining.json")
+    """Result file of experiments.studies.pretraining, for the learning rate."""
+    out: Path = Path("experiments/results/studies/draws.json")
+    """Result file; the figure is beside it."""
+    jobs: int = 2
+    """Runs that train at a time, each on its share of the cores."""
+    base: Run = dataclasses.field(default_factory=lambda: pretraining.SMALL)
+    """All other options of a run."""
+
+
+def configurations(config: Config, rate: float, gamma: int) -> list[Run]:
+    """The runs of one gamma."""
+    points = [
+        dataclasses.replace(
+            config.base, optimizer="gum", learning_rate=rate, full_rank_layers=gamma, draw_seed=draw
+        )
+        for draw in range(config.draws)
+    ]
+    return [
+        dataclasses.replace(p, run_dir=sweeps.directory(config.base.run_dir, p)) for p in points
+    ]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs what is missing, prints a table, draws the figure; returns the exit code."""
+    config = cli.parse(Config, PROGRAM, arguments)
+    rates, _ = pretraining.stored(config.pretraining, "pretraining")
+    every = [c for gamma in config.gammas for c in configurations(config, rates["gum"], gamma)]
+    entries = sweeps.complete(every, config.out, jobs=config.jobs)
+    losses = {
+        gamma: [e["validation_loss"] for e in entries[i * config.draws : (i + 1) * config.draws]]
+        for i, gamma in enumerate(config.gammas)
+    }
+    reporting.table(
+        f"Validation loss over {config.draws} draws, the same weights and data",
+        ("gamma", "mean", "deviation", "least", "largest"),
+        ((g, statistics.mean(v), statistics.stdev(v), min(v), max(v)) for g, v in losses.items()),
+    )
+    print(f"\nresults: {config.out}; figure: {draw(config, losses)}")
+    return 0
+
+
+def draw(config: Config, losses: dict[int, list[float]]) -> Path:
+    """Draws the losses of all draws, and their means."""
+    figure, axes = plt.subplots(figsize=(4.6, 3.6), layout="constrained")
+    for place, values in enumerate(losses.values()):
+        axes.scatter([place] * len(values), values, color=COLOURS[0], s=18, alpha=0.7)
+        axes.plot([place - 0.2, place + 0.2], [statistics.mean(values)] * 2, color=COLOURS[1])
+    axes.set_xticks(range(len(losses)), [str(gamma) for gamma in losses])
+    axes.set(xlabel="full-rank layers of each role (gamma)", ylabel="validation loss")
+    axes.set_title("The same run with other draws (line: mean)", fontsize="medium")
+    axes.grid(alpha=0.3)
+    return save(figure, config.out)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main, PROGRAM))

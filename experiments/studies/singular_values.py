@@ -1,0 +1,42 @@
+"""The singular values of trained weights."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments.trainer.config import Config
+from experiments.trainer.loop import Result
+from experiments.trainer.pretraining import train
+
+_QUANTILES = 17  # of each matrix's singular values, from the least to the largest
+
+
+def pretrain(config: Config, *, show: bool) -> tuple[Result, dict[str, Any]]:
+    """Pretrains; an entry keeps the spectra of the weights too."""
+    result = train(config, show=show)
+    return result, measure(result)
+
+
+def measure(result: Result) -> dict[str, Any]:
+    """By path, the stable rank and the singular values of every hidden matrix of a run."""
+    leaves = jax.tree_util.tree_flatten_with_path(result.params["layers"])[0]
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    return {
+        "spectra": {
+            name: spectrum(np.asarray(leaf, np.float64))
+            for name, (_, leaf) in zip(names, leaves, strict=True)
+            if leaf.ndim == 2
+        }
+    }
+
+
+def spectrum(matrix: np.ndarray) -> dict[str, Any]:
+    """Stable rank, spectral norm, and quantiles of singular values over the largest one."""
+    values = np.linalg.svd(matrix, compute_uv=False)
+    quantiles = np.quantile(values / values[0], np.linspace(0, 1, _QUANTILES))
+    return {
+        "stable_rank": float(np.sum(values**2) / values[0] ** 2),
+        "norm": float(values[0]),
+        "quantiles": [round(float(q), 5) for q in quantiles],
+    }

@@ -1,0 +1,150 @@
+"""A task of one's own: .jsonl files, a directory of them, or a data set on the Hugging Face hub."""
+
+import itertools
+import json
+import lzma
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from experiments.tasks.base import (
+    Example,
+    Items,
+    Sizes,
+    Task,
+    example,
+    is_held_out,
+    same_result,
+    sample,
+)
+from experiments.trainer.config import ConfigError, flag
+
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
+_SPLITS = ("test", "validation")  # the first there is holds the held-out items
+_SUFFIXES = (".jsonl", ".jsonl.xz")
+
+
+def load(name: str, sizes: Sizes, prompt_field: str, answer_field: str) -> Task:
+    """Items of a file, directory or data set, judged by the result that they state.
+
+    Args:
+      name: where they are.
+      sizes: how many, and their seed.
+      prompt_field: column of prompts.
+      answer_field: column of answers.
+
+    Raises:
+      ConfigError: they cannot be read, or are too few.
+    """
+    items = sample(_read(name, (prompt_field, answer_field)), name, sizes)
+    return Task(name, *items, same_result)
+
+
+def is_source(name: str) -> bool:
+    """Whether a name can be that of a file, directory or data set."""
+    there = Path(name).expanduser().exists()
+    return there or "/" in name or name.endswith(_SUFFIXES)
+
+
+def _read(name: str, fields: tuple[str, str]) -> Items:
+    """All items of a source, without training items that ask the same as one held out."""
+    splits = _splits(name)
+
+    def examples(split: str) -> list[Example]:
+        found = [_of_row(row, name, fields) for row in splits[split]]
+        if not found:
+            raise ConfigError(f"--task: {name} holds no {split} items")
+        return found
+
+    train = examples("train")
+    split = next((split for split in _SPLITS if split in splits), None)
+    if split is None:
+        return Items(
+            list(itertools.filterfalse(is_held_out, train)), list(filter(is_held_out, train))
+        )
+    held_out = examples(split)
+    prompts = {item.prompt for item in held_out}
+    return Items([item for item in train if item.prompt not in prompts], held_out)
+
+
+def _of_row(row: Mapping[str, Any], name: str, fields: tuple[str, str]) -> Example:
+    prompt, answer = map(partial(_text, row, name), fields, ("prompt_field", "answer_field"))
+    return example(prompt, answer)
+
+
+def _text(row: Mapping[str, Any], name: str, column: str, field: str) -> str:
+    if column not in row:
+        raise ConfigError(
+            f"{flag(field)}: {name} has no column {column!r}; its columns are {', '.join(row)}"
+        )
+    value = row[column]
+    if isinstance(value, str) and value.strip():
+        return value
+    if isinstance(value, int | float):
+        return str(value)
+    raise ConfigError(
+        f"{flag(field)}: column {column!r} of {name} has {value!r} where text should be"
+    )
+
+
+def _splits(name: str) -> Mapping[str, Iterable[Mapping[str, Any]]]:
+    """The rows of a source by split; one file is all for training, to be divided."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        return {"train": _rows(path)}
+    if path.is_dir():
+        return _directory(path)
+    if not name.endswith(_SUFFIXES) and _HUB_NAME.fullmatch(name):
+        return _hub(name)
+    raise ConfigError(f"--task: there is no file or directory {name}")
+
+
+def _directory(path: Path) -> dict[str, Iterator[dict[str, Any]]]:
+    files = {
+        split: file
+        for split in ("train", *_SPLITS)
+        for suffix in _SUFFIXES
+        if (file := path / (split + suffix)).is_file()
+    }
+    if "train" not in files:
+        raise ConfigError(f"--task: {path} has no train.jsonl or train.jsonl.xz")
+    return {split: _rows(file) for split, file in files.items()}
+
+
+def _rows(file: Path) -> Iterator[dict[str, Any]]:
+    """The objects in a `.jsonl` file, which may be compressed by xz."""
+    read = lzma.open if file.suffix == ".xz" else open
+    try:
+        with read(file, "rt", encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield _object(line, f"line {number} of {file}")
+    except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--task: cannot read {file}: {error}") from error
+
+
+def _object(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ConfigError(f"--task: {where} is no JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise ConfigError(f"--task: {where} is no JSON object, but {line.strip()[:80]}")
+    return row
+
+
+def _hub(name: str) -> Mapping[str, Iterable[Mapping[str, Any]]]:
+    import datasets  # slow to import, and needed here only
+
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is raised as well
+    hub, _, subset = name.partition(":")
+    try:
+        splits: Any = datasets.load_dataset(hub, subset or None)
+    except Exception as error:  # `datasets` raises many types; each means: cannot be read
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ConfigError(f"--task: cannot read {name}: {reason}") from error
+    if "train" not in splits:
+        raise ConfigError(f"--task: {name} has no train split; its splits are {', '.join(splits)}")
+    return splits

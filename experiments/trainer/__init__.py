@@ -1,0 +1,1 @@
+"""One training run: options, loop, optimizers, checkpoints, metrics; and many side by side."""

@@ -1,0 +1,242 @@
+"""The training loop that pretraining and fine-tuning share: steps, validation, checkpoints."""
+
+import contextlib
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from optax.microbatching import AccumulationType, microbatch
+
+import gum_optax
+from experiments.models.llama import Params, parameter_count
+from experiments.trainer import checkpoints as checkpoint
+from experiments.trainer import compatibility, losses, optimizers, processes
+from experiments.trainer import mesh as meshes
+from experiments.trainer.config import Training
+from experiments.trainer.losses import Loss
+from experiments.trainer.metrics import Report, Silence, metrics_path, read_metrics
+
+
+class Result(NamedTuple):
+    """Outcome of a run, with its last weights.
+
+    `stopped_by` is the signal that ended it, if any; `peak_bytes` the most that arrays have taken
+    on the first device of this process, None on CPUs.
+    """
+
+    step: int
+    stopped_by: int | None
+    validation_loss: float
+    seconds_per_step: float
+    state_bytes: int
+    parameters: int
+    metrics: list[dict]
+    params: Params
+    peak_bytes: int | None = None
+
+
+class State(NamedTuple):
+    """All that a step changes."""
+
+    params: Params
+    opt_state: optax.OptState
+
+
+class Material(NamedTuple):
+    """What a run reads.
+
+    Attributes:
+      batches: an endless iterator with `get_state()` and `set_state()`.
+      held_out: the batches of a validation loss.
+      tokens: how many a training batch has, for tokens per second.
+      digest: tells one text from another.
+    """
+
+    batches: Any
+    held_out: Sequence[Any]
+    tokens: int
+    digest: str
+
+
+def start(
+    config: Training,
+    loss: Loss,
+    shapes: Params,
+    place: Callable[[Any], Params],
+    mesh: Mesh | None,
+    layers: int,
+) -> tuple[State, Callable]:
+    """The first state, and the compiled `(state, batch) -> (state, metrics)`.
+
+    Args:
+      config: the optimizer and how gradients are computed.
+      loss: what is minimized: its mean over the tokens of a batch.
+      shapes: shapes and dtypes of the weights.
+      place: makes the first weights, where the shardings that it is given say (None: one device).
+      mesh: the devices, if there are several.
+      layers: how many blocks the model has.
+    """
+    optimizer = optimizers.build(config, layers)
+    gradients = _gradients(loss, config)
+
+    def step(state: State, batch: Any) -> tuple[State, dict[str, jax.Array]]:
+        value, grads = gradients(state.params, batch)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params: Any = optax.apply_updates(state.params, updates)
+        return State(params, opt_state), {"loss": value, "grad_norm": _norm(grads)}
+
+    if mesh is None:
+        params = place(None)
+        # Committed to the device, as restored arrays are: a resumed run compiles the same program.
+        state = jax.device_put(State(params, jax.jit(optimizer.init)(params)), jax.devices()[0])
+        return state, jax.jit(step, donate_argnums=0)
+    where = meshes.param_shardings(mesh, shapes)
+    shardings = State(where, gum_optax.state_shardings(optimizer, shapes, where))
+    params = place(where)
+    opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
+    metrics = NamedSharding(mesh, PartitionSpec())
+    compiled = jax.jit(step, donate_argnums=0, out_shardings=(shardings, metrics))
+    return State(params, opt_state), compiled
+
+
+def run(
+    config: Training,
+    material: Material,
+    loss: Loss,
+    state: State,
+    step_fn: Callable,
+    *,
+    mesh: Mesh | None,
+    introduction: str,
+    show: bool = True,
+) -> Result:
+    """Takes the steps of a run or, with `config.resume`, those after its last checkpoint."""
+    evaluate = jax.jit(loss)
+    put = partial(meshes.put, mesh, config.batch_size)
+    checkpoints, step, batches = checkpoint.Checkpoints(config), 0, material.batches
+    if config.resume:
+        step = checkpoints.latest() or 0
+        # Callers still hold the first state; shapes and shardings outlive its buffers.
+        for leaf in jax.tree.leaves(state):
+            leaf.delete()
+        state, position = checkpoints.restore(step, state)
+        batches.set_state(position)
+    reporter = Report if processes.is_first() else Silence
+    report = reporter(config, start=step, tokens_per_step=material.tokens, show=show)
+    report.say(introduction)
+    if config.resume and (note := compatibility.other_versions(checkpoints.description(step))):
+        report.say(note)
+    closing = contextlib.closing
+    with closing(report), closing(checkpoints), processes.signals(step) as stop:
+        while step < config.steps and stop.signal is None:
+            state, metrics = step_fn(state, put(next(batches)))
+            step += 1
+            report.step(step, metrics)
+            if _due(step, config.validate_every, config):
+                report.flush()
+                held_out = map(put, material.held_out)
+                report.validation(step, mean_loss(evaluate, state.params, held_out))
+            if stop.reached(step) or _due(step, config.checkpoint_every, config):
+                report.flush()
+                checkpoints.save(step, state, batches.get_state())
+                report.restart_clock()
+    return _result(config, step, stop.signal, report.seconds_per_step, state)
+
+
+def begin(config: Training, digest: str, what: str) -> None:
+    """Notes what a new run is, or checks that a resumed one goes on with the same data.
+
+    Args:
+      config: the run.
+      digest: tells its data from others, and must be the same in all processes.
+      what: the data, in words.
+
+    Raises:
+      ConfigError: the data have changed, or differ between processes.
+    """
+    processes.check_equal(what, digest)
+    if config.resume:
+        checkpoint.check_same_data(config, digest, what)
+    elif processes.is_first():
+        checkpoint.write_description(config, digest)
+
+
+def state_bytes(opt_state: optax.OptState) -> int:
+    """Bytes of all arrays in an optimizer state, or of their descriptions."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(opt_state))
+
+
+def device_peak() -> int | None:
+    """The most bytes that an accelerator's arrays have taken; None on CPUs."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
+def mean_loss(loss: Callable, params: Params, batches: Iterable[Any]) -> float:
+    """The mean loss of all tokens that count."""
+    totals, counts = zip(*(loss(params, batch) for batch in batches), strict=True)
+    return float(np.sum(jax.device_get(totals), dtype=np.float64) / np.sum(counts))
+
+
+def introduction(config: Training, state: State, mesh: Mesh | None, layers: int) -> str:
+    """What the optimizer will hold, and where weights lie."""
+    wide = jax.eval_shape(lambda: optax.tree.cast(state.params, "float32"))  # what optimizers see
+    plan = str(gum_optax.memory_plan(optimizers.build(config, layers), wide))
+    if config.optimizer in optimizers.FULL_RANK:
+        plan = plan.splitlines()[-1]  # the sum: there are no groups
+    return (
+        f"{config.optimizer}, peak learning rate {config.learning_rate:g}, "
+        f"on {jax.devices()[0].device_kind}\n{plan}"
+        + (f"\n{meshes.describe(mesh, state.params)}" if mesh else "")
+    )
+
+
+def _gradients(loss: Loss, config: Training) -> Callable[[Params, Any], tuple[jax.Array, Params]]:
+    """The mean loss over the tokens of a batch, and its gradient."""
+    if config.accumulate == 1:
+        return jax.value_and_grad(losses.mean(loss))
+
+    def of_part(params: Params, part: Any) -> tuple[Any, Params]:
+        (total, count), grads = jax.value_and_grad(loss, has_aux=True)(params, part)
+        # Sums of many parts need more digits than weights in bfloat16 have.
+        wide: Any = optax.tree.cast(grads, "float32")
+        return (total, count), wide
+
+    size = config.batch_size // config.accumulate
+    summed = microbatch(of_part, 1, size, AccumulationType.SUM)
+
+    def gradients(params: Params, batch: Any) -> tuple[jax.Array, Params]:
+        (total, count), grads = summed(params, batch)
+        return total / count, jax.tree.map(lambda g: g / count, grads)
+
+    return gradients
+
+
+def _norm(grads: Params) -> jax.Array:
+    """Of bfloat16, sums of squares would be off by per cents."""
+    return optax.tree.norm(optax.tree.cast(grads, "float32"))
+
+
+def _due(step: int, every: int, config: Training) -> bool:
+    return step % every == 0 or step == config.steps
+
+
+def _result(
+    config: Training, step: int, stopped_by: int | None, seconds_per_step: float, state: State
+) -> Result:
+    metrics = read_metrics(metrics_path(config)) if processes.is_first() else []
+    losses = [record["validation_loss"] for record in metrics if "validation_loss" in record]
+    return Result(
+        step=step,
+        stopped_by=stopped_by,
+        validation_loss=losses[-1] if losses else float("nan"),
+        seconds_per_step=seconds_per_step,
+        state_bytes=state_bytes(state.opt_state),
+        parameters=parameter_count(state.params),
+        metrics=metrics,
+        params=state.params,
+        peak_bytes=device_peak(),
+    )

@@ -1,0 +1,139 @@
+"""Meshes of devices, `--mesh data=2,fsdp=2,tensor=2`, and where arrays lie on them.
+
+A run without a mesh has None in its place: everything is on one device, nothing is moved.
+"""
+
+import contextlib
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from experiments.models.llama import MESH_AXES
+from experiments.trainer.config import ConfigError
+from gum_optax import by_role
+
+AXES = ("data", "fsdp", "tensor")
+_BATCH = ("data", "fsdp")
+
+
+def build(text: str | None) -> Mesh | None:
+    """The mesh that `text` describes, over the devices of all processes.
+
+    Its axes are Auto: the compiler derives how activations lie from how weights and batches do, and
+    the model is the same code with and without a mesh. On Explicit axes, every gather, reshape and
+    contraction in it would have to state how its result lies.
+
+    Raises:
+      ConfigError: the text is no mesh, or not one of as many devices as there are.
+    """
+    count = jax.device_count()
+    if text is None:
+        if jax.process_count() > 1:
+            raise ConfigError(f"--mesh: several processes need one, such as data={count}")
+        return None
+    sizes = _sizes(text)
+    if (wanted := math.prod(sizes)) != count:
+        raise ConfigError(f"--mesh: {text} is for {wanted} devices, but there are {count}")
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def use(mesh: Mesh | None) -> contextlib.AbstractContextManager:
+    """The context to trace steps in: the optimizer, not the compiler alone, then knows the mesh."""
+    return jax.set_mesh(mesh) if mesh else contextlib.nullcontext()
+
+
+def param_shardings(mesh: Mesh, params: Any) -> Any:
+    """How each parameter lies, by its role; what an axis of the mesh does not divide is whole."""
+
+    def sharding(path: jax.tree_util.KeyPath, leaf: Any) -> NamedSharding:
+        return NamedSharding(mesh, P(*(kept for kept, _ in _layout(mesh, path, leaf))))
+
+    return jax.tree.map_with_path(sharding, params)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """How a batch lies: its windows are divided among the data and fsdp axes."""
+    return NamedSharding(mesh, P(_BATCH))
+
+
+def rows(mesh: Mesh | None, batch_size: int, accumulate: int = 1) -> Sequence[int]:
+    """The rows of a batch that this process's devices hold.
+
+    Raises:
+      ConfigError: the batch, or one of the parts it is cut into, cannot be divided.
+    """
+    if mesh is None:
+        return range(batch_size)
+    count = math.prod(mesh.shape[axis] for axis in _BATCH)
+    if batch_size // accumulate % count:
+        parts = f" and --accumulate {accumulate}" if accumulate > 1 else ""
+        raise ConfigError(
+            f"--batch-size is {batch_size}{parts}; --mesh divides it into {count} parts"
+        )
+    held = batch_sharding(mesh).devices_indices_map((batch_size,))
+    here = [held[device][0] for device in mesh.local_devices]
+    return sorted({row for part in here for row in range(batch_size)[part]})
+
+
+def put(mesh: Mesh | None, batch_size: int, batch: Any) -> Any:
+    """The batch of all processes, one array or several, from the rows that this one read."""
+    if mesh is None:
+        return batch
+
+    def whole(rows: np.ndarray) -> jax.Array:
+        shape = batch_size, *rows.shape[1:]
+        return jax.make_array_from_process_local_data(batch_sharding(mesh), rows, shape)
+
+    return jax.tree.map(whole, batch)
+
+
+def describe(mesh: Mesh, params: Any) -> str:
+    """The mesh, and what it should divide but cannot."""
+    lines = dict.fromkeys(
+        f"{by_role(_name(path), leaf)} {leaf.shape} is not divided along {axis}"
+        for path, leaf in jax.tree.leaves_with_path(params)
+        for _, left_out in _layout(mesh, path, leaf)
+        for axis in left_out
+    )
+    axes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    return "\n".join([f"mesh {axes}; {jax.process_count()} process(es)", *lines])
+
+
+def _layout(
+    mesh: Mesh, path: jax.tree_util.KeyPath, leaf: Any
+) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
+    """For each axis of a leaf, the mesh axes that divide it, and those that should but cannot."""
+    *_, module, name = _name(path).split("/")
+    rule = MESH_AXES.get(module, ())[-1 if name == "bias" else 0 :]
+    layout = []
+    for axes, size in zip(rule, leaf.shape[: len(rule)], strict=True):
+        kept = ()
+        for axis in axes:
+            divides = size % math.prod(mesh.shape[a] for a in (*kept, axis)) == 0
+            kept += (axis,) if divides else ()
+        layout.append((kept, tuple(axis for axis in axes if axis not in kept)))
+    return layout
+
+
+def _name(path: jax.tree_util.KeyPath) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    """The size of each of `AXES`; those not named are 1."""
+    sizes = {}
+    for part in text.split(","):
+        axis, _, size = part.partition("=")
+        if axis not in AXES:
+            raise ConfigError(f"--mesh: {text} names {axis!r}; the axes are {', '.join(AXES)}")
+        if axis in sizes:
+            raise ConfigError(f"--mesh: {text} names {axis} twice")
+        if not (size.isdecimal() and int(size)):
+            raise ConfigError(f"--mesh: {text} gives {axis} the size {size!r}; write {axis}=2")
+        sizes[axis] = int(size)
+    return tuple(sizes.get(axis, 1) for axis in AXES)

@@ -1,0 +1,185 @@
+"""What a run leaves behind and shows: metrics.jsonl, TensorBoard, a progress bar, lines of text."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto import event_pb2
+from tqdm import tqdm
+
+from experiments.trainer.config import Training
+
+_events: Any = event_pb2  # generated code, whose names a type checker does not see
+_BAR = "{desc} |{bar:24}| {n_fmt}/{total_fmt} steps{postfix} [{elapsed}, {remaining} left]"
+
+
+class Report:
+    """Collects metrics on the device and writes them every `log_every` steps.
+
+    Reading a metric waits for the device, so nothing is read in between. `seconds_per_step` is the
+    mean over all steps but those up to the first write, which include compilation; validation and
+    checkpoints are not counted.
+    """
+
+    def __init__(self, config: Training, *, start: int, tokens_per_step: int, show: bool):
+        self._config, self._tokens, self._show = config, tokens_per_step, show
+        self._path = metrics_path(config)
+        self._elapsed = _keep_until(self._path, start)
+        self._board = Board(Path(config.run_dir) / "tensorboard", start)
+        self._bar = tqdm(
+            desc=config.optimizer, total=config.steps, initial=start, bar_format=_BAR,
+            disable=None if show else True, file=sys.stderr,
+        )  # fmt: skip
+        self._lines: list[str] = []
+        self._pending: list[tuple[int, Any]] = []
+        self._timed: list[tuple[int, float]] = []
+        self._loss = float("nan")
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leaves the time since the last write out of the seconds per step."""
+        self._mark = time.perf_counter()
+
+    def say(self, text: str) -> None:
+        """Prints a line, above the progress bar."""
+        if self._show:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def step(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Takes the metrics of a step, still on the device."""
+        self._pending.append((step, metrics))
+        if step % self._config.log_every == 0:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes the metrics of all steps so far."""
+        if not self._pending:
+            return
+        records = [(step, jax.device_get(metrics)) for step, metrics in self._pending]
+        seconds = time.perf_counter() - self._mark
+        self._timed.append((len(records), seconds))
+        self._elapsed += seconds
+        for step, metrics in records[:-1]:
+            self._note(step, metrics)
+        self._note(*records[-1], seconds=round(self._elapsed, 3))
+        self._loss = float(records[-1][1]["loss"])
+        self._progress(len(records), seconds)
+        self._pending.clear()
+        self._write()
+        self.restart_clock()
+
+    def validation(self, step: int, loss: float) -> None:
+        """Records a validation loss and prints a line; call `flush` before computing it."""
+        self._note(step, {"validation_loss": loss})
+        self._write()
+        rate = self._tokens / max(self.seconds_per_step, 1e-9)
+        self.say(
+            f"  step {step:>5}/{self._config.steps}  loss {self._loss:.4f}  "
+            f"validation loss {loss:.4f}  {rate:,.0f} tokens/s"
+        )
+        self.restart_clock()
+
+    @property
+    def seconds_per_step(self) -> float:
+        """Mean time of a step; NaN before the first write."""
+        timed = self._timed[1:] or self._timed
+        steps = sum(count for count, _ in timed)
+        return sum(seconds for _, seconds in timed) / steps if steps else float("nan")
+
+    def close(self) -> None:
+        """Writes what is left and closes the files."""
+        self.flush()
+        self._bar.close()
+        self._board.close()
+
+    def _note(self, step: int, metrics: dict[str, Any], **more: float) -> None:
+        values = {name: float(np.asarray(value)) for name, value in metrics.items()}
+        self._lines.append(json.dumps({"step": step} | values | more) + "\n")
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def _write(self) -> None:
+        with open(self._path, "a") as file:
+            file.writelines(self._lines)
+            file.flush()
+            os.fsync(file.fileno())
+        self._lines.clear()
+        self._board.flush()
+
+    def _progress(self, steps: int, seconds: float) -> None:
+        rate = steps * self._tokens / seconds
+        self._bar.set_postfix_str(f"loss {self._loss:.3f}, {rate:,.0f} tokens/s", refresh=False)
+        self._bar.update(steps)
+
+
+class Board:
+    """TensorBoard events, written at once.
+
+    `tensorboardX.SummaryWriter` writes them in a thread; on a full disk that thread dies, and the
+    run then waits for it forever.
+    """
+
+    def __init__(self, directory: Path, start: int):
+        directory.mkdir(parents=True, exist_ok=True)
+        self._writer = EventsWriter(str(directory / "events"))
+        if start:  # what was written of later steps is of a run that was interrupted
+            self._add(start + 1, session_log=_events.SessionLog(status=_events.SessionLog.START))
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        self._add(step, summary=summary.scalar(name, value))
+
+    def flush(self) -> None:
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+    def _add(self, step: int, **content: Any) -> None:
+        self._writer.write_event(_events.Event(wall_time=time.time(), step=step, **content))
+
+
+class Silence:
+    """The report of a process that leaves reporting to the first one."""
+
+    seconds_per_step = float("nan")
+
+    def __init__(self, *_args: Any, **_options: Any):
+        pass
+
+    def _nothing(self, *_args: Any) -> None:
+        pass
+
+    say = step = flush = validation = restart_clock = close = _nothing
+
+
+def metrics_path(config: Training) -> Path:
+    """The metrics file of a run: one JSON object a line."""
+    return Path(config.run_dir) / "metrics.jsonl"
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The records of a metrics file; a last line cut short by a crash is left out."""
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+def _keep_until(path: Path, step: int) -> float:
+    """Drops the records after `step`, which will be made again; returns the time spent so far."""
+    kept = [record for record in read_metrics(path) if record["step"] <= step]
+    scratch = path.with_suffix(".scratch")
+    scratch.write_text("".join(json.dumps(record) + "\n" for record in kept))
+    os.replace(scratch, path)
+    return max((record.get("seconds", 0.0) for record in kept), default=0.0)

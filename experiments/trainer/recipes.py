@@ -1,0 +1,39 @@
+"""The settings of GaLore's C4 experiments, by the name of the model: `--recipe 60m`.
+
+Models, ranks, tokens, batches of 512 x 256 and the warm-up are those of Zhao et al., arXiv
+2403.03507; period and full-rank layers are GUM's (arXiv 2510.17802). They pad documents, here
+windows are full, so that the same tokens make fewer steps. Their tokenizer is T5's; a BPE of the
+same size is trained here unless `--tokenizer` names one. Options beside a recipe go before it.
+"""
+
+from experiments.trainer.config import Config, Recipe
+
+
+def _c4(preset: Recipe, rank: int, tokens: float) -> Config:
+    batch_size, seq_len = 512, 256
+    return Config(
+        run_dir=f"runs/{preset}",
+        recipe=preset,
+        preset=preset,
+        corpus=("allenai/c4:en",),
+        tokenizer_chars=1_000_000_000,
+        max_tokens=int(tokens),
+        dtype="bfloat16",
+        batch_size=batch_size,
+        seq_len=seq_len,
+        steps=round(tokens / (batch_size * seq_len)),
+        warmup=0.1,
+        rank=rank,
+        period=200,
+        full_rank_layers=2,
+        validate_every=1000,
+        checkpoint_every=1000,
+    )
+
+
+RECIPES = {
+    "60m": _c4("60m", 128, 1.1e9),
+    "130m": _c4("130m", 256, 2.2e9),
+    "350m": _c4("350m", 256, 6.4e9),
+    "1b": _c4("1b", 512, 13.1e9),
+}

@@ -1,0 +1,240 @@
+"""Training runs that differ in numbers alone, in one program: for accelerators.
+
+A small model leaves an accelerator idle: most of a step is the start of a thousand little kernels.
+Runs that differ in learning rate, seed, corpus or the size of the residual have one program, so it
+is vectorized over them. Each has the numbers it has alone, up to rounding.
+"""
+
+import concurrent.futures
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from experiments.data import tokens
+from experiments.models import llama, presets
+from experiments.trainer import checkpoints, loop, losses, optimizers, sweeps
+from experiments.trainer.config import Config, ConfigError, check
+from experiments.trainer.loop import State
+from experiments.trainer.pretraining import prepare
+
+# What may differ between the runs of a program, beside what never changes a loss.
+NUMBERS = ("learning_rate", "fallback_learning_rate", "residual_scale", "seed", "corpus")
+
+
+def complete(configs: Sequence[Config], out: Path) -> list[sweeps.Entry]:
+    """Trains with every configuration that `out` does not hold yet, as `runs.complete` does.
+
+    The file is rewritten after each program. A program that was stopped starts again.
+
+    Args:
+      configs: the configurations; those of one program need not be neighbours.
+      out: the JSON file to read and to rewrite. Other entries stay in it.
+    """
+    entries, missing = sweeps.missing(configs, out)
+    for program in programs(missing):
+        for entry in train(program):
+            entries.append(entry)
+            print(sweeps.summary(entry), flush=True)
+        sweeps.write(out, entries)
+    return sweeps.select(entries, configs)
+
+
+def train(configs: Sequence[Config]) -> list[sweeps.Entry]:
+    """Trains all of them in one program; returns the entry of each for a result file.
+
+    Raises:
+      ConfigError: they differ in more than numbers, or an option cannot work.
+    """
+    first = configs[0]
+    for config in configs:
+        check(config)
+        if _program(config) != _program(first):
+            raise ConfigError(f"runs of one program may differ in {', '.join(NUMBERS)} alone")
+    if first.mesh or first.weights != "float32" or first.accumulate > 1:
+        raise ConfigError("--mesh, --weights and --accumulate: not for runs of one program")
+    arch, texts = _read(configs)
+    static = jax.eval_shape(lambda: llama.create(arch, dtype=first.dtype, remat=first.remat))[0]
+    loss = partial(losses.of_windows, static)
+    state, steps = _start(configs, arch, loss)
+    held_out = _held_out(first, arch, texts)  # [corpora, batches, windows, L + 1]
+    corpus = np.asarray([list(texts).index(config.corpus) for config in configs])
+    evaluate = jax.jit(lambda params: _validation(loss, params, held_out, corpus))
+
+    curves: list[list] = [[] for _ in configs]
+    seconds = []
+    for done, (windows, which) in _ahead(_chunks(configs, arch, texts)):
+        begin = time.perf_counter()
+        state, trained = steps(state, windows, which)
+        jax.block_until_ready(trained)
+        seconds.append((time.perf_counter() - begin) / len(windows))
+        values = np.asarray(evaluate(state.params), np.float64)
+        for curve, value in zip(curves, values, strict=True):
+            curve.append([done, float(value)])
+        print(
+            f"{first.optimizer} x {len(configs)}: step {done}/{first.steps}, validation loss "
+            f"{np.min(values):.3f} to {np.max(values):.3f}, {1e3 * seconds[-1]:.2f} ms a step",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+    seconds = seconds[1:] or seconds  # the first of them compile
+    alone = jax.eval_shape(lambda state: jax.tree.map(lambda leaf: leaf[0], state.params), state)
+    opt_state = jax.eval_shape(optimizers.build(first, arch.layers).init, alone)
+    return [
+        checkpoints.describe(config, texts[config.corpus].digest)
+        | {
+            "config": sweeps.identity(config),
+            "validation_loss": curve[-1][1],
+            "curve": curve,
+            # Of the whole program: a run has no seconds of its own.
+            "seconds_per_step": float(np.median(seconds)),
+            "together": len(configs),
+            "state_bytes": loop.state_bytes(opt_state),
+            "parameters": llama.parameter_count(alone),
+            "peak_bytes": loop.device_peak(),
+        }
+        for config, curve in zip(configs, curves, strict=True)
+    ]
+
+
+def programs(configs: Sequence[Config]) -> list[list[Config]]:
+    """Configurations that share a program, in the order in which they first come."""
+    found: dict[str, list[Config]] = {}
+    for config in configs:
+        found.setdefault(_program(config), []).append(config)
+    return list(found.values())
+
+
+def _program(config: Config) -> str:
+    """All that runs of one program have in common."""
+    same = {k: v for k, v in sweeps.identity(config).items() if k not in NUMBERS}
+    return json.dumps(same, sort_keys=True)
+
+
+def _read(
+    configs: Sequence[Config],
+) -> tuple[presets.Architecture, dict[tuple[str, ...], tokens.Data]]:
+    """The shape of the model, and the tokens of each corpus."""
+    by_corpus = {config.corpus: prepare(config) for config in configs}
+    shapes = {arch for arch, _ in by_corpus.values()}
+    if len(shapes) > 1:
+        sizes = sorted(arch.vocab_size for arch in shapes)
+        raise ConfigError(f"--corpus: the vocabularies have different sizes, {sizes}")
+    return shapes.pop(), {corpus: tokens for corpus, (_, tokens) in by_corpus.items()}
+
+
+def _start(configs: Sequence[Config], arch: presets.Architecture, loss: losses.Loss) -> tuple:
+    """The first state of all runs, and `(state, windows, which) -> (state, losses)` of a chunk."""
+    first = configs[0]
+    numbers = {
+        "learning_rate": [c.learning_rate for c in configs],
+        "fallback_learning_rate": [
+            c.learning_rate if c.fallback_learning_rate is None else c.fallback_learning_rate
+            for c in configs
+        ],
+        "residual_scale": [c.residual_scale for c in configs],
+    }
+    numbers = {name: jnp.asarray(each, jnp.float32) for name, each in numbers.items()}
+
+    def optimizer(numbers: dict[str, jax.Array], key: Any) -> optax.GradientTransformation:
+        changed: Any = numbers | {"draw_seed": key}
+        return optimizers.build(dataclasses.replace(first, **changed), arch.layers)
+
+    def init(numbers: dict[str, jax.Array], seed: Any, draws: jax.Array) -> State:
+        params = llama.create(arch, dtype=first.dtype, seed=seed, remat=first.remat)[1]
+        return State(params, optimizer(numbers, jax.random.key(draws)).init(params))
+
+    gradients = jax.value_and_grad(losses.mean(loss))
+
+    def step(numbers: dict[str, jax.Array], state: State, batch: jax.Array) -> tuple:
+        value, grads = gradients(state.params, batch)
+        # The state has the key of its draws, so the optimizer's own plays no part.
+        updates, opt_state = optimizer(numbers, 0).update(grads, state.opt_state, state.params)
+        params: Any = optax.apply_updates(state.params, updates)
+        return State(params, opt_state), value
+
+    seeds = np.asarray([c.seed for c in configs])
+    draws = np.asarray([c.seed if c.draw_seed is None else c.draw_seed for c in configs])
+    one = jax.eval_shape(init, jax.tree.map(lambda n: n[0], numbers), seeds[0], draws[0])
+    # Counts of steps are equal in all runs, and stay one number: what happens every few steps is
+    # then decided once, and only the branch that was chosen is computed.
+    axes = jax.tree.map(_axis, one)
+    state = jax.jit(jax.vmap(init, out_axes=axes))(numbers, seeds, draws)
+    every = jax.vmap(step, in_axes=(0, axes, 0), out_axes=(axes, 0))
+
+    def chunk(state: State, windows: jax.Array, which: jax.Array) -> tuple[State, jax.Array]:
+        # windows: [steps, sources, B, L + 1]; which: int32 [runs], the source of each run
+        return jax.lax.scan(
+            lambda state, batch: every(numbers, state, batch[which]), state, windows
+        )
+
+    return state, jax.jit(chunk, donate_argnums=0)
+
+
+def _axis(leaf: jax.ShapeDtypeStruct) -> int | None:
+    return None if leaf.shape == () and jnp.issubdtype(leaf.dtype, jnp.integer) else 0
+
+
+def _chunks(
+    configs: Sequence[Config],
+    arch: presets.Architecture,
+    texts: dict[tuple[str, ...], tokens.Data],
+) -> Iterator[tuple[int, tuple[np.ndarray, np.ndarray]]]:
+    """Steps done after a chunk, with its windows from each source, and the source of each run.
+
+    A source is a corpus in the order of a seed.
+    """
+    first = configs[0]
+    sources = list(dict.fromkeys((c.corpus, c.seed) for c in configs))
+    which = np.asarray([sources.index((c.corpus, c.seed)) for c in configs])
+    streams = [
+        tokens.training_batches(texts[corpus], arch.seq_len, first.batch_size, seed)
+        for corpus, seed in sources
+    ]
+    done = 0
+    while done < first.steps:
+        size = min(first.validate_every, first.steps - done)
+        windows = np.stack([[next(stream) for stream in streams] for _ in range(size)])
+        done += size
+        yield done, (windows, which)
+
+
+def _ahead(chunks: Iterator[Any]) -> Iterator[Any]:
+    """The same, each prepared while the one before is in use."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, chunks, None)
+        while (chunk := coming.result()) is not None:
+            coming = pool.submit(next, chunks, None)
+            yield chunk
+
+
+def _held_out(
+    config: Config, arch: presets.Architecture, texts: dict[tuple[str, ...], tokens.Data]
+) -> np.ndarray:
+    """The held-out batches of each corpus, as many of all: `[corpora, batches, B, L + 1]`."""
+    limit = config.validation_batches
+    found = [
+        tokens.validation_batches(text, arch.seq_len, config.batch_size, limit)
+        for text in texts.values()
+    ]
+    return np.stack([each[: min(map(len, found))] for each in found])
+
+
+def _validation(
+    loss: losses.Loss, params: llama.Params, held_out: np.ndarray, corpus: np.ndarray
+) -> jax.Array:
+    """The validation loss of each run."""
+
+    def one(params: llama.Params, batches: jax.Array) -> jax.Array:
+        totals, counts = jax.lax.map(partial(loss, params), batches)
+        return totals.sum() / counts.sum()
+
+    return jax.vmap(one)(params, jnp.asarray(held_out)[corpus])

@@ -1,0 +1,417 @@
+"""The studies that compare training runs: what they run, what they make of it."""
+
+import contextlib
+import dataclasses
+import io
+import json
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from experiments.studies import (
+    ablations,
+    finetuning,
+    frontier,
+    luck_of_draws,
+    mechanism,
+    pretraining,
+    singular_values,
+    spectra,
+)
+from experiments.trainer import optimizers, sweeps
+from experiments.trainer.config import Config as Run
+from experiments.trainer.config import ConfigError, check
+from experiments.trainer.evaluation import wilson
+from experiments.trainer.loop import Result
+from experiments.trainer.pretraining import architecture
+
+SPECTRA = {
+    f"layers/{i}/mlp/{kind}/kernel": singular_values.spectrum(np.eye(3))
+    for i, kind in enumerate(spectra.KINDS)
+}
+
+
+def entry(config, loss=None):
+    """What a run of `config` might leave: the nearer its rate is to 3e-3, the better."""
+    if loss is None:
+        loss = 4 + abs(np.log10(config.learning_rate / 3e-3)) + config.seed / 100
+    return {
+        "config": sweeps.identity(config),
+        "validation_loss": loss,
+        "curve": [[200, loss + 1], [400, loss]],
+        "seconds_per_step": 0.5,
+        "state_bytes": 2**20,
+        "spectra": SPECTRA,
+    }
+
+
+def instead_of_training(monkeypatch):
+    """Returns the list of the sets of configurations, which grows as they are asked for."""
+    asked = []
+
+    def complete(configs, out, **options):
+        asked.append(list(configs))
+        kept = json.loads(out.read_text()) if out.exists() else []
+        known = [each["config"] for each in kept]
+        kept += [entry(c) for c in dict.fromkeys(configs) if sweeps.identity(c) not in known]
+        out.write_text(json.dumps(kept))
+        return [entry(config) for config in configs]
+
+    monkeypatch.setattr(sweeps, "complete", complete)
+    return asked
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Instead of training: the sets of configurations that were asked for."""
+    return instead_of_training(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """The pretraining study, which others begin with: its result file, and what it asked for."""
+    path = tmp_path_factory.mktemp("pretraining") / "pretraining.json"
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as shown:
+        asked = instead_of_training(patch)
+        assert pretraining.main(["--out", str(path)]) == 0
+    assert "stdlib: 400 steps, 3 seeds" in shown.getvalue()
+    return path, asked
+
+
+@pytest.fixture
+def tuned(pretrained, trained):
+    """The result file of the pretraining study, whose sets are the first of `trained`."""
+    path, asked = pretrained
+    trained.extend(asked)
+    return path
+
+
+def test_pretraining_tunes_each_on_one_grid_and_repeats_the_best(trained, tuned):
+    grid, first, second = trained
+    assert {(c.optimizer, c.learning_rate, c.seed, c.corpus) for c in grid} == {
+        (o, rate, 0, ("stdlib",))
+        for o in pretraining.OPTIMIZERS
+        for rate in (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+    }
+    for corpus, configs in (("stdlib", first), ("runs/sotu", second)):
+        assert {(c.optimizer, c.seed) for c in configs} == {
+            (o, seed) for o in pretraining.OPTIMIZERS for seed in (0, 1, 2)
+        }
+        assert {(c.learning_rate, c.corpus) for c in configs} == {(3e-3, (corpus,))}
+    everyone = [*grid, *first, *second]
+    assert len({c.run_dir for c in everyone}) == len(set(everyone))
+    assert tuned.with_suffix(".png").stat().st_size > 1000
+
+
+def test_all_that_differs_between_optimizers_is_the_optimizer_and_its_rate(trained, tuned):
+    options = [
+        {k: v for k, v in sweeps.identity(c).items() if k not in {"optimizer", "learning_rate"}}
+        for c in trained[0]
+    ]
+    assert all(each == options[0] for each in options)
+
+
+def test_a_run_that_diverged_is_never_the_best():
+    run = Run(optimizer="gum")
+    losses = {1e-3: 5.0, 3e-3: float("nan"), 1e-2: 4.0, 3e-2: float("inf")}
+    entries = [entry(dataclasses.replace(run, learning_rate=r), v) for r, v in losses.items()]
+    assert pretraining.best_rates(entries) == {"gum": 1e-2}
+
+
+STEPS_TO = {7.5: 10, 7: 10, 6: 15, 5: 20, 4.9: None}  # before the first point nothing is known
+
+
+@pytest.mark.parametrize(("loss", "step"), STEPS_TO.items())
+def test_steps_to_a_loss(loss, step):
+    assert pretraining.steps_to([[10, 7.0], [20, 5.0]], loss) == step
+
+
+def test_rows_of_a_comparison():
+    entries = [
+        entry(dataclasses.replace(run, seed=seed), loss + seed)
+        for seed in (0, 1)
+        for run, loss in ((Run(optimizer="gum"), 3.0), (Run(optimizer="adamw"), 4.0))
+    ]
+    gum, adamw = pretraining.compare(entries)
+    assert (gum["loss"], gum["deviation"]) == (3.5, pytest.approx(0.5**0.5))
+    # AdamW ends at 4.5; GUM's curves come down from 4 to 3 and from 5 to 4 between 200 and 400.
+    assert gum["steps_to_adamw"] == pytest.approx((200 + 300) / 2)
+    assert gum["seconds_to_adamw"] == pytest.approx(125)
+    assert adamw["steps_to_adamw"] is None  # not by all of its seeds
+
+
+def test_ablations_change_one_thing_at_a_time(trained, tuned, tmp_path):
+    out = tmp_path / "ablations.json"
+    assert ablations.main(["--pretraining", str(tuned), "--out", str(out)]) == 0
+    assert out.with_suffix(".png").stat().st_size > 1000
+    config = ablations.Config()
+    default = dataclasses.replace(config.base, learning_rate=3e-3)
+    settings = ablations.panels(config, {"gum": 3e-3, "galore_muon": 1e-2})
+    for title, panel in settings.items():
+        identities = [
+            [sweeps.identity(c) for c in ablations.configurations(config, {"gum": 3e-3}, changes)]
+            for changes in panel.values()
+        ]
+        assert sweeps.identity(default) in [first for first, _ in identities], title
+        assert len({json.dumps(each) for each in identities}) == len(panel), title
+    asked = trained[3]
+    assert [c.seed for c in asked] == sorted(c.seed for c in asked)
+    for run in asked:
+        check(run)
+        optimizers.build(run, architecture(run).layers)
+
+
+def test_ablations_compare_seed_by_seed():
+    runs_of = [entry(pretraining.SMALL, loss) for loss in (3.5, 4.25)]
+    found = ablations.summary(runs_of, [3.0, 4.0])
+    assert (found["differences"], found["difference"]) == ([0.5, 0.25], 0.375)
+    assert found["loss"] == 3.875
+
+
+def test_draws_differ_in_nothing_else(trained, tuned, tmp_path, capsys):
+    out = tmp_path / "draws.json"
+    assert luck_of_draws.main(["--pretraining", str(tuned), "--out", str(out)]) == 0
+    assert {(c.seed, c.draw_seed, c.full_rank_layers) for c in trained[-1]} == {
+        (0, draw, gamma) for draw in range(4) for gamma in (0, 1, 2, 4)
+    }
+    assert "over 4 draws" in capsys.readouterr().out
+
+
+def test_spectra_of_the_best_runs(trained, tuned, tmp_path):
+    out = tmp_path / "spectra.json"
+    assert spectra.main(["--pretraining", str(tuned), "--out", str(out)]) == 0
+    found = json.loads(out.read_text())["optimizers"]
+    assert list(found) == list(spectra.Config.optimizers)
+    assert found["gum"]["seeds"] == 3  # on the first corpus
+    assert found["gum"]["stable_rank"]["q"] == {"mean": 3, "deviation": 0}
+    assert found["gum"]["quantiles"] == pytest.approx([1] * 17)
+    with pytest.raises(ConfigError, match="no run of golore"):
+        spectra.main(["--optimizers", "golore", "--pretraining", str(tuned)])
+
+
+@pytest.mark.parametrize("study", [ablations, luck_of_draws, spectra])
+def test_studies_say_what_they_need(study, tmp_path):
+    with pytest.raises(ConfigError, match=r"--pretraining: there is no .* run `python -m"):
+        study.main(["--pretraining", str(tmp_path / "none.json")])
+
+
+def test_a_spectrum():
+    found = singular_values.spectrum(np.diag([4.0, 2.0, 0.0]))
+    assert found["stable_rank"] == pytest.approx(20 / 16) and found["norm"] == 4
+    assert (found["quantiles"][0], found["quantiles"][8], found["quantiles"][-1]) == (0, 0.5, 1)
+
+
+def test_hidden_matrices_are_measured():
+    layer = {"attn": {"q": {"kernel": np.eye(4)}}, "norm": {"scale": np.ones(4)}}
+    params = {"embed": {"embedding": np.eye(4)}, "layers": {0: layer, 1: layer}}
+    result = Result(1, None, 1.0, 1.0, 1, 1, [], params)
+    found = singular_values.measure(result)["spectra"]
+    assert list(found) == ["0/attn/q/kernel", "1/attn/q/kernel"]
+
+
+def answered(config):
+    """What a run of fine-tuning might leave: its loss as above, and 150 right answers of 200."""
+    before = {"right": 40, "of": 200, "share": 0.2} if config.baseline else None
+    after = {"right": 150, "of": 200, "share": 0.75}
+    kept = entry(config)
+    mean = kept["validation_loss"]
+    loss = {"mean": mean, "low": mean - 0.1, "high": mean + 0.1, "windows": 9}
+    return kept | {"before": before, "after": after, "loss": loss}
+
+
+def test_finetuning_tunes_each_on_one_grid_and_repeats_the_best(monkeypatch, tmp_path, capsys):
+    asked = []
+
+    def complete(configs, out, **options):
+        asked.append(list(configs))
+        assert options["trainer"] is finetuning.tune
+        return [answered(config) for config in configs]
+
+    monkeypatch.setattr(sweeps, "complete", complete)
+    out = tmp_path / "finetuning.json"
+    assert finetuning.main(["--out", str(out)]) == 0
+    assert out.with_suffix(".png").stat().st_size > 1000
+    *_, grid, finals = asked
+
+    def points(configs):
+        return {(c.optimizer, c.learning_rate, c.seed) for c in configs}
+
+    # The two in the middle, up to the neighbour of the best, 3e-3, which is the grid's last.
+    rates = [{r for _, r, _ in points(configs)} for configs in asked[:-1]]
+    assert rates == [{1e-4, 3e-4}, {1e-4, 3e-4, 1e-3}, {1e-4, 3e-4, 1e-3, 3e-3}]
+    assert points(grid) == {(o, r, 0) for o in finetuning.OPTIMIZERS for r in rates[-1]}
+    assert points(finals) == {(o, 3e-3, seed) for o in finetuning.OPTIMIZERS for seed in (0, 1)}
+    assert sum(c.baseline for c in grid) == 1
+    options = {"optimizer", "learning_rate", "seed", "projector"}
+    same = [
+        {k: v for k, v in sweeps.identity(c).items() if k not in options} for c in grid + finals
+    ]
+    assert all(each == same[0] for each in same)
+    for config in finals:
+        check(config)
+    shown = capsys.readouterr().out
+    assert "24 steps, 2 seeds, right before: 20.0%" in shown
+    assert "4.0000 (75%)" in shown  # of the grid
+
+
+def test_seeds_answer_the_same_items():
+    entries = [
+        answered(dataclasses.replace(finetuning.BASE, optimizer=o, learning_rate=3e-3, seed=seed))
+        for o in finetuning.OPTIMIZERS for seed in (0, 1)
+    ]  # fmt: skip
+    rows = finetuning.compare(entries)
+    assert [row["optimizer"] for row in rows] == list(finetuning.OPTIMIZERS)
+    assert rows[0]["shares"] == [0.75, 0.75]
+    assert rows[0]["interval"] == wilson(150, 200)  # not of 400
+    assert rows[0]["losses"] == [4.0, 4.01] and rows[0]["loss"] == pytest.approx(4.005)
+    assert rows[0]["loss_interval"] == pytest.approx((3.91, 4.11))
+
+
+def test_other_tasks_in_a_result_file_are_left_out():
+    run = dataclasses.replace(finetuning.BASE, optimizer="gum", learning_rate=1e-4)
+    better = dataclasses.replace(run, learning_rate=3e-3)
+    other = dataclasses.replace(better, task="gsm_symbolic")
+    kept = finetuning.finals_of([answered(c) for c in (run, better, other)])
+    assert [entry["config"] for entry in kept] == [sweeps.identity(better)]
+
+
+def test_the_frontier_searches_until_both_neighbours_are_worse(trained, tmp_path, capsys):
+    out = tmp_path / "frontier.json"
+    options = ["--contenders", "columns", "scale", "--seeds", "0", "1", "--out", str(out)]
+    assert frontier.main(options) == 0
+    *rounds, first, second = trained
+    # Low-rank Muon begins at the best rate, 3e-3; SCALE climbs from 1e-3 to 4e-3.
+    tried = {
+        name: [[c.learning_rate for c in asked if c.optimizer == name] for asked in rounds]
+        for name in ("gum", "scale")
+    }
+    assert tried["gum"] == [[1.5e-3, 3e-3, 6e-3], [], []]
+    assert tried["scale"] == [[5e-4, 1e-3, 2e-3], [4e-3], [8e-3]][: len(rounds)]
+    assert {c.steps for asked in rounds for c in asked} == {frontier.TUNING_STEPS}
+    for asked, corpus in ((first, "stdlib"), (second, "runs/sotu")):
+        assert {(c.optimizer, c.seed) for c in asked} == {
+            (name, seed) for name in ("gum", "scale") for seed in (0, 1)
+        }
+        assert {(c.corpus, c.steps) for c in asked} == {((corpus,), frontier.STEPS)}
+        assert {c.learning_rate for c in asked if c.optimizer == "gum"} == {3e-3}
+    for asked in trained:
+        for config in asked:
+            check(config)
+    assert out.with_suffix(".png").exists()
+    assert "low-rank Muon + columns" in capsys.readouterr().out
+
+
+def test_rates_are_judged_by_all_runs_and_compared_by_pairs(trained, tmp_path, capsys):
+    """Where the search has whole runs, there is nothing left for the finals to train."""
+    out = tmp_path / "frontier.json"
+    options = ["--contenders", "muon", "columns", "--seeds", "0", "1", "--corpora", "stdlib"]
+    options += ["--tuning-runs", "all", "--tuning-steps", "4000", "--out", str(out)]
+    assert frontier.main(options) == 0
+    assert {(c.seed, c.steps) for asked in trained for c in asked} == {(0, 4000), (1, 4000)}
+    assert len(json.loads(out.read_text())) == 2 * 2 * 3  # contenders, seeds, rates
+    config = frontier.Config(contenders=("muon", "columns"), seeds=(0, 1), corpora=("stdlib",))
+    runs_of = frontier.finals(config, {"muon": 3e-3, "columns": 6e-3}, "stdlib")
+    rows = frontier.compare(config, [entry(run) for run in runs_of])
+    by_name = {row["contender"]: row for row in rows}
+    # Seeds move both alike, so the difference has no spread; the losses have.
+    assert by_name["columns"]["above_muon"] == pytest.approx(np.log10(2))
+    assert by_name["columns"]["apart_muon"] == pytest.approx(0, abs=1e-9)
+    assert by_name["columns"]["deviation"] == pytest.approx(0.01 / 2**0.5)
+    assert by_name["muon"]["seconds_per_step"] == 0.5
+    # Runs of one program have no seconds of their own.
+    rows = frontier.compare(config, [entry(run) | {"together": 4} for run in runs_of])
+    assert {row["seconds_per_step"] for row in rows} == {None}
+    capsys.readouterr()
+    with pytest.raises(ConfigError, match="--budget-minutes"):
+        frontier.main([*options, "--together", "--budget-minutes", "5"])
+
+
+def test_every_contender_can_run_and_has_a_name_of_its_own():
+    for key in frontier.CONTENDERS:
+        check(frontier.point(frontier.Config(), key, 1e-3, 0, "stdlib", 1000))
+    names = [contender.name for contender in frontier.CONTENDERS.values()]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["muon", "muon_rows8", "muon_rows4", "adamw", "scale", "columns", "columns_16", "joint", "gum",
+     "columns_slots_1", "additive", "adam_columns", "fira", "frugal", "apollo", "apollo_mini",
+     "galore"],
+)  # fmt: skip
+def test_contenders_are_other_transformations_of_the_same_rest(key):
+    """Bytes of the hidden matrices, by hand, in 8 blocks of nano."""
+    config = frontier.point(frontier.Config(), key, 1e-3, 0, "stdlib", 1000)
+    shapes = [(128, 128)] * 2 + [(64, 128)] * 2 + [(128, 352)] * 3
+    rank, drawn = config.rank, config.full_rank_layers
+    numbers = {
+        "muon": sum(m * n for m, n in shapes),
+        "adamw": sum(2 * m * n for m, n in shapes),
+        "scale": 0,
+        "low rank": sum((m + n) * rank for m, n in shapes),
+        "adam": sum((m + 2 * n) * rank for m, n in shapes),
+        "mini": sum(m + 2 * n for m, n in shapes),
+        # Some of the eight matrices of each role in full.
+        "slots": sum((m + n) * rank + m * n * drawn / 8 for m, n in shapes),
+        # A scale in float32 for each input: those of one matrix of seven are the hidden width.
+        "muon_rows8": sum(m * n / 4 for m, n in shapes) + 6 * 128 + 352,
+        "muon_rows4": sum(m * n / 8 for m, n in shapes) + 6 * 128 + 352,
+    }
+    kinds = {
+        "adam": ("galore", "fira", "apollo", "frugal", "adam_columns"),
+        "mini": ("apollo_mini",),
+        "slots": ("gum", "additive", "columns_slots_1"),
+        "low rank": ("columns", "columns_16", "joint"),
+    }
+    kind = next((kind for kind, keys in kinds.items() if key in keys), key)
+    # Counters, keys, norms and the slots' numbers are a few bytes more.
+    assert 0 <= frontier.hidden_bytes(config) - 8 * 4 * numbers[kind] < 500
+
+
+def test_residuals_without_momentum_have_the_size_of_the_directions_left_out():
+    rng = np.random.default_rng(0)
+    residual, projected = rng.normal(size=(2, 6, 10)), rng.normal(size=(2, 2, 10))
+    for name, make in optimizers.DIRECTIONS.items():
+        direction: Any = make()
+        state = direction.init(residual)
+        found, _ = jax.jit(direction.update)(
+            np.float32(residual), state, projected=np.float32(projected)
+        )
+        np.testing.assert_allclose(np.linalg.norm(found, axis=(1, 2)), 2.0, rtol=1e-5)
+        equal = {
+            "columns": np.linalg.norm(found, axis=1),
+            "rows": np.linalg.norm(found, axis=2),
+            "sign": np.abs(found),
+            "plain": np.asarray(found) / residual,
+        }[name]
+        for each in equal:
+            np.testing.assert_allclose(each, each.ravel()[0], rtol=1e-4)
+
+
+def test_the_mechanism_splits_momentum_at_the_bases():
+    """By hand: a basis of two axes; momentum inside, across and outside of it."""
+    tall, wide = "layers/0/mlp/down/kernel", "layers/0/attn/q/kernel"
+    q, down = np.zeros((4, 6), np.float32), np.zeros((6, 4), np.float32)
+    blocks = {"0": {"attn": {"q": {"kernel": q}}, "mlp": {"down": {"kernel": down}}}}
+    params = {"layers": blocks}
+    basis = np.eye(4)[:, :2]
+    rng = np.random.default_rng(0)
+    momentum = np.diag([3.0, 0.0, 4.0, 0.0]) @ np.eye(4, 6)
+    found = {
+        wide: mechanism.Matrix(momentum, momentum, basis),
+        tall: mechanism.Matrix(rng.normal(size=(4, 6)), rng.normal(size=(4, 6)), basis),
+    }
+    assert mechanism.share_outside(momentum, basis) == pytest.approx(16 / 25)
+    assert mechanism.cosine({wide: found[wide]}) == pytest.approx(1)
+    moved = mechanism.orthogonalized(params, found, 0.1, outside=True)
+    down = np.asarray(moved["layers"]["0"]["mlp"]["down"]["kernel"]).T
+    # Nothing inside of the basis, m - r = 2 orthonormal rows, Adam's size 0.2 sqrt(6), downhill.
+    np.testing.assert_allclose(basis.T @ down, 0, atol=1e-6)
+    size = 0.1 * 0.2 * 6**0.5
+    np.testing.assert_allclose(np.linalg.svd(down)[1], [size, size, 0, 0], atol=1e-6)
+    assert np.sum(down * found[tall].momentum) < 0
+    whole = mechanism.orthogonalized(params, found, 0.1, outside=False)
+    down = np.asarray(whole["layers"]["0"]["mlp"]["down"]["kernel"])
+    np.testing.assert_allclose(np.linalg.svd(down)[1], [size] * 4, rtol=1e-5)

@@ -1,0 +1,136 @@
+"""Sets of training runs: what is missing is run, at the same time, and nothing is lost."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import signal
+import time
+
+import pytest
+
+from experiments import tune
+from experiments.reliability import kills
+from experiments.trainer import checkpoints, loop, processes, sweeps
+from experiments.trainer.config import Config
+from experiments.trainer.pretraining import train
+
+
+def pretrain(config, *, show):
+    """Keeps the mean square of the last embedding."""
+    result = train(config, show=show)
+    return result, {"mean_square": float((result.params["embed"]["embedding"] ** 2).mean())}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    home = tmp_path_factory.mktemp("runs")
+    corpus = str(kills.write_corpus(home / "corpus"))
+    return Config(
+        preset="tiny", steps=4, batch_size=2, rank=4, period=2, corpus=(corpus,),
+        cache_dir=str(home / "cache"), validate_every=2, validation_batches=1,
+    )  # fmt: skip
+
+
+def configurations(base, home, **changes):
+    # Of all optimizers this one compiles soonest.
+    points = [dataclasses.replace(base, optimizer="adamw", seed=seed, **changes) for seed in (0, 1)]
+    return [dataclasses.replace(p, run_dir=sweeps.directory(str(home), p)) for p in points]
+
+
+@pytest.fixture(scope="module")
+def completed(base, tmp_path_factory):
+    """The entries of two runs at the same time, then of one here, and what that one printed."""
+    home = tmp_path_factory.mktemp("completed")
+    configs = configurations(base, home / "parallel")
+    together = sweeps.complete(configs, home / "parallel.json", jobs=2, trainer=pretrain)
+    assert not list((home / "parallel").glob("*/*")), "run directories are cleared away"
+
+    # One is there, the other missing.
+    out = home / "alone.json"
+    out.write_text(json.dumps(together[:1]))
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        alone = sweeps.complete([*configs, configs[0]], out)
+    assert len(json.loads(out.read_text())) == 2
+    return together, alone, printed.getvalue()
+
+
+def test_a_set_is_completed_once_whoever_runs_it(completed):
+    together, alone, printed = completed
+    assert [e["config"]["seed"] for e in together] == [0, 1]
+    assert all(e["mean_square"] > 0 and [s for s, _ in e["curve"]] == [2, 4] for e in together)
+    assert together[0]["validation_loss"] != together[1]["validation_loss"]
+
+    # The one that was missing is run alone, and equal to the one that ran beside the other.
+    assert "[1 of 1] adamw" in printed and "seed 1" in printed
+    assert alone[0] == alone[2] == together[0]
+    assert alone[1]["validation_loss"] == pytest.approx(together[1]["validation_loss"], rel=1e-5)
+
+
+def test_a_run_that_was_stopped_goes_on_from_its_checkpoint(base, completed, tmp_path, monkeypatch):
+    """By SIGTERM after step 3, between two validations; nothing of it is lost or run again."""
+    [config] = configurations(base, tmp_path / "stopped", checkpoint_every=100)[1:]
+    _, (_, whole, _), _ = completed
+    taken = []
+    step = loop.Report.step
+
+    def stop_after_three(self, number, metrics):
+        step(self, number, metrics)
+        taken.append(number)
+        if taken == [1, 2, 3]:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(loop.Report, "step", stop_after_three)
+    out = tmp_path / "stopped.json"
+    with pytest.raises(sweeps.Stopped):
+        sweeps.complete([config], out)
+    assert not out.exists() and checkpoints.newest(config) == 3
+    [entry] = sweeps.complete([config], out)
+    assert taken == [1, 2, 3, 4]
+    assert entry["curve"] == whole["curve"] and entry["config"] == whole["config"]
+
+
+def test_a_set_stops_when_its_time_is_up(base, tmp_path, monkeypatch):
+    """The signal comes again until the training loop has taken it; then nothing is started."""
+    setitimer = signal.setitimer
+    monkeypatch.setattr(signal, "setitimer", lambda w, first, every=0.0: setitimer(w, first, 0.1))
+    with sweeps._until(time.time() + 0.05):
+        time.sleep(0.2)  # a signal outside of the loop ends nothing
+        with processes.signals(0) as stop:
+            while not stop.signal:
+                time.sleep(0.01)
+    setitimer(signal.ITIMER_REAL, 0.0)
+    assert stop.signal == signal.SIGTERM
+    out = tmp_path / "none.json"
+    with pytest.raises(sweeps.OutOfTime, match="the time is up: 0 of 2 runs are done"):
+        sweeps.complete(configurations(base, tmp_path / "none"), out, deadline=time.time())
+    assert not out.exists() and not (tmp_path / "none").exists()
+    ends = sweeps.deadline_in(1.0)
+    assert ends is not None and 50 < ends - time.time() <= 60 and sweeps.deadline_in(None) is None
+
+
+def test_an_entry_from_before_an_option_has_its_default(base, tmp_path):
+    config = dataclasses.replace(base, optimizer="muon")
+    options = sweeps.identity(config)
+    del options["restart"]
+    out = tmp_path / "old.json"
+    out.write_text(json.dumps([{"config": options, "validation_loss": 1.0}]))
+    assert sweeps.complete([config], out)[0]["validation_loss"] == 1.0
+
+
+def test_directories_tell_runs_apart(base):
+    names = {
+        sweeps.directory("x", dataclasses.replace(base, **change))
+        for change in ({}, {"rank": 8}, {"seed": 1}, {"period": 3})
+    }
+    assert len(names) == 4
+    grid = tune.Grid(optimizers=("gum", "adamw"), learning_rates=(0.1, 0.2), seeds=(0, 1))
+    points = {(c.optimizer, c.learning_rate, c.seed) for c in tune.configurations(grid)}
+    assert len(points) == len({c.run_dir for c in tune.configurations(grid)}) == 8
+
+
+@pytest.mark.parametrize("jobs", [1, 2, 3])
+def test_cores_are_shared_out(jobs):
+    shares = sweeps._shares([0, 1], jobs)
+    assert len(shares) == jobs and all(shares)
+    assert {core for share in shares for core in share} == {0, 1}
