@@ -94,11 +94,11 @@ def find(
 
     def init(params: PyTree) -> Any:
         state = tx.init(params)
-        # A state is told by its count: the same traced array, wherever it was put.
-        counts = [id(found.count) for found in states(state, kind)]
+        # A state is told by its arrays: the same traced ones, wherever they were put.
+        known = [_identity(found) for found in states(state, kind)]
         for source in notes.sources:
-            known = id(source.state.count)
-            places.append(counts.index(known) if known in counts else None)
+            own = _identity(source.state)
+            places.append(known.index(own) if own in known else None)
         return state
 
     token = _open.set(notes)
@@ -119,6 +119,10 @@ def find(
         for source, place in zip(notes.sources, places, strict=True)
         if place is not None
     ], notes.numbers
+
+
+def _identity(state: Any) -> list[int]:
+    return [id(leaf) for leaf in jax.tree.leaves(state)]
 
 
 def states(state: Any, kind: type) -> list[Any]:
