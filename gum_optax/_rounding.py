@@ -3,6 +3,7 @@
 Tests: tests/library/test_rounding.py.
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +12,7 @@ import optax
 
 from gum_optax import _checks, _mesh
 from gum_optax._paths import PyTree, is_stand_in
+from gum_optax._projected import Projected, is_projected
 
 _DROPPED = 16  # bits by which bfloat16 is shorter than float32
 
@@ -109,9 +111,15 @@ def stochastic_rounding(
 
 def _wide(tree: PyTree) -> PyTree:
     """The same in float32, where it is in bfloat16."""
-    return jax.tree.map(
-        lambda leaf: leaf.astype(jnp.float32) if leaf.dtype == jnp.bfloat16 else leaf, tree
-    )
+
+    def widen(leaf: Any) -> Any:
+        if isinstance(leaf, Projected):
+            dtype = jnp.float32 if leaf.dtype == jnp.bfloat16 else leaf.dtype
+            residual = None if leaf.residual is None else leaf.residual.astype(dtype)
+            return dataclasses.replace(leaf, residual=residual, dtype=jnp.dtype(dtype))
+        return leaf.astype(jnp.float32) if leaf.dtype == jnp.bfloat16 else leaf
+
+    return jax.tree.map(widen, tree, is_leaf=is_projected)
 
 
 def _rounded_move(key: jax.Array, weight: jax.Array, move: jax.Array) -> jax.Array:

@@ -11,6 +11,8 @@ Optimizer = Literal[
     "gum", "adamw", "muon", "galore", "galore_muon", "golore", "golore_muon", "unbiased_adamw",
     "scale", "fira", "frugal", "apollo", "apollo_mini", "joint_muon",
 ]  # fmt: skip
+# Without projections, or with a rule that reads gradients before they are projected.
+NOT_COMPRESSED: tuple[Optimizer, ...] = ("adamw", "muon", "scale", "joint_muon")
 Residual = Literal["drop", "sampled", "additive", "columns", "rows", "sign", "plain"]
 Projector = Literal["subspace_iteration", "svd", "randomized_svd", "random_orthonormal"]
 Preset = Literal["tiny", "nano", "deep", "60m", "130m", "350m", "1b"]
@@ -39,6 +41,9 @@ class Training:
     at random, so that small ones are not lost, and the optimizer works in float32."""
     remat: bool = False
     """Compute the activations of each block again in the backward pass instead of keeping them."""
+    gradients: Literal["full", "compressed"] = "full"
+    """How gradients leave the backward pass: whole, or already projected, which takes less memory
+    and, for many tokens, less time. --clip-norm then measures what is left of them."""
     accumulate: int = 1
     """Parts of a batch whose gradients are computed one after the other, and summed."""
 
@@ -239,6 +244,10 @@ def check(config: Training) -> None:
         unset = getattr(config, field) == getattr(Training, field)
         if not unset and config.optimizer not in users:
             raise ConfigError(f"{flag(field)} has no effect on {config.optimizer}")
+    if config.gradients == "compressed" and config.optimizer in NOT_COMPRESSED:
+        raise ConfigError(
+            f"{flag('gradients')} is compressed; {config.optimizer} needs whole gradients"
+        )
     demand(("corpus",), lambda value: len(value) > 0, "at least one file, directory or data set")
     divides = f"a divisor of --batch-size, {config.batch_size}"
     demand(("accumulate",), lambda value: config.batch_size % value == 0, divides)

@@ -81,11 +81,12 @@ def start(
       layers: how many blocks the model has.
     """
     optimizer = optimizers.build(config, layers)
-    gradients = _gradients(loss, config)
+    compressed = config.gradients == "compressed"
+    gradients = (_compressed if compressed else _full)(loss, config, optimizer)
 
     def step(state: State, batch: Any) -> tuple[State, dict[str, jax.Array]]:
-        value, grads = gradients(state.params, batch)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        value, grads, opt_state = gradients(state.params, state.opt_state, batch)
+        updates, opt_state = optimizer.update(grads, opt_state, state.params)
         params: Any = optax.apply_updates(state.params, updates)
         return State(params, opt_state), {"loss": value, "grad_norm": _norm(grads)}
 
@@ -194,22 +195,63 @@ def introduction(config: Training, state: State, mesh: Mesh | None, layers: int)
     )
 
 
-def _gradients(loss: Loss, config: Training) -> Callable[[Params, Any], tuple[jax.Array, Params]]:
-    """The mean loss over the tokens of a batch, and its gradient."""
-    if config.accumulate == 1:
-        return jax.value_and_grad(losses.mean(loss))
+# (params, state, batch) -> (mean loss over the tokens of a batch, its gradient, state)
+_Gradients = Callable[[Params, Any, Any], tuple[jax.Array, Params, Any]]
 
-    def of_part(params: Params, part: Any) -> tuple[Any, Params]:
-        (total, count), grads = jax.value_and_grad(loss, has_aux=True)(params, part)
+
+def _full(loss: Loss, config: Training, optimizer: optax.GradientTransformation) -> _Gradients:
+    """Gradients like the weights."""
+
+    def make(loss: Loss) -> Callable[..., Any]:
+        function = jax.value_and_grad(loss, has_aux=config.accumulate > 1)
+        return lambda params, state, part: function(params, part)
+
+    mean = _mean(loss, config, make)
+    return lambda params, state, batch: (*mean(params, state, batch), state)
+
+
+def _compressed(
+    loss: Loss, config: Training, optimizer: optax.GradientTransformation
+) -> _Gradients:
+    """Gradients that are projected in the backward pass."""
+    value_and_grad = gum_optax.backward.value_and_grad
+    make = partial(value_and_grad, tx=optimizer, has_aux=config.accumulate > 1)
+    mean = _mean(loss, config, make)
+    refresh = gum_optax.backward.refresh(losses.mean(loss), optimizer)
+
+    def gradients(params: Params, state: Any, batch: Any) -> tuple[jax.Array, Params, Any]:
+        # Of a batch in parts, every k-th window: as many of each device.
+        state = refresh(params, state, jax.tree.map(lambda x: x[:: config.accumulate], batch))
+        return (*mean(params, state, batch), state)
+
+    return gradients
+
+
+def _mean(
+    loss: Loss, config: Training, make: Callable[[Any], Callable[..., Any]]
+) -> Callable[[Params, Any, Any], tuple[jax.Array, Params]]:
+    """The mean loss of a batch and its gradient, summed over the parts of the batch.
+
+    Args:
+      loss: the sum over tokens, and their number.
+      config: how many parts.
+      make: from a loss, ``(params, state, part) -> (value, gradient)``; with more than one part, of
+        a loss with aux.
+    """
+    if config.accumulate == 1:
+        return make(losses.mean(loss))
+
+    def of_part(params: Params, state: Any, part: Any) -> tuple[Any, Params]:
+        value, grads = make(loss)(params, state, part)
         # Sums of many parts need more digits than weights in bfloat16 have.
         wide: Any = optax.tree.cast(grads, "float32")
-        return (total, count), wide
+        return value, wide
 
     size = config.batch_size // config.accumulate
-    summed = microbatch(of_part, 1, size, AccumulationType.SUM)
+    summed = microbatch(of_part, 2, size, AccumulationType.SUM)
 
-    def gradients(params: Params, batch: Any) -> tuple[jax.Array, Params]:
-        (total, count), grads = summed(params, batch)
+    def gradients(params: Params, state: Any, batch: Any) -> tuple[jax.Array, Params]:
+        (total, count), grads = summed(params, state, batch)
         return total / count, jax.tree.map(lambda g: g / count, grads)
 
     return gradients

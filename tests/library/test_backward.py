@@ -58,8 +58,9 @@ def _tokens(step: int, rows: int = 4) -> np.ndarray:
 
 
 def _compression(**options: Any) -> LowRank:
-    options = {"rank": RANK, "period": PERIOD, "projector": SIMPLE.projector} | options
-    return LowRank(**({"residual": residuals.sampled(1)} | options))
+    merged: dict[str, Any] = {"rank": RANK, "period": PERIOD, "projector": SIMPLE.projector}
+    merged |= {"residual": residuals.sampled(1)} | options
+    return LowRank(**merged)
 
 
 COLUMNS = residuals.through(gum_optax.normalize_columns())
