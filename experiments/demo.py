@@ -7,11 +7,13 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from experiments.reporting import loss_curves
 from experiments.trainer import cli
-from experiments.trainer.config import Config, ConfigError
+from experiments.trainer.config import Config, change
 from experiments.trainer.loop import Result
+from experiments.trainer.options import ConfigError
 from experiments.trainer.pretraining import train
 
 PROGRAM = "experiments.demo"
@@ -28,14 +30,14 @@ class Demo:
         default_factory=lambda: Config(run_dir="runs/demo", validate_every=50)
     )
     """All other options, as in experiments.pretrain; optimizer and learning rate are the demo's.
-    The directories of both runs are made anew in --base.run-dir."""
+    The directories of both runs are made anew in `run_dir`."""
 
 
 def main(arguments: Sequence[str]) -> int:
     """Runs the demo; returns the exit code."""
     base = cli.parse(Demo, PROGRAM, arguments).base
     if base.resume:
-        raise ConfigError("--base.resume: the demo always starts anew")
+        raise ConfigError("`resume`: the demo always starts anew")
     print(introduction(base))
     results = {}
     for number, (optimizer, rate) in enumerate(LEARNING_RATES.items(), 1):
@@ -59,7 +61,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def run_config(base: Config, optimizer: str) -> Config:
     """The configuration of one of the demo's runs."""
-    return dataclasses.replace(
+    return change(
         base,
         optimizer=optimizer,
         learning_rate=LEARNING_RATES[optimizer],
@@ -69,12 +71,13 @@ def run_config(base: Config, optimizer: str) -> Config:
 
 def introduction(base: Config) -> str:
     """What will happen, for someone who watches."""
+    gum: Any = run_config(base, "gum").optimizer
     return (
         f"The same LLaMA ({base.preset}) learns the same text, {' '.join(base.corpus)}, twice: "
         "once with GUM, once with AdamW.\n"
         "AdamW keeps two numbers for every weight. GUM keeps a momentum of rank "
-        f"{base.rank} for each hidden matrix,\nand for {base.full_rank_layers} layer(s) of each "
-        f"role, drawn anew every {base.period} steps, what that rank leaves out.\n"
+        f"{gum.rank} for each hidden matrix,\nand for {gum.full_rank_layers} layer(s) of each "
+        f"role, drawn anew every {gum.period} steps, what that rank leaves out.\n"
         "Lower validation loss is better; it is measured on documents that no run trains on.\n"
         "The first run also prepares the text and compiles: the bar starts to move after that."
     )

@@ -43,7 +43,7 @@ def _conclude(config: Config, outcome: Outcome, arguments: Sequence[str]) -> Non
     from experiments.reporting import loss_curves
 
     result = outcome.result
-    label = f"{config.optimizer}, {config.learning_rate:g}"
+    label = f"{config.optimizer.name}, {config.learning_rate:g}"
     title = f"{config.model} on {config.task}"
     picture = loss_curves({label: result.metrics}, Path(config.run_dir) / "loss.png", title)
     if outcome.after is None:

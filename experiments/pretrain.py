@@ -6,15 +6,17 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from experiments.trainer import checkpoints, cli, processes
+from experiments.trainer import cli
 from experiments.trainer.config import Config, Launch
-from experiments.trainer.loop import Result
-from experiments.trainer.pretraining import train
+from experiments.trainer.optimizers import defaults_like
 from experiments.trainer.recipes import RECIPES
+
+if TYPE_CHECKING:
+    from experiments.trainer.loop import Result
 
 PROGRAM = "experiments.pretrain"
 
@@ -29,10 +31,11 @@ class Command:
 
 def main(arguments: Sequence[str]) -> int:
     """Runs or resumes a training run; returns the exit code."""
-    command = cli.parse(Command, PROGRAM, arguments)
-    if recipe := command.config.recipe:
-        default = Command(RECIPES[recipe], Launch())
-        command = cli.parse(Command, PROGRAM, arguments, default)
+    command = parse(arguments)
+    # These import the network, data and checkpoints, which takes seconds; `--help` needs none.
+    from experiments.trainer import checkpoints, processes
+    from experiments.trainer.pretraining import train
+
     processes.join(command.launch)
     with checkpoints.storage_faults(command.config):
         result = train(command.config)
@@ -41,12 +44,22 @@ def main(arguments: Sequence[str]) -> int:
     return 128 + result.stopped_by if result.stopped_by else 0
 
 
-def _conclude(config: Config, result: Result, arguments: Sequence[str]) -> None:
+def parse(arguments: Sequence[str]) -> Command:
+    """The options of a run; what is not given has the defaults of the recipe, if there is one."""
+    command = cli.parse(Command, PROGRAM, arguments)
+    if not (recipe := command.config.recipe):
+        return command
+    default = Command(RECIPES[recipe], Launch())
+    with defaults_like(default.config.optimizer):
+        return cli.parse(Command, PROGRAM, arguments, default)
+
+
+def _conclude(config: Config, result: "Result", arguments: Sequence[str]) -> None:
     """Draws the loss curve and says how the run ended."""
     # Matplotlib takes a second to import, and other processes than the first do not draw.
     from experiments.reporting import loss_curves
 
-    label = f"{config.optimizer}, {config.learning_rate:g}"
+    label = f"{config.optimizer.name}, {config.learning_rate:g}"
     title = f"{config.preset} on {' '.join(config.corpus)}"
     picture = loss_curves({label: result.metrics}, Path(config.run_dir) / "loss.png", title)
     if result.stopped_by:

@@ -4,7 +4,6 @@ A result file says what it rests on: configuration, versions, device and commit.
 beside its result file.
 """
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -21,7 +20,8 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from experiments.trainer import compatibility
-from experiments.trainer.config import make_directory
+from experiments.trainer.config import record
+from experiments.trainer.options import make_directory
 
 # Okabe and Ito's palette: distinct under the common kinds of colour blindness.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -118,9 +118,9 @@ def save(figure: Figure, results: Path) -> Path:
 
 def _settings(config: Any) -> dict[str, Any]:
     """The options but `out`: where a result lies decides nothing, and may be a private path."""
-    fields = dataclasses.asdict(config)
+    fields = record(config)
     fields.pop("out", None)
-    return {name: str(v) if isinstance(v, Path) else v for name, v in fields.items()}
+    return fields
 
 
 def _cpu_model() -> str | None:

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.trainer import cli, sweeps
-from experiments.trainer.config import Config, Optimizer
+from experiments.trainer.config import Config, change
+from experiments.trainer.optimizers import Name
 
 PROGRAM = "experiments.tune"
 
@@ -19,7 +20,7 @@ PROGRAM = "experiments.tune"
 class Grid:
     """Train with every combination of optimizers, learning rates and seeds."""
 
-    optimizers: tuple[Optimizer, ...] = ("gum", "adamw")
+    optimizers: tuple[Name, ...] = ("gum", "adamw")
     """Optimizers to compare."""
     learning_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
     """Peak learning rates."""
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
 def configurations(grid: Grid) -> list[Config]:
     """One configuration for each point of the grid."""
     points = [
-        dataclasses.replace(grid.base, optimizer=optimizer, learning_rate=rate, seed=seed)
+        change(grid.base, optimizer=optimizer, learning_rate=rate, seed=seed)
         for seed in grid.seeds
         for optimizer in grid.optimizers
         for rate in grid.learning_rates

@@ -15,7 +15,7 @@ from experiments.benchmarks import (
 )
 from experiments.benchmarks.settings import Config, check
 from experiments.trainer import cli
-from experiments.trainer.config import make_directory
+from experiments.trainer.options import make_directory
 
 PROGRAM = "experiments.benchmarks"
 

@@ -15,6 +15,7 @@ from experiments.benchmarks.settings import Config
 from experiments.studies import gradients
 from experiments.studies.gradients import Moment
 from experiments.trainer.config import Config as Run
+from experiments.trainer.optimizers import Gum
 
 Captured = dict[str, np.ndarray]
 
@@ -42,7 +43,7 @@ def run(config: Config) -> None:
 def refreshes(config: Config) -> Iterator[tuple[int, Captured]]:
     """Trains; yields the step and, by kind, each matrix's share at every refresh."""
     settings = run_of(config)
-    steps = range(0, settings.steps + 1, settings.period)
+    steps = range(0, settings.steps + 1, gradients.period(settings))
     for moment in gradients.along(settings, steps):
         yield moment.step, captured(moment)
 
@@ -51,9 +52,11 @@ def run_of(config: Config) -> Run:
     """The run of GUM that is looked at."""
     preset: Any = config.projector_preset
     return Run(
-        preset=preset, optimizer="gum", steps=config.projector_steps, seed=config.seed,
-        period=config.projector_period, rank=config.projector_rank,
-        full_rank_layers=config.full_rank_layers, corpus=config.corpus, cache_dir=config.cache_dir,
+        preset=preset, steps=config.projector_steps, seed=config.seed,
+        optimizer=Gum(
+            period=config.projector_period, rank=config.projector_rank,
+            full_rank_layers=config.full_rank_layers,
+        ), corpus=config.corpus, cache_dir=config.cache_dir,
     )  # fmt: skip
 
 

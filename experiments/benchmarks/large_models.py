@@ -18,7 +18,7 @@ import gum_optax
 from experiments import reporting
 from experiments.benchmarks import parameters as trees
 from experiments.trainer import cli
-from experiments.trainer.config import choose
+from experiments.trainer.options import choose
 from gum_optax import dimension_numbers
 
 PROGRAM = "experiments.benchmarks.large_models"

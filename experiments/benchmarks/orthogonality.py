@@ -58,7 +58,7 @@ def run(config: Config) -> None:
 def momenta(config: Config) -> list[np.ndarray]:
     """Of each kind of matrix, ``[N, m, n]``: what its slots hold at all ages in all periods."""
     settings = bases.run_of(config)
-    ages = [age for age in AGES if age < settings.period]
+    ages = [age for age in AGES if age < gradients.period(settings)]
     moments = gradients.along(settings, gradients.since_refresh(settings, ages))
     by_kind = [moment.slots for moment in moments]
     return [np.concatenate([each[kind] for each in by_kind]) for kind in by_kind[0]]

@@ -1,15 +1,14 @@
 """Every option of the benchmarks, with its default: the only place where defaults live."""
 
 import dataclasses
-from collections.abc import Iterable
 from pathlib import Path
 
 from experiments.benchmarks import contenders, parameters
-from experiments.trainer.config import ConfigError, choose, flag
+from experiments.trainer.options import Checked, at_least, choose, option
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Checked):
     """Time and weigh GUM beside AdamW, Muon and GaLore."""
 
     studies: tuple[str, ...] = (
@@ -20,15 +19,15 @@ class Config:
     (quality of bases and of Newton-Schulz), variants (seconds of the frontier's methods)."""
     out: Path = Path("experiments/results/benchmarks")
     """Directory of the results; the figure is beside it, with .png at the end."""
-    rank: int = 128
+    rank: int = option(128, at_least(1))
     """Rank of GUM and GaLore."""
-    full_rank_layers: int = 2
+    full_rank_layers: int = option(2, at_least(0))
     """Gamma: full-rank layers of each role in a period."""
-    period: int = 200
+    period: int = option(200, at_least(1))
     """Steps over which the cost of a refresh is spread."""
-    repeats: int = 5
+    repeats: int = option(5, at_least(1))
     """How often each step is timed; the median is kept."""
-    seed: int = 0
+    seed: int = option(0, at_least(0))
     """Seed of parameters, gradients and tokens."""
     contenders: tuple[str, ...] = tuple(name for name in contenders.TABLE if name != "gum")
     """step: optimizers timed beside GUM."""
@@ -46,38 +45,39 @@ class Config:
     """compiled: presets whose update is compiled, for its temporaries."""
     compiled_gum: tuple[str, ...] = ("7b",)
     """compiled: presets of which GUM's update alone is compiled."""
-    depths: tuple[int, ...] = (8, 16, 32, 64)
+    depths: tuple[int, ...] = option((8, 16, 32, 64), at_least(1))
     """compiled: numbers of layers for the growth of the program."""
     depth_preset: str = "350m"
     """compiled: preset whose layers these are."""
 
     sweep_preset: str = "60m"
     """sweep: preset whose parameters are updated."""
-    ranks: tuple[int, ...] = (32, 64, 128, 256)
+    ranks: tuple[int, ...] = option((32, 64, 128, 256), at_least(1))
     """sweep: ranks."""
-    gammas: tuple[int, ...] = (0, 1, 2, 4)
+    gammas: tuple[int, ...] = option((0, 1, 2, 4), at_least(0))
     """sweep: numbers of full-rank layers."""
-    periods: tuple[int, ...] = (10, 50, 200, 1000)
+    periods: tuple[int, ...] = option((10, 50, 200, 1000), at_least(1))
     """sweep: periods."""
 
     training_preset: str = "60m"
     """training: preset that is trained on random tokens."""
-    batch_size: int = 8
+    batch_size: int = option(8, at_least(1))
     """training: windows in one step."""
-    seq_len: int = 256
+    seq_len: int = option(256, at_least(1))
     """training: tokens in one window."""
-    training_steps: int = 12
+    # Of five, one is a refresh and two are counted.
+    training_steps: int = option(12, at_least(5))
     """training: steps of one process; every fourth is a refresh, the first two are not counted."""
-    rounds: int = 3
+    rounds: int = option(3, at_least(1))
     """training: processes of each optimizer."""
 
     projector_preset: str = "nano"
     """projectors, orthogonality: preset that is trained on text."""
-    projector_steps: int = 500
+    projector_steps: int = option(500, at_least(1))
     """projectors, orthogonality: steps."""
-    projector_period: int = 100
+    projector_period: int = option(100, at_least(1))
     """projectors, orthogonality: steps between two refreshes, at which the bases are compared."""
-    projector_rank: int = 32
+    projector_rank: int = option(32, at_least(1))
     """projectors, orthogonality: rank of the bases."""
     corpus: tuple[str, ...] = ("stdlib",)
     """projectors, orthogonality: what to read, as in experiments.pretrain."""
@@ -85,14 +85,12 @@ class Config:
     """projectors, orthogonality: where tokens are kept, as in experiments.pretrain."""
 
 
-_COUNTS = ("rank", "period", "repeats", "batch_size", "seq_len", "rounds")
-_PROJECTOR_COUNTS = ("projector_steps", "projector_period", "projector_rank")
 _PRESETS = ("presets", "state", "compiled", "compiled_gum")
 _ONE_PRESET = ("depth_preset", "sweep_preset")
 
 
 def check(config: Config) -> None:
-    """Raises `ConfigError` naming the first field whose value cannot work."""
+    """Raises `ConfigError` naming the first field with a name that no table has."""
     known = {
         "studies": Config.studies,
         "layouts": parameters.LAYOUTS,
@@ -106,17 +104,3 @@ def check(config: Config) -> None:
         choose(field, getattr(config, field), parameters.SHAPES)
     for field in ("training_preset", "projector_preset"):
         choose(field, getattr(config, field), parameters.TRAINED)
-    for field in _COUNTS + _PROJECTOR_COUNTS:
-        _demand(field, [getattr(config, field)], 1)
-    for field in ("ranks", "periods", "depths"):
-        _demand(field, getattr(config, field), 1)
-    _demand("gammas", config.gammas, 0)
-    _demand("full_rank_layers", [config.full_rank_layers], 0)
-    _demand("seed", [config.seed], 0)
-    _demand("training_steps", [config.training_steps], 5)  # of which one is a refresh, two count
-
-
-def _demand(field: str, values: Iterable[int], least: int) -> None:
-    for value in values:
-        if value < least:
-            raise ConfigError(f"{flag(field)} is {value}; it must be at least {least}")

@@ -27,12 +27,13 @@ import numpy as np
 from experiments import reporting
 from experiments.benchmarks import parameters, timing
 from experiments.benchmarks.settings import Config
-from experiments.trainer import cli, loop, pretraining
+from experiments.trainer import cli, loop, optimizers, pretraining
 from experiments.trainer.config import Config as Run
-from experiments.trainer.config import Optimizer, Preset
+from experiments.trainer.config import Preset
+from experiments.trainer.optimizers import Gum, Name
 
 PROGRAM = "experiments.benchmarks.training"
-OPTIMIZERS: tuple[Optimizer, ...] = ("gum", "adamw", "muon")
+OPTIMIZERS: tuple[Name, ...] = ("gum", "adamw", "muon")
 
 _ROOT = Path(__file__).parents[2]
 _SKIPPED = 2  # compilation, and what the first steps leave to be set up
@@ -42,7 +43,7 @@ _SKIPPED = 2  # compilation, and what the first steps leave to be set up
 class Worker:
     """Take a few training steps on random tokens and print what they cost."""
 
-    optimizer: Optimizer = "gum"
+    optimizer: Name = "gum"
     """Which optimizer, as in experiments.pretrain."""
     preset: Preset = "60m"
     """Size of the model."""
@@ -129,9 +130,12 @@ def compare(runs: dict[str, list[dict[str, Any]]], period: int) -> dict[str, Any
 def measure(worker: Worker) -> dict[str, Any]:
     """Takes the steps of one run, each until its results are there."""
     settings = Run(
-        preset=worker.preset, optimizer=worker.optimizer, batch_size=worker.batch_size,
-        seq_len=worker.seq_len, steps=worker.steps, rank=worker.rank, period=worker.every,
-        full_rank_layers=worker.full_rank_layers, seed=worker.seed,
+        preset=worker.preset, batch_size=worker.batch_size,
+        seq_len=worker.seq_len, steps=worker.steps, seed=worker.seed,
+        optimizer=optimizers.named(
+            worker.optimizer,
+            Gum(rank=worker.rank, period=worker.every, full_rank_layers=worker.full_rank_layers),
+        ),
     )  # fmt: skip
     arch = pretraining.architecture(settings)
     started: Any = pretraining.start(settings, arch)
@@ -193,7 +197,7 @@ def _by_kind(worker: Worker, seconds: list[float]) -> tuple[list[float], list[fl
     return plain, [s for i, s in later if not i % worker.every]
 
 
-def _worker(config: Config, optimizer: Optimizer) -> Worker:
+def _worker(config: Config, optimizer: Name) -> Worker:
     preset: Any = config.training_preset
     return Worker(
         optimizer=optimizer, preset=preset, batch_size=config.batch_size, seq_len=config.seq_len,

@@ -13,7 +13,7 @@ import numpy as np
 from grain.experimental import BestFitPackIterDataset, ThreadPrefetchIterDataset
 
 from experiments.tasks.base import Example
-from experiments.trainer.config import ConfigError
+from experiments.trainer.options import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -114,7 +114,7 @@ def _end_of_turn(tokenizer: "PreTrainedTokenizerFast") -> int:
         return special[0]
     end_of_text: Any = tokenizer.eos_token_id
     if end_of_text is None:
-        raise ConfigError("--model: its tokenizer has no token that ends a text or a turn")
+        raise ConfigError("`model`: its tokenizer has no token that ends a text or a turn")
     return end_of_text
 
 
@@ -160,7 +160,7 @@ def _check_begins(examples: Sequence[Example], prompts: list, wholes: list) -> N
     for example, prompt, whole in zip(examples, prompts, wholes, strict=True):
         if whole[: len(prompt)] != prompt:
             raise ConfigError(
-                "--model: with its tokenizer and template a prompt with an answer does not begin "
+                "`model`: with its tokenizer and template a prompt with an answer does not begin "
                 "as the prompt alone does: generation would differ from training; the first is "
                 f"{example.prompt[:80]!r}"
             )
@@ -171,7 +171,7 @@ def _check_lengths(encoded: Sequence[Encoded], seq_len: int) -> None:
     too_long = sum(length > seq_len + 1 for length in lengths)
     if too_long:
         raise ConfigError(
-            f"--seq-len is {seq_len}; {too_long} of {len(lengths)} examples are longer than a "
+            f"`seq_len` is {seq_len}; {too_long} of {len(lengths)} examples are longer than a "
             f"window; {max(lengths) - 1} would do"
         )
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from experiments.trainer.config import ConfigError
+from experiments.trainer.options import ConfigError
 
 _READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
 _TEXT = {".txt", ".md", ".rst", ".py"}
@@ -63,10 +63,10 @@ def _find(name: str) -> list[Source]:
         return _group(sorted(file for file in path.rglob("*") if _known(file)), name)
     if path.is_file():
         if not _known(path) and "\0" in _read(path):
-            raise ConfigError(f"--corpus: {name} is no text, .jsonl, .parquet or .arrow file")
+            raise ConfigError(f"`corpus`: {name} is no text, .jsonl, .parquet or .arrow file")
         return _group([path], name)
     if path.suffix in _READERS.keys() | _TEXT or not _HUB_NAME.fullmatch(name):
-        raise ConfigError(f"--corpus: there is no file or directory {name}")
+        raise ConfigError(f"`corpus`: there is no file or directory {name}")
     hub, _, subset = name.partition(":")
     return [Source("hub", name=hub, subset=subset or None)]
 
@@ -78,7 +78,7 @@ def _known(file: Path) -> bool:
 def _group(files: list[Path], name: str) -> list[Source]:
     """One source per reader; a suffix that is not known is read as text."""
     if not files:
-        raise ConfigError(f"--corpus: {name} holds no text, .jsonl, .parquet or .arrow file")
+        raise ConfigError(f"`corpus`: {name} holds no text, .jsonl, .parquet or .arrow file")
     readers = [_READERS.get(file.suffix, "text") for file in files]
     return [
         Source(reader, tuple(f for f, r in zip(files, readers, strict=True) if r == reader))
@@ -99,7 +99,7 @@ def _read(file: Path) -> str:
     try:
         return file.read_text("utf-8", errors="replace")
     except OSError as error:
-        raise ConfigError(f"--corpus: cannot read {file}: {error.strerror}") from error
+        raise ConfigError(f"`corpus`: cannot read {file}: {error.strerror}") from error
 
 
 def _split(text: str) -> Iterator[str]:
@@ -119,7 +119,7 @@ def _columns(source: Source, field: str) -> Iterator[str]:
         for row in _load(source):
             if not isinstance(row.get(field), str):
                 raise ConfigError(
-                    f"--text-field: {where} has no text column {field!r}; "
+                    f"`text_field`: {where} has no text column {field!r}; "
                     f"its columns are {', '.join(row)}"
                 )
             yield row[field]
@@ -127,7 +127,7 @@ def _columns(source: Source, field: str) -> Iterator[str]:
         raise
     except Exception as error:  # `datasets` raises many types; each means: cannot be read
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ConfigError(f"--corpus: cannot read {where}: {reason}") from error
+        raise ConfigError(f"`corpus`: cannot read {where}: {reason}") from error
 
 
 def _load(source: Source) -> Iterable[dict]:

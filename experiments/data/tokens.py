@@ -22,7 +22,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from experiments.data import cache
 from experiments.data import text as corpora
-from experiments.trainer.config import Config, ConfigError, make_directory
+from experiments.trainer.config import Config
+from experiments.trainer.options import ConfigError, make_directory
 
 END = "<|endoftext|>"
 _FORMAT = 2  # raise when the content of the token files changes meaning
@@ -136,11 +137,11 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
 
 def _load_tokenizer(path: str) -> Tokenizer:
     if not Path(path).is_file():
-        raise ConfigError(f"--tokenizer: there is no file {path}")
+        raise ConfigError(f"`tokenizer`: there is no file {path}")
     try:
         tokenizer = Tokenizer.from_file(path)
     except Exception as error:  # the library raises bare `Exception`
-        raise ConfigError(f"--tokenizer: {path} is no tokenizer.json: {error}") from error
+        raise ConfigError(f"`tokenizer`: {path} is no tokenizer.json: {error}") from error
     if tokenizer.token_to_id(END) is None:
         tokenizer.add_special_tokens([END])
     return tokenizer
@@ -150,9 +151,9 @@ def _windows(tokens: np.ndarray, seq_len: int, batch_size: int, kind: str) -> Wi
     windows = Windows(tokens, seq_len)
     if len(windows) < batch_size:
         raise ConfigError(
-            f"--corpus: the {kind} documents hold {len(tokens)} tokens, too few for one batch "
+            f"`corpus`: the {kind} documents hold {len(tokens)} tokens, too few for one batch "
             f"({batch_size} windows of {seq_len + 1}); give more text, or change "
-            "--validation-fraction, --batch-size or --seq-len"
+            "`validation_fraction`, `batch_size` or `seq_len`"
         )
     return windows
 
@@ -201,7 +202,7 @@ def _writing(directory: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ConfigError(f"--cache-dir: cannot write {directory}: {error.strerror}") from error
+        raise ConfigError(f"`cache_dir`: cannot write {directory}: {error.strerror}") from error
 
 
 def _publish(scratch: Path, directory: Path) -> None:

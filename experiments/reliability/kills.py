@@ -25,8 +25,9 @@ import orbax.checkpoint as ocp
 
 from experiments import reporting
 from experiments.trainer import cli
-from experiments.trainer.config import flag
+from experiments.trainer.cli import flag
 from experiments.trainer.metrics import read_metrics
+from experiments.trainer.optimizers import OPTIMIZERS
 
 PROGRAM = "experiments.reliability.kills"
 ROOT = Path(__file__).parents[2]
@@ -65,10 +66,20 @@ def write_corpus(directory: Path) -> Path:
 
 
 def command(options: dict[str, Any]) -> list[str]:
-    """The command line of a training run; an option that is True has no value."""
-    program = [sys.executable, "-m", "experiments.pretrain"]
-    pairs = [[flag(name)] if x is True else [flag(name), str(x)] for name, x in options.items()]
-    return program + [word for pair in pairs for word in pair]
+    """The command line of a training run; an option that is True has no value.
+
+    Options that other optimizers have, but not the one of this run, are left out.
+    """
+    name = options.get("optimizer", "gum")
+    has = {key: {field.name for field in dataclasses.fields(o)} for key, o in OPTIMIZERS.items()}
+    words = [sys.executable, "-m", "experiments.pretrain", f"optimizer:{name}"]
+    for option, value in options.items():
+        if option in has[name]:
+            option = f"optimizer.{option}"
+        elif option == "optimizer" or any(option in each for each in has.values()):
+            continue
+        words += [flag(option)] if value is True else [flag(option), str(value)]
+    return words
 
 
 def start(options: dict[str, Any], compiled: Path) -> subprocess.Popen:

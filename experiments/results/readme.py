@@ -14,7 +14,7 @@ from experiments.benchmarks import step
 from experiments.benchmarks import training as whole_steps
 from experiments.studies import finetuning as answers
 from experiments.studies import pretraining as comparison
-from experiments.trainer.config import flag
+from experiments.trainer.cli import flag
 
 RESULTS = Path(__file__).parent
 COMPILED = "benchmarks/compiled.json"
@@ -27,7 +27,7 @@ _PERFORMANCE_HEAD = (
 )
 _CURVES_COMMAND = (
     "python -m experiments.tune --optimizers gum --learning-rates 1e-2 --seeds 0 1 2 "
-    "--base.steps 300 --base.period 50 --out experiments/results/projector_curves.json"
+    "--base.steps 300 --base.optimizer.period 50 --out experiments/results/projector_curves.json"
 )
 _HEAD = "| what | measured | command |\n|---|---|---|"
 
@@ -264,8 +264,11 @@ def curves() -> Iterator[tuple[str, str, str]]:
     """Validation losses with the default projector and with SVD, by seed."""
     entries = _read("projector_curves.json")
     losses = {
-        name: [e["validation_loss"] for e in entries if e["config"]["projector"] == projector]
-        for name, projector in (("default projector", None), ("SVD", "svd"))
+        name: [e["validation_loss"] for e in entries if e["config"]["projector"] in projectors]
+        for name, projectors in (
+            ("default projector", (None, "subspace_iteration")),
+            ("SVD", ("svd",)),
+        )
     }
     steps, seeds = entries[0]["config"]["steps"], len(losses["SVD"])
     yield (
@@ -275,7 +278,7 @@ def curves() -> Iterator[tuple[str, str, str]]:
             f"{statistics.stdev(values):.3f})"
             for name, values in losses.items()
         ),
-        f"{_CURVES_COMMAND}`, and with `--base.projector svd",
+        f"{_CURVES_COMMAND}`, and with `--base.optimizer.projector svd",
     )
 
 

@@ -21,6 +21,7 @@ from experiments.reporting import COLOURS, save
 from experiments.studies import pretraining
 from experiments.trainer import cli, sweeps
 from experiments.trainer.config import Config as Run
+from experiments.trainer.config import change
 
 PROGRAM = "experiments.studies.ablations"
 _TOP = 0.1  # of the figure, in nats above the default; what is worse is written there
@@ -88,7 +89,7 @@ def _gamma(gamma: int) -> dict[str, Any]:
 def configurations(config: Config, rates: dict[str, float], changes: dict[str, Any]) -> list[Run]:
     """The runs of one setting, one for each seed."""
     options = {"optimizer": "gum", "learning_rate": rates["gum"]} | changes
-    points = [dataclasses.replace(config.base, **options, seed=seed) for seed in config.seeds]
+    points = [change(config.base, **options, seed=seed) for seed in config.seeds]
     return [
         dataclasses.replace(p, run_dir=sweeps.directory(config.base.run_dir, p)) for p in points
     ]

@@ -124,7 +124,7 @@ def measured(config: Config) -> Iterator[dict[str, Any]]:
         }
         if momenta is None:
             momenta = {name: jax.tree.map(jnp.zeros_like, found) for name in ROUNDINGS}
-        momenta = _next(momenta, found, number % run.period == 0)
+        momenta = _next(momenta, found, number % gradients.period(run) == 0)
         if number % config.every == 0 and number:
             yield {"step": number, "errors": jax.tree.map(float, _errors(momenta))}
 

@@ -21,15 +21,16 @@ from experiments import reporting
 from experiments.reporting import COLOURS, MARKERS, save
 from experiments.studies.pretraining import NAMES, best_rates
 from experiments.trainer import cli, sweeps
-from experiments.trainer.config import Optimizer
+from experiments.trainer.config import change
 from experiments.trainer.evaluation import wilson
 from experiments.trainer.finetuning import Config as Run
 from experiments.trainer.finetuning import finetune
 from experiments.trainer.loop import Result
+from experiments.trainer.optimizers import Name
 
 PROGRAM = "experiments.studies.finetuning"
 # GoLore is GaLore until its first refresh after half of the steps: in runs of one period, the same.
-OPTIMIZERS: tuple[Optimizer, ...] = ("gum", "adamw", "muon", "galore", "galore_muon")
+OPTIMIZERS: tuple[Name, ...] = ("gum", "adamw", "muon", "galore", "galore_muon")
 BASE = Run(
     run_dir="runs/finetuning", steps=24, seq_len=128, checkpoint_every=1_000_000, log_every=4,
     validate_every=8, validation_batches=4, eval_batch_size=100,
@@ -40,7 +41,7 @@ BASE = Run(
 class Config:
     """Fine-tune with every optimizer on the same grid, then on several seeds."""
 
-    optimizers: tuple[Optimizer, ...] = OPTIMIZERS
+    optimizers: tuple[Name, ...] = OPTIMIZERS
     """Optimizers to compare."""
     learning_rates: tuple[float, ...] = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
     """The grid, in rising order."""
@@ -67,16 +68,17 @@ def tune(config: Any, *, show: bool) -> tuple[Result, dict[str, Any]]:
     }
 
 
-def point(config: Config, optimizer: Optimizer, rate: float, seed: int) -> Run:
+def point(config: Config, optimizer: str, rate: float, seed: int) -> Run:
     """One run; all begin with the same answers, which the first optimizer's asks for.
 
     GaLore has GUM's projector, to which a refresh by SVD makes no difference but its minutes.
     """
-    run = dataclasses.replace(
+    own = {"projector": "subspace_iteration"} if optimizer in ("galore", "galore_muon") else {}
+    run = change(
         config.base, optimizer=optimizer, learning_rate=rate, seed=seed,
         baseline=(optimizer, rate, seed) == (config.optimizers[0], _first_rates(config)[0],
                                              config.seeds[0]),
-        projector="subspace_iteration" if optimizer in ("galore", "galore_muon") else None,
+        **own,
     )  # fmt: skip
     return dataclasses.replace(run, run_dir=sweeps.directory(config.base.run_dir, run))
 

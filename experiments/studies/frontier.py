@@ -28,15 +28,17 @@ from experiments import reporting
 from experiments.models import llama, presets
 from experiments.reporting import COLOURS, MARKERS, save
 from experiments.studies.pretraining import steps_to
-from experiments.trainer import cli, loop, optimizers, sweeps, together
+from experiments.trainer import cli, loop, optimizers, rest, sweeps, together
 from experiments.trainer.config import Config as Run
-from experiments.trainer.config import ConfigError, choose
+from experiments.trainer.config import change, from_record
+from experiments.trainer.optimizers import Gum
+from experiments.trainer.options import ConfigError, choose
 from experiments.trainer.pretraining import architecture
 
 PROGRAM = "experiments.studies.frontier"
 STEPS, TUNING_STEPS = 4000, 1000
 BASE = Run(
-    run_dir="runs/frontier", steps=STEPS, period=200, fallback_learning_rate=1e-2,
+    run_dir="runs/frontier", steps=STEPS, optimizer=Gum(period=200), fallback_learning_rate=1e-2,
     validate_every=200, validation_batches=16, checkpoint_every=500, keep_checkpoints=1,
     log_every=50,
 )  # fmt: skip
@@ -177,7 +179,7 @@ def point(config: Config, key: str, rate: float, seed: int, corpus: str, steps: 
     """One run of a contender."""
     chosen = CONTENDERS[choose("contenders", key, CONTENDERS)]
     options = chosen.options | {chosen.tuned: rate}
-    run = dataclasses.replace(config.base, seed=seed, corpus=(corpus,), steps=steps, **options)
+    run = change(config.base, seed=seed, corpus=(corpus,), steps=steps, **options)
     return dataclasses.replace(run, run_dir=sweeps.directory(config.base.run_dir, run))
 
 
@@ -223,7 +225,7 @@ def _next(losses: dict[int, float], first: int) -> list[int]:
         return [first - 1, first, first + 1]
     best = min(losses, key=losses.__getitem__)
     if losses[best] == math.inf and len(losses) > _HOPELESS:
-        raise ConfigError(f"--contenders: no run of {len(losses)} learning rates ended finite")
+        raise ConfigError(f"`contenders`: no run of {len(losses)} learning rates ended finite")
     return [i for i in (best - 1, best + 1) if i not in losses]
 
 
@@ -240,16 +242,16 @@ def hidden_bytes(run: Run) -> int:
     """Bytes of optimizer state that belong to the hidden matrices: all but the fallback's."""
     arch = architecture(run)
     params = _shapes(arch)
-    kinds: Any = optimizers.matrix_or_rest(params)
+    kinds: Any = rest.matrix_or_rest(params)
     # With AdamW as the fallback, which keeps two moments of each other weight.
     run = dataclasses.replace(run, fallback="adamw")
     state = jax.eval_shape(optimizers.build(run, arch.layers).init, params)
-    rest = sum(
+    others = sum(
         2 * leaf.size * leaf.dtype.itemsize
         for leaf, kind in zip(jax.tree.leaves(params), jax.tree.leaves(kinds), strict=True)
         if kind == "rest"
     )
-    return loop.state_bytes(state) - rest
+    return loop.state_bytes(state) - others
 
 
 @functools.cache
@@ -282,7 +284,7 @@ def _row(
     key: str, entries: Sequence[sweeps.Entry], goals: dict[str, list[float]]
 ) -> dict[str, Any]:
     losses = _losses(entries)
-    run = dataclasses.replace(Run(), **_known(entries[0]["config"]))
+    run = from_record(Run, entries[0]["config"])
     # Runs of one program share its seconds, and none has seconds of its own.
     alone = [entry["seconds_per_step"] for entry in entries if "together" not in entry]
     row: dict[str, Any] = {
@@ -308,10 +310,6 @@ def _deviation(values: Sequence[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else math.nan
 
 
-def _known(options: dict[str, Any]) -> dict[str, Any]:
-    return options | {"corpus": tuple(options["corpus"])}
-
-
 def main(arguments: Sequence[str]) -> int:
     """Runs what is missing, prints tables, draws the figure; returns the exit code."""
     config = cli.parse(Config, PROGRAM, arguments)
@@ -323,7 +321,7 @@ def main(arguments: Sequence[str]) -> int:
     )
     if config.together:
         if config.budget_minutes is not None:
-            raise ConfigError("--budget-minutes: runs of one program cannot be stopped and resumed")
+            raise ConfigError("`budget_minutes`: runs of one program cannot be stopped and resumed")
         complete = partial(together.complete, out=config.out)
     best = search(config, complete)
     found = {corpus: complete(finals(config, best, corpus)) for corpus in config.corpora}

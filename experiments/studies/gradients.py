@@ -17,11 +17,13 @@ import optax
 import gum_optax
 from experiments.data import tokens as data
 from experiments.trainer import losses, pretraining
-from experiments.trainer.config import Config, ConfigError
+from experiments.trainer.config import Config
+from experiments.trainer.optimizers import Gum, Refreshed
+from experiments.trainer.options import ConfigError
 
 KINDS = ("q", "k", "v", "o", "gate", "up", "down")
 # A learning rate of its own for embedding and head: what GUM was best with in the demo's log.
-RUN = Config(period=200, learning_rate=3e-3, fallback_learning_rate=1e-2)
+RUN = Config(optimizer=Gum(period=200), learning_rate=3e-3, fallback_learning_rate=1e-2)
 
 ByKind = dict[str, np.ndarray]
 
@@ -64,20 +66,31 @@ def along(config: Config, steps: Collection[int], others: int = 0) -> Iterator[M
             yield Moment(number, found[0], bases(low_rank), slots(low_rank), found[1:])
 
 
+def period(run: Config) -> int:
+    """Steps between two refreshes of a run.
+
+    Raises:
+      ConfigError: its optimizer has no bases to refresh.
+    """
+    if not isinstance(run.optimizer, Refreshed):
+        raise ConfigError(f"`optimizer` is {run.optimizer.name}, which projects no gradients")
+    return run.optimizer.period
+
+
 def since_refresh(config: Config, offsets: Sequence[int]) -> list[int]:
     """The steps that come `offsets` after each refresh of a run.
 
     Raises:
       ConfigError: a step would be in the next period, or the first is not the refresh.
     """
-    refreshes = range(0, config.steps, config.period)
-    if list(offsets) != sorted({0, *offsets}) or offsets[-1] >= config.period:
+    refreshes = range(0, config.steps, period(config))
+    if list(offsets) != sorted({0, *offsets}) or offsets[-1] >= period(config):
         raise ConfigError(
-            f"--offsets are {' '.join(map(str, offsets))}; they must start at 0, rise and stay "
-            f"below the period of {config.period}"
+            f"`offsets` are {' '.join(map(str, offsets))}; they must start at 0, rise and stay "
+            f"below the period of {period(config)}"
         )
     if refreshes[-1] + offsets[-1] >= config.steps:
-        raise ConfigError(f"--base.steps is {config.steps}; the last period lacks some --offsets")
+        raise ConfigError(f"`steps` is {config.steps}; the last period lacks some `offsets`")
     return [refresh + offset for refresh in refreshes for offset in offsets]
 
 

@@ -18,6 +18,7 @@ from experiments.reporting import COLOURS, save
 from experiments.studies import pretraining
 from experiments.trainer import cli, sweeps
 from experiments.trainer.config import Config as Run
+from experiments.trainer.config import change
 
 PROGRAM = "experiments.studies.luck_of_draws"
 
@@ -43,7 +44,7 @@ class Config:
 def configurations(config: Config, rate: float, gamma: int) -> list[Run]:
     """The runs of one gamma."""
     points = [
-        dataclasses.replace(
+        change(
             config.base, optimizer="gum", learning_rate=rate, full_rank_layers=gamma, draw_seed=draw
         )
         for draw in range(config.draws)

@@ -33,8 +33,9 @@ from experiments.data import tokens as data
 from experiments.models.llama import Params
 from experiments.reporting import COLOURS, MARKERS, save
 from experiments.studies import gradients
-from experiments.trainer import cli, loop, losses, optimizers, pretraining
+from experiments.trainer import cli, loop, losses, optimizers, pretraining, rest, schedules
 from experiments.trainer.config import Config as Run
+from experiments.trainer.config import change
 from experiments.trainer.loop import State
 
 PROGRAM = "experiments.studies.mechanism"
@@ -50,7 +51,7 @@ class Config:
     out: Path = Path("experiments/results/studies/mechanism.json")
     """Result file; the figure is beside it."""
     base: Run = dataclasses.field(
-        default_factory=lambda: dataclasses.replace(
+        default_factory=lambda: change(
             gradients.RUN, steps=1000, residual="columns", full_rank_layers=0, restart="rotate",
             validation_batches=8,
         )
@@ -93,9 +94,9 @@ def measured(config: Config) -> Iterator[dict[str, Any]]:
     static, state, _ = pretraining.start(run, arch)
     loss = partial(losses.of_windows, static)
     evaluate = jax.jit(loss)
-    rate: Any = optimizers.schedule(run)
+    rate: Any = schedules.schedule(run)
     # As good as no residual at all, with the same state.
-    alone = optimizers.build(dataclasses.replace(run, residual_scale=1e-20), arch.layers)
+    alone = optimizers.build(change(run, residual_scale=1e-20), arch.layers)
     whole = optimizers.build(run, arch.layers)
 
     @jax.jit
@@ -185,7 +186,7 @@ def _as(leaf: jax.Array, matrix: np.ndarray) -> np.ndarray:
 
 def _along(params: Params, direction: Params) -> Params:
     """The weights after the hidden matrices alone have moved."""
-    kinds: Any = optimizers.matrix_or_rest(params)
+    kinds: Any = rest.matrix_or_rest(params)
     return jax.tree.map(
         lambda w, u, kind: w + u if kind == "matrix" else w, params, direction, kinds
     )

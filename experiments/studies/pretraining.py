@@ -25,11 +25,13 @@ from experiments.reporting import COLOURS, MARKERS, save
 from experiments.studies import singular_values
 from experiments.trainer import cli, sweeps
 from experiments.trainer.config import Config as Run
-from experiments.trainer.config import ConfigError, Optimizer, flag
+from experiments.trainer.config import change
+from experiments.trainer.optimizers import Gum, Name, defaults_like
+from experiments.trainer.options import ConfigError
 from experiments.trainer.recipes import RECIPES
 
 PROGRAM = "experiments.studies.pretraining"
-OPTIMIZERS: tuple[Optimizer, ...] = (
+OPTIMIZERS: tuple[Name, ...] = (
     "gum", "adamw", "muon", "galore", "galore_muon", "golore_muon", "unbiased_adamw"
 )  # fmt: skip
 NAMES = {
@@ -37,7 +39,7 @@ NAMES = {
     "galore_muon": "GaLore-Muon", "golore_muon": "GoLore-Muon", "unbiased_adamw": "unbiased AdamW",
 }  # fmt: skip
 SMALL = Run(
-    run_dir="runs/studies", steps=400, period=50, fallback_learning_rate=1e-2,
+    run_dir="runs/studies", steps=400, optimizer=Gum(period=50), fallback_learning_rate=1e-2,
     validate_every=40, validation_batches=16, checkpoint_every=1_000_000, log_every=100,
 )  # fmt: skip
 
@@ -46,7 +48,7 @@ SMALL = Run(
 class Config:
     """Tune every optimizer on the same grid, then compare them on several seeds and corpora."""
 
-    optimizers: tuple[Optimizer, ...] = OPTIMIZERS
+    optimizers: tuple[Name, ...] = OPTIMIZERS
     """Optimizers to compare."""
     learning_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
     """The grid, for hidden matrices."""
@@ -82,13 +84,13 @@ def finals(config: Config, best: dict[str, float], corpus: str) -> list[Run]:
 
 def point(
     config: Config,
-    optimizer: Optimizer,
+    optimizer: str,
     rate: float,
     seed: int | None = None,
     corpus: str | None = None,
 ) -> Run:
     """One run; by default with the first seed on the first corpus."""
-    run = dataclasses.replace(
+    run = change(
         config.base,
         optimizer=optimizer,
         learning_rate=rate,
@@ -112,7 +114,7 @@ def stored(path: Path, option: str) -> tuple[dict[str, float], dict[str, list[sw
       ConfigError: there is no such file; the message names the option that says which.
     """
     if not path.exists():
-        raise ConfigError(f"{flag(option)}: there is no {path}; run `python -m {PROGRAM}` first")
+        raise ConfigError(f"`{option}`: there is no {path}; run `python -m {PROGRAM}` first")
     entries: list[sweeps.Entry] = json.loads(path.read_text())
     first = entries[0]["config"]
     alike = ("corpus", "seed")
@@ -167,7 +169,8 @@ def main(arguments: Sequence[str]) -> int:
     if recipe := config.base.recipe:
         base = RECIPES[recipe]
         default = Config(corpora=base.corpus, base=base)
-        config = cli.parse(Config, PROGRAM, arguments, default)
+        with defaults_like(base.optimizer):
+            config = cli.parse(Config, PROGRAM, arguments, default)
     options: dict[str, Any] = {"jobs": config.jobs, "trainer": singular_values.pretrain}
     tuned = sweeps.complete(grid(config), config.out, **options)
     best = best_rates(tuned)

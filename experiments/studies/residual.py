@@ -23,7 +23,7 @@ from experiments.studies import gradients
 from experiments.studies.gradients import KINDS, ByKind, Moment
 from experiments.trainer import cli
 from experiments.trainer.config import Config as Run
-from experiments.trainer.config import ConfigError
+from experiments.trainer.options import ConfigError
 
 PROGRAM = "experiments.studies.residual"
 
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str]) -> int:
     """Trains and measures, prints tables, writes results and figure; returns the exit code."""
     config = cli.parse(Config, PROGRAM, arguments)
     values = measured(config)
-    starts = range(0, config.base.steps, config.base.period)
+    starts = range(0, config.base.steps, gradients.period(config.base))
     reporting.write(config.out, config, refreshes=list(starts), curves=summary(values))
     for i, start in enumerate(starts):
         reporting.table(
@@ -78,12 +78,12 @@ def measured(config: Config) -> Values:
       ConfigError: the steps do not fit into the run, or there are too few batches.
     """
     if config.others < 2:
-        raise ConfigError(f"--others is {config.others}; noise is what differs between two or more")
+        raise ConfigError(f"`others` is {config.others}; noise is what differs between two or more")
     steps = gradients.since_refresh(config.base, config.offsets)
     svd: ByKind = {}
     found: list[Values] = []
     for moment in gradients.along(config.base, steps, config.others):
-        if moment.step % config.base.period == 0:
+        if moment.step % gradients.period(config.base) == 0:
             svd = own_bases(moment)
         found.append(residuals(moment, svd))
     return {
@@ -176,7 +176,7 @@ def summary(values: Values) -> dict[str, Any]:
 
 def draw(config: Config, values: Values) -> Path:
     """Draws a panel for each refresh, over all matrices, and one for the kinds at the last."""
-    starts = range(0, config.base.steps, config.base.period)
+    starts = range(0, config.base.steps, gradients.period(config.base))
     rows = len(starts) // 2 + 1
     figure, axes = plt.subplots(
         rows, 2, figsize=(8.6, 3.6 * rows), layout="constrained", sharey=True, squeeze=False
@@ -191,7 +191,11 @@ def draw(config: Config, values: Values) -> Path:
     for each in axes.flat[: len(starts) + 1]:
         each.set_xscale("symlog", linthresh=1, linscale=0.4)
         each.set_xticks(config.offsets, config.offsets, fontsize="x-small")
-        each.set(xlabel="steps since the refresh", xlim=(-0.3, config.base.period), ylim=(0, 1))
+        each.set(
+            xlabel="steps since the refresh",
+            xlim=(-0.3, gradients.period(config.base)),
+            ylim=(0, 1),
+        )
         each.grid(alpha=0.3)
     for empty in axes.flat[len(starts) + 1 :]:
         empty.set_axis_off()

@@ -20,7 +20,8 @@ from experiments.reporting import COLOURS, MARKERS, save
 from experiments.studies import pretraining
 from experiments.studies.gradients import KINDS
 from experiments.trainer import cli, sweeps
-from experiments.trainer.config import ConfigError, Optimizer
+from experiments.trainer.optimizers import Name
+from experiments.trainer.options import ConfigError
 
 PROGRAM = "experiments.studies.spectra"
 
@@ -29,7 +30,7 @@ PROGRAM = "experiments.studies.spectra"
 class Config:
     """Compare the singular values of trained weights."""
 
-    optimizers: tuple[Optimizer, ...] = ("adamw", "muon", "galore", "galore_muon", "gum")
+    optimizers: tuple[Name, ...] = ("adamw", "muon", "galore", "galore_muon", "gum")
     """Optimizers to compare."""
     pretraining: Path = Path("experiments/results/studies/pretraining.json")
     """Result file of experiments.studies.pretraining."""
@@ -65,7 +66,7 @@ def finals(config: Config) -> dict[str, list[sweeps.Entry]]:
     first = next(iter(by_corpus.values()))
     for optimizer in config.optimizers:
         if optimizer not in best:
-            raise ConfigError(f"--optimizers: {config.pretraining} has no run of {optimizer}")
+            raise ConfigError(f"`optimizers`: {config.pretraining} has no run of {optimizer}")
     return {o: [e for e in first if e["config"]["optimizer"] == o] for o in config.optimizers}
 
 

@@ -28,7 +28,7 @@ from experiments.studies import gradients
 from experiments.studies.gradients import KINDS, Moment
 from experiments.trainer import cli
 from experiments.trainer.config import Config as Run
-from experiments.trainer.config import ConfigError
+from experiments.trainer.options import ConfigError
 from experiments.trainer.pretraining import architecture
 
 PROGRAM = "experiments.studies.variance"
@@ -91,11 +91,11 @@ def check(config: Config) -> None:
     layers = architecture(config.base).layers
     for gamma in config.gammas:
         if not 1 <= gamma < layers:
-            raise ConfigError(f"--gammas: {gamma} is not between 1 and {layers - 1}, of {layers}")
+            raise ConfigError(f"`gammas`: {gamma} is not between 1 and {layers - 1}, of {layers}")
     if config.shown not in config.gammas:
-        raise ConfigError(f"--shown is {config.shown}; it must be one of --gammas")
+        raise ConfigError(f"`shown` is {config.shown}; it must be one of `gammas`")
     if len(config.offsets) < 3:
-        raise ConfigError(f"--offsets has {len(config.offsets)}; the third is the first to compare")
+        raise ConfigError(f"`offsets` has {len(config.offsets)}; the third is the first to compare")
 
 
 def squares(moment: Moment) -> Norms:

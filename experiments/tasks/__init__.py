@@ -5,7 +5,7 @@ Each task is a module with a function `load(sizes) -> Task`, and joins the other
 
 from experiments.tasks import chain_sum, files, gsm8k, gsm_symbolic
 from experiments.tasks.base import Sizes, Task
-from experiments.trainer.config import ConfigError, choose, flag
+from experiments.trainer.options import ConfigError, choose
 
 TASKS = {"chain_sum": chain_sum.load, "gsm_symbolic": gsm_symbolic.load, "gsm8k": gsm8k.load}
 
@@ -46,4 +46,4 @@ def load(
 
 def _check_default(field: str, value: str, default: str, name: str) -> None:
     if value != default:
-        raise ConfigError(f"{flag(field)} has no effect on {name}, whose columns are known")
+        raise ConfigError(f"`{field}` has no effect on {name}, whose columns are known")

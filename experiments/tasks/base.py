@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments.data import text as corpus
-from experiments.trainer.config import ConfigError, flag
+from experiments.trainer.options import ConfigError
 
 HELD_OUT_SHARE = 0.2  # of the prompts, where the source has no held-out items of its own
 
@@ -127,7 +127,7 @@ def sample(items: Items, name: str, sizes: Sizes) -> Items:
     for field, (asked, there) in wanted.items():
         if asked > there:
             raise ConfigError(
-                f"{flag(field)} is {asked}; {name} has {train} items to train on "
+                f"`{field}` is {asked}; {name} has {train} items to train on "
                 f"and {held_out} held out"
             )
     return Items(

@@ -19,7 +19,7 @@ from experiments.tasks.base import (
     same_result,
     sample,
 )
-from experiments.trainer.config import ConfigError, flag
+from experiments.trainer.options import ConfigError
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 _SPLITS = ("test", "validation")  # the first there is holds the held-out items
@@ -55,7 +55,7 @@ def _read(name: str, fields: tuple[str, str]) -> Items:
     def examples(split: str) -> list[Example]:
         found = [_of_row(row, name, fields) for row in splits[split]]
         if not found:
-            raise ConfigError(f"--task: {name} holds no {split} items")
+            raise ConfigError(f"`task`: {name} holds no {split} items")
         return found
 
     train = examples("train")
@@ -77,16 +77,14 @@ def _of_row(row: Mapping[str, Any], name: str, fields: tuple[str, str]) -> Examp
 def _text(row: Mapping[str, Any], name: str, column: str, field: str) -> str:
     if column not in row:
         raise ConfigError(
-            f"{flag(field)}: {name} has no column {column!r}; its columns are {', '.join(row)}"
+            f"`{field}`: {name} has no column {column!r}; its columns are {', '.join(row)}"
         )
     value = row[column]
     if isinstance(value, str) and value.strip():
         return value
     if isinstance(value, int | float):
         return str(value)
-    raise ConfigError(
-        f"{flag(field)}: column {column!r} of {name} has {value!r} where text should be"
-    )
+    raise ConfigError(f"`{field}`: column {column!r} of {name} has {value!r} where text should be")
 
 
 def _splits(name: str) -> Mapping[str, Iterable[Mapping[str, Any]]]:
@@ -98,7 +96,7 @@ def _splits(name: str) -> Mapping[str, Iterable[Mapping[str, Any]]]:
         return _directory(path)
     if not name.endswith(_SUFFIXES) and _HUB_NAME.fullmatch(name):
         return _hub(name)
-    raise ConfigError(f"--task: there is no file or directory {name}")
+    raise ConfigError(f"`task`: there is no file or directory {name}")
 
 
 def _directory(path: Path) -> dict[str, Iterator[dict[str, Any]]]:
@@ -109,7 +107,7 @@ def _directory(path: Path) -> dict[str, Iterator[dict[str, Any]]]:
         if (file := path / (split + suffix)).is_file()
     }
     if "train" not in files:
-        raise ConfigError(f"--task: {path} has no train.jsonl or train.jsonl.xz")
+        raise ConfigError(f"`task`: {path} has no train.jsonl or train.jsonl.xz")
     return {split: _rows(file) for split, file in files.items()}
 
 
@@ -122,16 +120,16 @@ def _rows(file: Path) -> Iterator[dict[str, Any]]:
                 if line.strip():
                     yield _object(line, f"line {number} of {file}")
     except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--task: cannot read {file}: {error}") from error
+        raise ConfigError(f"`task`: cannot read {file}: {error}") from error
 
 
 def _object(line: str, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise ConfigError(f"--task: {where} is no JSON: {error}") from error
+        raise ConfigError(f"`task`: {where} is no JSON: {error}") from error
     if not isinstance(row, dict):
-        raise ConfigError(f"--task: {where} is no JSON object, but {line.strip()[:80]}")
+        raise ConfigError(f"`task`: {where} is no JSON object, but {line.strip()[:80]}")
     return row
 
 
@@ -144,7 +142,7 @@ def _hub(name: str) -> Mapping[str, Iterable[Mapping[str, Any]]]:
         splits: Any = datasets.load_dataset(hub, subset or None)
     except Exception as error:  # `datasets` raises many types; each means: cannot be read
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ConfigError(f"--task: cannot read {name}: {reason}") from error
+        raise ConfigError(f"`task`: cannot read {name}: {reason}") from error
     if "train" not in splits:
-        raise ConfigError(f"--task: {name} has no train split; its splits are {', '.join(splits)}")
+        raise ConfigError(f"`task`: {name} has no train split; its splits are {', '.join(splits)}")
     return splits

@@ -1,7 +1,6 @@
 """A run directory: what may be resumed, and the checkpoints to resume from."""
 
 import contextlib
-import dataclasses
 import json
 import logging
 import os
@@ -18,7 +17,8 @@ import orbax.checkpoint as ocp
 
 import gum_optax
 from experiments.trainer import compatibility
-from experiments.trainer.config import ConfigError, Training, make_directory
+from experiments.trainer.config import Training, record
+from experiments.trainer.options import ConfigError, make_directory
 
 # Devices that hold the same array would each write a part of it, and each cut compiles a program,
 # which is half of the time to save a small model. One device writes what is below a megabyte.
@@ -74,7 +74,7 @@ class Checkpoints:
                 self._manager.save(step, args=arguments, custom_metadata=description)
         except Exception as error:  # from the file system, TensorStore or Orbax
             raise StorageError(
-                f"--run-dir: cannot write checkpoint {step} to {self._directory}: "
+                f"`run_dir`: cannot write checkpoint {step} to {self._directory}: "
                 f"{_reason(error)}; {last_good(self._config)}"
             ) from error
 
@@ -117,7 +117,7 @@ class Checkpoints:
             earlier = [other for other in self._manager.all_steps() if other < step]
             instead = f"remove it to continue from step {max(earlier)}" if earlier else "no other"
             raise ConfigError(
-                f"--resume: the checkpoint {self._directory / str(step)} is damaged: "
+                f"`resume`: the checkpoint {self._directory / str(step)} is damaged: "
                 f"{_reason(error)}; {instead}"
             ) from error
 
@@ -131,11 +131,11 @@ def check_run_directory(config: Training) -> None:
     saved = _complete(config)
     if saved and not config.resume:
         raise ConfigError(
-            f"--run-dir: {config.run_dir} already has checkpoints; add --resume to continue it, "
+            f"`run_dir`: {config.run_dir} already has checkpoints; add `resume` to continue it, "
             "or choose another directory"
         )
     if config.resume and not saved:
-        raise ConfigError(f"--resume: {config.run_dir} has no checkpoint; start without --resume")
+        raise ConfigError(f"`resume`: {config.run_dir} has no checkpoint; start without `resume`")
     if config.resume:
         compatibility.check_same_run(_load(config)["config"], config)
 
@@ -143,13 +143,13 @@ def check_run_directory(config: Training) -> None:
 def check_same_data(config: Training, digest: str, what: str) -> None:
     """Raises `ConfigError` if the run began on other tokens than the ones prepared now."""
     if _load(config)["data_digest"] != digest:
-        raise ConfigError(f"--resume: {what} has changed since this run began")
+        raise ConfigError(f"`resume`: {what} has changed since this run began")
 
 
 def describe(config: Training, digest: str) -> dict:
     """What identifies a run: its configuration, its data, the versions and the machine."""
     return {
-        "config": dataclasses.asdict(config),
+        "config": record(config),
         "data_digest": digest,
         compatibility.STATE_VERSION: gum_optax.STATE_VERSION,
         "versions": compatibility.versions(),
@@ -185,7 +185,7 @@ def storage_faults(config: Training) -> Iterator[None]:
         yield
     except OSError as error:
         raise StorageError(
-            f"--run-dir: cannot write {error.filename or config.run_dir}: {_reason(error)}; "
+            f"`run_dir`: cannot write {error.filename or config.run_dir}: {_reason(error)}; "
             f"{last_good(config)}"
         ) from error
 
@@ -222,7 +222,7 @@ def _load(config: Training) -> dict:
     try:
         return json.loads(_description(config).read_text())
     except (OSError, ValueError) as error:
-        raise ConfigError(f"--resume: cannot read {_description(config)}: {error}") from error
+        raise ConfigError(f"`resume`: cannot read {_description(config)}: {error}") from error
 
 
 def _directory(config: Training) -> Path:

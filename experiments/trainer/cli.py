@@ -1,21 +1,23 @@
-"""Command lines generated from dataclasses; a mistake is one line on stderr and exit code 2."""
+"""Command lines made from dataclasses: field docstrings are the help, tyro words its errors.
 
-import contextlib
-import io
-import os
+Where an option is a union of dataclasses, such as the optimizer of a run, the command line first
+names one of them, `optimizer:adamw`, and then has the options of that one alone. Without a name the
+default is meant: `--optimizer.rank 64` is GUM's.
+"""
+
 import sys
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import tyro
 
-from experiments.trainer.config import ConfigError
+from experiments.trainer.options import ConfigError
 
 T = TypeVar("T")
 
 
 def parse(kind: type[T], program: str, arguments: Sequence[str], default: T | None = None) -> T:
-    """Reads `arguments` into the dataclass `kind`, whose field docstrings are the help text.
+    """Reads `arguments` into the dataclass `kind`.
 
     Args:
       kind: the dataclass.
@@ -24,19 +26,16 @@ def parse(kind: type[T], program: str, arguments: Sequence[str], default: T | No
       default: what options have that are not given; None: the defaults of the fields.
 
     Raises:
-      ConfigError: an option or a value is not known; the parser's text in one line.
+      SystemExit: an option or a value is not known, and tyro has said so; or it has shown the help.
     """
-    errors = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(errors), _wide(not {"-h", "--help"} & set(arguments)):
-            prog = f"python -m {program}"
-            if default is None:
-                return tyro.cli(kind, prog=prog, args=arguments)
-            return tyro.cli(kind, prog=prog, args=arguments, default=default)
-    except SystemExit as end:
-        if not end.code:
-            raise
-    raise ConfigError(_one_line(errors.getvalue(), program))
+    return tyro.cli(
+        kind,
+        prog=f"python -m {program}",
+        args=arguments,
+        default=tyro.MISSING_NONPROP if default is None else default,
+        # Options of the run may stand before and after the name of an optimizer.
+        config=(tyro.conf.CascadeSubcommandArgs,),
+    )
 
 
 def run(main: Callable[[Sequence[str]], int], program: str) -> int:
@@ -54,26 +53,6 @@ def run(main: Callable[[Sequence[str]], int], program: str) -> int:
         return getattr(stop, "code", 130)
 
 
-@contextlib.contextmanager
-def _wide(active: bool):
-    """Keeps the parser from wrapping its messages."""
-    before = os.environ.get("COLUMNS")
-    if active:
-        os.environ["COLUMNS"] = "1000"
-    try:
-        yield
-    finally:
-        if active:
-            os.environ.pop("COLUMNS")
-            os.environ.update({"COLUMNS": before} if before else {})
-
-
-def _one_line(box: str, program: str) -> str:
-    """The reason in the parser's box, and the option it suggests."""
-    lines = [line.strip("│ ").strip() for line in box.splitlines() if line.startswith("│")]
-    lines = lines or box.split("\n")
-    rule = next((i for i, line in enumerate(lines) if line.startswith("───")), len(lines))
-    reason = " ".join(" ".join(lines[:rule]).split())
-    asked = [i for i, line in enumerate(lines) if line.startswith("Perhaps you meant")]
-    hint = f"; did you mean {lines[asked[0] + 1].split()[0]}?" if asked else ""
-    return f"{reason}{hint} (python -m {program} --help lists all)"
+def flag(name: str) -> str:
+    """The spelling of an option on the command line, for programs that start others."""
+    return "--" + name.replace("_", "-")

@@ -5,7 +5,6 @@ a flipped bit. So a checkpoint carries a description of its run and checksums of
 """
 
 import contextlib
-import dataclasses
 import importlib.metadata
 import json
 import platform
@@ -17,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import gum_optax
-from experiments.trainer.config import ConfigError, Training, first_difference, flag
+from experiments.trainer.config import Training, first_difference, in_record, record
+from experiments.trainer.options import ConfigError
 
 # The name of the state's version in the description of a checkpoint. States of version 2, which are
 # recognized by it, called it a layout.
@@ -42,7 +42,7 @@ def describe(config: Training, state: Any) -> dict:
     """What a checkpoint of `state` says about itself."""
     description = {
         STATE_VERSION: gum_optax.STATE_VERSION,
-        "config": dataclasses.asdict(config),
+        "config": record(config),
         "versions": versions(),
         "checksums": checksums(state),
     }
@@ -59,8 +59,8 @@ def check_same_run(old: dict, config: Training) -> None:
     """Raises `ConfigError` unless `old` is the configuration of the same run."""
     if field := first_difference(old, config):
         raise ConfigError(
-            f"--resume: {flag(field)} is {getattr(config, field)}, but this run began with "
-            f"{old[field]}; give the same value, or choose another --run-dir"
+            f"`resume`: `{field}` is {record(config)[field]}, but this run began with "
+            f"{in_record(old, config)[field]}; give the same value, or choose another `run_dir`"
         )
 
 
@@ -75,7 +75,7 @@ def check_description(description: dict, config: Training) -> None:
     version, written_by = description[STATE_VERSION], description["versions"]["gum_optax"]
     if version != gum_optax.STATE_VERSION:
         raise ConfigError(
-            f"--resume: the checkpoint has an optimizer state of version {version}, and this "
+            f"`resume`: the checkpoint has an optimizer state of version {version}, and this "
             f"gum_optax reads version {gum_optax.STATE_VERSION}; continue the run with the "
             f"gum_optax that wrote it, {written_by}"
         )
@@ -88,7 +88,7 @@ def check_arrays(stored: Any, wanted: Any) -> None:
     for path in [*here, *there]:
         if there.get(path) != here.get(path):
             raise ConfigError(
-                f"--resume: `{path}` is {there.get(path, 'missing')} in the checkpoint and "
+                f"`resume`: `{path}` is {there.get(path, 'missing')} in the checkpoint and "
                 f"{here.get(path, 'missing')} in this run: it is of another model, optimizer or "
                 "library version"
             )

@@ -1,37 +1,44 @@
 """Every option of a training run, with its default: the only place where defaults live."""
 
 import dataclasses
-import difflib
-import json
-from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-Optimizer = Literal[
-    "gum", "adamw", "muon", "galore", "galore_muon", "golore", "golore_muon", "unbiased_adamw",
-    "scale", "fira", "frugal", "apollo", "apollo_mini", "joint_muon",
-]  # fmt: skip
-# Without projections, or with a rule that reads gradients before they are projected.
-NOT_COMPRESSED: tuple[Optimizer, ...] = ("adamw", "muon", "scale", "joint_muon")
-Residual = Literal["drop", "sampled", "additive", "columns", "rows", "sign", "plain"]
-Projector = Literal["subspace_iteration", "svd", "randomized_svd", "random_orthonormal"]
-Preset = Literal["tiny", "nano", "deep", "60m", "130m", "350m", "1b"]
+import tyro
+
+from experiments.models.presets import PRESETS
+from experiments.trainer import optimizers, rest
+from experiments.trainer.optimizers import Gum, Optimizer
+from experiments.trainer.options import (
+    Checked,
+    ConfigError,
+    at_least,
+    decay,
+    not_negative,
+    option,
+    positive,
+    proper_share,
+    share,
+)
+
+T = TypeVar("T", bound="Training")
+GUM = Gum()
 Recipe = Literal["60m", "130m", "350m", "1b"]
-
-
-class ConfigError(ValueError):
-    """A mistake of the person who started the run; its text is one line."""
+if TYPE_CHECKING:
+    Preset = str
+else:
+    Preset = Literal[tuple(PRESETS)]
 
 
 @dataclasses.dataclass(frozen=True)
-class Training:
+class Training(Checked):
     """What every training run has, whatever it trains on."""
 
     run_dir: str = "runs/pretrain"
     """Directory of this run: config.json, metrics.jsonl, checkpoints, TensorBoard, loss.png."""
     resume: bool = False
-    """Continue from the last checkpoint in --run-dir, with the numbers of an unbroken run."""
-    seed: int = 0
+    """Continue from the last checkpoint in run_dir, with the numbers of an unbroken run."""
+    seed: int = option(0, not_negative)
     """Seed of the order of the data and of all that is drawn: first weights, examples, layers."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -41,87 +48,55 @@ class Training:
     at random, so that small ones are not lost, and the optimizer works in float32."""
     remat: bool = False
     """Compute the activations of each block again in the backward pass instead of keeping them."""
-    gradients: Literal["full", "compressed"] = "full"
-    """How gradients leave the backward pass: whole, or already projected, which takes less memory
-    and, for many tokens, less time. --clip-norm then measures what is left of them."""
-    accumulate: int = 1
+    accumulate: int = option(1, at_least(1))
     """Parts of a batch whose gradients are computed one after the other, and summed."""
 
-    steps: int = 600
+    steps: int = option(600, at_least(1))
     """Optimizer steps in the whole run."""
-    batch_size: int = 8
+    batch_size: int = option(8, at_least(1))
     """Windows in one step."""
-    optimizer: Optimizer = "gum"
-    """Which optimizer: gum, adamw, muon (full rank), galore, galore_muon (biased low rank), golore,
-    golore_muon (biased, random projections late in the run), unbiased_adamw, scale (columns of
-    gradients are normalized, no state), fira, frugal, apollo, apollo_mini, joint_muon (momentum in
-    the bases and the gradient outside of them, orthogonalized together)."""
-    learning_rate: float = 1e-2
+    optimizer: Annotated[Optimizer, tyro.conf.arg(constructor_factory=optimizers.subcommands)] = GUM
+    """Which optimizer trains the hidden matrices."""
+    learning_rate: float = option(1e-2, positive)
     """Peak learning rate; on nano about 1e-2 suits gum and muon, 1e-3 adamw."""
-    fallback_learning_rate: float | None = None
-    """Peak learning rate of --fallback, under every optimizer. None: --learning-rate."""
-    fallback: Literal["adamw", "adamw8", "factored", "factored_momentum", "columns"] = "adamw"
+    fallback_learning_rate: float | None = option(None, positive)
+    """Peak learning rate of the fallback, under every optimizer. None: learning_rate."""
+    fallback: rest.Name = "adamw"
     """What trains embedding, head and norms, which are no hidden matrices: AdamW, AdamW in 8 bits,
     Adafactor's second moment without or with momentum in 8 bits, or SCALE's rule."""
-    warmup: float = 0.1
+    warmup: float = option(0.1, share)
     """Share of the steps over which the learning rate rises linearly to its peak."""
-    final_learning_rate: float = 0.1
+    final_learning_rate: float = option(0.1, share)
     """Learning rate at the end of the cosine decay, as a share of the peak."""
-    weight_decay: float = 0.0
+    weight_decay: float = option(0.0, not_negative)
     """Decoupled weight decay of matrices and embeddings."""
-    clip_norm: float = 1.0
+    clip_norm: float = option(1.0, not_negative)
     """Global gradient norm to which larger gradients are scaled down. 0: no clipping."""
-    b2: float = 0.95
+    b2: float = option(0.95, decay)
     """Decay of Adam's second moment, wherever Adam is used."""
-    rank: int = 32
-    """Rank of the projection, of every optimizer that projects but apollo_mini."""
-    period: int = 100
-    """Steps between two refreshes of the projection, and of the draw of full-rank layers."""
-    full_rank_layers: int = 2
-    """Gamma: layers of each role drawn in a period, whose residual is kept at full rank (gum,
-    unbiased_adamw)."""
-    residual: Residual = "sampled"
-    """gum, unbiased_adamw: what becomes of the part of a gradient that its basis leaves out. It is
-    dropped; or --full-rank-layers keep it (sampled instead of their projection, additive beside
-    it); or it is added without momentum, its columns, rows, signs or the whole (plain) brought to
-    the size of an orthogonal matrix, and --full-rank-layers keep it beside that."""
-    residual_scale: float = 1.0
-    """Factor of a residual that is added without momentum."""
-    residual_decay: float = 0.0
-    """Power of the learning rate, as a share of its peak, by which that factor shrinks as well."""
-    momentum: Literal["float32", "int8", "int4", "rows8", "rows4"] = "float32"
-    """gum, muon: how momentum rests between two steps; rows8 and rows4 are the plainest codes of 8
-    and 4 bits, with one scale for each row."""
-    projector: Projector | None = None
-    """How bases come from gradients (gum, unbiased_adamw, joint_muon, galore, galore_muon, fira,
-    frugal). None: the first three use subspace_iteration, the others svd."""
-    sampler: Literal["fixed_size", "bernoulli"] = "fixed_size"
-    """gum: draws --full-rank-layers of each role, or each layer by itself, as many on average."""
-    restart: Literal["everything", "slots", "rotate"] = "everything"
-    """gum, unbiased_adamw: what restarts at a refresh. slots carries low-rank momentum over as it
-    is, rotate turns it into the new basis."""
-    draw_seed: int | None = None
-    """Seed of the optimizer's draws alone. None: --seed."""
-    consistent_rms: float | None = 0.2
-    """Muon-like updates are scaled by this times sqrt(max(m, n)), so that their size is AdamW's.
-    None: by sqrt(max(1, n / m)) as in Muon, which wants a larger learning rate."""
-    golore_switch: float = 0.5
-    """Share of the steps after which golore and golore_muon project at random instead of by SVD."""
 
-    validate_every: int = 100
+    validate_every: int = option(100, at_least(1))
     """Steps between two validation losses; the last step is always validated."""
-    validation_batches: int = 20
+    validation_batches: int = option(20, at_least(1))
     """Batches of held-out windows in one validation loss, at most."""
-    checkpoint_every: int = 100
+    checkpoint_every: int = option(100, at_least(1))
     """Steps between two checkpoints; Ctrl-C, kill and the last step save one too."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = option(2, at_least(1))
     """Checkpoints to keep."""
-    log_every: int = 10
+    log_every: int = option(10, at_least(1))
     """Steps between two writes of metrics; every step's loss is recorded."""
 
     mesh: str | None = None
     """Devices along the axes data (batches), fsdp (batches and weights) and tensor (weights), such
     as fsdp=4,tensor=2; an axis left out is 1. None: one device."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.batch_size % self.accumulate:
+            raise ConfigError(
+                f"`accumulate` is {self.accumulate}; it must be a divisor of `batch_size`, "
+                f"{self.batch_size}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,9 +109,9 @@ class Config(Training):
     preset: Preset = "nano"
     """Size of the model: tiny (tests), nano (a CPU), deep (nano with twice the blocks), or GaLore's
     60m, 130m, 350m, 1b."""
-    vocab_size: int | None = None
+    vocab_size: int | None = option(None, at_least(1))
     """Tokens in the vocabulary, when the tokenizer is trained here. None: the preset's."""
-    seq_len: int | None = None
+    seq_len: int | None = option(None, at_least(1))
     """Tokens in one training window. None: the preset's."""
 
     corpus: tuple[str, ...] = ("stdlib",)
@@ -146,15 +121,20 @@ class Config(Training):
     """Column that holds the text in .jsonl, .parquet, .arrow and Hugging Face data."""
     tokenizer: str | None = None
     """A tokenizer.json to load. None: train a byte-level BPE on the training documents."""
-    tokenizer_chars: int = 20_000_000
+    tokenizer_chars: int = option(20_000_000, at_least(1))
     """Characters of training text that the tokenizer is trained on, at most."""
-    max_tokens: int = 100_000_000
+    max_tokens: int = option(100_000_000, at_least(1))
     """Training tokens to take from the corpus, at most; a run that needs more repeats them."""
-    validation_fraction: float = 0.05
+    validation_fraction: float = option(0.05, proper_share)
     """Share of the documents held out for validation, chosen by a hash of their text."""
     cache_dir: str | None = None
     """Where tokenizers and token files are kept. None: $XDG_CACHE_HOME/gum_optax or
     ~/.cache/gum_optax."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.corpus:
+            raise ConfigError("`corpus` must name at least one file, directory or data set")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,81 +160,68 @@ FREE_ON_RESUME = frozenset(
     | {"export", "eval_batch_size", "shown", "baseline"}
 )
 
-# Checked wherever a configuration has them.
-_COUNTS = ("vocab_size", "seq_len", "tokenizer_chars", "max_tokens", "steps", "batch_size")
-_COUNTS += ("accumulate", "train_examples", "eval_examples", "eval_batch_size")
-_PERIODS = ("period", "log_every", "validate_every", "checkpoint_every")
-_AMOUNTS = ("rank", "validation_batches", "keep_checkpoints")
-_RATES = ("learning_rate", "fallback_learning_rate", "consistent_rms", "residual_scale")
-_PENALTIES = ("seed", "draw_seed", "full_rank_layers", "weight_decay", "clip_norm", "shown")
-_PENALTIES += ("residual_decay",)
-_SHARES = ("warmup", "final_learning_rate", "golore_switch")
-# Variants of some optimizers, and those that have them.
-_OURS = ("gum", "unbiased_adamw", "joint_muon")
-_USERS = {
-    "projector": (*_OURS, "galore", "galore_muon", "fira", "frugal"),
-    "sampler": ("gum",),
-    "restart": _OURS,
-    "residual": ("gum", "unbiased_adamw"),
-    "residual_scale": _OURS,
-    "residual_decay": ("gum", "unbiased_adamw"),
-    "momentum": ("gum", "muon"),
-}
+
+def change(config: T, **options: Any) -> T:
+    """The configuration with other options, of the run or of its optimizer.
+
+    Args:
+      config: the configuration.
+      **options: by their names. That of an optimizer stands for it, with what `config` has given to
+        its own wherever the two have the same option.
+    """
+    own = {field.name for field in dataclasses.fields(config)}
+    optimizer = config.optimizer
+    if name := options.pop("optimizer", None):
+        optimizer = optimizers.named(name, like=optimizer)
+    inner = {name: value for name, value in options.items() if name not in own}
+    outer = {name: value for name, value in options.items() if name in own}
+    return dataclasses.replace(config, optimizer=optimizers.replace(optimizer, **inner), **outer)
 
 
-def flag(name: str) -> str:
-    """The command-line spelling of a field."""
-    return "--" + name.replace("_", "-")
+def record(options: Any) -> Any:
+    """Options as result files and checkpoints keep them: JSON, with those of optimizers in place.
+
+    An optimizer is its name and, beside it, its options: `{"optimizer": "gum", "rank": 32, ...}`.
+    So were all options kept before optimizers had their own, and old records remain readable.
+    """
+    if isinstance(options, Optimizer):
+        return {"optimizer": options.name} | _fields(options)
+    if dataclasses.is_dataclass(options):
+        kept = _fields(options)
+        optimizer = getattr(options, "optimizer", None)
+        return kept | record(optimizer) if isinstance(optimizer, Optimizer) else kept
+    if isinstance(options, tuple | list):
+        return [record(each) for each in options]
+    return str(options) if isinstance(options, Path) else options
 
 
-def choose(field: str, value: str, names: Iterable[str]) -> str:
-    """Returns `value` if it is one of `names`; raises `ConfigError` with a suggestion if not."""
-    names = list(names)
-    if value in names:
-        return value
-    near = difflib.get_close_matches(value, names, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(names)}"
-    raise ConfigError(f"{flag(field)}: there is no {value!r}; {hint}")
+def _fields(options: Any) -> dict[str, Any]:
+    fields = dataclasses.fields(options)
+    return {field.name: record(getattr(options, field.name)) for field in fields}
 
 
-def make_directory(field: str, path: Path) -> None:
-    """Makes a directory with its parents; raises `ConfigError` if that cannot be done."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{flag(field)}: cannot make {path}: {error.strerror}") from error
+def in_record(old: dict[str, Any], config: Training) -> dict[str, Any]:
+    """What a record, perhaps an old one, says about the options that `config` has.
+
+    Options that are newer than it have their defaults, and options that the optimizer of `config`
+    does not have are left out: under another optimizer they had no effect.
+    """
+    default = record(change(type(config)(), optimizer=config.optimizer.name))
+    # None once stood for the projector that an optimizer has by default.
+    known = {name: value for name, value in old.items() if (name, value) != ("projector", None)}
+    return {name: known.get(name, value) for name, value in default.items()}
 
 
-def check(config: Training) -> None:
-    """Raises `ConfigError` naming the first field whose value cannot work."""
-
-    def demand(fields: Iterable[str], holds: Callable[[Any], bool], reason: str) -> None:
-        for field in fields:
-            value = getattr(config, field, None)
-            if value is not None and not holds(value):
-                raise ConfigError(f"{flag(field)} is {value}; it must be {reason}")
-
-    demand(_COUNTS + _PERIODS + _AMOUNTS, lambda value: value >= 1, "at least 1")
-    demand(_RATES, lambda value: 0 < value < float("inf"), "positive and finite")
-    demand(_PENALTIES, lambda value: 0 <= value < float("inf"), "zero or more, and finite")
-    demand(_SHARES, lambda value: 0 <= value <= 1, "between 0 and 1")
-    demand(("validation_fraction",), lambda value: 0 < value < 1, "above 0 and below 1")
-    demand(("b2",), lambda value: 0 <= value < 1, "at least 0 and below 1")
-    for field, users in _USERS.items():
-        unset = getattr(config, field) == getattr(Training, field)
-        if not unset and config.optimizer not in users:
-            raise ConfigError(f"{flag(field)} has no effect on {config.optimizer}")
-    if config.gradients == "compressed" and config.optimizer in NOT_COMPRESSED:
-        raise ConfigError(
-            f"{flag('gradients')} is compressed; {config.optimizer} needs whole gradients"
-        )
-    demand(("corpus",), lambda value: len(value) > 0, "at least one file, directory or data set")
-    divides = f"a divisor of --batch-size, {config.batch_size}"
-    demand(("accumulate",), lambda value: config.batch_size % value == 0, divides)
+def from_record(kind: type[T], old: dict[str, Any]) -> T:
+    """The configuration that a record describes."""
+    default = change(kind(), optimizer=old["optimizer"])
+    kept = in_record(old, default)
+    kept = {name: tuple(v) if isinstance(v, list) else v for name, v in kept.items()}
+    return change(default, **kept)
 
 
 def first_difference(old: dict, config: Training) -> str | None:
-    """The first field, not free on resume, whose value in `old` differs from `config`'s."""
-    new = json.loads(json.dumps(dataclasses.asdict(config)))
-    changed = (k for k in new if k not in FREE_ON_RESUME and old.get(k, new[k]) != new[k])
+    """The first option, not free on resume, whose value in `old` differs from `config`'s."""
+    new, then = record(config), in_record(old, config)
+    changed = (k for k in new if k not in FREE_ON_RESUME and then[k] != new[k])
     return next(changed, None)

@@ -7,11 +7,12 @@ import os
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tyro
 from jax.sharding import Mesh
 
 from experiments import tasks
@@ -20,12 +21,22 @@ from experiments.models import llama
 from experiments.models.weights import load as pretrained
 from experiments.models.weights.load import Pretrained
 from experiments.tasks.base import Task
-from experiments.trainer import checkpoints, evaluation, loop, losses, processes
+from experiments.trainer import checkpoints, evaluation, loop, losses, optimizers, processes
 from experiments.trainer import mesh as meshes
-from experiments.trainer.config import ConfigError, Training, check, make_directory
+from experiments.trainer.config import Training
 from experiments.trainer.evaluation import Accuracy, Loss
 from experiments.trainer.loop import Result, State
+from experiments.trainer.optimizers import Gum, Optimizer
+from experiments.trainer.options import (
+    ConfigError,
+    at_least,
+    make_directory,
+    not_negative,
+    option,
+    positive,
+)
 
+GUM = Gum(rank=128, period=200)
 _SENTENCE = 24  # tokens
 
 
@@ -36,17 +47,17 @@ class Config(Training):
     run_dir: str = "runs/finetune"
     """Directory of this run: config.json, metrics.jsonl, checkpoints, TensorBoard, loss.png,
     accuracy.json."""
-    steps: int = 100
+    steps: int = option(100, at_least(1))
     """Optimizer steps in the whole run."""
-    batch_size: int = 4
+    batch_size: int = option(4, at_least(1))
     """Windows in one step."""
-    learning_rate: float = 3e-4
+    learning_rate: float = option(3e-4, positive)
     """Peak learning rate; about 3e-4 suits gum and muon, 1e-4 adamw and galore."""
-    rank: int = 128
-    """Rank of the projection (gum, galore, galore_muon, golore, unbiased_adamw)."""
-    period: int = 200
-    """Steps between two refreshes of the projection, and of the draw of full-rank layers."""
-    validate_every: int = 20
+    optimizer: Annotated[
+        Optimizer, tyro.conf.arg(constructor_factory=partial(optimizers.subcommands, GUM))
+    ] = GUM
+    """Which optimizer trains the hidden matrices."""
+    validate_every: int = option(20, at_least(1))
     """Steps between two losses of held-out answers; the last step is always validated."""
 
     model: str = "smollm2-135m"
@@ -62,18 +73,18 @@ class Config(Training):
     """Column of prompts in .jsonl files and data sets."""
     answer_field: str = "answer"
     """Column of answers."""
-    train_examples: int = 4096
+    train_examples: int = option(4096, at_least(1))
     """Examples to train on; a run that needs more repeats them in another order."""
-    seq_len: int = 256
+    seq_len: int = option(256, at_least(1))
     """Tokens in one training window, which holds as many whole examples as fit."""
 
-    eval_examples: int = 200
+    eval_examples: int = option(200, at_least(1))
     """Held-out items to answer before and after training."""
     baseline: bool = True
     """Answer them before training, too; --no-baseline saves the time."""
-    eval_batch_size: int = 50
+    eval_batch_size: int = option(50, at_least(1))
     """Items answered at a time."""
-    shown: int = 3
+    shown: int = option(3, not_negative)
     """Answers to print."""
 
 
@@ -99,7 +110,6 @@ def finetune(config: Config, *, show: bool = True) -> Outcome:
     Raises:
       ConfigError: an option cannot work; the message is one line.
     """
-    check(config)
     mesh = meshes.build(config.mesh)
     with meshes.use(mesh):
         return _finetune(config, mesh, show)
@@ -182,7 +192,7 @@ def _export(config: Config, params: llama.Params, base: Pretrained) -> None:
         pretrained.save(Path(config.export), whole, base.config, base.tokenizer, stop)
     except Exception as error:  # of the file system, or safetensors' own
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ConfigError(f"--export: cannot write {config.export}: {reason}") from error
+        raise ConfigError(f"`export`: cannot write {config.export}: {reason}") from error
 
 
 def _data(config: Config, mesh: Mesh | None, base: Pretrained) -> _Data:
@@ -193,7 +203,7 @@ def _data(config: Config, mesh: Mesh | None, base: Pretrained) -> _Data:
     """
     if config.seq_len > base.arch.seq_len:
         raise ConfigError(
-            f"--seq-len is {config.seq_len}; {config.model} was made for {base.arch.seq_len} tokens"
+            f"`seq_len` is {config.seq_len}; {config.model} was made for {base.arch.seq_len} tokens"
         )
     rows = meshes.rows(mesh, config.batch_size, config.accumulate)
     task = processes.in_turn(lambda: _task(config))
@@ -206,7 +216,7 @@ def _data(config: Config, mesh: Mesh | None, base: Pretrained) -> _Data:
     prompt = max(len(e.tokens) - int(e.answer.sum()) for e in held_out)
     if prompt + longest > base.arch.seq_len:
         raise ConfigError(
-            f"--task: a prompt of {config.task} has {prompt} tokens and an answer up to {longest}; "
+            f"`task`: a prompt of {config.task} has {prompt} tokens and an answer up to {longest}; "
             f"{config.model} was made for {base.arch.seq_len}"
         )
     shape = config.seq_len, config.batch_size

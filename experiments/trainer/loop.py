@@ -81,7 +81,7 @@ def start(
       layers: how many blocks the model has.
     """
     optimizer = optimizers.build(config, layers)
-    compressed = config.gradients == "compressed"
+    compressed = getattr(config.optimizer, "gradients", "full") == "compressed"
     gradients = (_compressed if compressed else _full)(loss, config, optimizer)
 
     def step(state: State, batch: Any) -> tuple[State, dict[str, jax.Array]]:
@@ -186,10 +186,10 @@ def introduction(config: Training, state: State, mesh: Mesh | None, layers: int)
     """What the optimizer will hold, and where weights lie."""
     wide = jax.eval_shape(lambda: optax.tree.cast(state.params, "float32"))  # what optimizers see
     plan = str(gum_optax.memory_plan(optimizers.build(config, layers), wide))
-    if config.optimizer in optimizers.FULL_RANK:
+    if not isinstance(config.optimizer, optimizers.Refreshed):
         plan = plan.splitlines()[-1]  # the sum: there are no groups
     return (
-        f"{config.optimizer}, peak learning rate {config.learning_rate:g}, "
+        f"{config.optimizer.name}, peak learning rate {config.learning_rate:g}, "
         f"on {jax.devices()[0].device_kind}\n{plan}"
         + (f"\n{meshes.describe(mesh, state.params)}" if mesh else "")
     )

@@ -14,7 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from experiments.models.llama import MESH_AXES
-from experiments.trainer.config import ConfigError
+from experiments.trainer.options import ConfigError
 from gum_optax import by_role
 
 AXES = ("data", "fsdp", "tensor")
@@ -34,11 +34,11 @@ def build(text: str | None) -> Mesh | None:
     count = jax.device_count()
     if text is None:
         if jax.process_count() > 1:
-            raise ConfigError(f"--mesh: several processes need one, such as data={count}")
+            raise ConfigError(f"`mesh`: several processes need one, such as data={count}")
         return None
     sizes = _sizes(text)
     if (wanted := math.prod(sizes)) != count:
-        raise ConfigError(f"--mesh: {text} is for {wanted} devices, but there are {count}")
+        raise ConfigError(f"`mesh`: {text} is for {wanted} devices, but there are {count}")
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
@@ -71,9 +71,9 @@ def rows(mesh: Mesh | None, batch_size: int, accumulate: int = 1) -> Sequence[in
         return range(batch_size)
     count = math.prod(mesh.shape[axis] for axis in _BATCH)
     if batch_size // accumulate % count:
-        parts = f" and --accumulate {accumulate}" if accumulate > 1 else ""
+        parts = f" and `accumulate` {accumulate}" if accumulate > 1 else ""
         raise ConfigError(
-            f"--batch-size is {batch_size}{parts}; --mesh divides it into {count} parts"
+            f"`batch_size` is {batch_size}{parts}; `mesh` divides it into {count} parts"
         )
     held = batch_sharding(mesh).devices_indices_map((batch_size,))
     here = [held[device][0] for device in mesh.local_devices]
@@ -130,10 +130,10 @@ def _sizes(text: str) -> tuple[int, ...]:
     for part in text.split(","):
         axis, _, size = part.partition("=")
         if axis not in AXES:
-            raise ConfigError(f"--mesh: {text} names {axis!r}; the axes are {', '.join(AXES)}")
+            raise ConfigError(f"`mesh`: {text} names {axis!r}; the axes are {', '.join(AXES)}")
         if axis in sizes:
-            raise ConfigError(f"--mesh: {text} names {axis} twice")
+            raise ConfigError(f"`mesh`: {text} names {axis} twice")
         if not (size.isdecimal() and int(size)):
-            raise ConfigError(f"--mesh: {text} gives {axis} the size {size!r}; write {axis}=2")
+            raise ConfigError(f"`mesh`: {text} gives {axis} the size {size!r}; write {axis}=2")
         sizes[axis] = int(size)
     return tuple(sizes.get(axis, 1) for axis in AXES)

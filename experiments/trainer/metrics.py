@@ -34,7 +34,7 @@ class Report:
         self._elapsed = _keep_until(self._path, start)
         self._board = Board(Path(config.run_dir) / "tensorboard", start)
         self._bar = tqdm(
-            desc=config.optimizer, total=config.steps, initial=start, bar_format=_BAR,
+            desc=config.optimizer.name, total=config.steps, initial=start, bar_format=_BAR,
             disable=None if show else True, file=sys.stderr,
         )  # fmt: skip
         self._lines: list[str] = []

@@ -1,209 +1,44 @@
-"""The optimizers of the experiments: a table from a name to a function of the configuration.
+"""The optimizers of the experiments: one dataclass each, with its options and `build`.
 
+An optimizer joins `OPTIMIZERS` by one entry, from which command lines, studies and tests take it.
 All of them share the schedule, the clipping and, for whatever is no hidden matrix, the same
-fallback, so that runs differ in one thing.
+fallback; these are options of the run, so that runs differ in one thing.
 """
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any
+import contextlib
+import contextvars
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Literal
 
-import jax
-import jax.numpy as jnp
 import optax
+import tyro
 
 import gum_optax
-from experiments.trainer import low_bits
-from experiments.trainer.config import Training, choose
-from gum_optax import fallbacks
+from experiments.trainer import low_bits, rest
+from experiments.trainer.directions import DIRECTIONS, as_adam
+from experiments.trainer.options import (
+    Checked,
+    ConfigError,
+    at_least,
+    choose,
+    not_negative,
+    option,
+    positive,
+    share,
+)
+from experiments.trainer.schedules import schedule, share_of_peak
+from gum_optax import projectors, residuals
 
-Optimizer = optax.GradientTransformation
+if TYPE_CHECKING:
+    from experiments.trainer.config import Training
 
+Transformation = optax.GradientTransformation
+Projector = Literal["subspace_iteration", "svd", "randomized_svd", "random_orthonormal"]
+Momentum = Literal["float32", "int8", "int4", "rows8", "rows4"]
+Restart = Literal["everything", "slots", "rotate"]
 
-def schedule(config: Training, peak: float | None = None) -> optax.Schedule:
-    """Linear warm-up to the peak learning rate, then cosine decay."""
-    peak = config.learning_rate if peak is None else peak
-    share = share_of_peak(config)
-    return lambda step: peak * share(step)
-
-
-def share_of_peak(config: Training) -> optax.Schedule:
-    """The learning rate as a share of its peak: the same for all rates of a run."""
-    warmup = round(config.warmup * config.steps)
-    return optax.warmup_cosine_decay_schedule(
-        init_value=1 / (warmup + 1),
-        peak_value=1.0,
-        warmup_steps=warmup,
-        decay_steps=max(config.steps, warmup + 1),
-        end_value=config.final_learning_rate,
-    )
-
-
-def gum(
-    config: Training,
-    rate: optax.Schedule,
-    full_rank: int | gum_optax.samplers.Sampler | None = None,
-) -> Optimizer:
-    """Unbiased low-rank Muon: the paper's method, and the library's subject."""
-    compression = gum_optax.LowRank(
-        residual=_residual(config, config.full_rank_layers if full_rank is None else full_rank),
-        projector=_projector(config, "subspace_iteration"),
-        carry=CARRIES[config.restart],
-        storage=low_bits.STORAGES[config.momentum],
-        **_common(config),
-    )
-    return _low_rank_muon(config, rate, compression)
-
-
-def joint_muon(config: Training, rate: optax.Schedule) -> Optimizer:
-    """Muon on low-rank momentum and, outside of its bases, the gradient of this step alone.
-
-    The two are orthogonalized together, so a step costs as much as full-rank Muon's.
-    """
-    compression = gum_optax.LowRank(
-        residual=gum_optax.residuals.through(optax.scale(config.residual_scale)),
-        projector=_projector(config, "subspace_iteration"),
-        carry=CARRIES[config.restart],
-        **_common(config),
-    )
-    momentum = gum_optax.low_rank(optax.trace(0.95), compression)
-    return gum_optax.for_matrices(
-        optax.chain(momentum, gum_optax.scale_by_polar(), _as_adam()),
-        rate,
-        weight_decay=config.weight_decay,
-        fallback=_fallback(config),
-    )
-
-
-def galore_muon(config: Training, rate: optax.Schedule) -> Optimizer:
-    """Biased low-rank Muon: no layer is ever full-rank."""
-    # The moments of GaLore's Adam continue over a refresh; this one's momentum restarts, as GUM's.
-    compression = gum_optax.galore(
-        projector=_projector(config, "svd"), carry=gum_optax.carries.restart, **_common(config)
-    )
-    return _low_rank_muon(config, rate, compression)
-
-
-def golore_muon(config: Training, rate: optax.Schedule) -> Optimizer:
-    """Biased low-rank Muon that turns to random projections late in the run."""
-    compression = gum_optax.golore(
-        switch_step=_switch_step(config), carry=gum_optax.carries.restart, **_common(config)
-    )
-    return _low_rank_muon(config, rate, compression)
-
-
-def galore(config: Training, rate: optax.Schedule) -> Optimizer:
-    """Adam on projected gradients, biased."""
-    compression = gum_optax.galore(projector=_projector(config, "svd"), **_common(config))
-    return _low_rank_adamw(config, rate, compression)
-
-
-def golore(config: Training, rate: optax.Schedule) -> Optimizer:
-    """GaLore that turns to random projections late in the run."""
-    compression = gum_optax.golore(switch_step=_switch_step(config), **_common(config))
-    return _low_rank_adamw(config, rate, compression)
-
-
-def unbiased_adamw(config: Training, rate: optax.Schedule) -> Optimizer:
-    """Adam on unbiased compressed gradients."""
-    # An entry of Adam's update is about 0.2; an orthogonal matrix's are smaller by sqrt(n).
-    compression = gum_optax.LowRank(
-        residual=_residual(config, config.full_rank_layers, _as_adam),
-        projector=_projector(config, "subspace_iteration"),
-        carry=CARRIES[config.restart],
-        **_common(config),
-    )
-    return _low_rank_adamw(config, rate, compression)
-
-
-def muon(config: Training, rate: optax.Schedule) -> Optimizer:
-    """Full-rank Muon on the hidden matrices."""
-    if (config.momentum, config.fallback) != ("float32", "adamw"):
-        return gum_optax.muon(
-            rate,
-            low_bits.STORAGES[config.momentum],
-            consistent_rms=config.consistent_rms,
-            weight_decay=config.weight_decay,
-            fallback=_fallback(config),
-        )
-    return optax.contrib.muon(
-        rate,
-        nesterov=False,
-        weight_decay=config.weight_decay,
-        consistent_rms=config.consistent_rms,
-        muon_weight_dimension_numbers=gum_optax.dimension_numbers.default,
-        adam_b2=config.b2,
-        adam_weight_decay=config.weight_decay,
-        adam_learning_rate=schedule(config, config.fallback_learning_rate),
-    )
-
-
-def adamw(config: Training, rate: optax.Schedule) -> Optimizer:
-    """AdamW on everything; hidden matrices and the rest may have learning rates of their own."""
-    plain = optax.adamw(rate, b2=config.b2, weight_decay=config.weight_decay, mask=_decayed)
-    if config.fallback_learning_rate is None and config.fallback == "adamw":
-        return plain
-    return optax.partition({"matrix": plain, "rest": _fallback(config)}, matrix_or_rest)
-
-
-def scale(config: Training, rate: optax.Schedule) -> Optimizer:
-    """SCALE on the hidden matrices: columns of the gradient are normalized, and nothing is kept.
-
-    Its head, which SCALE gives momentum, has AdamW here as under every other optimizer.
-    """
-    return gum_optax.for_matrices(
-        gum_optax.normalize_columns(),
-        rate,
-        weight_decay=config.weight_decay,
-        fallback=_fallback(config),
-    )
-
-
-def fira(config: Training, rate: optax.Schedule) -> Optimizer:
-    """GaLore, and the residual at the gain of its Adam."""
-    compression = gum_optax.fira(projector=_projector(config, "svd"), **_common(config))
-    return _low_rank_adamw(config, rate, compression)
-
-
-def frugal(config: Training, rate: optax.Schedule) -> Optimizer:
-    """GaLore, and the signs of the residual."""
-    compression = gum_optax.frugal(projector=_projector(config, "svd"), **_common(config))
-    return _low_rank_adamw(config, rate, compression)
-
-
-def apollo(config: Training, rate: optax.Schedule) -> Optimizer:
-    """Gradients whose columns have the gain of an Adam on random projections."""
-    return _low_rank_adamw(config, rate, gum_optax.apollo(**_common(config)))
-
-
-def apollo_mini(config: Training, rate: optax.Schedule) -> Optimizer:
-    """Gradients with the gain of an Adam on one random direction."""
-    common = _common(config)
-    del common["rank"]
-    return _low_rank_adamw(config, rate, gum_optax.apollo_mini(**common))
-
-
-OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
-    "gum": gum,
-    "adamw": adamw,
-    "muon": muon,
-    "galore": galore,
-    "galore_muon": galore_muon,
-    "golore": golore,
-    "golore_muon": golore_muon,
-    "unbiased_adamw": unbiased_adamw,
-    "scale": scale,
-    "fira": fira,
-    "frugal": frugal,
-    "apollo": apollo,
-    "apollo_mini": apollo_mini,
-    "joint_muon": joint_muon,
-}
-
-# Nothing is projected: rank and period do nothing.
-FULL_RANK = frozenset({"adamw", "muon", "scale"})
-
-# What `--restart` says happens at a refresh.
 CARRIES: dict[str, gum_optax.carries.Carry] = {
     "everything": gum_optax.carries.restart,
     "slots": gum_optax.carries.keep,
@@ -211,148 +46,429 @@ CARRIES: dict[str, gum_optax.carries.Carry] = {
 }
 
 
-def build(config: Training, layers: int) -> Optimizer:
-    """The optimizer of a run on `layers` blocks: clipping, then the one that `config` names."""
-    make = OPTIMIZERS[choose("optimizer", config.optimizer, OPTIMIZERS)]
-    if config.sampler == "bernoulli":
-        sampler = gum_optax.samplers.bernoulli(config.full_rank_layers / layers)
-        make = partial(make, full_rank=sampler)
-    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-    optimizer = optax.chain(clip, make(config, schedule(config)))
-    if config.weights == "bfloat16":
-        return gum_optax.stochastic_rounding(optimizer, config.seed)
+@dataclasses.dataclass(frozen=True)
+class Optimizer(Checked):
+    """How the hidden matrices are trained."""
+
+    @property
+    def name(self) -> str:
+        """Its name in `OPTIMIZERS`, on the command line and in records."""
+        return next(name for name, each in OPTIMIZERS.items() if type(each) is type(self))
+
+    def build(self, run: "Training", rate: optax.Schedule, layers: int) -> Transformation:
+        """The optimizer of a run on `layers` blocks, without clipping."""
+        raise NotImplementedError
+
+
+# What optimizers share ----------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Refreshed(Optimizer):
+    """An optimizer whose random numbers are drawn anew in every period."""
+
+    period: int = option(100, at_least(1))
+    """Steps between two refreshes of the projection, and of the draw of full-rank layers."""
+    draw_seed: int | None = option(None, not_negative)
+    """Seed of the optimizer's draws alone. None: that of the run."""
+    gradients: Literal["full", "compressed"] = "full"
+    """How gradients leave the backward pass: whole, or already projected, which takes less memory
+    and, with many tokens, less time. The norm that is clipped is then that of the projections."""
+
+    def common(self, run: "Training") -> dict[str, Any]:
+        """What every compression is given."""
+        key = run.seed if self.draw_seed is None else self.draw_seed
+        return {"period": self.period, "key": key}
+
+
+@dataclasses.dataclass(frozen=True)
+class Projecting(Refreshed):
+    """An optimizer of gradients that are projected to low rank."""
+
+    rank: int = option(32, at_least(1))
+    """Rank of the projection."""
+
+    def common(self, run: "Training") -> dict[str, Any]:
+        return super().common(run) | {"rank": self.rank}
+
+
+@dataclasses.dataclass(frozen=True)
+class BySvd(Projecting):
+    """A low-rank optimizer as published, with exact singular subspaces."""
+
+    projector: Projector = "svd"
+    """How bases come from gradients."""
+
+    def common(self, run: "Training") -> dict[str, Any]:
+        return super().common(run) | {"projector": getattr(projectors, self.projector)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Carrying(Projecting):
+    """A low-rank optimizer of this library: its own projector, and a choice at refreshes."""
+
+    projector: Projector = "subspace_iteration"
+    """How bases come from gradients."""
+    restart: Restart = "everything"
+    """What restarts at a refresh: slots carries low-rank momentum over as it is, rotate turns it
+    into the new basis."""
+    residual_scale: float = option(1.0, positive)
+    """Factor of a residual that is added without momentum."""
+
+    def common(self, run: "Training") -> dict[str, Any]:
+        return super().common(run) | {
+            "projector": getattr(projectors, self.projector),
+            "carry": CARRIES[self.restart],
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Unbiased(Carrying):
+    """A low-rank optimizer that does something about the residual."""
+
+    full_rank_layers: int = option(2, not_negative)
+    """Gamma: layers of each role drawn in a period, whose residual is kept at full rank."""
+    residual: Literal["drop", "sampled", "additive", "columns", "rows", "sign", "plain"] = "sampled"
+    """What becomes of the part of a gradient that its basis leaves out. It is dropped; or
+    full_rank_layers keep it (sampled instead of their projection, additive beside it); or it is
+    added without momentum, its columns, rows, signs or the whole (plain) brought to the size of an
+    orthogonal matrix, and full_rank_layers keep it beside that."""
+    residual_decay: float = option(0.0, not_negative)
+    """Power of the learning rate, as a share of its peak, by which residual_scale shrinks too."""
+
+    def rule(
+        self,
+        run: "Training",
+        full_rank: int | gum_optax.samplers.Sampler,
+        also: Callable[[], Transformation] = optax.identity,
+    ) -> residuals.Residual:
+        """The rule for the residual; `also` brings one without momentum to its update's size."""
+        match self.residual:
+            case "drop":
+                return residuals.drop()
+            case "sampled":
+                return residuals.sampled(full_rank)
+            case "additive":
+                return residuals.sampled(full_rank, form="additive")
+        direct = optax.chain(DIRECTIONS[self.residual](), also(), optax.scale(self.residual_scale))
+        if self.residual_decay:
+            share = share_of_peak(run)
+            power = optax.scale_by_schedule(lambda step: share(step) ** self.residual_decay)
+            direct = optax.chain(direct, power)
+        if full_rank == 0:
+            return residuals.through(direct)
+        return residuals.sampled(full_rank, form="additive", undrawn=direct)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scaled(Optimizer):
+    """An optimizer whose updates are orthogonal matrices, brought to a size."""
+
+    consistent_rms: float | None = option(0.2, positive)
+    """Updates are scaled by this times sqrt(max(m, n)), so that their size is AdamW's. None: by
+    sqrt(max(1, n / m)) as in Muon, which wants a larger learning rate."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Switching(Projecting):
+    """A low-rank optimizer that turns to random projections late in the run."""
+
+    golore_switch: float = option(0.5, share)
+    """Share of the steps after which it projects at random instead of by SVD."""
+
+    def common(self, run: "Training") -> dict[str, Any]:
+        return super().common(run) | {"switch_step": round(self.golore_switch * run.steps)}
+
+
+# The optimizers -----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Gum(Unbiased, Scaled):
+    """Unbiased low-rank Muon: the paper's method, and the library's subject."""
+
+    sampler: Literal["fixed_size", "bernoulli"] = "fixed_size"
+    """Draws full_rank_layers of each role, or each layer by itself, as many on average."""
+    momentum: Momentum = "float32"
+    """How momentum rests between two steps; rows8 and rows4 are the plainest codes of 8 and 4 bits,
+    with one scale for each row."""
+
+    def build(self, run: "Training", rate: optax.Schedule, layers: int) -> Transformation:
+        full_rank: Any = self.full_rank_layers
+        if self.sampler == "bernoulli":
+            full_rank = gum_optax.samplers.bernoulli(full_rank / layers)
+        compression = gum_optax.LowRank(
+            residual=self.rule(run, full_rank),
+            storage=low_bits.STORAGES[self.momentum],
+            **self.common(run),
+        )
+        return _low_rank_muon(self, run, rate, compression)
+
+
+@dataclasses.dataclass(frozen=True)
+class AdamW(Optimizer):
+    """AdamW on everything; hidden matrices and the rest may have learning rates of their own."""
+
+    def build(self, run: "Training", rate: optax.Schedule, layers: int) -> Transformation:
+        plain = optax.adamw(rate, b2=run.b2, weight_decay=run.weight_decay, mask=rest.decayed)
+        if run.fallback_learning_rate is None and run.fallback == "adamw":
+            return plain
+        return optax.partition({"matrix": plain, "rest": rest.build(run)}, rest.matrix_or_rest)
+
+
+@dataclasses.dataclass(frozen=True)
+class Muon(Scaled):
+    """Full-rank Muon on the hidden matrices."""
+
+    momentum: Momentum = "float32"
+    """How momentum rests between two steps."""
+
+    def build(self, run: "Training", rate: optax.Schedule, layers: int) -> Transformation:
+        if (self.momentum, run.fallback) != ("float32", "adamw"):
+            return gum_optax.muon(
+                rate,
+                low_bits.STORAGES[self.momentum],
+                consistent_rms=self.consistent_rms,
+                weight_decay=run.weight_decay,
+                fallback=rest.build(run),
+            )
+        return optax.contrib.muon(
+            rate,
+            nesterov=False,
+            weight_decay=run.weight_decay,
+            consistent_rms=self.consistent_rms,
+            muon_weight_dimension_numbers=gum_optax.dimension_numbers.default,
+            adam_b2=run.b2,
+            adam_weight_decay=run.weight_decay,
+            adam_learning_rate=schedule(run, run.fallback_learning_rate),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class GaLore(BySvd):
+    """Adam on projected gradients, biased."""
+
+    def build(self, run: "Training", rate: optax.Schedule, layers: int) -> Transformation:
+        return _low_rank_adamw(run, rate, gum_optax.galore(**self.common(run)))
+
+
+@dataclasses.dataclass(frozen=True)
+class GaLoreMuon(BySvd, Scaled):
+    """Biased low-rank Muon: no layer is ever full-rank."""
+
+    def build(self, run: "Training", rate: optax.Schedule, layers: int) -> Transformation:
+        # The moments of GaLore's Adam continue over a refresh; this momentum restarts, as GUM's.
+        compression = gum_optax.galore(carry=gum_optax.carries.restart, **self.common(run))
+        return _low_rank_muon(self, run, rate, compression)
+
+
+@dataclasses.dataclass(frozen=True)
+class GoLore(Switching):
+    """GaLore that turns to random projections late in the run."""
+
+    def build(self, run: "Training", rate: optax.Schedule, layers: int) -> Transformation:
+        return _low_rank_adamw(run, rate, gum_optax.golore(**self.common(run)))
+
+
+@dataclasses.dataclass(frozen=True)
+class GoLoreMuon(Switching, Scaled):
+    """Biased low-rank Muon that turns to random projections late in the run."""
+
+    def build(self, run: "Training", rate: optax.Schedule, layers: int) -> Transformation:
+        compression = gum_optax.golore(carry=gum_optax.carries.restart, **self.common(run))
+        return _low_rank_muon(self, run, rate, compression)
+
+
+@dataclasses.dataclass(frozen=True)
+class UnbiasedAdamW(Unbiased):
+    """Adam on unbiased compressed gradients."""
+
+    def build(self, run: "Training", rate: optax.Schedule, layers: int) -> Transformation:
+        # An entry of Adam's update is about 0.2; an orthogonal matrix's are smaller by sqrt(n).
+        rule = self.rule(run, self.full_rank_layers, as_adam)
+        return _low_rank_adamw(run, rate, gum_optax.LowRank(residual=rule, **self.common(run)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale(Optimizer):
+    """SCALE on the hidden matrices: columns of the gradient are normalized, and nothing is kept.
+
+    Its head, which SCALE gives momentum, has AdamW here as under every other optimizer.
+    """
+
+    def build(self, run: "Training", rate: optax.Schedule, layers: int) -> Transformation:
+        return _for_matrices(run, rate, gum_optax.normalize_columns())
+
+
+@dataclasses.dataclass(frozen=True)
+class Fira(BySvd):
+    """GaLore, and the residual at the gain of its Adam."""
+
+    def build(self, run: "Training", rate: optax.Schedule, layers: int) -> Transformation:
+        return _low_rank_adamw(run, rate, gum_optax.fira(**self.common(run)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Frugal(BySvd):
+    """GaLore, and the signs of the residual."""
+
+    def build(self, run: "Training", rate: optax.Schedule, layers: int) -> Transformation:
+        return _low_rank_adamw(run, rate, gum_optax.frugal(**self.common(run)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Apollo(Projecting):
+    """Gradients whose columns have the gain of an Adam on random projections."""
+
+    def build(self, run: "Training", rate: optax.Schedule, layers: int) -> Transformation:
+        return _low_rank_adamw(run, rate, gum_optax.apollo(**self.common(run)))
+
+
+@dataclasses.dataclass(frozen=True)
+class ApolloMini(Refreshed):
+    """Gradients with the gain of an Adam on one random direction."""
+
+    def build(self, run: "Training", rate: optax.Schedule, layers: int) -> Transformation:
+        return _low_rank_adamw(run, rate, gum_optax.apollo_mini(**self.common(run)))
+
+
+@dataclasses.dataclass(frozen=True)
+class JointMuon(Carrying):
+    """Muon on momentum in the bases and, outside of them, the gradient of this step alone.
+
+    The two are orthogonalized together, so a step costs as much as full-rank Muon's.
+    """
+
+    def build(self, run: "Training", rate: optax.Schedule, layers: int) -> Transformation:
+        rule = residuals.through(optax.scale(self.residual_scale))
+        compression = gum_optax.LowRank(residual=rule, **self.common(run))
+        momentum = gum_optax.low_rank(optax.trace(0.95), compression)
+        direction = optax.chain(momentum, gum_optax.scale_by_polar(), as_adam())
+        return _for_matrices(run, rate, direction)
+
+
+OPTIMIZERS: dict[str, Optimizer] = {
+    "gum": Gum(),
+    "adamw": AdamW(),
+    "muon": Muon(),
+    "galore": GaLore(),
+    "galore_muon": GaLoreMuon(),
+    "golore": GoLore(),
+    "golore_muon": GoLoreMuon(),
+    "unbiased_adamw": UnbiasedAdamW(),
+    "scale": Scale(),
+    "fira": Fira(),
+    "frugal": Frugal(),
+    "apollo": Apollo(),
+    "apollo_mini": ApolloMini(),
+    "joint_muon": JointMuon(),
+}
+
+if TYPE_CHECKING:
+    Name = str
+else:
+    Name = Literal[tuple(OPTIMIZERS)]
+
+
+# From options to an optimizer ---------------------------------------------------------------------
+
+
+def named(name: str, like: Optimizer | None = None) -> Optimizer:
+    """The optimizer of a name, with what was given to `like` wherever it has the same option.
+
+    Raises:
+      ConfigError: there is no such optimizer.
+    """
+    default = OPTIMIZERS[choose("optimizer", name, OPTIMIZERS)]
+    if like is None or type(like) is type(default):
+        return like or default
+    own = {field.name for field in dataclasses.fields(default)}
+    given = {name: value for name, value in _given(like).items() if name in own}
+    return dataclasses.replace(default, **given)
+
+
+def replace(optimizer: Optimizer, **options: Any) -> Optimizer:
+    """The same optimizer with other options.
+
+    Raises:
+      ConfigError: it has no such option.
+    """
+    own = {field.name for field in dataclasses.fields(optimizer)}
+    if unknown := options.keys() - own:
+        raise ConfigError(f"`{min(unknown)}` is no option of the optimizer {optimizer.name}")
+    return dataclasses.replace(optimizer, **options)
+
+
+def _given(optimizer: Optimizer) -> dict[str, Any]:
+    """The options whose values are not the defaults."""
+    default = OPTIMIZERS[optimizer.name]
+    names = (field.name for field in dataclasses.fields(optimizer))
+    values = {name: getattr(optimizer, name) for name in names}
+    return {name: value for name, value in values.items() if value != getattr(default, name)}
+
+
+_like: contextvars.ContextVar[Optimizer | None] = contextvars.ContextVar("like", default=None)
+
+
+@contextlib.contextmanager
+def defaults_like(optimizer: Optimizer) -> Iterator[None]:
+    """Within it, command lines offer all optimizers with the options that `optimizer` was given."""
+    before = _like.set(optimizer)
+    try:
+        yield
+    finally:
+        _like.reset(before)
+
+
+def subcommands(like: Optimizer | None = None) -> Any:
+    """The union of all optimizers, as a command line offers them: `optimizer:adamw`."""
+    chosen = _like.get() or like
+    return tyro.extras.subcommand_type_from_defaults(
+        {name: named(name, chosen) for name in OPTIMIZERS},
+        descriptions={
+            name: (inspect.getdoc(type(each)) or "").splitlines()[0]
+            for name, each in OPTIMIZERS.items()
+        },
+        prefix_names=True,
+    )
+
+
+def build(run: "Training", layers: int) -> Transformation:
+    """The optimizer of a run on `layers` blocks: clipping, then the run's own, then rounding."""
+    clip = optax.clip_by_global_norm(run.clip_norm) if run.clip_norm else optax.identity()
+    optimizer = optax.chain(clip, run.optimizer.build(run, schedule(run), layers))
+    if run.weights == "bfloat16":
+        return gum_optax.stochastic_rounding(optimizer, run.seed)
     return optimizer
 
 
 def _low_rank_muon(
-    config: Training, rate: optax.Schedule, compression: gum_optax.LowRank
-) -> Optimizer:
+    scaled: Scaled, run: "Training", rate: optax.Schedule, compression: gum_optax.LowRank
+) -> Transformation:
     return gum_optax.gum(
         rate,
         compression,
-        consistent_rms=config.consistent_rms,
-        weight_decay=config.weight_decay,
-        fallback=_fallback(config),
+        consistent_rms=scaled.consistent_rms,
+        weight_decay=run.weight_decay,
+        fallback=rest.build(run),
     )
 
 
 def _low_rank_adamw(
-    config: Training, rate: optax.Schedule, compression: gum_optax.LowRank
-) -> Optimizer:
+    run: "Training", rate: optax.Schedule, compression: gum_optax.LowRank
+) -> Transformation:
     return gum_optax.adamw(
         rate,
         compression,
-        b2=config.b2,
-        weight_decay=config.weight_decay,
-        fallback=_fallback(config),
+        b2=run.b2,
+        weight_decay=run.weight_decay,
+        fallback=rest.build(run),
     )
 
 
-def _residual(
-    config: Training,
-    full_rank: int | gum_optax.samplers.Sampler,
-    also: Callable[[], Optimizer] = optax.identity,
-) -> gum_optax.residuals.Residual:
-    """What `--residual` names; `also` brings a residual without momentum to its update's size."""
-    residuals = gum_optax.residuals
-    match config.residual:
-        case "drop":
-            return residuals.drop()
-        case "sampled":
-            return residuals.sampled(full_rank)
-        case "additive":
-            return residuals.sampled(full_rank, form="additive")
-    direct = optax.chain(DIRECTIONS[config.residual](), also(), optax.scale(config.residual_scale))
-    if config.residual_decay:
-        share = share_of_peak(config)
-        power = optax.scale_by_schedule(lambda step: share(step) ** config.residual_decay)
-        direct = optax.chain(direct, power)
-    if full_rank == 0:
-        return residuals.through(direct)
-    return residuals.sampled(full_rank, form="additive", undrawn=direct)
-
-
-def _sized(direction: Callable[[jax.Array], jax.Array]) -> optax.GradientTransformationExtraArgs:
-    """A direction of residuals E [..., m, n], brought to the norm of m - r orthonormal rows.
-
-    That is the size that `gum_optax.normalize_columns` gives them: |E|_F = sqrt(m - r).
-    """
-
-    def one(residual: jax.Array, projected: jax.Array) -> jax.Array:
-        m, r = residual.shape[-2], projected.shape[-2]
-        found = direction(residual)
-        norm = jnp.linalg.norm(found, axis=(-2, -1), keepdims=True)
-        return (m - r) ** 0.5 * found / jnp.maximum(norm, jnp.finfo(found.dtype).tiny)
-
-    def update(
-        updates: Any, state: Any, params: Any = None, *, projected: Any = None, **_: Any
-    ) -> Any:
-        del params
-        return jax.tree.map(one, updates, projected), state
-
-    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
-
-
-def _unit_rows(residual: jax.Array) -> jax.Array:
-    norms = jnp.linalg.norm(residual, axis=-1, keepdims=True)
-    return residual / jnp.maximum(norms, jnp.finfo(residual.dtype).tiny)
-
-
-# How a residual without momentum is normalized, by the name that `--residual` has for it.
-DIRECTIONS: dict[str, Callable[[], Optimizer]] = {
-    "columns": gum_optax.normalize_columns,
-    "rows": lambda: _sized(_unit_rows),
-    "sign": lambda: _sized(jnp.sign),
-    "plain": lambda: _sized(lambda residual: residual),
-}
-
-
-def _as_adam() -> Optimizer:
-    """Brings an orthogonal matrix [..., m, n] to the size of Adam's update (2502.16982)."""
-
-    def one(update: jax.Array) -> jax.Array:
-        return 0.2 * max(update.shape[-2:]) ** 0.5 * update
-
-    return optax.stateless(lambda updates, params: jax.tree.map(one, updates))
-
-
-def _common(config: Training) -> dict[str, Any]:
-    """What every compression is given."""
-    return {
-        "rank": config.rank,
-        "period": config.period,
-        "key": config.seed if config.draw_seed is None else config.draw_seed,
-    }
-
-
-def _projector(config: Training, own: str) -> gum_optax.projectors.Projector:
-    return getattr(gum_optax.projectors, config.projector or own)
-
-
-def _switch_step(config: Training) -> int:
-    return round(config.golore_switch * config.steps)
-
-
-# What trains embedding, head and norms, by the name that `--fallback` has for it.
-FALLBACKS: dict[str, Callable[[Training], gum_optax.Fallback]] = {
-    "adamw": lambda config: fallbacks.adamw(b2=config.b2),
-    "adamw8": lambda config: fallbacks.adamw(b2=config.b2, storage=gum_optax.storages.int8()),
-    "factored": lambda config: fallbacks.factored(),
-    "factored_momentum": lambda config: fallbacks.factored(0.9),
-    "columns": lambda config: fallbacks.columns(),
-}
-
-
-def _fallback(config: Training) -> Optimizer:
-    rate = schedule(config, config.fallback_learning_rate)
-    return FALLBACKS[config.fallback](config).make(rate, config.weight_decay, _decayed)
-
-
-def matrix_or_rest(params: optax.Params) -> optax.Params:
-    """A tree like `params`: "matrix" for hidden matrices, "rest" for what the fallback gets."""
-    numbers = gum_optax.dimension_numbers.default(params)
-    return jax.tree.map(lambda _, number: "rest" if number is None else "matrix", params, numbers)
-
-
-def _decayed(params: optax.Params) -> optax.Params:
-    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+def _for_matrices(
+    run: "Training", rate: optax.Schedule, direction: Transformation
+) -> Transformation:
+    return gum_optax.for_matrices(
+        direction, rate, weight_decay=run.weight_decay, fallback=rest.build(run)
+    )

@@ -14,8 +14,9 @@ from experiments.models import llama
 from experiments.models.presets import PRESETS, Architecture
 from experiments.trainer import checkpoints, loop, losses, processes
 from experiments.trainer import mesh as meshes
-from experiments.trainer.config import Config, check, choose
+from experiments.trainer.config import Config
 from experiments.trainer.loop import Result, State
+from experiments.trainer.options import choose
 
 
 def train(config: Config, *, show: bool = True) -> Result:
@@ -30,7 +31,6 @@ def train(config: Config, *, show: bool = True) -> Result:
     Raises:
       ConfigError: an option cannot work; the message is one line.
     """
-    check(config)
     mesh = meshes.build(config.mesh)
     with meshes.use(mesh):
         return _train(config, mesh, show)

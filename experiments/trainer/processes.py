@@ -13,7 +13,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from experiments.trainer.config import ConfigError, Launch
+from experiments.trainer.config import Launch
+from experiments.trainer.options import ConfigError
 
 T = TypeVar("T")
 
@@ -34,8 +35,8 @@ def join(launch: Launch) -> None:
         )
     except ValueError as error:
         raise ConfigError(
-            f"--distributed: {' '.join(str(error).split())} Where JAX detects no cluster, give "
-            "--coordinator-address, --num-processes and --process-id"
+            f"`distributed`: {' '.join(str(error).split())} Where JAX detects no cluster, give "
+            "`coordinator_address`, `num_processes` and `process_id`"
         ) from error
 
 

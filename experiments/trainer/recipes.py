@@ -1,12 +1,14 @@
-"""The settings of GaLore's C4 experiments, by the name of the model: `--recipe 60m`.
+"""The settings of GaLore's C4 experiments, by the name of the model: the option `recipe`.
 
 Models, ranks, tokens, batches of 512 x 256 and the warm-up are those of Zhao et al., arXiv
 2403.03507; period and full-rank layers are GUM's (arXiv 2510.17802). They pad documents, here
 windows are full, so that the same tokens make fewer steps. Their tokenizer is T5's; a BPE of the
-same size is trained here unless `--tokenizer` names one. Options beside a recipe go before it.
+same size is trained here unless the option `tokenizer` names one. Options beside a recipe go
+before it.
 """
 
 from experiments.trainer.config import Config, Recipe
+from experiments.trainer.optimizers import Gum
 
 
 def _c4(preset: Recipe, rank: int, tokens: float) -> Config:
@@ -23,9 +25,7 @@ def _c4(preset: Recipe, rank: int, tokens: float) -> Config:
         seq_len=seq_len,
         steps=round(tokens / (batch_size * seq_len)),
         warmup=0.1,
-        rank=rank,
-        period=200,
-        full_rank_layers=2,
+        optimizer=Gum(rank=rank, period=200, full_rank_layers=2),
         validate_every=1000,
         checkpoint_every=1000,
     )

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from experiments.trainer import checkpoints
-from experiments.trainer.config import FREE_ON_RESUME, Training
+from experiments.trainer.config import FREE_ON_RESUME, Training, in_record, record
 from experiments.trainer.loop import Result
 from experiments.trainer.metrics import metrics_path
 from experiments.trainer.pretraining import train
@@ -99,29 +99,37 @@ def complete(
 def missing(configs: Sequence[_Run], out: Path) -> tuple[list[Entry], list[_Run]]:
     """The entries of a result file, if it is there, and the configurations that it lacks."""
     entries: list[Entry] = json.loads(out.read_text()) if out.exists() else []
-    default = identity(type(configs[0])())  # of options that are newer than an entry
-    known = [default | entry["config"] for entry in entries]
-    return entries, [c for c in dict.fromkeys(configs) if identity(c) not in known]
+    return entries, [
+        config
+        for config in dict.fromkeys(configs)
+        if not any(_is_of(entry, config) for entry in entries)
+    ]
 
 
 def select(entries: Sequence[Entry], configs: Sequence[Training]) -> list[Entry]:
     """The entry of each configuration."""
-    default = identity(type(configs[0])())
-    by_identity = {_key(default | entry["config"]): entry for entry in entries}
-    return [by_identity[_key(identity(config))] for config in configs]
+    return [next(e for e in reversed(entries) if _is_of(e, config)) for config in configs]
 
 
 def identity(config: Training) -> dict[str, Any]:
     """The options that decide a run's numbers, as JSON would give them back."""
-    fields = dataclasses.asdict(config).items()
     free = FREE_ON_RESUME - {"validation_batches", "validate_every"}
-    return json.loads(json.dumps({name: value for name, value in fields if name not in free}))
+    return {name: value for name, value in record(config).items() if name not in free}
+
+
+def _is_of(entry: Entry, config: Training) -> bool:
+    """Whether an entry, perhaps an old one, is that of a configuration."""
+    old = entry["config"]
+    if (old["optimizer"], old["seed"]) != (config.optimizer.name, config.seed):
+        return False  # most are told apart by these, without looking at all options
+    wanted, then = identity(config), in_record(old, config)
+    return all(then[name] == value for name, value in wanted.items())
 
 
 def directory(base: str, config: Training) -> str:
     """A directory for one run of a set, under `base`."""
     digest = hashlib.blake2b(_key(identity(config)).encode(), digest_size=4).hexdigest()
-    return f"{base}/{config.optimizer}-{config.learning_rate:g}-{config.seed}-{digest}"
+    return f"{base}/{config.optimizer.name}-{config.learning_rate:g}-{config.seed}-{digest}"
 
 
 def summary(entry: Entry) -> str:
@@ -278,9 +286,8 @@ def _entry(
 ) -> Entry:
     """Trains, from the last checkpoint if there is one; what the result file keeps of the run."""
     if show:
-        print(
-            f"\n== {config.optimizer}, learning rate {config.learning_rate:g}, seed {config.seed}"
-        )
+        named = config.optimizer.name
+        print(f"\n== {named}, learning rate {config.learning_rate:g}, seed {config.seed}")
     saved = checkpoints.newest(config) is not None
     if not saved:
         shutil.rmtree(config.run_dir, ignore_errors=True)

@@ -6,7 +6,6 @@ is vectorized over them. Each has the numbers it has alone, up to rounding.
 """
 
 import concurrent.futures
-import dataclasses
 import json
 import sys
 import time
@@ -23,8 +22,9 @@ import optax
 from experiments.data import tokens
 from experiments.models import llama, presets
 from experiments.trainer import checkpoints, loop, losses, optimizers, sweeps
-from experiments.trainer.config import Config, ConfigError, check
+from experiments.trainer.config import Config, change
 from experiments.trainer.loop import State
+from experiments.trainer.options import ConfigError
 from experiments.trainer.pretraining import prepare
 
 # What may differ between the runs of a program, beside what never changes a loss.
@@ -57,11 +57,10 @@ def train(configs: Sequence[Config]) -> list[sweeps.Entry]:
     """
     first = configs[0]
     for config in configs:
-        check(config)
         if _program(config) != _program(first):
             raise ConfigError(f"runs of one program may differ in {', '.join(NUMBERS)} alone")
     if first.mesh or first.weights != "float32" or first.accumulate > 1:
-        raise ConfigError("--mesh, --weights and --accumulate: not for runs of one program")
+        raise ConfigError("`mesh`, `weights` and `accumulate`: not for runs of one program")
     arch, texts = _read(configs)
     static = jax.eval_shape(lambda: llama.create(arch, dtype=first.dtype, remat=first.remat))[0]
     loss = partial(losses.of_windows, static)
@@ -81,7 +80,7 @@ def train(configs: Sequence[Config]) -> list[sweeps.Entry]:
         for curve, value in zip(curves, values, strict=True):
             curve.append([done, float(value)])
         print(
-            f"{first.optimizer} x {len(configs)}: step {done}/{first.steps}, validation loss "
+            f"{first.optimizer.name} x {len(configs)}: step {done}/{first.steps}, validation loss "
             f"{np.min(values):.3f} to {np.max(values):.3f}, {1e3 * seconds[-1]:.2f} ms a step",
             file=sys.stderr, flush=True,
         )  # fmt: skip
@@ -127,7 +126,7 @@ def _read(
     shapes = {arch for arch, _ in by_corpus.values()}
     if len(shapes) > 1:
         sizes = sorted(arch.vocab_size for arch in shapes)
-        raise ConfigError(f"--corpus: the vocabularies have different sizes, {sizes}")
+        raise ConfigError(f"`corpus`: the vocabularies have different sizes, {sizes}")
     return shapes.pop(), {corpus: tokens for corpus, (_, tokens) in by_corpus.items()}
 
 
@@ -140,13 +139,15 @@ def _start(configs: Sequence[Config], arch: presets.Architecture, loss: losses.L
             c.learning_rate if c.fallback_learning_rate is None else c.fallback_learning_rate
             for c in configs
         ],
-        "residual_scale": [c.residual_scale for c in configs],
     }
+    if hasattr(first.optimizer, "residual_scale"):
+        numbers["residual_scale"] = [_of_optimizer(c, "residual_scale") for c in configs]
     numbers = {name: jnp.asarray(each, jnp.float32) for name, each in numbers.items()}
+    drawing = hasattr(first.optimizer, "draw_seed")
 
     def optimizer(numbers: dict[str, jax.Array], key: Any) -> optax.GradientTransformation:
-        changed: Any = numbers | {"draw_seed": key}
-        return optimizers.build(dataclasses.replace(first, **changed), arch.layers)
+        changed: Any = numbers | ({"draw_seed": key} if drawing else {})
+        return optimizers.build(change(first, **changed), arch.layers)
 
     def init(numbers: dict[str, jax.Array], seed: Any, draws: jax.Array) -> State:
         params = llama.create(arch, dtype=first.dtype, seed=seed, remat=first.remat)[1]
@@ -162,7 +163,9 @@ def _start(configs: Sequence[Config], arch: presets.Architecture, loss: losses.L
         return State(params, opt_state), value
 
     seeds = np.asarray([c.seed for c in configs])
-    draws = np.asarray([c.seed if c.draw_seed is None else c.draw_seed for c in configs])
+    given = [_of_optimizer(c, "draw_seed") for c in configs]
+    draws = [c.seed if seed is None else seed for c, seed in zip(configs, given, strict=True)]
+    draws = np.asarray(draws)
     one = jax.eval_shape(init, jax.tree.map(lambda n: n[0], numbers), seeds[0], draws[0])
     # Counts of steps are equal in all runs, and stay one number: what happens every few steps is
     # then decided once, and only the branch that was chosen is computed.
@@ -177,6 +180,11 @@ def _start(configs: Sequence[Config], arch: presets.Architecture, loss: losses.L
         )
 
     return state, jax.jit(chunk, donate_argnums=0)
+
+
+def _of_optimizer(config: Config, name: str) -> Any:
+    """An option of the optimizer; None if it has none of this name."""
+    return getattr(config.optimizer, name, None)
 
 
 def _axis(leaf: jax.ShapeDtypeStruct) -> int | None:

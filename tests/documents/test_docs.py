@@ -1,8 +1,10 @@
 """What the documents say runs, and agrees with the result files."""
 
+import importlib
 import importlib.util
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from experiments import demo
 from experiments.benchmarks import communication
 from experiments.results import readme
+from experiments.trainer import cli
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -49,6 +52,41 @@ def test_links_lead_to_files(page):
     assert not missing
 
 
-@pytest.mark.parametrize("command", re.findall(r"`python -m (experiments[.\w]+)", README))
-def test_commands_of_the_readme_exist(command):
-    assert importlib.util.find_spec(command)
+# Commands in the text stand between backquotes, others on lines of their own.
+COMMAND = re.compile(
+    r"`python -m (experiments[^`]*)`|^    python -m (experiments.*)$", re.MULTILINE
+)
+COMMANDS = sorted(
+    {
+        " ".join((quoted or alone).split("#")[0].split())
+        for page in PAGES
+        for quoted, alone in COMMAND.findall(re.sub(r"\\\n\s*", "", page.read_text()))
+    }
+)
+
+
+class Understood(Exception):
+    """A command line was read without an error."""
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_of_the_documents_are_understood(command, monkeypatch):
+    name, *arguments = shlex.split(command)
+    found = importlib.util.find_spec(f"{name}.__main__" if name.endswith("benchmarks") else name)
+    assert found, name
+    main = getattr(importlib.import_module(found.name), "main", None)
+    if main is None or "--help" in arguments or name.endswith(("readme", "flax_nnx", "flax_linen")):
+        return
+    parse = cli.parse
+
+    def stop(*parts):
+        parse(*parts)
+        raise Understood
+
+    monkeypatch.setattr(cli, "parse", stop)
+    with pytest.raises(Understood):
+        main(arguments)
+
+
+def test_documents_have_commands():
+    assert len(COMMANDS) > 40

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import signal
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +19,10 @@ from experiments.models.weights import load as pretrained
 from experiments.reliability import kills
 from experiments.trainer import checkpoints, cli, evaluation, finetuning, loop, losses
 from experiments.trainer import mesh as meshes
-from experiments.trainer.config import ConfigError
 from experiments.trainer.evaluation import Accuracy, Answer
 from experiments.trainer.finetuning import Config
+from experiments.trainer.optimizers import Gum
+from experiments.trainer.options import ConfigError
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -76,9 +78,10 @@ def options(home, run_dir, **more):
     settings = Config(
         run_dir=str(run_dir), model=str(home / "model"), task=str(home / "sums.jsonl"),
         steps=STEPS, batch_size=4, seq_len=64, train_examples=100, eval_examples=6,
-        eval_batch_size=4, rank=16, period=4, learning_rate=3e-3, validate_every=4,
+        eval_batch_size=4, learning_rate=3e-3, validate_every=4,
         validation_batches=2, checkpoint_every=100, log_every=2,
-        projector="svd",  # one call of LAPACK compiles sooner than a power iteration
+        # One call of LAPACK compiles sooner than a power iteration.
+        optimizer=Gum(rank=16, period=4, projector="svd"),
     )  # fmt: skip
     return dataclasses.replace(settings, **more)
 
@@ -88,8 +91,9 @@ def arguments(config):
     changed = {
         field.name: getattr(config, field.name)
         for field in dataclasses.fields(Config)
-        if getattr(config, field.name) != field.default
+        if getattr(config, field.name) != field.default and field.name != "optimizer"
     }
+    changed |= {f"optimizer.{k}": v for k, v in dataclasses.asdict(config.optimizer).items()}
     flags = ((f"--{k.replace('_', '-')}", v) for k, v in changed.items())
     return [text for flag, v in flags for text in ((flag,) if v is True else (flag, str(v)))]
 
@@ -172,16 +176,13 @@ def test_what_is_resumed_takes_the_place_of_what_it_began_with(unbroken, home, m
 
 
 MISTAKES = {
-    "model": ({"model": "nowhere"}, "--model: nowhere is no directory"),
-    "task": ({"task": "chain_som"}, "--task: there is no 'chain_som'; did you mean 'chain_sum'?"),
-    "window": ({"seq_len": 4096}, "--seq-len is 4096; "),
-    "parts": ({"accumulate": 3}, "--accumulate is 3; it must be a divisor of --batch-size, 4"),
-    "rank": ({"rank": 0}, "--rank is 0; it must be at least 1"),
-    "items": ({"eval_examples": 10_000}, "--eval-examples is 10000; "),
-    "no file": ({"export": __file__}, "--export: cannot make "),
-    "context": ({"seq_len": 128, "model": "context"}, "--task: a prompt of "),
-    "columns": ({"task": "chain_sum", "prompt_field": "q"}, "--prompt-field has no effect on"),
-    "negative": ({"shown": -1}, "--shown is -1; it must be zero or more"),
+    "model": ({"model": "nowhere"}, "`model`: nowhere is no directory"),
+    "task": ({"task": "chain_som"}, "`task`: there is no 'chain_som'; did you mean 'chain_sum'?"),
+    "window": ({"seq_len": 4096}, "`seq_len` is 4096; "),
+    "items": ({"eval_examples": 10_000}, "`eval_examples` is 10000; "),
+    "no file": ({"export": __file__}, "`export`: cannot make "),
+    "context": ({"seq_len": 128, "model": "context"}, "`task`: a prompt of "),
+    "columns": ({"task": "chain_sum", "prompt_field": "q"}, "`prompt_field` has no effect on"),
     "field": ({"answer_field": "reply"}, "has no column 'reply'"),
 }
 
@@ -198,17 +199,35 @@ def test_a_mistake_is_one_line_and_exit_code_two(mistake, home, tmp_path, monkey
     assert not (tmp_path / "run").exists()
 
 
+NEVER = {
+    "parts": ({"accumulate": 3}, "`accumulate` is 3; it must be a divisor of `batch_size`, 4"),
+    "negative": ({"shown": -1}, "`shown` is -1; it must be zero or more"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), NEVER.values(), ids=NEVER)
+def test_options_that_can_never_work_are_not_made(changes, message, home):
+    with pytest.raises(ConfigError, match=message):
+        options(home, "run", **changes)
+
+
+def test_every_optimizer_has_the_ranks_and_periods_of_fine_tuning():
+    galore: Any = cli.parse(Config, "test", ["optimizer:galore"]).optimizer
+    assert (galore.name, galore.rank, galore.period) == ("galore", 128, 200)
+    assert cli.parse(Config, "test", ["--optimizer.rank", "8"]).optimizer == Gum(rank=8, period=200)
+
+
 def test_other_data_are_not_resumed(unbroken, home, tmp_path):
     config, _ = unbroken
     lines = (home / "sums.jsonl").read_text().splitlines()
     other = tmp_path / "sums.jsonl"
     other.write_text("\n".join(reversed(lines)).replace("5", "7") + "\n")
-    with pytest.raises(ConfigError, match=r"--task is .*, but this run began with"):
+    with pytest.raises(ConfigError, match=r"`task` is .*, but this run began with"):
         finetuning.finetune(dataclasses.replace(config, resume=True, task=str(other)))
     kept = (home / "sums.jsonl").read_text()
     (home / "sums.jsonl").write_text(other.read_text())
     try:
-        with pytest.raises(ConfigError, match=r"--resume: the data of .* has changed"):
+        with pytest.raises(ConfigError, match=r"`resume`: the data of .* has changed"):
             finetuning.finetune(dataclasses.replace(config, resume=True))
     finally:
         (home / "sums.jsonl").write_text(kept)
@@ -355,7 +374,8 @@ def test_help_explains_every_option(monkeypatch, capsys):
         cli.run(finetune.main, finetune.PROGRAM)
     text = capsys.readouterr().out
     for field in dataclasses.fields(Config):
-        assert "--" + field.name.replace("_", "-") in text
+        name = field.name if field.name != "optimizer" else "optimizer.rank"
+        assert "--" + name.replace("_", "-") in text
     words = " ".join(text.replace("│", "").split())
     assert "Held-out items to answer before and after training" in words
     assert "Share of the steps over which the learning rate rises" in words

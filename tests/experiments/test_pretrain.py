@@ -3,21 +3,23 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import sys
-import typing
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
 from experiments import pretrain
-from experiments.models.presets import PRESETS
 from experiments.reliability import kills
-from experiments.trainer import metrics, optimizers
-from experiments.trainer.config import Config, ConfigError, Optimizer, Preset, check
+from experiments.trainer import metrics, optimizers, pretraining, schedules
+from experiments.trainer.config import Config, change, first_difference, from_record, record
 from experiments.trainer.loop import Result
+from experiments.trainer.optimizers import Gum
+from experiments.trainer.options import ConfigError
 from experiments.trainer.recipes import RECIPES
 
 STEPS = kills.SMALL["steps"]
@@ -104,16 +106,35 @@ def test_adamw_resumes_exactly_too(text, tmp_path):
 
 
 MISTAKES = {
-    "option": (["--rnk", "3"], "--rnk, 3; did you mean --rank?"),
-    "not a number": (["--rank", "many"], "--rank: invalid literal for int() with base 10: 'many'"),
-    "value": (["--rank", "0"], "--rank is 0; it must be at least 1"),
-    "share": (["--warmup", "1.5"], "--warmup is 1.5; it must be between 0 and 1"),
-    "preset": (["--preset", "60"], "invalid choice '60' for argument '--preset'"),
-    "optimizer": (["--optimizer", "gun"], "invalid choice 'gun' for argument '--optimizer'"),
-    "file": (["--corpus", "nowhere.txt"], "--corpus: there is no file or directory nowhere.txt"),
-    "tokenizer": (["--tokenizer", "no.json"], "--tokenizer: there is no file no.json"),
-    "nothing to resume": (["--resume"], "has no checkpoint; start without --resume"),
+    "share": (["--warmup", "1.5"], "`warmup` is 1.5; it must be between 0 and 1"),
+    "file": (["--corpus", "nowhere.txt"], "`corpus`: there is no file or directory nowhere.txt"),
+    "tokenizer": (["--tokenizer", "no.json"], "`tokenizer`: there is no file no.json"),
+    "nothing to resume": (["--resume"], "has no checkpoint; start without `resume`"),
 }
+
+
+MISTYPED = {
+    "option": (["--stepz", "3"], "--stepz, 3 .* Perhaps you meant: --steps INT"),
+    "not a number": (["--optimizer.rank", "many"], "--optimizer.rank: .*'many'"),
+    "value": (["--optimizer.rank", "0"], "`rank` is 0; it must be at least 1"),
+    "preset": (["--preset", "60"], "invalid choice '60' for argument '--preset'"),
+    "optimizer": (["optimizer:gun"], "optimizer:gun .*Available subcommands: optimizer:gum,"),
+    "option of another": (
+        ["optimizer:adamw", "--optimizer.rank", "3"],
+        "misplaced options: --optimizer.rank .* in python optimizer:apollo --help",
+    ),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTYPED.values(), ids=MISTYPED)
+def test_what_is_mistyped_is_explained_and_exit_code_two(arguments, message, monkeypatch, capfd):
+    with pytest.raises(SystemExit, match="2"):
+        run_main(arguments, monkeypatch)
+    out, error = capfd.readouterr()
+    # In a box, which is as wide as the terminal.
+    text = " ".join(re.sub("[│─╭╮╰╯]", " ", error).split())
+    assert re.search(message, text), text
+    assert not out
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
@@ -130,13 +151,9 @@ def test_a_mistake_is_one_line_and_exit_code_two(mistake, tmp_path, monkeypatch,
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ([], "already has checkpoints; add --resume"),
-        (["--resume", "--seed", "1"], "--seed is 1, but this run began with 0"),
-        (["--resume", "--rank", "4"], "--rank is 4, but this run began with 16"),
-        (
-            ["--resume", "--optimizer", "galore"],
-            "--optimizer is galore, but this run began with gum",
-        ),
+        ([], "already has checkpoints; add `resume`"),
+        (["--resume", "--seed", "1"], "`seed` is 1, but this run began with 0"),
+        (["--resume", "--optimizer.rank", "4"], "`rank` is 4, but this run began with 16"),
     ],
 )
 def test_a_run_directory_is_for_one_run(unbroken, text, more, message, monkeypatch, capfd):
@@ -147,6 +164,11 @@ def test_a_run_directory_is_for_one_run(unbroken, text, more, message, monkeypat
     assert message in error
     assert error.count("\n") == 1
     assert kills.sequence(unbroken[0]) == before
+
+
+def test_a_run_directory_is_for_one_optimizer(unbroken, text, monkeypatch, capfd):
+    assert run_main(command(text, unbroken[0], "galore", "--resume")[3:], monkeypatch) == 2
+    assert "`optimizer` is galore, but this run began with gum" in capfd.readouterr().err
 
 
 def test_a_changed_corpus_is_not_resumed(unbroken, text, monkeypatch, capfd):
@@ -164,8 +186,11 @@ def test_help_explains_every_option(monkeypatch, capfd):
     with pytest.raises(SystemExit, match="0"):
         run_main(["--help"], monkeypatch)
     text = capfd.readouterr().out
-    for field in dataclasses.fields(Config):
-        assert "--" + field.name.replace("_", "-") in text
+    for field in [*dataclasses.fields(Config), *dataclasses.fields(Gum)]:
+        within = "optimizer." if field in dataclasses.fields(Gum) else ""
+        if field.name != "optimizer":
+            assert f"--{within}{field.name}".replace("_", "-") in text
+    assert all(f"optimizer:{name}".replace("_", "-") in text for name in optimizers.OPTIMIZERS)
     assert "Share of the steps over which the learning rate rises" in " ".join(
         text.replace("│", "").split()
     )
@@ -180,13 +205,46 @@ def run_main(arguments, monkeypatch):
     return cli.run(pretrain.main, pretrain.PROGRAM)
 
 
-def test_the_options_name_every_optimizer_and_preset():
-    assert set(typing.get_args(Optimizer)) == set(optimizers.OPTIMIZERS)
-    assert set(typing.get_args(Preset)) == set(PRESETS)
+@pytest.mark.parametrize("name", optimizers.OPTIMIZERS)
+def test_a_record_says_all_of_an_optimizer_and_only_that(name):
+    config = change(Config(corpus=("a", "b"), seed=3), optimizer=name)
+    kept = json.loads(json.dumps(record(config)))
+    assert kept["optimizer"] == name
+    assert ("rank" in kept) == hasattr(config.optimizer, "rank")
+    assert from_record(Config, kept) == config
+
+
+def test_a_record_from_before_optimizers_had_their_own_options():
+    old = json.loads(json.dumps(record(Config()))) | {"golore_switch": 0.5, "projector": None}
+    assert first_difference(old, Config()) is None
+    adamw = change(Config(), optimizer="adamw")
+    assert first_difference(old | {"optimizer": "adamw", "rank": 7}, adamw) is None
+    assert first_difference(old | {"rank": 7}, Config()) == "rank"
+    assert from_record(Config, old | {"rank": 7}).optimizer == Gum(rank=7)
+    # GaLore's own projector is the SVD, and the name of the default's was kept where it was given.
+    galore = change(Config(), optimizer="galore")
+    assert first_difference(old | {"optimizer": "galore"}, galore) is None
+    given = old | {"optimizer": "galore", "projector": "subspace_iteration"}
+    assert first_difference(given, galore) == "projector"
+
+
+def test_another_optimizer_keeps_what_was_given_to_both():
+    given = Config(optimizer=Gum(rank=8, residual="columns"))
+    galore: Any = change(given, optimizer="galore").optimizer
+    assert (galore.rank, galore.period, galore.projector) == (8, 100, "svd")
+    with pytest.raises(ConfigError, match="`rank` is no option of the optimizer adamw"):
+        change(given, optimizer="adamw", rank=4)
+
+
+def test_options_are_checked_where_they_are_made():
+    with pytest.raises(ConfigError, match="`corpus` must name at least one"):
+        Config(corpus=())
+    with pytest.raises(ConfigError, match="`steps` is 0; it must be at least 1"):
+        Config(steps=0)
 
 
 def test_the_schedule_warms_up_and_decays():
-    rate = optimizers.schedule(Config(steps=100, learning_rate=1.0, warmup=0.1))
+    rate = schedules.schedule(Config(steps=100, learning_rate=1.0, warmup=0.1))
     values = np.asarray(jax.jit(jax.vmap(rate))(np.arange(100)))
     assert 0 < values[0] < values[5] < values[10]
     assert values.max() == values[10] == 1.0
@@ -196,11 +254,7 @@ def test_the_schedule_warms_up_and_decays():
 
 def test_an_unknown_optimizer_is_named():
     with pytest.raises(ConfigError, match="did you mean 'gum'"):
-        optimizers.build(Config(optimizer="gun"), 8)  # pyright: ignore[reportArgumentType]
-
-
-def test_the_defaults_pass_the_check():
-    check(Config())
+        change(Config(), optimizer="gun")
 
 
 def test_metrics_survive_a_line_cut_short(tmp_path):
@@ -217,8 +271,8 @@ C4 = {"60m": (1.1, 128), "130m": (2.2, 256), "350m": (6.4, 256), "1b": (13.1, 51
 def test_recipes_are_those_of_the_c4_experiments(name):
     tokens, rank = C4[name]
     recipe = RECIPES[name]
-    check(recipe)
-    assert (recipe.preset, recipe.rank, recipe.corpus) == (name, rank, ("allenai/c4:en",))
+    assert (recipe.preset, recipe.corpus) == (name, ("allenai/c4:en",))
+    assert recipe.optimizer == Gum(rank=rank, period=200)
     assert recipe.steps * 512 * 256 == pytest.approx(tokens * 1e9, rel=1e-4)
     assert (recipe.batch_size, recipe.seq_len, recipe.warmup) == (512, 256, 0.1)
     assert recipe.max_tokens == round(tokens * 1e9)
@@ -231,8 +285,11 @@ def test_options_go_before_the_recipe(monkeypatch, tmp_path):
         asked.append(config)
         return Result(1, signal.SIGTERM, 1.0, 1.0, 1, 1, [], {})
 
-    monkeypatch.setattr(pretrain, "train", stopped)
-    options = ["--recipe", "130m", "--rank", "64", "--corpus", "notes", "--run-dir", str(tmp_path)]
-    assert pretrain.main(options) == 128 + signal.SIGTERM
+    monkeypatch.setattr(pretraining, "train", stopped)
+    options = ["--recipe", "130m", "--corpus", "notes", "--run-dir", str(tmp_path)]
+    assert pretrain.main([*options, "--optimizer.rank", "64"]) == 128 + signal.SIGTERM
     changed = {"rank": 64, "corpus": ("notes",), "run_dir": str(tmp_path)}
-    assert asked == [dataclasses.replace(RECIPES["130m"], **changed)]
+    assert asked == [change(RECIPES["130m"], **changed)]
+    # Other optimizers have the recipe's rank and period as well.
+    galore: Any = pretrain.parse([*options, "optimizer:galore"]).config.optimizer
+    assert (galore.name, galore.rank, galore.period) == ("galore", 256, 200)

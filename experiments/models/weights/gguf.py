@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from experiments.models.weights import huggingface
-from experiments.trainer.config import ConfigError
+from experiments.trainer.options import ConfigError
 
 if TYPE_CHECKING:
     from gguf import GGUFReader, ReaderTensor
@@ -42,7 +42,7 @@ def read(file: Path) -> Contents:
     reader = _open(file)
     metadata = {name: field.contents() for name, field in reader.fields.items()}
     if (family := metadata.get("general.architecture")) != "llama":
-        raise ConfigError(f"--model: {file} holds the architecture {family!r}; only llama is read")
+        raise ConfigError(f"`model`: {file} holds the architecture {family!r}; only llama is read")
     by_name = {tensor.name: tensor for tensor in reader.tensors}
     config = _config(metadata, tied="output.weight" not in by_name)
     return Contents(config, _tensors(by_name, config), _tokenizer(metadata))
@@ -62,7 +62,7 @@ def _open(file: Path) -> "GGUFReader":
         return Reader(file)
     except (OSError, ValueError, IndexError, OverflowError) as error:
         reason = huggingface.reason(error)
-        raise ConfigError(f"--model: cannot read {file} as GGUF: {reason}") from error
+        raise ConfigError(f"`model`: cannot read {file} as GGUF: {reason}") from error
 
 
 def _config(metadata: dict[str, Any], tied: bool) -> dict:
@@ -72,7 +72,7 @@ def _config(metadata: dict[str, Any], tied: bool) -> dict:
         return metadata.get(f"llama.{name}", default)
 
     if (scaling := get("rope.scaling.type", "none")) != "none":
-        raise ConfigError(f"--model: not supported: llama.rope.scaling.type is {scaling!r}")
+        raise ConfigError(f"`model`: not supported: llama.rope.scaling.type is {scaling!r}")
     heads, width = get("attention.head_count"), get("embedding_length")
     tokens = metadata.get("tokenizer.ggml.tokens", ())
     config = {
@@ -96,7 +96,7 @@ def _config(metadata: dict[str, Any], tied: bool) -> dict:
         "torch_dtype": "float32",
     }
     if missing := [name for name, value in config.items() if value is None and "token" not in name]:
-        raise ConfigError(f"--model: the GGUF file does not state {', '.join(missing)}")
+        raise ConfigError(f"`model`: the GGUF file does not state {', '.join(missing)}")
     return config
 
 
@@ -134,7 +134,7 @@ def _dequantize(tensor: "ReaderTensor") -> np.ndarray:
         return dequantize(tensor.data, tensor.tensor_type)
     except NotImplementedError as error:
         raise ConfigError(
-            f"--model: {tensor.name} is quantized as {tensor.tensor_type.name}, which is not read"
+            f"`model`: {tensor.name} is quantized as {tensor.tensor_type.name}, which is not read"
         ) from error
 
 
@@ -180,8 +180,8 @@ def _tokenizer(metadata: dict[str, Any]) -> "PreTrainedTokenizerFast":
 def _check_tokenizer(kind: Any, pre: Any, adds_start: bool) -> None:
     if kind != "gpt2" or pre not in _PRE_TOKENIZERS:
         raise ConfigError(
-            f"--model: the GGUF file's tokenizer is {kind!r} with the words of {pre!r}; "
+            f"`model`: the GGUF file's tokenizer is {kind!r} with the words of {pre!r}; "
             f"read are 'gpt2' with those of {', '.join(_PRE_TOKENIZERS)}"
         )
     if adds_start:
-        raise ConfigError("--model: not supported: tokenizer.ggml.add_bos_token is true")
+        raise ConfigError("`model`: not supported: tokenizer.ggml.add_bos_token is true")

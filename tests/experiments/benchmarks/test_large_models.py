@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from experiments.benchmarks import large_models
-from experiments.trainer.config import ConfigError
+from experiments.trainer.options import ConfigError
 
 # Published counts of parameters; cards round them to 8.03B, 7.62B, 9.24B and 70.6B.
 PUBLISHED = {
@@ -119,5 +119,5 @@ def test_prints_and_writes_what_was_asked_for(tmp_path, capsys, monkeypatch):
 
 
 def test_an_unknown_model_is_an_error():
-    with pytest.raises(ConfigError, match=r"--models.*Gemma-2-9B"):
+    with pytest.raises(ConfigError, match=r"`models`.*Gemma-2-9B"):
         large_models.main(["--models", "Gemma-2-9"])

@@ -12,7 +12,7 @@ from tokenizers import processors
 
 from experiments.data import answers, tokens
 from experiments.tasks.base import Example
-from experiments.trainer.config import ConfigError
+from experiments.trainer.options import ConfigError
 
 CHATML = """{% for message in messages %}{% if loop.first and message.role != 'system' %}\
 <|im_start|>system
@@ -298,19 +298,19 @@ def test_examples_longer_than_a_window_are_counted_and_the_length_that_would_do_
     lengths = sorted(len(e.tokens) for e in encoded)
     seq_len = lengths[-4] - 1
     too_long = sum(length > seq_len + 1 for length in lengths)
-    with pytest.raises(ConfigError, match=f"--seq-len is {seq_len}; {too_long} of 90 .* would do"):
+    with pytest.raises(ConfigError, match=f"`seq_len` is {seq_len}; {too_long} of 90 .* would do"):
         answers.encode(examples(), tokenizer, seq_len)
     assert len(answers.encode(examples(), tokenizer, lengths[-1] - 1)) == 90
 
 
 def test_a_template_that_gives_the_prompt_otherwise_is_refused():
     template = "{{ messages | length }} {{ messages[0].content }}: {{ messages[-1].content }}"
-    with pytest.raises(ConfigError, match=r"--model: .* does not begin as the prompt.*'0: say"):
+    with pytest.raises(ConfigError, match=r"`model`: .* does not begin as the prompt.*'0: say"):
         answers.encode(examples(), tokenizer_of(template), 128)
 
 
 def test_a_tokenizer_must_be_able_to_end_an_answer():
     tokenizer = tokenizer_of(None)
     tokenizer.eos_token = None
-    with pytest.raises(ConfigError, match=r"--model: .* no token that ends"):
+    with pytest.raises(ConfigError, match=r"`model`: .* no token that ends"):
         answers.encode(examples(), tokenizer, 128)

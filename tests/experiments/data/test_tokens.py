@@ -10,7 +10,8 @@ import pytest
 
 from experiments.data import text as corpus
 from experiments.data import tokens as data
-from experiments.trainer.config import Config, ConfigError
+from experiments.trainer.config import Config
+from experiments.trainer.options import ConfigError
 
 WORDS = "alpha beta gamma delta epsilon zeta eta theta iota kappa".split()  # noqa: SIM905
 
@@ -256,12 +257,12 @@ MISTAKES = {
     "broken jsonl": (broken_jsonl, "cannot read .*bad.jsonl"),
     "other field": (
         jsonl_with_another_field,
-        "--text-field: .* no text column 'text'; .* body, id",
+        "`text_field`: .* no text column 'text'; .* body, id",
     ),
     "missing tokenizer": (lambda _: {"tokenizer": "/no/t.json"}, "there is no file /no/t.json"),
-    "bad tokenizer": (no_tokenizer, "--tokenizer: .* is no tokenizer.json"),
+    "bad tokenizer": (no_tokenizer, "`tokenizer`: .* is no tokenizer.json"),
     "no text": (no_text, "picture.bin is no text"),
-    "cache": (unwritable_cache, "--cache-dir: cannot make .*file/cache: Not a directory"),
+    "cache": (unwritable_cache, "`cache_dir`: cannot make .*file/cache: Not a directory"),
     "too little": (too_little_text, "too few for one batch"),
 }
 

@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from experiments.models.weights import load as pretrained
-from experiments.trainer.config import ConfigError
+from experiments.trainer.options import ConfigError
 from tests.data.parity import make as parity
 
 # The golden vocabulary as a byte-level BPE spells it; one token is made by a merge.
@@ -122,7 +122,7 @@ def test_what_is_not_supported_is_named(options, text, tmp_path):
     file = write(tmp_path / "model.gguf", "llama2", **options)
     with pytest.raises(ConfigError) as caught:
         pretrained.load(str(file))
-    assert text in str(caught.value) and str(caught.value).startswith("--model: ")
+    assert text in str(caught.value) and str(caught.value).startswith("`model`: ")
 
 
 @pytest.mark.parametrize("size", [0, 3, 100, 5000, -1])
@@ -130,5 +130,5 @@ def test_a_truncated_file_is_refused(size, tmp_path):
     file = write(tmp_path / "model.gguf", "llama2")
     content = file.read_bytes()
     file.write_bytes(content[:size])
-    with pytest.raises(ConfigError, match=r"^--model: cannot read .*model\.gguf as GGUF"):
+    with pytest.raises(ConfigError, match=r"^`model`: cannot read .*model\.gguf as GGUF"):
         pretrained.load(str(file))

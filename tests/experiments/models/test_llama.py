@@ -14,7 +14,8 @@ from flax import nnx
 
 from experiments.models import llama, presets
 from experiments.trainer import losses
-from experiments.trainer.config import Config, ConfigError
+from experiments.trainer.config import Config
+from experiments.trainer.options import ConfigError
 from experiments.trainer.pretraining import architecture
 
 TINY = presets.PRESETS["tiny"]
@@ -265,5 +266,5 @@ def test_options_replace_the_presets_vocabulary_and_window():
 
 
 def test_an_unknown_preset_is_named():
-    with pytest.raises(ConfigError, match="--preset: there is no 'nanno'; did you mean 'nano'"):
+    with pytest.raises(ConfigError, match="`preset`: there is no 'nanno'; did you mean 'nano'"):
         architecture(Config(preset="nanno"))  # pyright: ignore[reportArgumentType]

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from experiments.models.presets import Architecture, RopeScaling
 from experiments.models.weights import huggingface
 from experiments.models.weights import load as pretrained
-from experiments.trainer.config import ConfigError
+from experiments.trainer.options import ConfigError
 from tests.data.parity import make as parity
 
 LLAMA3 = {
@@ -83,7 +83,7 @@ def fails(name, *parts):
     with pytest.raises(ConfigError) as caught:
         pretrained.load(str(name))
     message = str(caught.value)
-    assert message.startswith("--model: ") and "\n" not in message
+    assert message.startswith("`model`: ") and "\n" not in message
     for part in parts:
         assert part in message
     return message
@@ -135,7 +135,7 @@ def test_older_and_newer_names_of_rotary_settings_mean_the_same(rope):
 def test_what_is_not_supported_is_named(setting, value, text):
     with pytest.raises(ConfigError, match=re.escape(text)) as caught:
         huggingface.architecture({"model_type": "llama", setting: value})
-    assert str(caught.value).startswith("--model: ") and "\n" not in str(caught.value)
+    assert str(caught.value).startswith("`model`: ") and "\n" not in str(caught.value)
 
 
 def test_a_sliding_window_is_refused_only_if_it_is_in_use():

@@ -19,12 +19,13 @@ from experiments.studies.gradients import KINDS, Moment
 from experiments.studies.variance import LEAST, MOST, Norms
 from experiments.trainer import losses
 from experiments.trainer.config import Config as Run
-from experiments.trainer.config import ConfigError
+from experiments.trainer.optimizers import Gum
+from experiments.trainer.options import ConfigError
 from experiments.trainer.pretraining import architecture
 from gum_optax import LowRank, low_rank, residuals, samplers
 
 LAYERS, OFFSETS = 4, (0, 1, 2, 3)
-RUN = Run(preset="tiny", steps=8, period=4, rank=3)
+RUN = Run(preset="tiny", steps=8, optimizer=Gum(period=4, rank=3))
 
 
 def random(seed, *shape):
@@ -61,7 +62,7 @@ def recorded(monkeypatch):
 
 
 ARGUMENTS = [
-    *("--base.steps", "8", "--base.period", "4"), "--offsets", *map(str, OFFSETS),
+    *("--base.steps", "8", "--base.optimizer.period", "4"), "--offsets", *map(str, OFFSETS),
 ]  # fmt: skip
 
 
@@ -80,7 +81,7 @@ BAD_OFFSETS = {
 
 @pytest.mark.parametrize(("run", "offsets"), BAD_OFFSETS.values(), ids=BAD_OFFSETS)
 def test_offsets_that_no_period_has(run, offsets):
-    with pytest.raises(ConfigError, match="--offsets"):
+    with pytest.raises(ConfigError, match="`offsets`"):
         gradients.since_refresh(run, offsets)
 
 
@@ -116,8 +117,8 @@ def test_the_best_bases_leave_the_last_singular_values():
 def test_a_run(tmp_path):
     corpus = str(kills.write_corpus(tmp_path / "corpus"))
     run = Run(
-        preset="tiny", steps=8, period=2, rank=8, full_rank_layers=1, corpus=(corpus,),
-        batch_size=2, cache_dir=str(tmp_path / "cache"), clip_norm=1e6,
+        preset="tiny", steps=8, optimizer=Gum(period=2, rank=8, full_rank_layers=1),
+        corpus=(corpus,), batch_size=2, cache_dir=str(tmp_path / "cache"), clip_norm=1e6,
     )  # fmt: skip
     zero, one, two = gradients.along(run, [0, 1, 2], others=2)
     assert [zero.step, one.step, two.step] == [0, 1, 2]
@@ -214,7 +215,7 @@ def test_residual_study(tmp_path, capsys):
 
 @pytest.mark.usefixtures("recorded")
 def test_noise_needs_two_batches(tmp_path):
-    with pytest.raises(ConfigError, match="--others is 1"):
+    with pytest.raises(ConfigError, match="`others` is 1"):
         residual.main(["--others", "1", "--out", str(tmp_path / "x.json")])
 
 
@@ -361,9 +362,9 @@ def test_variance_study(tmp_path, capsys):
 
 
 BAD_VARIANCE = {
-    "gamma": (["--gammas", "2", "4"], "--gammas: 4 is not between 1 and 3"),
-    "shown": (["--gammas", "1", "--shown", "2"], "--shown is 2"),
-    "offsets": (["--gammas", "2", "--offsets", "0", "1"], "--offsets has 2;"),
+    "gamma": (["--gammas", "2", "4"], "`gammas`: 4 is not between 1 and 3"),
+    "shown": (["--gammas", "1", "--shown", "2"], "`shown` is 2"),
+    "offsets": (["--gammas", "2", "--offsets", "0", "1"], "`offsets` has 2;"),
 }
 
 

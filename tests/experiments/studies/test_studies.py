@@ -22,9 +22,10 @@ from experiments.studies import (
 )
 from experiments.trainer import optimizers, sweeps
 from experiments.trainer.config import Config as Run
-from experiments.trainer.config import ConfigError, check
+from experiments.trainer.config import change
 from experiments.trainer.evaluation import wilson
 from experiments.trainer.loop import Result
+from experiments.trainer.options import ConfigError
 from experiments.trainer.pretraining import architecture
 
 SPECTRA = {
@@ -90,13 +91,13 @@ def tuned(pretrained, trained):
 
 def test_pretraining_tunes_each_on_one_grid_and_repeats_the_best(trained, tuned):
     grid, first, second = trained
-    assert {(c.optimizer, c.learning_rate, c.seed, c.corpus) for c in grid} == {
+    assert {(c.optimizer.name, c.learning_rate, c.seed, c.corpus) for c in grid} == {
         (o, rate, 0, ("stdlib",))
         for o in pretraining.OPTIMIZERS
         for rate in (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
     }
     for corpus, configs in (("stdlib", first), ("runs/sotu", second)):
-        assert {(c.optimizer, c.seed) for c in configs} == {
+        assert {(c.optimizer.name, c.seed) for c in configs} == {
             (o, seed) for o in pretraining.OPTIMIZERS for seed in (0, 1, 2)
         }
         assert {(c.learning_rate, c.corpus) for c in configs} == {(3e-3, (corpus,))}
@@ -107,14 +108,21 @@ def test_pretraining_tunes_each_on_one_grid_and_repeats_the_best(trained, tuned)
 
 def test_all_that_differs_between_optimizers_is_the_optimizer_and_its_rate(trained, tuned):
     options = [
-        {k: v for k, v in sweeps.identity(c).items() if k not in {"optimizer", "learning_rate"}}
+        {k: v for k, v in sweeps.identity(c).items() if k != "learning_rate"} for c in trained[0]
+    ]
+    own = [
+        {field.name for field in dataclasses.fields(c.optimizer)} | {"optimizer"}
         for c in trained[0]
     ]
-    assert all(each == options[0] for each in options)
+    both = options[0].keys() - set.union(*own)
+    assert all({k: each[k] for k in both} == {k: options[0][k] for k in both} for each in options)
+    # What optimizers share has one value too: runs have the same rank and period.
+    for name in ("rank", "period", "draw_seed", "full_rank_layers", "consistent_rms"):
+        assert len({each[name] for each in options if name in each}) == 1, name
 
 
 def test_a_run_that_diverged_is_never_the_best():
-    run = Run(optimizer="gum")
+    run = Run()
     losses = {1e-3: 5.0, 3e-3: float("nan"), 1e-2: 4.0, 3e-2: float("inf")}
     entries = [entry(dataclasses.replace(run, learning_rate=r), v) for r, v in losses.items()]
     assert pretraining.best_rates(entries) == {"gum": 1e-2}
@@ -132,7 +140,7 @@ def test_rows_of_a_comparison():
     entries = [
         entry(dataclasses.replace(run, seed=seed), loss + seed)
         for seed in (0, 1)
-        for run, loss in ((Run(optimizer="gum"), 3.0), (Run(optimizer="adamw"), 4.0))
+        for run, loss in ((Run(), 3.0), (change(Run(), optimizer="adamw"), 4.0))
     ]
     gum, adamw = pretraining.compare(entries)
     assert (gum["loss"], gum["deviation"]) == (3.5, pytest.approx(0.5**0.5))
@@ -159,7 +167,6 @@ def test_ablations_change_one_thing_at_a_time(trained, tuned, tmp_path):
     asked = trained[3]
     assert [c.seed for c in asked] == sorted(c.seed for c in asked)
     for run in asked:
-        check(run)
         optimizers.build(run, architecture(run).layers)
 
 
@@ -173,7 +180,7 @@ def test_ablations_compare_seed_by_seed():
 def test_draws_differ_in_nothing_else(trained, tuned, tmp_path, capsys):
     out = tmp_path / "draws.json"
     assert luck_of_draws.main(["--pretraining", str(tuned), "--out", str(out)]) == 0
-    assert {(c.seed, c.draw_seed, c.full_rank_layers) for c in trained[-1]} == {
+    assert {(c.seed, c.optimizer.draw_seed, c.optimizer.full_rank_layers) for c in trained[-1]} == {
         (0, draw, gamma) for draw in range(4) for gamma in (0, 1, 2, 4)
     }
     assert "over 4 draws" in capsys.readouterr().out
@@ -193,7 +200,7 @@ def test_spectra_of_the_best_runs(trained, tuned, tmp_path):
 
 @pytest.mark.parametrize("study", [ablations, luck_of_draws, spectra])
 def test_studies_say_what_they_need(study, tmp_path):
-    with pytest.raises(ConfigError, match=r"--pretraining: there is no .* run `python -m"):
+    with pytest.raises(ConfigError, match=r"`pretraining`: there is no .* run `python -m"):
         study.main(["--pretraining", str(tmp_path / "none.json")])
 
 
@@ -236,7 +243,7 @@ def test_finetuning_tunes_each_on_one_grid_and_repeats_the_best(monkeypatch, tmp
     *_, grid, finals = asked
 
     def points(configs):
-        return {(c.optimizer, c.learning_rate, c.seed) for c in configs}
+        return {(c.optimizer.name, c.learning_rate, c.seed) for c in configs}
 
     # The two in the middle, up to the neighbour of the best, 3e-3, which is the grid's last.
     rates = [{r for _, r, _ in points(configs)} for configs in asked[:-1]]
@@ -245,12 +252,11 @@ def test_finetuning_tunes_each_on_one_grid_and_repeats_the_best(monkeypatch, tmp
     assert points(finals) == {(o, 3e-3, seed) for o in finetuning.OPTIMIZERS for seed in (0, 1)}
     assert sum(c.baseline for c in grid) == 1
     options = {"optimizer", "learning_rate", "seed", "projector"}
-    same = [
-        {k: v for k, v in sweeps.identity(c).items() if k not in options} for c in grid + finals
-    ]
-    assert all(each == same[0] for each in same)
-    for config in finals:
-        check(config)
+    for each in map(sweeps.identity, grid + finals):
+        shared = each.keys() & sweeps.identity(grid[0]).keys() - options
+        assert {k: each[k] for k in shared} == {
+            k: v for k, v in sweeps.identity(grid[0]).items() if k in shared
+        }
     shown = capsys.readouterr().out
     assert "24 steps, 2 seeds, right before: 20.0%" in shown
     assert "4.0000 (75%)" in shown  # of the grid
@@ -258,7 +264,7 @@ def test_finetuning_tunes_each_on_one_grid_and_repeats_the_best(monkeypatch, tmp
 
 def test_seeds_answer_the_same_items():
     entries = [
-        answered(dataclasses.replace(finetuning.BASE, optimizer=o, learning_rate=3e-3, seed=seed))
+        answered(change(finetuning.BASE, optimizer=o, learning_rate=3e-3, seed=seed))
         for o in finetuning.OPTIMIZERS for seed in (0, 1)
     ]  # fmt: skip
     rows = finetuning.compare(entries)
@@ -270,7 +276,7 @@ def test_seeds_answer_the_same_items():
 
 
 def test_other_tasks_in_a_result_file_are_left_out():
-    run = dataclasses.replace(finetuning.BASE, optimizer="gum", learning_rate=1e-4)
+    run = change(finetuning.BASE, optimizer="gum", learning_rate=1e-4)
     better = dataclasses.replace(run, learning_rate=3e-3)
     other = dataclasses.replace(better, task="gsm_symbolic")
     kept = finetuning.finals_of([answered(c) for c in (run, better, other)])
@@ -284,21 +290,18 @@ def test_the_frontier_searches_until_both_neighbours_are_worse(trained, tmp_path
     *rounds, first, second = trained
     # Low-rank Muon begins at the best rate, 3e-3; SCALE climbs from 1e-3 to 4e-3.
     tried = {
-        name: [[c.learning_rate for c in asked if c.optimizer == name] for asked in rounds]
+        name: [[c.learning_rate for c in asked if c.optimizer.name == name] for asked in rounds]
         for name in ("gum", "scale")
     }
     assert tried["gum"] == [[1.5e-3, 3e-3, 6e-3], [], []]
     assert tried["scale"] == [[5e-4, 1e-3, 2e-3], [4e-3], [8e-3]][: len(rounds)]
     assert {c.steps for asked in rounds for c in asked} == {frontier.TUNING_STEPS}
     for asked, corpus in ((first, "stdlib"), (second, "runs/sotu")):
-        assert {(c.optimizer, c.seed) for c in asked} == {
+        assert {(c.optimizer.name, c.seed) for c in asked} == {
             (name, seed) for name in ("gum", "scale") for seed in (0, 1)
         }
         assert {(c.corpus, c.steps) for c in asked} == {((corpus,), frontier.STEPS)}
-        assert {c.learning_rate for c in asked if c.optimizer == "gum"} == {3e-3}
-    for asked in trained:
-        for config in asked:
-            check(config)
+        assert {c.learning_rate for c in asked if c.optimizer.name == "gum"} == {3e-3}
     assert out.with_suffix(".png").exists()
     assert "low-rank Muon + columns" in capsys.readouterr().out
 
@@ -324,13 +327,13 @@ def test_rates_are_judged_by_all_runs_and_compared_by_pairs(trained, tmp_path, c
     rows = frontier.compare(config, [entry(run) | {"together": 4} for run in runs_of])
     assert {row["seconds_per_step"] for row in rows} == {None}
     capsys.readouterr()
-    with pytest.raises(ConfigError, match="--budget-minutes"):
+    with pytest.raises(ConfigError, match="`budget_minutes`"):
         frontier.main([*options, "--together", "--budget-minutes", "5"])
 
 
 def test_every_contender_can_run_and_has_a_name_of_its_own():
     for key in frontier.CONTENDERS:
-        check(frontier.point(frontier.Config(), key, 1e-3, 0, "stdlib", 1000))
+        frontier.point(frontier.Config(), key, 1e-3, 0, "stdlib", 1000)
     names = [contender.name for contender in frontier.CONTENDERS.values()]
     assert len(set(names)) == len(names)
 
@@ -345,7 +348,7 @@ def test_contenders_are_other_transformations_of_the_same_rest(key):
     """Bytes of the hidden matrices, by hand, in 8 blocks of nano."""
     config = frontier.point(frontier.Config(), key, 1e-3, 0, "stdlib", 1000)
     shapes = [(128, 128)] * 2 + [(64, 128)] * 2 + [(128, 352)] * 3
-    rank, drawn = config.rank, config.full_rank_layers
+    rank, drawn = (getattr(config.optimizer, n, 0) for n in ("rank", "full_rank_layers"))
     numbers = {
         "muon": sum(m * n for m, n in shapes),
         "adamw": sum(2 * m * n for m, n in shapes),

@@ -11,7 +11,7 @@ from experiments import tasks
 from experiments.data import text
 from experiments.tasks import base
 from experiments.tasks.base import Example
-from experiments.trainer.config import ConfigError
+from experiments.trainer.options import ConfigError
 
 GENERATED = ["chain_sum", "gsm_symbolic"]
 SOLUTION = "Half is 48/2 = <<48/2=24>>24.\nTogether 48+24 = <<48+24=72>>72.\n#### 72"
@@ -214,43 +214,43 @@ def test_numbers_are_answers_too_and_white_space_around_answers_is_not(tmp_path)
 ERRORS = {
     "columns of a generated task": (
         lambda path: load("chain_sum", prompt_field="question"),
-        "--prompt-field has no effect on chain_sum",
+        "`prompt_field` has no effect on chain_sum",
     ),
     "misspelled": (
-        lambda path: load("chain_summ"), r"--task: there is no 'chain_summ'.*'chain_sum'"
+        lambda path: load("chain_summ"), r"`task`: there is no 'chain_summ'.*'chain_sum'"
     ),
-    "unknown": (lambda path: load("x"), "--task: .*choose from chain_sum, gsm_symbolic, gsm8k"),
-    "no file": (lambda path: load(path / "a.jsonl"), "--task: there is no file or directory .*a.j"),
-    "no directory": (lambda path: load(path / "a"), "--task: there is no file or directory"),
-    "no train file": (lambda path: load(path), "--task: .* has no train.jsonl"),
-    "empty": (lambda path: load(write(path / "a.jsonl", [])), "--task: .*a.jsonl holds no train"),
+    "unknown": (lambda path: load("x"), "`task`: .*choose from chain_sum, gsm_symbolic, gsm8k"),
+    "no file": (lambda path: load(path / "a.jsonl"), "`task`: there is no file or directory .*a.j"),
+    "no directory": (lambda path: load(path / "a"), "`task`: there is no file or directory"),
+    "no train file": (lambda path: load(path), "`task`: .* has no train.jsonl"),
+    "empty": (lambda path: load(write(path / "a.jsonl", [])), "`task`: .*a.jsonl holds no train"),
     "no prompt column": (
         lambda path: load(write(path / "a.jsonl", rows(60, prompt="question"))),
-        "--prompt-field: .*a.jsonl has no column 'prompt'; its columns are question, answer",
+        "`prompt_field`: .*a.jsonl has no column 'prompt'; its columns are question, answer",
     ),
     "no answer column": (
         lambda path: load(write(path / "a.jsonl", rows(60)), answer_field="reply"),
-        "--answer-field: .*a.jsonl has no column 'reply'; its columns are prompt, answer",
+        "`answer_field`: .*a.jsonl has no column 'reply'; its columns are prompt, answer",
     ),
     "no text": (
         lambda path: load(write(path / "a.jsonl", [{"prompt": "a", "answer": ["b"]}])),
-        r"--answer-field: column 'answer' of .*a.jsonl has \['b'\] where text should be",
+        r"`answer_field`: column 'answer' of .*a.jsonl has \['b'\] where text should be",
     ),
     "an empty answer": (
         lambda path: load(write(path / "a.jsonl", [{"prompt": "a", "answer": " "}])),
-        "--answer-field: column 'answer' of .* where text should be",
+        "`answer_field`: column 'answer' of .* where text should be",
     ),
     "too few to train on": (
         lambda path: load(write(path / "a.jsonl", rows(60)), train=100),
-        r"--train-examples is 100; .*a.jsonl has \d+ items to train on and \d+ held out",
+        r"`train_examples` is 100; .*a.jsonl has \d+ items to train on and \d+ held out",
     ),
     "too few held out": (
         lambda path: load(write(path / "a.jsonl", rows(60)), train=9, held_out=50),
-        r"--eval-examples is 50; .*a.jsonl has \d+ items to train on and \d+ held out",
+        r"`eval_examples` is 50; .*a.jsonl has \d+ items to train on and \d+ held out",
     ),
     "no object": (
         lambda path: load(write(path / "a.jsonl", [*rows(2), [1]])),
-        "--task: line 3 of .*a.jsonl is no JSON object",
+        "`task`: line 3 of .*a.jsonl is no JSON object",
     ),
 }  # fmt: skip
 
@@ -265,10 +265,10 @@ def test_errors_name_the_option_and_what_is_wrong(tmp_path, case):
 @pytest.mark.parametrize(
     ("content", "name", "message"),
     [
-        (b'{"prompt": ', "a.jsonl", "--task: line 1 of .*a.jsonl is no JSON"),
-        (b"\xff\xfe", "a.jsonl", "--task: cannot read .*a.jsonl"),
-        (b"no xz", "a.jsonl.xz", "--task: cannot read .*a.jsonl.xz"),
-        (lzma.compress(b"{}" * 99)[:-9], "a.jsonl.xz", "--task: cannot read .*a.jsonl.xz"),
+        (b'{"prompt": ', "a.jsonl", "`task`: line 1 of .*a.jsonl is no JSON"),
+        (b"\xff\xfe", "a.jsonl", "`task`: cannot read .*a.jsonl"),
+        (b"no xz", "a.jsonl.xz", "`task`: cannot read .*a.jsonl.xz"),
+        (lzma.compress(b"{}" * 99)[:-9], "a.jsonl.xz", "`task`: cannot read .*a.jsonl.xz"),
     ],
 )
 def test_a_damaged_file_is_named(tmp_path, content, name, message):
@@ -282,7 +282,7 @@ def test_what_the_hub_says_is_one_line_of_error(monkeypatch):
         raise ConnectionError("no\nnetwork")
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    with pytest.raises(ConfigError, match="--task: cannot read openai/gsm8k:main: no network"):
+    with pytest.raises(ConfigError, match="`task`: cannot read openai/gsm8k:main: no network"):
         load("gsm8k")
     monkeypatch.setattr("datasets.load_dataset", lambda *names: {"other": []})
     with pytest.raises(ConfigError, match="a/b has no train split; its splits are other"):

@@ -1,7 +1,6 @@
 """Checkpoints and caches when things go wrong: kills, full disks, other runs, damaged files."""
 
 import contextlib
-import dataclasses
 import logging
 import os
 import resource
@@ -26,8 +25,10 @@ from experiments.data import tokens
 from experiments.reliability import kills
 from experiments.trainer import compatibility
 from experiments.trainer.checkpoints import Checkpoints, StorageError, check_run_directory
-from experiments.trainer.config import Config, ConfigError
+from experiments.trainer.config import Config, change
 from experiments.trainer.metrics import Report
+from experiments.trainer.optimizers import Gum
+from experiments.trainer.options import ConfigError
 
 # What Orbax gave up goes on failing for a while after an error, in its threads.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -77,7 +78,7 @@ def test_a_run_through_a_full_disk_and_a_kill_while_writing(base):
     assert (code, error.count("\n")) == (2, 1), error
     assert "cannot write checkpoint 10 to" in error
     assert error.endswith("File too large; there is no checkpoint yet\n")
-    with pytest.raises(ConfigError, match="has no checkpoint; start without --resume"):
+    with pytest.raises(ConfigError, match="has no checkpoint; start without `resume`"):
         check_run_directory(Config(run_dir=str(run_dir), resume=True))
 
     def later_one_is_being_written():
@@ -113,7 +114,8 @@ STATE = jax.device_put(
 
 @contextlib.contextmanager
 def checkpoints(directory: Path, **changes: Any):
-    opened = Checkpoints(dataclasses.replace(Config(run_dir=str(directory), rank=8), **changes))
+    config = Config(run_dir=str(directory), optimizer=Gum(rank=8))
+    opened = Checkpoints(change(config, **changes))
     with contextlib.closing(opened):
         yield opened
 
@@ -144,10 +146,10 @@ def test_a_checkpoint_restores_to_the_bit(written):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rank": 4}, "--rank is 4, but this run began with 8"),
-        ({"seed": 1}, "--seed is 1, but this run began with 0"),
-        ({"preset": "60m"}, "--preset is 60m, but this run began with nano"),
-        ({"optimizer": "adamw"}, "--optimizer is adamw, but this run began with gum"),
+        ({"rank": 4}, "`rank` is 4, but this run began with 8"),
+        ({"seed": 1}, "`seed` is 1, but this run began with 0"),
+        ({"preset": "60m"}, "`preset` is 60m, but this run began with nano"),
+        ({"optimizer": "adamw"}, "`optimizer` is adamw, but this run began with gum"),
     ],
 )
 def test_a_checkpoint_put_into_another_run_is_refused(written, changes, message):
@@ -206,7 +208,7 @@ def test_a_checkpoint_of_version_two_is_sent_to_the_gum_optax_that_wrote_it(tmp_
     with pytest.raises(ConfigError) as caught:
         restore(tmp_path)
     assert str(caught.value) == (
-        "--resume: the checkpoint has an optimizer state of version 2, and this gum_optax reads "
+        "`resume`: the checkpoint has an optimizer state of version 2, and this gum_optax reads "
         "version 3; continue the run with the gum_optax that wrote it, 0.0.9"
     )
 
@@ -328,7 +330,7 @@ def test_a_cache_on_a_full_disk_is_one_clear_error(tmp_path):
     config = data_config(tmp_path, kills.write_corpus(tmp_path / "corpus"))
     with (
         files_limited_to(4096),
-        pytest.raises(ConfigError, match=r"--cache-dir: cannot write .*File"),
+        pytest.raises(ConfigError, match=r"`cache_dir`: cannot write .*File"),
     ):
         tokens.prepare(config, 300)
     assert list((tmp_path / "cache").iterdir()) == []
@@ -356,7 +358,7 @@ def test_a_corpus_cut_short_is_one_clear_error(tmp_path, write):
     write(file, pa.table({"text": [f"{i} is a number " * 20 for i in range(100)]}))
     tokens.prepare(data_config(tmp_path, file), 300)
     cut(file)
-    with pytest.raises(ConfigError, match=rf"--corpus: cannot read .*corpus.{kind}") as caught:
+    with pytest.raises(ConfigError, match=rf"`corpus`: cannot read .*corpus.{kind}") as caught:
         tokens.prepare(data_config(tmp_path, file), 300)
     assert "\n" not in str(caught.value)
     shutil.rmtree(tmp_path / "cache")

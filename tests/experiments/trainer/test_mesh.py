@@ -16,7 +16,9 @@ from experiments.models import llama, presets
 from experiments.trainer import checkpoints as checkpoint
 from experiments.trainer import loop, optimizers, pretraining
 from experiments.trainer import mesh as meshes
-from experiments.trainer.config import Config, ConfigError
+from experiments.trainer.config import Config
+from experiments.trainer.optimizers import Gum
+from experiments.trainer.options import ConfigError
 from tests.helpers import low_rank_state
 from tests.watched_pretrain import SMALL
 
@@ -26,8 +28,9 @@ MESHES = (pytest.param("fsdp=8", marks=pytest.mark.slow), "data=2,fsdp=2,tensor=
 
 
 def config(optimizer: Any, text: str | None, **more: Any) -> Config:
-    sizes = {"steps": 12, "batch_size": BATCH, "rank": 16, "period": 4, "learning_rate": 3e-3}
-    return Config(preset="tiny", optimizer=optimizer, mesh=text, **sizes, **more)
+    sizes = {"steps": 12, "batch_size": BATCH, "learning_rate": 3e-3}
+    chosen = optimizers.named(optimizer, Gum(rank=16, period=4))
+    return Config(preset="tiny", optimizer=chosen, mesh=text, **sizes, **more)
 
 
 @functools.cache
@@ -186,7 +189,7 @@ def test_what_cannot_be_divided_is_whole_and_named():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("data=2", "--mesh: data=2 is for 2 devices, but there are 8"),
+        ("data=2", "`mesh`: data=2 is for 2 devices, but there are 8"),
         ("data=2,tensor=2,fsdp=4", "is for 16 devices, but there are 8"),
         ("data=8,model=1", "names 'model'; the axes are data, fsdp, tensor"),
         ("8", "names '8'; the axes are data, fsdp, tensor"),
@@ -202,7 +205,7 @@ def test_a_mistaken_mesh_is_named(text, message):
 
 
 def test_a_batch_that_cannot_be_divided_is_refused():
-    with pytest.raises(ConfigError, match="--batch-size is 6; --mesh divides it into 4 parts"):
+    with pytest.raises(ConfigError, match="`batch_size` is 6; `mesh` divides it into 4 parts"):
         meshes.rows(meshes.build("data=2,fsdp=2,tensor=2"), 6)
 
 

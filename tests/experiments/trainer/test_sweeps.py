@@ -12,7 +12,8 @@ import pytest
 from experiments import tune
 from experiments.reliability import kills
 from experiments.trainer import checkpoints, loop, processes, sweeps
-from experiments.trainer.config import Config
+from experiments.trainer.config import Config, change
+from experiments.trainer.optimizers import Gum
 from experiments.trainer.pretraining import train
 
 
@@ -27,14 +28,14 @@ def base(tmp_path_factory):
     home = tmp_path_factory.mktemp("runs")
     corpus = str(kills.write_corpus(home / "corpus"))
     return Config(
-        preset="tiny", steps=4, batch_size=2, rank=4, period=2, corpus=(corpus,),
+        preset="tiny", steps=4, batch_size=2, optimizer=Gum(rank=4, period=2), corpus=(corpus,),
         cache_dir=str(home / "cache"), validate_every=2, validation_batches=1,
     )  # fmt: skip
 
 
 def configurations(base, home, **changes):
     # Of all optimizers this one compiles soonest.
-    points = [dataclasses.replace(base, optimizer="adamw", seed=seed, **changes) for seed in (0, 1)]
+    points = [change(base, optimizer="adamw", seed=seed, **changes) for seed in (0, 1)]
     return [dataclasses.replace(p, run_dir=sweeps.directory(str(home), p)) for p in points]
 
 
@@ -110,9 +111,9 @@ def test_a_set_stops_when_its_time_is_up(base, tmp_path, monkeypatch):
 
 
 def test_an_entry_from_before_an_option_has_its_default(base, tmp_path):
-    config = dataclasses.replace(base, optimizer="muon")
+    config = change(base, optimizer="muon")
     options = sweeps.identity(config)
-    del options["restart"]
+    del options["momentum"]
     out = tmp_path / "old.json"
     out.write_text(json.dumps([{"config": options, "validation_loss": 1.0}]))
     assert sweeps.complete([config], out)[0]["validation_loss"] == 1.0
@@ -120,12 +121,12 @@ def test_an_entry_from_before_an_option_has_its_default(base, tmp_path):
 
 def test_directories_tell_runs_apart(base):
     names = {
-        sweeps.directory("x", dataclasses.replace(base, **change))
-        for change in ({}, {"rank": 8}, {"seed": 1}, {"period": 3})
+        sweeps.directory("x", change(base, **changes))
+        for changes in ({}, {"rank": 8}, {"seed": 1}, {"period": 3})
     }
     assert len(names) == 4
     grid = tune.Grid(optimizers=("gum", "adamw"), learning_rates=(0.1, 0.2), seeds=(0, 1))
-    points = {(c.optimizer, c.learning_rate, c.seed) for c in tune.configurations(grid)}
+    points = {(c.optimizer.name, c.learning_rate, c.seed) for c in tune.configurations(grid)}
     assert len(points) == len({c.run_dir for c in tune.configurations(grid)}) == 8
 
 

@@ -1,0 +1,44 @@
+"""What trains embedding, head and norms, by the name that the option `fallback` has for it."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal
+
+import jax
+import optax
+
+import gum_optax
+from experiments.trainer.schedules import schedule
+from gum_optax import fallbacks
+
+if TYPE_CHECKING:
+    from experiments.trainer.config import Training
+
+FALLBACKS: dict[str, Callable[["Training"], gum_optax.Fallback]] = {
+    "adamw": lambda run: fallbacks.adamw(b2=run.b2),
+    "adamw8": lambda run: fallbacks.adamw(b2=run.b2, storage=gum_optax.storages.int8()),
+    "factored": lambda run: fallbacks.factored(),
+    "factored_momentum": lambda run: fallbacks.factored(0.9),
+    "columns": lambda run: fallbacks.columns(),
+}
+
+if TYPE_CHECKING:
+    Name = str
+else:
+    Name = Literal[tuple(FALLBACKS)]
+
+
+def build(run: "Training") -> optax.GradientTransformation:
+    """The fallback that a run asks for."""
+    rate = schedule(run, run.fallback_learning_rate)
+    return FALLBACKS[run.fallback](run).make(rate, run.weight_decay, decayed)
+
+
+def matrix_or_rest(params: optax.Params) -> optax.Params:
+    """A tree like `params`: "matrix" for hidden matrices, "rest" for what the fallback gets."""
+    numbers = gum_optax.dimension_numbers.default(params)
+    return jax.tree.map(lambda _, number: "rest" if number is None else "matrix", params, numbers)
+
+
+def decayed(params: optax.Params) -> optax.Params:
+    """A tree like `params`: whether a leaf is decayed, as all but norms and biases are."""
+    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
