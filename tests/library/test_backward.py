@@ -143,8 +143,14 @@ def _assert_close(actual, expected, atol=TOLERANCE):
         np.testing.assert_allclose(got, want, rtol=0, atol=atol)
 
 
+# By `make slow`; each differs from one of the others in a part that has tests of its own.
+SLOW = ("additive adamw", "adamw in 8 bits", "undrawn through columns", "apollo")
+
+
 @jax.enable_x64(True)
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in OPTIMIZERS]
+)
 def test_takes_the_steps_of_full_gradients(name):
     tx = OPTIMIZERS[name]()
     params = jax.tree.map(jnp.asarray, _model())
