@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments import reporting
 from experiments.reporting import loss_curves
 from experiments.trainer import cli
 from experiments.trainer.config import Config, change
@@ -85,14 +86,19 @@ def introduction(base: Config) -> str:
 
 def table(results: dict[str, Result]) -> str:
     """One line per optimizer."""
-    heads = "optimizer", "learning rate", "validation loss", "optimizer state", "s per step"
-    rows = [
-        f"{name:<10}{LEARNING_RATES[name]:>15g}{result.validation_loss:>17.4f}"
-        f"{result.state_bytes:>17,} B{result.seconds_per_step:>12.3f}"
-        for name, result in results.items()
-    ]
-    head = "{:<10}{:>15}{:>17}{:>19}{:>12}".format(*heads)
-    return "\n".join([head, "-" * len(head), *rows])
+    return reporting.aligned(
+        ("optimizer", "learning rate", "validation loss", "optimizer state", "s per step"),
+        (
+            (
+                name,
+                LEARNING_RATES[name],
+                f"{result.validation_loss:.4f}",
+                f"{result.state_bytes:,} B",
+                f"{result.seconds_per_step:.3f}",
+            )
+            for name, result in results.items()
+        ),
+    )
 
 
 def verdict(results: dict[str, Result]) -> str:

@@ -80,12 +80,24 @@ def commit() -> str | None:
 
 
 def table(title: str, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Prints rows under a title; the first column is text, and None a dash."""
+    """Prints rows under a title; None is a dash, and numbers have four digits."""
+    print(f"\n{title}\n{aligned(head, rows)}")
+
+
+def aligned(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Rows under their heads, in columns for a terminal."""
     cells = [list(head), *([_cell(value) for value in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    print(f"\n{title}")
-    for row in cells:
-        print("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip())
+    return "\n".join(
+        "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
+        for row in cells
+    )
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Rows under their heads, in Markdown."""
+    lines = ["| " + " | ".join(row) + " |" for row in (head, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
 
 
 def loss_curves(runs: dict[str, list[dict]], path: Path, title: str) -> Path:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from experiments import reporting
 from experiments.trainer import cli, sweeps
 from experiments.trainer.config import Config, change
 from experiments.trainer.optimizers import Name
@@ -59,13 +60,20 @@ def configurations(grid: Grid) -> list[Config]:
 def table(entries: list[dict]) -> str:
     """The runs, each optimizer's best first."""
     best = sorted(entries, key=lambda e: (e["config"]["optimizer"], e["validation_loss"]))
-    rows = [
-        f"{e['config']['optimizer']:<15}{e['config']['learning_rate']:>14g}{e['config']['seed']:>6}"
-        f"{e['validation_loss']:>17.4f}{e['state_bytes']:>13,}{e['seconds_per_step']:>12.3f}"
-        for e in best
-    ]
-    heads = "optimizer", "learning rate", "seed", "validation loss", "state bytes", "s per step"
-    return "\n".join(["{:<15}{:>14}{:>6}{:>17}{:>13}{:>12}".format(*heads), *rows])
+    return reporting.aligned(
+        ("optimizer", "learning rate", "seed", "validation loss", "state bytes", "s per step"),
+        (
+            (
+                entry["config"]["optimizer"],
+                entry["config"]["learning_rate"],
+                entry["config"]["seed"],
+                f"{entry['validation_loss']:.4f}",
+                f"{entry['state_bytes']:,}",
+                f"{entry['seconds_per_step']:.3f}",
+            )
+            for entry in best
+        ),
+    )
 
 
 if __name__ == "__main__":

@@ -111,16 +111,19 @@ def summary(found: list[Collective], params: Any) -> dict[str, Any]:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows in Markdown."""
-    lines = [
-        "| mesh | step | collectives | MiB received per device | matrices gathered whole |",
-        "|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {row['mesh']} | {row['step']} | {row['collectives']} | {row['MiB']:.1f} | "
-        f"{row['gathered_matrices']} |"
-        for row in rows
-    ]
-    return "\n".join(lines)
+    return reporting.markdown(
+        ("mesh", "step", "collectives", "MiB received per device", "matrices gathered whole"),
+        (
+            (
+                row["mesh"],
+                row["step"],
+                str(row["collectives"]),
+                f"{row['MiB']:.1f}",
+                str(row["gathered_matrices"]),
+            )
+            for row in rows
+        ),
+    )
 
 
 def _describe(leaf: Any, sharding: jax.sharding.NamedSharding) -> jax.ShapeDtypeStruct:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from experiments.trainer.options import ConfigError
+from experiments.trainer.options import ConfigError, reason
 
 _READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
 _TEXT = {".txt", ".md", ".rst", ".py"}
@@ -126,8 +126,7 @@ def _columns(source: Source, field: str) -> Iterator[str]:
     except ConfigError:
         raise
     except Exception as error:  # `datasets` raises many types; each means: cannot be read
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ConfigError(f"`corpus`: cannot read {where}: {reason}") from error
+        raise ConfigError(f"`corpus`: cannot read {where}: {reason(error)}") from error
 
 
 def _load(source: Source) -> Iterable[dict]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from experiments import reporting
 from experiments.benchmarks import step
 from experiments.benchmarks import training as whole_steps
 from experiments.studies import finetuning as answers
@@ -22,20 +23,22 @@ _NAMES = {"adamw": "AdamW", "optax muon": "Muon", "galore": "GaLore", "gum": "GU
     "optax galore": "optax GaLore"
 }
 _PERFORMANCE_HEAD = (
-    "| LLaMA | GUM, plain step | / optax Muon | / AdamW | / optax GaLore | refresh / plain "
-    "| refreshes' share | SVD refresh / ours | / floor |\n|---|---|---|---|---|---|---|---|---|"
-)
+    "LLaMA", "GUM, plain step", "/ optax Muon", "/ AdamW", "/ optax GaLore", "refresh / plain",
+    "refreshes' share", "SVD refresh / ours", "/ floor",
+)  # fmt: skip
 _CURVES_COMMAND = (
     "python -m experiments.tune --optimizers gum --learning-rates 1e-2 --seeds 0 1 2 "
     "--base.steps 300 --base.optimizer.period 50 --out experiments/results/projector_curves.json"
 )
-_HEAD = "| what | measured | command |\n|---|---|---|"
 
 
 def table() -> str:
     """The whole table in Markdown."""
-    rows = [row for fact in FACTS for row in fact()]
-    return "\n".join([_HEAD, *(f"| {what} | {how} | `{command}` |" for what, how, command in rows)])
+    rows = (row for fact in FACTS for row in fact())
+    return reporting.markdown(
+        ("what", "measured", "command"),
+        ((what, how, f"`{command}`") for what, how, command in rows),
+    )
 
 
 def performance() -> str:
@@ -46,12 +49,13 @@ def performance() -> str:
         for c in timed["costs"]
         if c["contender"] == "gum"
     }
-    rows = [
-        f"| {preset}, {layout} | " + " | ".join(_cells(timed["pairs"], preset, layout)) + " | "
-        f"{over_floor:.2f} |"
-        for (preset, layout), over_floor in floors.items()
-    ]
-    return "\n".join([_PERFORMANCE_HEAD, *rows])
+    return reporting.markdown(
+        _PERFORMANCE_HEAD,
+        (
+            (f"{preset}, {layout}", *_cells(timed["pairs"], preset, layout), f"{over_floor:.2f}")
+            for (preset, layout), over_floor in floors.items()
+        ),
+    )
 
 
 def pretraining() -> str:
@@ -63,7 +67,7 @@ def pretraining() -> str:
     head += ["time per step", "steps to AdamW's loss", "time to it"]
     adamw = rows[reference]["adamw"]
     whole = finals[reference][0]["config"]["steps"] * adamw["seconds_per_step"]
-    lines = [head, ["---"] * len(head)]
+    lines = []
     for name, row in sorted(rows[reference].items(), key=lambda item: item[1]["loss"]):
         losses = [f"{r[name]['loss']:.3f} ({r[name]['deviation']:.3f})" for r in rows.values()]
         time = f"{row['seconds_per_step'] / adamw['seconds_per_step']:.2f}"
@@ -74,7 +78,7 @@ def pretraining() -> str:
         state = f"{row['state_bytes'] / 2**20:.1f} MiB"
         rate = f"{row['learning_rate']:g}"
         lines.append([comparison.NAMES[name], rate, state, *losses, time, *reached])
-    return _markdown(lines)
+    return reporting.markdown(head, lines)
 
 
 def finetuning() -> str:
@@ -83,7 +87,7 @@ def finetuning() -> str:
     rows = answers.compare(answers.finals_of(entries))
     head = ["optimizer", "learning rate", "state", "right answers, by seed", "95 % interval"]
     head += ["loss of answers, by seed", "95 % interval of the last", "time per step"]
-    lines = [head, ["---"] * len(head)]
+    lines = []
     adamw = next(row["seconds_per_step"] for row in rows if row["optimizer"] == "adamw")
     for row in sorted(rows, key=lambda row: row["loss"]):
         losses = ", ".join(f"{loss:.3f}" for loss in row["losses"])
@@ -97,23 +101,19 @@ def finetuning() -> str:
             "{:.2f} to {:.2f}".format(*row["loss_interval"]),
             f"{row['seconds_per_step'] / adamw:.2f}",
         ])  # fmt: skip
-    return _markdown(lines)
+    return reporting.markdown(head, lines)
 
 
 def plans() -> str:
     """State of large models, in GiB, and how much of GUM's is of embedding and head."""
     models = _read("plans.json")["models"]
-    lines = [["model", *next(iter(models.values()))["state"], "of GUM's, embedding and head"]]
-    lines.append(["---"] * len(lines[0]))
+    head = ["model", *next(iter(models.values()))["state"], "of GUM's, embedding and head"]
+    lines = []
     for name, each in models.items():
         cells = (f"{row['bytes'] / 2**30:.1f} GiB" for row in each["state"].values())
         words = each["state"]["GUM"]["embedding_and_head_bytes"] / 2**30
         lines.append([name, *cells, f"{words:.1f} GiB"])
-    return _markdown(lines)
-
-
-def _markdown(lines: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return reporting.markdown(head, lines)
 
 
 def _cells(pairs: list[dict[str, Any]], preset: str, layout: str) -> Iterator[str]:

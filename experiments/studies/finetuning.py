@@ -168,7 +168,7 @@ def _row(optimizer: str, entries: Sequence[sweeps.Entry]) -> dict[str, Any]:
         "learning_rate": entries[0]["config"]["learning_rate"],
         "shares": shares,
         "share": share,
-        "interval": wilson(share * items, items),
+        "interval": wilson(round(share * items), items),
         "losses": losses,
         "loss": float(np.mean(losses)),
         "loss_interval": (last["low"], last["high"]),  # of the last seed

@@ -19,7 +19,7 @@ from experiments.tasks.base import (
     same_result,
     sample,
 )
-from experiments.trainer.options import ConfigError
+from experiments.trainer.options import ConfigError, reason
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 _SPLITS = ("test", "validation")  # the first there is holds the held-out items
@@ -141,8 +141,7 @@ def _hub(name: str) -> Mapping[str, Iterable[Mapping[str, Any]]]:
     try:
         splits: Any = datasets.load_dataset(hub, subset or None)
     except Exception as error:  # `datasets` raises many types; each means: cannot be read
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ConfigError(f"`task`: cannot read {name}: {reason}") from error
+        raise ConfigError(f"`task`: cannot read {name}: {reason(error)}") from error
     if "train" not in splits:
         raise ConfigError(f"`task`: {name} has no train split; its splits are {', '.join(splits)}")
     return splits

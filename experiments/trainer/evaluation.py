@@ -1,6 +1,5 @@
 """How many held-out items a model answers right, by greedy generation."""
 
-import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -140,15 +139,12 @@ def loss(by_window: Callable, params: Params, batches: Iterable[Any]) -> Loss:
     return Loss(float(mean), float(mean - half), float(mean + half), n)
 
 
-def wilson(right: float, of: int) -> tuple[float, float]:
-    """95 % limits of a share by Wilson's score interval, which holds near 0 and 1 too.
+def wilson(right: int, of: int) -> tuple[float, float]:
+    """95 % limits of a share by Wilson's score interval, which holds near 0 and 1 too."""
+    from scipy.stats import binomtest  # slow to import
 
-    Wilson, Journal of the American Statistical Association 22 (1927), 209-212.
-    """
-    share, squared = right / of, _Z**2 / of
-    middle = (share + squared / 2) / (1 + squared)
-    half = _Z / (1 + squared) * math.sqrt((share * (1 - share) + squared / 4) / of)
-    return max(0.0, middle - half), min(1.0, middle + half)
+    low, high = binomtest(right, of).proportion_ci(0.95, method="wilson")
+    return float(low), float(high)
 
 
 def examples(answers: Sequence[Answer]) -> str:

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -25,6 +24,7 @@ from experiments.trainer import checkpoints, evaluation, loop, losses, optimizer
 from experiments.trainer import mesh as meshes
 from experiments.trainer.config import Training
 from experiments.trainer.evaluation import Accuracy, Loss
+from experiments.trainer.files import write_whole
 from experiments.trainer.loop import Result, State
 from experiments.trainer.optimizers import Gum, Optimizer
 from experiments.trainer.options import (
@@ -34,6 +34,7 @@ from experiments.trainer.options import (
     not_negative,
     option,
     positive,
+    reason,
 )
 
 GUM = Gum(rank=128, period=200)
@@ -191,8 +192,7 @@ def _export(config: Config, params: llama.Params, base: Pretrained) -> None:
     try:
         pretrained.save(Path(config.export), whole, base.config, base.tokenizer, stop)
     except Exception as error:  # of the file system, or safetensors' own
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ConfigError(f"`export`: cannot write {config.export}: {reason}") from error
+        raise ConfigError(f"`export`: cannot write {config.export}: {reason(error)}") from error
 
 
 def _data(config: Config, mesh: Mesh | None, base: Pretrained) -> _Data:
@@ -296,9 +296,7 @@ def share(before: dict[str, Any] | None) -> str:
 
 def _write(config: Config, content: dict[str, Any]) -> None:
     """Writes all or nothing: a resumed run reads it."""
-    scratch = accuracy_path(config).with_suffix(".scratch")
-    scratch.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(scratch, accuracy_path(config))
+    write_whole(accuracy_path(config), json.dumps(content, indent=1) + "\n")
 
 
 def accuracy_path(config: Config) -> Path:

@@ -15,6 +15,7 @@ from tensorboardX.proto import event_pb2
 from tqdm import tqdm
 
 from experiments.trainer.config import Training
+from experiments.trainer.files import write_whole
 
 _events: Any = event_pb2  # generated code, whose names a type checker does not see
 _BAR = "{desc} |{bar:24}| {n_fmt}/{total_fmt} steps{postfix} [{elapsed}, {remaining} left]"
@@ -179,7 +180,5 @@ def read_metrics(path: Path) -> list[dict]:
 def _keep_until(path: Path, step: int) -> float:
     """Drops the records after `step`, which will be made again; returns the time spent so far."""
     kept = [record for record in read_metrics(path) if record["step"] <= step]
-    scratch = path.with_suffix(".scratch")
-    scratch.write_text("".join(json.dumps(record) + "\n" for record in kept))
-    os.replace(scratch, path)
+    write_whole(path, "".join(json.dumps(record) + "\n" for record in kept))
     return max((record.get("seconds", 0.0) for record in kept), default=0.0)

@@ -85,6 +85,11 @@ def choose(field: str, value: str, names: Iterable[str]) -> str:
     raise ConfigError(f"`{field}`: there is no {value!r}; {hint}")
 
 
+def reason(error: Exception) -> str:
+    """What another library says went wrong, in one line."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
 def make_directory(field: str, path: Path) -> None:
     """Makes a directory with its parents; raises `ConfigError` if that cannot be done."""
     try:

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from experiments.trainer import checkpoints
 from experiments.trainer.config import FREE_ON_RESUME, Training, in_record, record
+from experiments.trainer.files import write_whole
 from experiments.trainer.loop import Result
 from experiments.trainer.metrics import metrics_path
 from experiments.trainer.pretraining import train
@@ -353,6 +354,4 @@ def _key(options: dict[str, Any]) -> str:
 def write(path: Path, entries: Sequence[Entry]) -> None:
     """Writes a result file: one entry a line, all of them or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(".scratch")
-    scratch.write_text("[\n" + ",\n".join(json.dumps(entry) for entry in entries) + "\n]\n")
-    os.replace(scratch, path)
+    write_whole(path, "[\n" + ",\n".join(json.dumps(entry) for entry in entries) + "\n]\n")

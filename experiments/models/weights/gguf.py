@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from experiments.models.weights import huggingface
-from experiments.trainer.options import ConfigError
+from experiments.trainer.options import ConfigError, reason
 
 if TYPE_CHECKING:
     from gguf import GGUFReader, ReaderTensor
@@ -61,8 +61,7 @@ def _open(file: Path) -> "GGUFReader":
     try:
         return Reader(file)
     except (OSError, ValueError, IndexError, OverflowError) as error:
-        reason = huggingface.reason(error)
-        raise ConfigError(f"`model`: cannot read {file} as GGUF: {reason}") from error
+        raise ConfigError(f"`model`: cannot read {file} as GGUF: {reason(error)}") from error
 
 
 def _config(metadata: dict[str, Any], tied: bool) -> dict:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.models import llama, presets
-from experiments.trainer.options import ConfigError
+from experiments.trainer.options import ConfigError, reason
 
 SHARD_BYTES = 5_000_000_000
 """A larger checkpoint is written as several files."""
@@ -178,11 +178,6 @@ def with_dtype(config: dict, dtype: str) -> dict:
     """`config` for weights of another type, under the name that it has there for the type."""
     names = [name for name in ("dtype", "torch_dtype") if name in config] or ["dtype"]
     return {**config, **dict.fromkeys(names, dtype)}
-
-
-def reason(error: Exception) -> str:
-    """What another library says went wrong, in one line."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _parse(config: dict) -> Any:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from experiments.models.llama import Params
 from experiments.models.presets import Architecture
 from experiments.models.weights import gguf, huggingface
-from experiments.trainer.options import ConfigError
+from experiments.trainer.options import ConfigError, reason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -126,8 +126,7 @@ def _download(name: str) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=_HUB_FILES))
     except Exception as error:  # many types, from many libraries; each means: cannot be had
-        reason = huggingface.reason(error)
-        raise ConfigError(f"`model`: cannot download {name}: {reason}") from error
+        raise ConfigError(f"`model`: cannot download {name}: {reason(error)}") from error
 
 
 def _read_directory(directory: Path) -> gguf.Contents:
@@ -145,5 +144,4 @@ def _tokenizer(directory: Path) -> "PreTrainedTokenizerFast":
     try:
         return PreTrainedTokenizerFast.from_pretrained(directory)
     except Exception as error:  # `tokenizers` raises bare `Exception`
-        reason = huggingface.reason(error)
-        raise ConfigError(f"`model`: the tokenizer in {directory}: {reason}") from error
+        raise ConfigError(f"`model`: the tokenizer in {directory}: {reason(error)}") from error
