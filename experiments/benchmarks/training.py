@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -33,7 +33,13 @@ from experiments.trainer.config import Preset
 from experiments.trainer.optimizers import Gum, Name
 
 PROGRAM = "experiments.benchmarks.training"
-OPTIMIZERS: tuple[Name, ...] = ("gum", "adamw", "muon")
+# What is compared, as options of a worker.
+CONTENDERS: dict[str, dict[str, Any]] = {
+    "gum": {"optimizer": "gum"},
+    "gum, compressed gradients": {"optimizer": "gum", "gradients": "compressed"},
+    "adamw": {"optimizer": "adamw"},
+    "muon": {"optimizer": "muon"},
+}
 
 _ROOT = Path(__file__).parents[2]
 _SKIPPED = 2  # compilation, and what the first steps leave to be set up
@@ -45,6 +51,8 @@ class Worker:
 
     optimizer: Name = "gum"
     """Which optimizer, as in experiments.pretrain."""
+    gradients: Literal["full", "compressed"] = "full"
+    """How gradients leave the backward pass of GUM, as in experiments.pretrain."""
     preset: Preset = "60m"
     """Size of the model."""
     batch_size: int = 8
@@ -77,9 +85,9 @@ def run(config: Config, work: Callable[[Worker], dict[str, Any]] | None = None) 
       work: measures one run; by default in a new process.
     """
     work = work or _in_process
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in OPTIMIZERS}
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTENDERS}
     for turn in range(config.rounds):
-        for name in OPTIMIZERS:
+        for name in CONTENDERS:
             runs[name].append(work(_worker(config, name)))
             print(f"trained with {name}, round {turn + 1} of {config.rounds}", flush=True)
     results = compare(runs, config.period)
@@ -134,7 +142,10 @@ def measure(worker: Worker) -> dict[str, Any]:
         seq_len=worker.seq_len, steps=worker.steps, seed=worker.seed,
         optimizer=optimizers.named(
             worker.optimizer,
-            Gum(rank=worker.rank, period=worker.every, full_rank_layers=worker.full_rank_layers),
+            Gum(
+                rank=worker.rank, period=worker.every, gradients=worker.gradients,
+                full_rank_layers=worker.full_rank_layers,
+            ),
         ),
     )  # fmt: skip
     arch = pretraining.architecture(settings)
@@ -197,10 +208,10 @@ def _by_kind(worker: Worker, seconds: list[float]) -> tuple[list[float], list[fl
     return plain, [s for i, s in later if not i % worker.every]
 
 
-def _worker(config: Config, optimizer: Name) -> Worker:
+def _worker(config: Config, name: str) -> Worker:
     preset: Any = config.training_preset
     return Worker(
-        optimizer=optimizer, preset=preset, batch_size=config.batch_size, seq_len=config.seq_len,
+        **CONTENDERS[name], preset=preset, batch_size=config.batch_size, seq_len=config.seq_len,
         steps=config.training_steps, rank=config.rank, full_rank_layers=config.full_rank_layers,
         seed=config.seed,
     )  # fmt: skip

@@ -154,7 +154,7 @@ def test_training(config):
     assert result["gum_over_adamw_amortized"]["of_medians"] == pytest.approx(1 / 3)
     assert result["saved_peak_over_saved_state"] == 2
     assert result["saved_program_over_saved_state"] == 1
-    assert set(result["runs"]) == set(training.OPTIMIZERS)
+    assert set(result["runs"]) == set(training.CONTENDERS)
 
 
 def test_a_training_worker():
@@ -237,7 +237,7 @@ def test_the_figure_shows_what_there_is(config):
     reporting.write(config.out / "step" / "tiny-separate.json", config, pairs=[pair], costs=[])
     medians = {
         name: {"program_bytes": 1, "amortized_tokens_per_second": 2.0}
-        for name in training.OPTIMIZERS
+        for name in training.CONTENDERS
     }
     reporting.write(config.out / "training" / "tiny-1x8.json", config, medians=medians)
     assert figure.draw(config.out, picture) == picture
