@@ -13,7 +13,7 @@ from matplotlib.ticker import NullLocator
 from experiments.benchmarks import contenders, step, training
 from experiments.reporting import COLOURS, MARKERS
 
-_NAMES = (*contenders.TABLE, "parameters")
+_NAMES = (*contenders.TABLE, "parameters", "gum, compressed gradients")
 _IN_TRAINING = {"muon": "optax muon"}
 _COLUMNS = 2
 _INCHES = (4.2, 3.4)  # of one panel: two side by side are legible at half the width of a page
