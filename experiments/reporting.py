@@ -34,7 +34,7 @@ def write(path: Path, config: Any, **results: Any) -> dict[str, Any]:
     Args:
       path: the JSON file; its directory is made.
       config: a dataclass.
-      **results: what JSON can hold.
+      **results: what JSON can hold; with `device`, where another process found that.
 
     Raises:
       ConfigError: the directory cannot be made.
@@ -42,7 +42,7 @@ def write(path: Path, config: Any, **results: Any) -> dict[str, Any]:
     content = {
         "config": _settings(config),
         "versions": compatibility.versions(),
-        "device": device(),
+        "device": results.pop("device", None) or device(),
         "commit": commit(),
         **results,
     }
@@ -86,7 +86,7 @@ def table(title: str, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> Non
 
 def aligned(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """Rows under their heads, in columns for a terminal."""
-    cells = [list(head), *([_cell(value) for value in row] for row in rows)]
+    cells = [list(head), *([cell(value) for value in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
@@ -149,7 +149,8 @@ def _git(*arguments: str, cwd: Path) -> str:
     return done.stdout.strip()
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
+    """A value in a table: None is a dash, a number has four digits."""
     if value is None:
         return "-"
     return f"{value:.4g}" if isinstance(value, float) else str(value)

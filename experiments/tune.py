@@ -13,14 +13,17 @@ from experiments import reporting
 from experiments.trainer import cli, sweeps
 from experiments.trainer.config import Config, change
 from experiments.trainer.optimizers import Name
+from experiments.trainer.options import at_least, option
 
 PROGRAM = "experiments.tune"
 
 
 @dataclasses.dataclass(frozen=True)
-class Grid:
+class Grid(sweeps.Sitting):
     """Train with every combination of optimizers, learning rates and seeds."""
 
+    jobs: int = option(1, at_least(1))
+    """Runs that train at a time, each on its share of the cores."""
     optimizers: tuple[Name, ...] = ("gum", "adamw")
     """Optimizers to compare."""
     learning_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
@@ -29,8 +32,6 @@ class Grid:
     """Seeds of weights, data order and draws."""
     out: str = "experiments/results/demo_grid.json"
     """The JSON file to write or add to."""
-    jobs: int = 1
-    """Runs that train at a time, each on its share of the cores."""
     base: Config = dataclasses.field(
         default_factory=lambda: Config(run_dir="runs/tune", checkpoint_every=1_000_000)
     )
@@ -40,7 +41,7 @@ class Grid:
 def main(arguments: Sequence[str]) -> int:
     """Runs what is missing from the grid and prints a table; returns the exit code."""
     grid = cli.parse(Grid, PROGRAM, arguments)
-    entries = sweeps.complete(configurations(grid), Path(grid.out), jobs=grid.jobs)
+    entries = sweeps.runner(grid, Path(grid.out))(configurations(grid))
     print("\n" + table(entries))
     return 0
 

@@ -80,17 +80,19 @@ TABLE: dict[str, Contender] = {
 }
 
 
-def _low_rank_muon(residual: gum_optax.residuals.Residual, rank: int) -> Optimizer:
-    return gum_optax.gum(LEARNING_RATE, gum_optax.LowRank(rank, residual=residual))
+def _low_rank_muon(
+    residual: gum_optax.residuals.Residual, rank: int, period: int = 200
+) -> Optimizer:
+    return gum_optax.gum(LEARNING_RATE, gum_optax.LowRank(rank, period, residual=residual))
 
 
-# The methods of `experiments.studies.frontier`: (rank, full_rank_layers) -> transformation.
-VARIANTS: dict[str, Callable[[int, int], Optimizer]] = {
-    "GaLore-Muon": lambda rank, _: _low_rank_muon(residuals.drop(), rank),
-    "columns of the residual": lambda rank, _: _low_rank_muon(
-        residuals.through(gum_optax.normalize_columns()), rank
+# The methods of `experiments.studies.frontier`: (rank, full_rank_layers, period) -> transformation.
+VARIANTS: dict[str, Callable[..., Optimizer]] = {
+    "GaLore-Muon": lambda rank, _, *period: _low_rank_muon(residuals.drop(), rank, *period),
+    "columns of the residual": lambda rank, _, *period: _low_rank_muon(
+        residuals.through(gum_optax.normalize_columns()), rank, *period
     ),
-    "GUM": lambda rank, drawn: _low_rank_muon(residuals.sampled(drawn), rank),
+    "GUM": lambda rank, drawn, *period: _low_rank_muon(residuals.sampled(drawn), rank, *period),
     "Muon, 8 bits": lambda *_: gum_optax.muon(LEARNING_RATE),
     "Muon, 4 bits": lambda *_: gum_optax.muon(LEARNING_RATE, storages.int4()),
     "Muon": lambda *_: gum_optax.muon(LEARNING_RATE, storages.plain()),

@@ -169,13 +169,13 @@ def measure(worker: Worker) -> dict[str, Any]:
         "refresh_seconds": statistics.median(refresh) if refresh else None,
         "tokens_per_second": worker.batch_size * worker.seq_len / statistics.median(plain),
         "peak_bytes": loop.device_peak() or _status("VmHWM") - settled,
-        "program_bytes": _program_bytes(step),
+        "program_bytes": program_bytes(step),
         "process_peak_bytes": max(process_peak, _status("VmHWM")),
         "state_bytes": loop.state_bytes(state.opt_state),
     }
 
 
-def _program_bytes(step: Any) -> int:
+def program_bytes(step: Any) -> int:
     """The most bytes of arguments, results and temporaries; donated arguments count once."""
     sizes = step.memory_analysis()
     held = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes

@@ -28,7 +28,7 @@ _TOP = 0.1  # of the figure, in nats above the default; what is worse is written
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(sweeps.Sitting):
     """Change one setting of GUM at a time."""
 
     gammas: tuple[int, ...] = (0, 1, 2, 4)
@@ -47,8 +47,6 @@ class Config:
     """Result file of experiments.studies.pretraining, for the learning rates."""
     out: Path = Path("experiments/results/studies/ablations.json")
     """Result file; the figure is beside it."""
-    jobs: int = 2
-    """Runs that train at a time, each on its share of the cores."""
     base: Run = dataclasses.field(default_factory=lambda: pretraining.SMALL)
     """All other options of a run; what is not changed has these values."""
 
@@ -102,13 +100,12 @@ def main(arguments: Sequence[str]) -> int:
     settings = [c for panel in panels(config, rates).values() for c in panel.values()]
     each = [configurations(config, rates, changes) for changes in settings]
     by_seed = [point for points in zip(*each, strict=True) for point in points]
-    sweeps.complete(by_seed, config.out, jobs=config.jobs)  # all settings before the next seed
-    default = losses(sweeps.complete(configurations(config, rates, {}), config.out))
+    complete = sweeps.runner(config, config.out)
+    complete(by_seed)  # all settings before the next seed
+    default = losses(complete(configurations(config, rates, {})))
     found = {
         title: {
-            label: summary(
-                sweeps.complete(configurations(config, rates, changes), config.out), default
-            )
+            label: summary(complete(configurations(config, rates, changes)), default)
             for label, changes in panel.items()
         }
         for title, panel in panels(config, rates).items()

@@ -9,7 +9,7 @@ that the result file holds are not repeated.
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,11 @@ BASE = Run(
 )  # fmt: skip
 
 
+Complete = Callable[[Sequence[Any]], list[sweeps.Entry]]
+
+
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(sweeps.Sitting):
     """Fine-tune with every optimizer on the same grid, then on several seeds."""
 
     optimizers: tuple[Name, ...] = OPTIMIZERS
@@ -49,8 +52,6 @@ class Config:
     """Seeds of examples, their order and draws; the grid uses the first."""
     out: Path = Path("experiments/results/studies/finetuning.json")
     """Result file; the figure is beside it."""
-    jobs: int = 2
-    """Runs that train at a time, each on its share of the cores."""
     base: Run = dataclasses.field(default_factory=lambda: BASE)
     """All other options of a run, as in experiments.finetune."""
 
@@ -83,9 +84,8 @@ def point(config: Config, optimizer: str, rate: float, seed: int) -> Run:
     return dataclasses.replace(run, run_dir=sweeps.directory(config.base.run_dir, run))
 
 
-def grid(config: Config) -> list[sweeps.Entry]:
+def grid(config: Config, complete: Complete) -> list[sweeps.Entry]:
     """Runs with the first seed: two rates for all, then the neighbours of each one's best."""
-    options: Any = {"jobs": config.jobs, "trainer": tune}
     points = {(o, r) for o in config.optimizers for r in _first_rates(config)}
     while True:
         wanted = [
@@ -94,7 +94,7 @@ def grid(config: Config) -> list[sweeps.Entry]:
             for optimizer in config.optimizers
             if (optimizer, rate) in points
         ]
-        entries = sweeps.complete(wanted, config.out, **options)
+        entries = complete(wanted)
         further = {
             (optimizer, rate)
             for optimizer, best in best_rates(entries).items()
@@ -127,9 +127,10 @@ def finals(config: Config, best: dict[str, float]) -> list[Run]:
 def main(arguments: Sequence[str]) -> int:
     """Runs what is missing, prints tables, draws the figure; returns the exit code."""
     config = cli.parse(Config, PROGRAM, arguments)
-    tuned = grid(config)
+    complete = sweeps.runner(config, config.out, tune)
+    tuned = grid(config, complete)
     best = finals(config, best_rates(tuned))
-    found = sweeps.complete(best, config.out, jobs=config.jobs, trainer=tune)
+    found = complete(best)
     asked = before([*tuned, *found])
     show(config, tuned, found, asked)
     print(f"\nresults: {config.out}; figure: {draw(config, found, asked)}")

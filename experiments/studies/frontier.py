@@ -139,7 +139,7 @@ CONTENDERS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(sweeps.Sitting):
     """Tune every contender on the same grid, then compare them over many periods."""
 
     contenders: tuple[str, ...] = tuple(CONTENDERS)
@@ -163,11 +163,6 @@ class Config:
     budget, since they are not saved on the way."""
     out: Path = Path("experiments/results/studies/frontier.json")
     """Result file; the figure is beside it."""
-    jobs: int = 2
-    """Runs that train at a time, each on its share of the cores."""
-    budget_minutes: float | None = None
-    """When to stop: runs are saved, the exit code is 75, and the same command goes on. None: at the
-    end."""
     base: Run = dataclasses.field(default_factory=lambda: BASE)
     """All other options of a run, as in experiments.pretrain."""
 
@@ -313,12 +308,7 @@ def _deviation(values: Sequence[float]) -> float:
 def main(arguments: Sequence[str]) -> int:
     """Runs what is missing, prints tables, draws the figure; returns the exit code."""
     config = cli.parse(Config, PROGRAM, arguments)
-    complete: Complete = partial(
-        sweeps.complete,
-        out=config.out,
-        jobs=config.jobs,
-        deadline=sweeps.deadline_in(config.budget_minutes),
-    )
+    complete: Complete = sweeps.runner(config, config.out)
     if config.together:
         if config.budget_minutes is not None:
             raise ConfigError("`budget_minutes`: runs of one program cannot be stopped and resumed")

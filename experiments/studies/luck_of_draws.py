@@ -24,7 +24,7 @@ PROGRAM = "experiments.studies.luck_of_draws"
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(sweeps.Sitting):
     """Repeat runs of GUM that differ in nothing but the draws."""
 
     gammas: tuple[int, ...] = (0, 1, 2, 4)
@@ -35,8 +35,6 @@ class Config:
     """Result file of experiments.studies.pretraining, for the learning rate."""
     out: Path = Path("experiments/results/studies/draws.json")
     """Result file; the figure is beside it."""
-    jobs: int = 2
-    """Runs that train at a time, each on its share of the cores."""
     base: Run = dataclasses.field(default_factory=lambda: pretraining.SMALL)
     """All other options of a run."""
 
@@ -59,7 +57,7 @@ def main(arguments: Sequence[str]) -> int:
     config = cli.parse(Config, PROGRAM, arguments)
     rates, _ = pretraining.stored(config.pretraining, "pretraining")
     every = [c for gamma in config.gammas for c in configurations(config, rates["gum"], gamma)]
-    entries = sweeps.complete(every, config.out, jobs=config.jobs)
+    entries = sweeps.runner(config, config.out)(every)
     losses = {
         gamma: [e["validation_loss"] for e in entries[i * config.draws : (i + 1) * config.draws]]
         for i, gamma in enumerate(config.gammas)

@@ -45,7 +45,7 @@ SMALL = Run(
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(sweeps.Sitting):
     """Tune every optimizer on the same grid, then compare them on several seeds and corpora."""
 
     optimizers: tuple[Name, ...] = OPTIMIZERS
@@ -58,8 +58,6 @@ class Config:
     """What to read, each on its own; the grid uses the first."""
     out: Path = Path("experiments/results/studies/pretraining.json")
     """Result file; the figure is beside it."""
-    jobs: int = 2
-    """Runs that train at a time, each on its share of the cores."""
     base: Run = dataclasses.field(default_factory=lambda: SMALL)
     """All other options of a run, as in experiments.pretrain."""
 
@@ -171,13 +169,10 @@ def main(arguments: Sequence[str]) -> int:
         default = Config(corpora=base.corpus, base=base)
         with defaults_like(base.optimizer):
             config = cli.parse(Config, PROGRAM, arguments, default)
-    options: dict[str, Any] = {"jobs": config.jobs, "trainer": singular_values.pretrain}
-    tuned = sweeps.complete(grid(config), config.out, **options)
+    complete = sweeps.runner(config, config.out, singular_values.pretrain)
+    tuned = complete(grid(config))
     best = best_rates(tuned)
-    found = {
-        corpus: sweeps.complete(finals(config, best, corpus), config.out, **options)
-        for corpus in config.corpora
-    }
+    found = {corpus: complete(finals(config, best, corpus)) for corpus in config.corpora}
     show(config, tuned, found)
     print(f"\nresults: {config.out}; figure: {draw(config, found)}")
     return 0

@@ -81,6 +81,8 @@ class Training(Checked):
     """Batches of held-out windows in one validation loss, at most."""
     checkpoint_every: int = option(100, at_least(1))
     """Steps between two checkpoints; Ctrl-C, kill and the last step save one too."""
+    checkpoint_minutes: float = option(5.0, positive)
+    """Minutes after which a run in one process saves one in any case."""
     keep_checkpoints: int = option(2, at_least(1))
     """Checkpoints to keep."""
     log_every: int = option(10, at_least(1))
@@ -156,7 +158,7 @@ class Launch:
 # none of them changes a training loss (a mesh only rounds it otherwise).
 FREE_ON_RESUME = frozenset(
     {"run_dir", "resume", "cache_dir", "log_every", "validate_every", "validation_batches"}
-    | {"checkpoint_every", "keep_checkpoints", "mesh", "recipe"}
+    | {"checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "mesh", "recipe"}
     | {"export", "eval_batch_size", "shown", "baseline"}
 )
 

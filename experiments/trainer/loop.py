@@ -1,6 +1,7 @@
 """The training loop that pretraining and fine-tuning share: steps, validation, checkpoints."""
 
 import contextlib
+import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -131,7 +132,7 @@ def run(
     report.say(introduction)
     if config.resume and (note := compatibility.other_versions(checkpoints.description(step))):
         report.say(note)
-    closing = contextlib.closing
+    closing, saved = contextlib.closing, time.monotonic()
     with closing(report), closing(checkpoints), processes.signals(step) as stop:
         while step < config.steps and stop.signal is None:
             state, metrics = step_fn(state, put(next(batches)))
@@ -141,9 +142,11 @@ def run(
                 report.flush()
                 held_out = map(put, material.held_out)
                 report.validation(step, mean_loss(evaluate, state.params, held_out))
-            if stop.reached(step) or _due(step, config.checkpoint_every, config):
+            ended = stop.reached(step)
+            if ended or _due(step, config.checkpoint_every, config) or _late(saved, config):
                 report.flush()
                 checkpoints.save(step, state, batches.get_state())
+                saved = time.monotonic()
                 report.restart_clock()
     return _result(config, step, stop.signal, report.seconds_per_step, state)
 
@@ -260,6 +263,15 @@ def _mean(
 def _norm(grads: Params) -> jax.Array:
     """Of bfloat16, sums of squares would be off by per cents."""
     return optax.tree.norm(optax.tree.cast(grads, "float32"))
+
+
+def _late(saved: float, config: Training) -> bool:
+    """Whether the last checkpoint is so many minutes old.
+
+    Clocks of several processes differ, and all must save after the same step: they go by steps.
+    """
+    alone = jax.process_count() == 1
+    return alone and time.monotonic() - saved > 60 * config.checkpoint_minutes
 
 
 def _due(step: int, every: int, config: Training) -> bool:

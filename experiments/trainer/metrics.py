@@ -70,7 +70,8 @@ class Report:
         self._elapsed += seconds
         for step, metrics in records[:-1]:
             self._note(step, metrics)
-        self._note(*records[-1], seconds=round(self._elapsed, 3))
+        step, metrics = records[-1]
+        self._note(step, metrics, seconds=round(self._elapsed, 3), tokens=step * self._tokens)
         self._loss = float(records[-1][1]["loss"])
         self._progress(len(records), seconds)
         self._pending.clear()

@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,6 +29,7 @@ from experiments.trainer.config import FREE_ON_RESUME, Training, in_record, reco
 from experiments.trainer.files import write_whole
 from experiments.trainer.loop import Result
 from experiments.trainer.metrics import metrics_path
+from experiments.trainer.options import Checked, at_least, option, positive
 from experiments.trainer.pretraining import train
 
 Entry = dict[str, Any]
@@ -35,6 +37,17 @@ _Run = TypeVar("_Run", bound=Training)
 # Runs a configuration, `(config, show=...)`; returns the result, and what else the entry keeps.
 # Defined in a module, for other processes.
 Trainer = Callable[..., tuple[Result, dict[str, Any]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sitting(Checked):
+    """How a set of runs is worked through: options that all studies have."""
+
+    jobs: int = option(2, at_least(1))
+    """Runs that train at a time, each on its share of the cores."""
+    budget_minutes: float | None = option(None, positive)
+    """When to stop: runs are saved, the exit code is 75, and the same command goes on. None: at the
+    end."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -57,6 +70,14 @@ def deadline_in(minutes: float | None) -> float | None:
 def pretrain(config: Any, *, show: bool) -> tuple[Result, dict[str, Any]]:
     """Pretrains; an entry keeps losses, seconds and bytes."""
     return train(config, show=show), {}
+
+
+def runner(
+    sitting: Sitting, out: Path, trainer: Trainer = pretrain
+) -> Callable[[Sequence[Training]], list[Entry]]:
+    """`complete` for the sets of one sitting, whose time begins now."""
+    deadline = deadline_in(sitting.budget_minutes)
+    return partial(complete, out=out, jobs=sitting.jobs, trainer=trainer, deadline=deadline)
 
 
 def complete(
@@ -188,7 +209,7 @@ def _run(
 
 
 class Progress:
-    """A line for each run that is training now: steps, loss, seconds per step, time left.
+    """A line for each run that is training now: steps, loss, tokens per second, time left.
 
     The lines are made from the files of metrics that the runs write. Where the output is no
     terminal, a line is printed every few minutes.
@@ -245,14 +266,18 @@ def _tail(path: Path, size: int = 4096) -> list[dict]:
 
 
 def _speed(config: Training, timed: list[dict]) -> str:
-    """The loss and, by the last steps, the seconds of one and the time that is left."""
+    """The loss and, by the last steps, tokens per second and the time that is left.
+
+    The first of these records was written after the compilation, so that it does not count.
+    """
     text = f"loss {timed[-1]['loss']:.3f}"
     steps = timed[-1]["step"] - timed[0]["step"]
     seconds = timed[-1]["seconds"] - timed[0]["seconds"]
     if steps <= 0 or seconds <= 0:
         return text
     left = (config.steps - timed[-1]["step"]) * seconds / steps
-    return f"{text}, {seconds / steps:.3f} s a step, {tqdm.format_interval(left)} left"
+    tokens = timed[-1]["tokens"] - timed[0]["tokens"]
+    return f"{text}, {tokens / seconds:,.0f} tokens/s, {tqdm.format_interval(left)} left"
 
 
 def _shares(cores: list[int], jobs: int) -> list[list[int]]:

@@ -6,13 +6,16 @@ import io
 import json
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
 from experiments import tune
 from experiments.reliability import kills
+from experiments.studies import ablations, finetuning, frontier, luck_of_draws, pretraining
 from experiments.trainer import checkpoints, loop, processes, sweeps
 from experiments.trainer.config import Config, change
+from experiments.trainer.metrics import metrics_path, read_metrics
 from experiments.trainer.optimizers import Gum
 from experiments.trainer.pretraining import train
 
@@ -135,3 +138,42 @@ def test_cores_are_shared_out(jobs):
     shares = sweeps._shares([0, 1], jobs)
     assert len(shares) == jobs and all(shares)
     assert {core for share in shares for core in share} == {0, 1}
+
+
+def test_a_line_shows_what_a_run_does_now(base, tmp_path, capsys):
+    """Speed by the records after the first one, whose seconds are those of compiling."""
+    config = dataclasses.replace(base, steps=100, run_dir=str(tmp_path / "run"))
+    waiting = dataclasses.replace(base, run_dir=str(tmp_path / "not yet"))
+    Path(config.run_dir).mkdir()
+    records = [
+        {"step": 10, "loss": 5.0, "seconds": 30.0, "tokens": 640},
+        {"step": 11, "loss": 4.5},
+        {"step": 20, "loss": 4.25, "seconds": 31.0, "tokens": 1280},
+    ]
+    lines = [json.dumps(record) for record in records]
+    metrics_path(config).write_text("\n".join([*lines, '{"step": 21, "lo']))
+    sweeps.Progress([config, waiting]).show()
+    assert capsys.readouterr().out == ("  run: step 20/100, loss 4.250, 640 tokens/s, 00:08 left\n")
+
+
+def test_a_checkpoint_is_saved_every_few_minutes(base, tmp_path):
+    config = change(base, optimizer="adamw", run_dir=str(tmp_path), checkpoint_every=1000)
+    train(dataclasses.replace(config, checkpoint_minutes=1e-9, keep_checkpoints=9), show=False)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").glob("[0-9]")) == list("1234")
+    records = read_metrics(metrics_path(config))
+    timed = [record["step"] for record in records if "seconds" in record]
+    assert timed == [1, 2, 3, 4]
+    assert [record["tokens"] for record in records if "tokens" in record] == [64, 128, 192, 256]
+
+
+@pytest.mark.parametrize(
+    "study", [ablations, finetuning, frontier, luck_of_draws, pretraining, tune]
+)
+def test_every_study_can_be_done_in_several_sittings(study, tmp_path):
+    """A sitting without time trains nothing, and says by its exit code that it is to go on."""
+    kind = getattr(study, "Grid", None) or study.Config
+    sitting = kind(budget_minutes=1e-9)
+    run = sweeps.runner(sitting, tmp_path / "none.json")
+    with pytest.raises(sweeps.OutOfTime) as stopped:
+        run([sitting.base])
+    assert stopped.value.code == 75 and not (tmp_path / "none.json").exists()

@@ -1,0 +1,259 @@
+"""What the device at hand is worth to GUM, in so many minutes: `python -m experiments.accelerator`.
+
+In order of value, until the time is up:
+
+1. correctness: are updates on this device those of the CPU?
+2. update: seconds and bytes of GUM's update beside AdamW's, Muon's and GaLore's, of large models;
+3. training: tokens per second and peak memory of whole training steps;
+4. pretraining: a short comparison on text.
+
+Each part has a file of results, which is rewritten after every measurement: what is done when the
+time is up, or the machine is taken away, is kept. Every measurement is a process of its own.
+"""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from experiments import reporting
+from experiments.trainer import cli
+from experiments.trainer.options import Checked, at_least, option, positive
+
+PROGRAM = "experiments.accelerator"
+ROOT = Path(__file__).parents[1]
+# Newton-Schulz enlarges what products round: float32 on two CPUs differs by 1e-4, and a GPU's
+# products of fewer digits (TF32) by a per cent.
+AGREES = 0.03
+UNFINISHED = 75  # exit code, EX_TEMPFAIL of sysexits.h: not all was reached
+_LEAST = 20.0  # seconds: a measurement that could have less is not begun
+
+Part = Literal["correctness", "update", "training", "pretraining"]
+# What is compared on text: options of a run at rates that suit a model of 60 million parameters.
+RUNS: dict[str, dict[str, Any]] = {
+    "AdamW": {"optimizer": "adamw", "learning_rate": 1e-3},
+    "Muon": {"optimizer": "muon", "learning_rate": 1.5e-3},
+    "Muon, 8 bits": {"optimizer": "muon", "learning_rate": 1.5e-3, "momentum": "int8"},
+    "GUM": {"optimizer": "gum", "learning_rate": 3e-3},
+    "low-rank Muon + columns": {
+        "optimizer": "gum",
+        "learning_rate": 1.5e-3,
+        "residual": "columns",
+        "full_rank_layers": 0,
+        "restart": "rotate",
+    },
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Checked):
+    """Check, time and train on whatever device there is, for so many minutes."""
+
+    minutes: float = option(25.0, positive)
+    """When to stop: no measurement begins then, and the one that runs is ended."""
+    parts: tuple[Part, ...] = ("correctness", "update", "training", "pretraining")
+    """What to do, in this order."""
+    out: Path = Path("experiments/results/accelerator")
+    """Directory of the results, one file for each part."""
+
+    optimizers: tuple[str, ...] = ("gum", "muon", "adamw", "galore", "joint_muon", "apollo")
+    """correctness: optimizers, by their names in experiments.pretrain."""
+
+    update_presets: tuple[str, ...] = ("350m", "1b")
+    """update: presets of experiments.models.presets whose parameters are updated."""
+    contenders: tuple[str, ...] = (
+        "gum", "adamw", "optax muon", "Muon, 8 bits", "columns of the residual", "galore"
+    )  # fmt: skip
+    """update: contenders of experiments.benchmarks, GaLore's SVD last."""
+    rank: int = option(256, at_least(1))
+    """update, training, pretraining: rank of the projection."""
+    full_rank_layers: int = option(2, at_least(0))
+    """update: gamma, full-rank layers of each role in a period."""
+    period: int = option(200, at_least(1))
+    """update: steps over which the cost of a refresh is spread."""
+    repeats: int = option(20, at_least(1))
+    """update: how often a plain step and a refresh are timed, at most."""
+
+    training_presets: tuple[str, ...] = ("60m", "130m")
+    """training: models."""
+    training_optimizers: tuple[str, ...] = ("gum", "adamw", "muon")
+    """training: optimizers, by their names in experiments.pretrain."""
+    batch_size: int = option(32, at_least(1))
+    """training, pretraining: windows of 256 tokens in one step."""
+    training_steps: int = option(20, at_least(5))
+    """training: steps; every fourth is a refresh, the first two are not counted."""
+
+    preset: str = "60m"
+    """pretraining: the model."""
+    runs: tuple[str, ...] = tuple(RUNS)
+    """pretraining: what is compared, by the names in this module."""
+    steps: int | None = option(None, at_least(1))
+    """pretraining: steps of each run. None: as many as the time allows, 2000 at most, by the
+    seconds that the first 20 take."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """pretraining: type of the forward and backward pass."""
+    corpus: tuple[str, ...] = ("stdlib",)
+    """pretraining: what to read, as in experiments.pretrain."""
+    cache_dir: str | None = None
+    """pretraining: where tokens are kept, as in experiments.pretrain."""
+
+
+class Job(NamedTuple):
+    """One measurement: a kind of `experiments.benchmarks.device`, what it is of, its options."""
+
+    kind: str
+    of: dict[str, Any]
+    options: dict[str, Any]
+
+
+class OutOfTime(Exception):
+    """The minutes are over."""
+
+
+class Clock:
+    """The seconds that are left."""
+
+    def __init__(self, minutes: float):
+        self._end = time.monotonic() + 60 * minutes
+
+    def left(self) -> float:
+        """Seconds until the time is up; negative after it."""
+        return self._end - time.monotonic()
+
+    def demand(self) -> None:
+        """Raises `OutOfTime` unless there is time for one more measurement."""
+        if self.left() < _LEAST:
+            raise OutOfTime
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the parts; returns 0, 1 if something failed, or 75 if the time was too short."""
+    config = cli.parse(Config, PROGRAM, arguments)
+    clock, failed, unfinished = Clock(config.minutes), False, []
+    for part in config.parts:
+        found: list[dict[str, Any]] = []
+        try:
+            for row in PARTS[part](config, clock):
+                found.append(row)
+                _write(config, part, found)
+                print(f"[{part}] {_line(row)}", flush=True)
+        except OutOfTime:
+            unfinished.append(part)
+        failed |= any("error" in row or row.get("agrees") is False for row in found)
+    print(f"\nresults: {config.out}")
+    if unfinished:
+        print(f"the time was up in: {', '.join(unfinished)}")
+    return 1 if failed else UNFINISHED if unfinished else 0
+
+
+def correctness(config: Config, clock: Clock) -> Iterator[dict[str, Any]]:
+    """How far updates are from the CPU's."""
+    for optimizer in config.optimizers:
+        row = measure(Job("correctness", {"optimizer": optimizer}, {"optimizer": optimizer}), clock)
+        if "error" not in row:
+            row["agrees"] = row["relative_difference"] <= AGREES
+        yield row
+
+
+def update(config: Config, clock: Clock) -> Iterator[dict[str, Any]]:
+    """Seconds and bytes of updates."""
+    shared = ("rank", "full_rank_layers", "period", "repeats")
+    options = {name: getattr(config, name) for name in shared}
+    for preset in config.update_presets:
+        for contender in config.contenders:
+            of = {"preset": preset, "contender": contender}
+            yield measure(Job("update", of, of | options), clock)
+
+
+def training(config: Config, clock: Clock) -> Iterator[dict[str, Any]]:
+    """Tokens per second and bytes of training steps."""
+    for preset in config.training_presets:
+        for optimizer in config.training_optimizers:
+            of = {"preset": preset, "optimizer": optimizer}
+            options = {
+                "batch_size": config.batch_size,
+                "rank": config.rank,
+                "steps": config.training_steps,
+            }
+            yield measure(Job("step", of, of | options), clock)
+
+
+def pretraining(config: Config, clock: Clock) -> Iterator[dict[str, Any]]:
+    """Losses after equally many steps on the same text."""
+
+    def job(name: str, steps: int) -> Job:
+        shared = ("preset", "batch_size", "rank", "dtype", "corpus", "cache_dir")
+        options = {name: getattr(config, name) for name in shared}
+        of = {"run": name, "steps": steps}
+        return Job("pretrain", of, {"options": RUNS[name], "steps": steps} | options)
+
+    steps = config.steps
+    if steps is None:
+        # Trying prepares the text too, and the wall time of a second try has no such part; GUM's
+        # step is among the slowest.
+        first = measure(job("GUM", 20), clock)
+        if "error" in first:
+            yield first
+            return
+        begun = time.monotonic()
+        tried = measure(job("GUM", 20), clock)
+        each = 0.8 * clock.left() / len(config.runs)  # a fifth is left for what varies
+        overhead = time.monotonic() - begun
+        steps = int(max(each - overhead, 0) / tried.get("seconds_per_step", float("inf")))
+        if steps < 50:
+            raise OutOfTime  # too few to tell methods apart
+        steps = min(steps, 2000)
+    for name in config.runs:
+        yield measure(job(name, steps), clock)
+
+
+PARTS: dict[str, Callable[[Config, Clock], Iterator[dict[str, Any]]]] = {
+    "correctness": correctness,
+    "update": update,
+    "training": training,
+    "pretraining": pretraining,
+}
+
+
+def measure(job: Job, clock: Clock) -> dict[str, Any]:
+    """Runs a job in a process of its own; what it found, or why it found nothing.
+
+    Raises:
+      OutOfTime: the time is up, before it or while it ran.
+    """
+    clock.demand()
+    command = [sys.executable, "-m", "experiments.benchmarks.device"]
+    command += [job.kind, json.dumps(job.options)]
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, timeout=clock.left()
+        )
+    except subprocess.TimeoutExpired:
+        raise OutOfTime from None
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        return job.of | {"error": lines[-1][:500]}
+    answer = json.loads(done.stdout.splitlines()[-1])
+    return job.of | answer["found"] | {"device": answer["device"]}
+
+
+def _write(config: Config, part: str, found: Sequence[dict[str, Any]]) -> None:
+    """The rows of a part, beside the device that they are of."""
+    device = next((row["device"] for row in found if "device" in row), {"platform": "unknown"})
+    rows = [{name: value for name, value in row.items() if name != "device"} for row in found]
+    reporting.write(config.out / f"{part}.json", config, device=device, rows=rows)
+
+
+def _line(row: dict[str, Any]) -> str:
+    """A measurement on one line, without its curve."""
+    hidden = {"device", "curve"}
+    cells = (f"{name} {reporting.cell(v)}" for name, v in row.items() if name not in hidden)
+    return ", ".join(cells)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main, PROGRAM))
