@@ -138,7 +138,9 @@ def newest_complete(run_dir: Path) -> int:
 def sequence(run_dir: Path) -> list[dict]:
     """Everything in the metrics but the wall-clock time, in order."""
     records = read_metrics(run_dir / "metrics.jsonl")
-    return [{k: v for k, v in record.items() if k != "seconds"} for record in records]
+    # What is written of time comes with the last of several steps, and a kill falls between them.
+    timing = ("seconds", "tokens")
+    return [{k: v for k, v in record.items() if k not in timing} for record in records]
 
 
 def saved(run_dir: Path, step: int) -> tuple[dict[str, np.ndarray], dict]:

@@ -42,8 +42,8 @@ def test_gum_holds_float32_bases_small_momenta_and_two_slots_of_each_role(state)
     momenta = 32 * sum(2 * 128 * n for _, n in SIDES)
     slots = sum(2 * 2 * m * n for m, n in SIDES)
     moments = 4 * (PUBLISHED["Llama-3-8B"] - MATRICES)
-    # Two int32 for the slots of each role; step, key, and the step of AdamW.
-    small = len(SIDES) * 8 + 16
+    # Two int32 for the slots of each role; step, period, key, and the step of AdamW.
+    small = len(SIDES) * 8 + 20
     assert state["GUM"] == {
         "bytes": bases + momenta + slots + moments + small,
         "embedding_and_head_bytes": 4 * WORDS,

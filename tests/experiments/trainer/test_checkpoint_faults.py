@@ -192,7 +192,7 @@ def test_a_leaf_that_is_gone_is_noticed(written):
 
 def test_another_state_version_is_refused(written, monkeypatch):
     monkeypatch.setattr(gum_optax, "STATE_VERSION", gum_optax.STATE_VERSION + 1)
-    with pytest.raises(ConfigError, match=r"state of version 3, .* reads version 4"):
+    with pytest.raises(ConfigError, match=r"state of version 4, .* reads version 5"):
         restore(written)
 
 
@@ -209,7 +209,7 @@ def test_a_checkpoint_of_version_two_is_sent_to_the_gum_optax_that_wrote_it(tmp_
         restore(tmp_path)
     assert str(caught.value) == (
         "`resume`: the checkpoint has an optimizer state of version 2, and this gum_optax reads "
-        "version 3; continue the run with the gum_optax that wrote it, 0.0.9"
+        "version 4; continue the run with the gum_optax that wrote it, 0.0.9"
     )
 
 
