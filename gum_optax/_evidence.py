@@ -53,7 +53,7 @@ def evidence_against_matrices(named: Sequence[tuple[str, Any]]) -> list[str]:
 
 def is_no_table(path: str) -> bool:
     """Whether a path has no name of a table: of tokens, positions, or of nothing in particular."""
-    return _is_head(path) or not _name_evidence(path)
+    return is_head(path) or not _name_evidence(path)
 
 
 def _name_evidence(path: str) -> str:
@@ -93,7 +93,7 @@ def _heads(
     for sizes, table in tables.items():
         alike = [i for i in flat if frozenset(shapes[i]) == sizes]
         unnamed = [i for i in alike if not found[i]]
-        if len(unnamed) == 1 and not any(_is_head(paths[i]) for i in alike):
+        if len(unnamed) == 1 and not any(is_head(paths[i]) for i in alike):
             [position] = unnamed
             if _is_last_of_its_role(paths[position], paths):
                 # d is the width of most leaves, V of few; in a tie the table is [V, d].
@@ -105,10 +105,10 @@ def _is_embedding(path: str) -> bool:
     """Whether a table is named as one of tokens: positions and relative biases show no V."""
     words = _all_words(path)
     others = {*_POSITIONS, *_VECTORS, "wpe", "posemb"}
-    return not _EMBEDDINGS.isdisjoint(words) and others.isdisjoint(words) and not _is_head(path)
+    return not _EMBEDDINGS.isdisjoint(words) and others.isdisjoint(words) and not is_head(path)
 
 
-def _is_head(path: str) -> bool:
+def is_head(path: str) -> bool:
     # `vocab_proj` is a head, `vocab_embed` is not.
     return any(
         _naming_word(part) in {*_HEADS, "head"} and _EMBEDDINGS.isdisjoint(_words(part))

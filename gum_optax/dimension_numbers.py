@@ -33,6 +33,7 @@ import numpy as np
 import optax
 
 from gum_optax._evidence import evidence_against_matrices
+from gum_optax._inference import infer as infer
 from gum_optax._paths import PyTree, leaves_with_names
 
 MuonDimensionNumbers = optax.contrib.MuonDimensionNumbers
