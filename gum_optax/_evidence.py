@@ -17,7 +17,7 @@ _Shape = tuple[int, ...]
 
 # Strong words name a leaf wherever they stand in a part of its path: `embed_tokens`, `ln_attn`.
 _EMBEDDINGS = {"embed", "embedding", "embeddings", "embedder", "wte", "emb", "embs"}
-_HEADS = {"unembed", "unembedding", "unemb", "lmhead", "vocab", "logits"}
+_HEADS = {"unembed", "unembedding", "unemb", "lmhead", "vocab", "logit", "logits", "logitdense"}
 _STRONG = {*_EMBEDDINGS, *_HEADS, "wpe", "posemb", "ln"}
 
 # Weak words name a leaf only as the last word, the head noun of an English compound: `q_norm` is a
@@ -49,6 +49,16 @@ def evidence_against_matrices(named: Sequence[tuple[str, Any]]) -> list[str]:
     for position, vocabulary in _heads(paths, shapes, found):
         found[position] = f"head: vocabulary {vocabulary}"
     return found
+
+
+def stacks_of_scales(named: Sequence[tuple[str, Any]]) -> list[_Shape]:
+    """Shapes of stacked norms, ``[L, d]`` or ``[d, L]``: they show which layers are scanned."""
+    scales = {f"name: {word}" for word in (*_VECTORS, "ln")} - {"name: bias", "name: biases"}
+    return [
+        tuple(leaf.shape)
+        for (_, leaf), evidence in zip(named, evidence_against_matrices(named), strict=True)
+        if len(leaf.shape) == 2 and evidence in {*scales, "stacked vectors"}
+    ]
 
 
 def is_no_table(path: str) -> bool:

@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 
 import gum_optax
 from gum_optax import dimension_numbers
-from gum_optax._paths import leaves_with_names
+from tests.helpers import letters
 
 B, T, D, F, V, L, H, K, E = 2, 5, 8, 24, 40, 3, 2, 4, 6
 TOKENS = np.zeros((B, T), np.int32)
@@ -33,21 +33,6 @@ X = jax.ShapeDtypeStruct((B, T, D), jnp.float32)
 
 def f32(*shape):
     return jax.ShapeDtypeStruct(shape, jnp.float32)
-
-
-def letters(params, numbers):
-    """Path -> letters, such as ``{"layers/up": "bio", "norm": ""}``."""
-    found = {}
-    resolved = dimension_numbers.resolve(params, numbers)
-    for (path, leaf), number in zip(leaves_with_names(params), resolved, strict=True):
-        found[path] = ""
-        if number is not None:
-            _, inputs, outputs = dimension_numbers.axes(leaf.shape, number)
-            found[path] = "".join(
-                "i" if axis in inputs else "o" if axis in outputs else "b"
-                for axis in range(len(leaf.shape))
-            )
-    return found
 
 
 def inferred(function, params, *args, **kwargs):

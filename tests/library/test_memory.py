@@ -269,7 +269,7 @@ PLANS: dict[str, tuple[Any, Any]] = {
     "scanned": (STACKED, gum(**dims_of(dimension_numbers.scanned_layers))),
     "scanned_to_the_fallback": (STACKED, gum(**dims_of(dimension_numbers.default))),
     "convolutions": (CONVOLUTIONS, gum(**dims_of(dimension_numbers.convolutions))),
-    "attention": (ATTENTION, gum(**dims_of(dimension_numbers.flax_attention))),
+    "attention": (ATTENTION, gum(**dims_of(dimension_numbers.flax))),
     "one_matrix": (abstract({"w": (7, 9)}), gum()),
     "no_matrix": (abstract({"bias": (7,)}), gum()),
     "bare_leaf": (abstract((7, 9)), gum()),
