@@ -24,7 +24,6 @@ Tests: tests/library/test_dimension_numbers.py.
 """
 
 import operator
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -188,29 +187,6 @@ def is_function(value: Any) -> bool:
       False
     """
     return callable(value) and jax.tree_util.all_leaves([value])
-
-
-def warn_of_ambiguous_leaves(params: PyTree) -> None:
-    """Warns once of the leaves that `default` sends to the fallback for their number of axes.
-
-    Args:
-      params: arrays or ``jax.ShapeDtypeStruct``s.
-    """
-    named = leaves_with_names(params)
-    names = [
-        f"`{path}` {list(leaf.shape)}"
-        for (path, leaf), evidence in zip(named, evidence_against_matrices(named), strict=True)
-        if len(leaf.shape) > 2 and not evidence
-    ]
-    if names:
-        warnings.warn(
-            f"{len(names)} leaves with three or more axes go to `fallback`, since it is not clear "
-            f"which axes make a matrix: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}. "
-            "Pass `weight_dimension_numbers`, for example "
-            "`gum_optax.dimension_numbers.scanned_layers`, `flax_attention` or `convolutions`; "
-            "`gum_optax.dimension_numbers.default` keeps them in the fallback without a warning.",
-            stacklevel=3,
-        )
 
 
 def axes(

@@ -472,13 +472,6 @@ def test_reasons_fit_a_table():
     assert max(map(len, reasons)) <= 24
 
 
-def test_a_leaf_caught_by_name_does_not_warn_and_a_qualified_one_does():
-    with pytest.warns(UserWarning, match="1 leaves .*`norm_mlp`"):
-        dimension_numbers.warn_of_ambiguous_leaves(
-            tree_of({"norm_mlp": (L, D, F), "mlp_norm": (1, L, D), "pos_embed": (1, L, D)})
-        )
-
-
 # Trees that can be called -------------------------------------------------------------------------
 
 
@@ -518,75 +511,6 @@ def test_is_function():
         assert dimension_numbers.is_function(function)
     for tree in (Model(None, None), LAST_TWO, {}, None, [dimension_numbers.default]):
         assert not dimension_numbers.is_function(tree)
-
-
-# Leaves with three or more axes ------------------------------------------------------------------
-
-
-def _ones(*shape):
-    return np.ones(shape, np.float32)
-
-
-def _messages(optimizer, params):
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        state = jax.jit(optimizer.init)(params)
-    return state, [str(w.message) for w in caught]
-
-
-def test_ambiguous_leaves_warn_once_at_init_and_never_at_update():
-    params = {"layers": {"up": _ones(3, 8, 12), "w": _ones(8, 12)}}
-    optimizer = gum_optax.gum(0.1, RANK_2)
-    state, messages = _messages(optimizer, params)
-    assert len(messages) == 1
-    assert "`layers/up` [3, 8, 12]" in messages[0]
-    assert "weight_dimension_numbers" in messages[0]
-    assert "layers/w" not in messages[0]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        updates, state = jax.jit(optimizer.update)(params, state, params)
-        jax.make_jaxpr(lambda state: optimizer.update(params, state, params))(state)
-    # Adam's first step is a step of the learning rate.
-    np.testing.assert_allclose(updates["layers"]["up"], -0.1, rtol=1e-5)
-
-
-def test_one_warning_names_several_leaves():
-    params = {f"w{i}": _ones(3, 8, 12) for i in range(9)}
-    _, messages = _messages(gum_optax.gum(0.1), params)
-    assert len(messages) == 1
-    assert messages[0].startswith("9 leaves")
-    assert "..." in messages[0]
-
-
-@pytest.mark.parametrize(
-    ("params", "options"),
-    [
-        ({"w": _ones(3, 8, 12)}, {"weight_dimension_numbers": dimension_numbers.default}),
-        ({"w": _ones(3, 8, 12)}, {"weight_dimension_numbers": {"w": None}}),
-        ({"w": _ones(3, 8, 12)}, {"weight_dimension_numbers": LAST_TWO}),
-        ({"pos_embedding": _ones(1, 8, 12)}, {}),
-        ({"w": _ones(8, 12), "b": _ones(3)}, {}),
-        ({}, {}),
-    ],
-    ids=["default", "None", "given", "table", "no such leaf", "empty"],
-)
-def test_no_warning_where_nothing_is_ambiguous(params, options):
-    _, messages = _messages(gum_optax.gum(0.1, RANK_2, **options), params)
-    assert messages == []
-
-
-@pytest.mark.parametrize("compression", [gum_optax.galore(), gum_optax.LowRank()])
-def test_other_optimizers_warn_too(compression):
-    optimizer = gum_optax.adamw(0.1, compression)
-    _, messages = _messages(optimizer, {"w": _ones(3, 8, 12)})
-    assert len(messages) == 1
-
-
-def test_the_warning_points_at_the_callers_line():
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        gum_optax.gum(0.1).init({"w": _ones(3, 8, 12)})
-    assert caught[0].filename == __file__
 
 
 # Forms of `weight_dimension_numbers` -------------------------------------------------------------

@@ -10,7 +10,6 @@ layers.
 # pyright: reportCallIssue=false
 
 import collections
-import dataclasses
 import functools
 
 import equinox as eqx
@@ -247,7 +246,7 @@ def test_haiku_parameters():
 
     model = hk.without_apply_rng(hk.transform(forward))
     params = jax.jit(model.init)(jax.random.key(0), INPUTS)
-    optimizer = gum_optax.gum(0.05, dataclasses.replace(SIMPLE, group_by=gum_optax.by_shape))
+    optimizer = gum_optax.gum(0.05, SIMPLE)
 
     def loss(params):
         return jnp.mean((model.apply(params, INPUTS) - TARGETS) ** 2)
@@ -262,20 +261,33 @@ def test_haiku_parameters():
     for _ in range(20):
         params, state = step(params, state)
     assert {name: basis.shape for name, basis in low_rank_state(state).basis.items()} == {
-        "6x6": (3, WIDTH, RANK)
+        "linear_*/w": (3, WIDTH, RANK)
     }
     assert loss(params) < 0.8 * before
 
 
 def test_keras_variables_without_names():
-    """``[kernel, bias, kernel, bias]``: kernels of one shape form one group, ``*[6,10]``."""
+    """``[kernel, bias, kernel, bias]``: kernels of one shape form one group, ``*[6,10]``.
+
+    Of their use it is known which of them are matrices, `init` warns without it.
+    """
     shapes = [(WIDTH, HIDDEN), (HIDDEN,), (HIDDEN, WIDTH), (WIDTH,)] * 3
     rng = np.random.default_rng(0)
     variables = [np.asarray(rng.normal(size=shape), np.float32) for shape in shapes]
-    state, after, updates = any_number_of_steps(gum_optax.gum(0.1, SIMPLE), variables)
+
+    def apply(variables, x):
+        for kernel, bias in zip(variables[::2], variables[1::2], strict=True):
+            x = jnp.tanh(x @ kernel + bias)
+        return x
+
+    numbers = dimension_numbers.infer(apply, variables, INPUTS)
+    optimizer = gum_optax.gum(0.1, SIMPLE, weight_dimension_numbers=numbers)
+    state, after, updates = any_number_of_steps(optimizer, variables)
     assert described(after) == described(state)
     assert described(updates) == described(variables)
     assert {name: basis.shape for name, basis in low_rank_state(state).basis.items()} == {
         "*[6,10]": (3, WIDTH, RANK),
         "*[10,6]": (3, WIDTH, RANK),
     }
+    with pytest.warns(UserWarning, match="The 12 leaves have no names"):
+        jax.eval_shape(gum_optax.gum(0.1, SIMPLE).init, variables)
