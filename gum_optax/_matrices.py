@@ -21,6 +21,7 @@ from gum_optax import dimension_numbers as dims
 from gum_optax._advice import warn_of_matrices
 from gum_optax._groups import by_role
 from gum_optax._low_rank import keep_dtypes
+from gum_optax._nnx import with_sharding_metadata
 from gum_optax._paths import PyTree, is_box, is_stand_in, leaves_with_names
 from gum_optax._rates import Mask, ScalarOrSchedule, decoupled_decay
 from gum_optax.fallbacks import Fallback
@@ -102,7 +103,7 @@ def for_matrices(
             as_matrices(direction, numbers), decay, optax.scale_by_learning_rate(learning_rate)
         )
 
-    return _divide(matrix_optimizer, fallback, weight_dimension_numbers)
+    return with_sharding_metadata(_divide(matrix_optimizer, fallback, weight_dimension_numbers))
 
 
 def _divide(
