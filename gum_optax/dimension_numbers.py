@@ -33,7 +33,7 @@ import optax
 
 from gum_optax._evidence import evidence_against_matrices
 from gum_optax._inference import infer as infer
-from gum_optax._paths import PyTree, leaves_with_names
+from gum_optax._paths import PyTree, leaves_with_names, path_name
 from gum_optax._rules import convolutions as convolutions
 from gum_optax._rules import default as default
 from gum_optax._rules import equinox_stacked as equinox_stacked
@@ -102,15 +102,21 @@ def resolve(
     if dimension_numbers is None:
         dimension_numbers = default
     tree = dimension_numbers(params) if is_function(dimension_numbers) else dimension_numbers
-    given, prefix = jax.tree.flatten(
-        tree, is_leaf=lambda x: x is None or isinstance(x, MuonDimensionNumbers)
-    )
+    is_leaf = lambda x: x is None or isinstance(x, MuonDimensionNumbers)  # noqa: E731
+    given, prefix = jax.tree.flatten(tree, is_leaf=is_leaf)
     try:
         parts = [jax.tree.leaves(part) for part in prefix.flatten_up_to(params)]
     except ValueError as error:
-        raise ValueError(
-            f"`weight_dimension_numbers` must be a tree like the parameters, or a prefix: {error}"
-        ) from None
+        # Flax' boxes are around numbers that were made of a model, and not around the arrays of an
+        # update: then names must be equal, in which boxes do not show.
+        paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(tree, is_leaf)[0]]
+        named = leaves_with_names(params)
+        if [path_name(path) for path in paths] != [name for name, _ in named]:
+            raise ValueError(
+                f"`weight_dimension_numbers` must be a tree like the parameters, or a prefix: "
+                f"{error}"
+            ) from None
+        parts = [[leaf] for _, leaf in named]
     # 2. Each entry of a prefix holds for all leaves below it.
     pairs = [(leaf, numbers) for numbers, part in zip(given, parts, strict=True) for leaf in part]
     # 3. Axes must exist, and no axis may be used twice.

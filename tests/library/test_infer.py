@@ -431,11 +431,14 @@ def test_nnx():
         lambda params, tokens: nnx.merge(graph, params, rest)(tokens), params, TOKENS
     )
     assert _matrices(letters(params, numbers)) == expected
-    # The result is a tree of the optimizer's own, under `nnx.Optimizer`, too.
+    # The result fits the boxed parameters of `init` and the plain ones of `update`.
     compression = gum_optax.LowRank(rank=2, residual=gum_optax.residuals.drop())
     tx = gum_optax.gum(0.1, compression, weight_dimension_numbers=numbers)
-    bases = optax.tree.get(jax.eval_shape(tx.init, params), "basis")
-    assert set(bases) == set(expected)
+    state = jax.eval_shape(tx.init, params)
+    assert set(optax.tree.get(state, "basis")) == set(expected)
+    params, state = nnx.as_pure(params), nnx.as_pure(state)
+    updates, _ = jax.eval_shape(tx.update, params, state, params)
+    assert jax.tree.structure(updates) == jax.tree.structure(params)
 
 
 class EqxBlock(eqx.Module):
