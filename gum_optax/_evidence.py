@@ -17,7 +17,7 @@ _Shape = tuple[int, ...]
 
 # Strong words name a leaf wherever they stand in a part of its path: `embed_tokens`, `ln_attn`.
 _EMBEDDINGS = {"embed", "embedding", "embeddings", "embedder", "wte", "emb", "embs"}
-_HEADS = {"unembed", "unembedding", "unemb", "lmhead", "vocab", "logits"}
+_HEADS = {"unembed", "unembedding", "unemb", "lmhead", "vocab", "logit", "logits", "logitdense"}
 _STRONG = {*_EMBEDDINGS, *_HEADS, "wpe", "posemb", "ln"}
 
 # Weak words name a leaf only as the last word, the head noun of an English compound: `q_norm` is a
@@ -51,9 +51,19 @@ def evidence_against_matrices(named: Sequence[tuple[str, Any]]) -> list[str]:
     return found
 
 
+def stacks_of_scales(named: Sequence[tuple[str, Any]]) -> list[_Shape]:
+    """Shapes of stacked norms, ``[L, d]`` or ``[d, L]``: they show which layers are scanned."""
+    scales = {f"name: {word}" for word in (*_VECTORS, "ln")} - {"name: bias", "name: biases"}
+    return [
+        tuple(leaf.shape)
+        for (_, leaf), evidence in zip(named, evidence_against_matrices(named), strict=True)
+        if len(leaf.shape) == 2 and evidence in {*scales, "stacked vectors"}
+    ]
+
+
 def is_no_table(path: str) -> bool:
     """Whether a path has no name of a table: of tokens, positions, or of nothing in particular."""
-    return _is_head(path) or not _name_evidence(path)
+    return is_head(path) or not _name_evidence(path)
 
 
 def _name_evidence(path: str) -> str:
@@ -93,7 +103,7 @@ def _heads(
     for sizes, table in tables.items():
         alike = [i for i in flat if frozenset(shapes[i]) == sizes]
         unnamed = [i for i in alike if not found[i]]
-        if len(unnamed) == 1 and not any(_is_head(paths[i]) for i in alike):
+        if len(unnamed) == 1 and not any(is_head(paths[i]) for i in alike):
             [position] = unnamed
             if _is_last_of_its_role(paths[position], paths):
                 # d is the width of most leaves, V of few; in a tie the table is [V, d].
@@ -105,10 +115,10 @@ def _is_embedding(path: str) -> bool:
     """Whether a table is named as one of tokens: positions and relative biases show no V."""
     words = _all_words(path)
     others = {*_POSITIONS, *_VECTORS, "wpe", "posemb"}
-    return not _EMBEDDINGS.isdisjoint(words) and others.isdisjoint(words) and not _is_head(path)
+    return not _EMBEDDINGS.isdisjoint(words) and others.isdisjoint(words) and not is_head(path)
 
 
-def _is_head(path: str) -> bool:
+def is_head(path: str) -> bool:
     # `vocab_proj` is a head, `vocab_embed` is not.
     return any(
         _naming_word(part) in {*_HEADS, "head"} and _EMBEDDINGS.isdisjoint(_words(part))

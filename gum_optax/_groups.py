@@ -179,6 +179,7 @@ class Group:
 def find_groups(tree: PyTree, group_by: GroupBy) -> list[Group]:
     """Groups the leaves of a tree; empty leaves belong to no group.
 
+    Of `by_role`, a name without a number joins the numbered ones: ``blk`` is the first ``blk_*``.
     Leaves that ``group_by`` puts together but that differ in shape or dtype become several groups,
     told apart by a suffix of the name.
 
@@ -202,6 +203,8 @@ def find_groups(tree: PyTree, group_by: GroupBy) -> list[Group]:
             raise TypeError(f"`group_by` must return a str, got {key!r} for the leaf `{path}`.")
         kinds = keys.setdefault(key, {})
         kinds.setdefault((leaf.shape, jnp.dtype(leaf.dtype)), []).append(position)
+    if group_by is by_role:
+        keys = _with_first_of_its_role(keys)
     # 2. One group for each kind, under a name of its own.
     groups: dict[str, Group] = {}
     for key, kinds in keys.items():
@@ -212,6 +215,31 @@ def find_groups(tree: PyTree, group_by: GroupBy) -> list[Group]:
             sharding = _mesh.common_sharding([named[position][1] for position in positions])
             groups[name] = Group(name, tuple(positions), shape, dtype, sharding)
     return list(groups.values())
+
+
+_Kinds: TypeAlias = dict[tuple[Any, Any], list[int]]
+"""(shape, dtype) -> positions of leaves."""
+
+
+def _with_first_of_its_role(keys: dict[str, _Kinds]) -> dict[str, _Kinds]:
+    """Joins ``blk`` to ``blk_*``: Haiku and Keras number layers from the second on.
+
+    Only leaves of equal shape and dtype are joined, under the name with the most stars.
+    """
+
+    def without_numbers(key: str) -> str:
+        return re.sub(r"_\*(?=/|$)", "", key)
+
+    # Role and kind -> the name that has them.
+    names: dict[tuple[str, Any], str] = {}
+    for key in sorted(keys, key=lambda key: key.count("*")):
+        names |= {(without_numbers(key), kind): key for kind in keys[key]}
+    joined: dict[str, _Kinds] = {}
+    for key, kinds in keys.items():
+        for kind, positions in kinds.items():
+            into = joined.setdefault(names[without_numbers(key), kind], {})
+            into[kind] = sorted(into.get(kind, []) + positions)
+    return joined
 
 
 def _group_name(key: str, shape: tuple[int, ...], dtype: Any, kinds: Sequence[Any]) -> str:

@@ -65,17 +65,24 @@ def opened() -> Iterator[list[PlanRow]]:
         _open.reset(token)
 
 
+@contextlib.contextmanager
+def closed() -> Iterator[None]:
+    """Closes the ledger: what is written meanwhile is written nowhere."""
+    token = _open.set(None)
+    try:
+        yield
+    finally:
+        _open.reset(token)
+
+
 def write(rows: Callable[[], Iterator[PlanRow]]) -> None:
     """Writes rows to the open ledger; without one, ``rows`` is not even called."""
     ledger = _open.get()
     if ledger is None:
         return
     # Rows are made with the ledger closed: counting bytes runs `init` functions again.
-    token = _open.set(None)
-    try:
+    with closed():
         ledger.extend(rows())
-    finally:
-        _open.reset(token)
 
 
 @contextlib.contextmanager

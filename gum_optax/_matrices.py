@@ -19,8 +19,10 @@ import optax
 
 from gum_optax import _checks, _ledger, _mesh, _sources, fallbacks
 from gum_optax import dimension_numbers as dims
+from gum_optax._advice import warn_of_matrices
 from gum_optax._groups import by_role
 from gum_optax._low_rank import keep_dtypes
+from gum_optax._nnx import with_sharding_metadata
 from gum_optax._paths import PyTree, is_box, is_stand_in, leaves_with_names
 from gum_optax._projected import Projected, described, is_projected
 from gum_optax._rates import Mask, ScalarOrSchedule, decoupled_decay
@@ -42,8 +44,9 @@ def for_matrices(
     Matrices get the direction, decoupled weight decay and the learning rate; everything else gets
     the fallback. By default the matrices are the 2-D leaves that are not embeddings, heads,
     position tables or stacks of vectors (`dimension_numbers.default`); leaves with three or more
-    axes go to the fallback with a warning at ``init``, unless ``weight_dimension_numbers`` says
-    what they are. `memory_plan` shows where each leaf goes, and why.
+    axes go to the fallback, unless ``weight_dimension_numbers`` says what they are. One warning at
+    ``init`` names matrices that are not found, and what to write: of the default if there are any,
+    of a rule if they are most of the model. `memory_plan` shows where each leaf goes, and why.
 
     Args:
       direction: a transformation of matrices ``[*batch, rows, columns]``, such as `low_rank` around
@@ -102,7 +105,7 @@ def for_matrices(
             as_matrices(direction, numbers), decay, optax.scale_by_learning_rate(learning_rate)
         )
 
-    return _divide(matrix_optimizer, fallback, weight_dimension_numbers)
+    return with_sharding_metadata(_divide(matrix_optimizer, fallback, weight_dimension_numbers))
 
 
 def _divide(
@@ -137,8 +140,8 @@ def _divide(
         )
 
     def init(params: PyTree) -> Any:
-        if weight_dimension_numbers is None and not is_stand_in(params):
-            dims.warn_of_ambiguous_leaves(params)
+        if not is_stand_in(params):
+            warn_of_matrices(params, weight_dimension_numbers)
         _ledger.write(lambda: _fallback_rows(fallback, params, weight_dimension_numbers))
         return bind(params).init(params)
 

@@ -5,6 +5,7 @@ Tests: tests/library/test_memory.py.
 
 import dataclasses
 import sys
+import textwrap
 import warnings
 from collections.abc import Sequence
 
@@ -30,11 +31,13 @@ class MemoryPlan:
       rows: one `PlanRow` for each group, for each role of fallback leaves, and for what they share.
       parameter_bytes: bytes of the parameters.
       adamw_bytes: state of ``optax.adamw`` for the same parameters.
+      notes: what ``init`` warns of, such as matrices that are not found, and what to write.
     """
 
     rows: tuple[PlanRow, ...]
     parameter_bytes: int
     adamw_bytes: int
+    notes: tuple[str, ...] = ()
 
     @property
     def total_bytes(self) -> int:
@@ -61,6 +64,8 @@ class MemoryPlan:
             f"state {_human(self.total_bytes)}, {share} of AdamW's {_human(self.adamw_bytes)} "
             f"(parameters {_human(self.parameter_bytes)})"
         )
+        for note in self.notes:
+            lines += ["", *textwrap.wrap(note, _TERMINAL, break_long_words=False)]
         return "\n".join(lines)
 
 
@@ -97,9 +102,8 @@ def memory_plan(tx: optax.GradientTransformation, params: PyTree) -> MemoryPlan:
       state 52.0 MiB, 15 % of AdamW's 352.0 MiB (parameters 176.0 MiB)
     """
     params = _pure(params)
-    with warnings.catch_warnings(), _ledger.opened() as rows:
-        # The plan itself shows what is not compressed, and what goes to the fallback.
-        warnings.simplefilter("ignore", UserWarning)
+    with warnings.catch_warnings(record=True) as told, _ledger.opened() as rows:
+        warnings.simplefilter("always", UserWarning)
         # A function of its own: a trace of `tx.init` that JAX has kept would write no rows.
         total = _ledger.bytes_of(jax.eval_shape(lambda params: tx.init(params), params))
     adamw = _ledger.bytes_of(jax.eval_shape(_ADAMW.init, params))
@@ -110,7 +114,8 @@ def memory_plan(tx: optax.GradientTransformation, params: PyTree) -> MemoryPlan:
         PlanRow("counters and wrappers", "shared", "", 0, (), None, None, shared, adamw - claimed)
     )
     rows.sort(key=lambda row: (_TREATMENTS.index(row.treatment), row.why))
-    return MemoryPlan(tuple(rows), _ledger.bytes_of(params), adamw)
+    notes = [str(w.message) for w in told if issubclass(w.category, UserWarning)]
+    return MemoryPlan(tuple(rows), _ledger.bytes_of(params), adamw, tuple(dict.fromkeys(notes)))
 
 
 def _pure(params: PyTree) -> PyTree:

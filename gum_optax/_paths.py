@@ -32,6 +32,13 @@ def path_name(path: Sequence[Any]) -> str:
     return "/".join(map(_entry_name, path)) or "param"
 
 
+def is_attribute(path: Sequence[Any], name: str) -> bool:
+    """Whether a key path ends with an attribute of an object, as in Equinox, boxed or not."""
+    return any(
+        isinstance(entry, jax.tree_util.GetAttrKey) and entry.name == name for entry in path[-2:]
+    )
+
+
 def is_box(node: Any) -> bool:
     """Whether a node is a container of one array that it holds in an attribute ``value``."""
     # Only the node itself is opened, so `path` has one entry for each child.

@@ -24,7 +24,6 @@ Tests: tests/library/test_dimension_numbers.py.
 """
 
 import operator
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -33,132 +32,48 @@ import numpy as np
 import optax
 
 from gum_optax._evidence import evidence_against_matrices
-from gum_optax._paths import PyTree, leaves_with_names
+from gum_optax._inference import infer as infer
+from gum_optax._paths import PyTree, leaves_with_names, path_name
+from gum_optax._rules import convolutions as convolutions
+from gum_optax._rules import default as default
+from gum_optax._rules import equinox_stacked as equinox_stacked
+from gum_optax._rules import flax as flax
+from gum_optax._rules import gemma as gemma
+from gum_optax._rules import maxtext as maxtext
+from gum_optax._rules import scanned_layers as scanned_layers
 
 MuonDimensionNumbers = optax.contrib.MuonDimensionNumbers
 
 DimensionNumbers: TypeAlias = PyTree | Callable[[PyTree], PyTree]
 """``MuonDimensionNumbers``, a tree or prefix tree of them, or a function that gives one."""
 
-_Rule = Callable[[str, Any], MuonDimensionNumbers | None]
 
-_LAST_TWO = MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
-
-_QUERY_KEY_VALUE = {"query", "key", "value", "q", "k", "v"}
-_OUTPUT = {"out", "o"}
-
-
-def default(params: PyTree) -> PyTree:
-    """Takes 2-D leaves as matrices, except tables, heads and stacks of vectors.
-
-    Names decide first: embeddings, position tables, heads, biases, scales and norms. Shapes decide
-    where names are silent: a leaf such as ``norm_attn`` ``[L, d]`` is a stack of vectors if leaves
-    with three or more axes show L layers, and the only other leaf with the sizes of the embedding
-    ``[V, d]`` is the head, however it is called. Leaves with three or more axes are ambiguous and
-    are not matrices.
+def first_of(*rules: DimensionNumbers) -> Callable[[PyTree], PyTree]:
+    """Makes a rule that takes each leaf by the first of several rules that knows it.
 
     Args:
-      params: arrays or ``jax.ShapeDtypeStruct``s.
+      *rules: functions of the parameters such as those of this module, or trees.
 
     Returns:
-      A tree like ``params`` of ``MuonDimensionNumbers`` or None.
+      A function from parameters to a tree of ``MuonDimensionNumbers`` or None.
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from gum_optax import dimension_numbers
-      >>> dimension_numbers.default({"embed": jnp.ones((8, 4)), "up": jnp.ones((4, 16))})
-      {'embed': None, 'up': MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)}
-
-      A weight with a misleading name is overridden by a callable of one's own, which can be passed
-      as ``weight_dimension_numbers``. To send a leaf to the fallback, write None:
-
-      >>> def mine(params):
-      ...     numbers = dimension_numbers.default(params)
-      ...     return {**numbers, "embed_gate": dimension_numbers.MuonDimensionNumbers(-2, -1)}
-      >>> mine({"embed_gate": jnp.ones((4, 4)), "norm": jnp.ones(4)})
-      {'embed_gate': MuonDimensionNumbers(reduction_axis=-2, output_axis=-1), 'norm': None}
-    """
-    return _apply(_default_rule, params)
-
-
-def scanned_layers(params: PyTree) -> PyTree:
-    """Takes leaves ``[L, ..., m, n]`` as stacks of matrices (``nn.scan``, experts).
-
-    2-D leaves, and tables, heads and vectors, follow `default`.
-
-    Args:
-      params: arrays or ``jax.ShapeDtypeStruct``s.
-
-    Returns:
-      A tree like ``params`` of ``MuonDimensionNumbers`` or None.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from gum_optax import dimension_numbers
-      >>> dimension_numbers.scanned_layers({"up": jnp.ones((6, 4, 16)), "bias": jnp.ones((6, 16))})
-      {'bias': None, 'up': MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)}
-    """
-    return _apply(lambda path, leaf: _LAST_TWO if len(leaf.shape) > 2 else None, params)
-
-
-def flax_attention(params: PyTree) -> PyTree:
-    """Takes Flax attention kernels as matrices, with or without a leading layer axis.
-
-    ``query``, ``key`` and ``value`` kernels are ``[embed, heads, head_dim]``, ``out`` kernels are
-    ``[heads, head_dim, embed]``; the matrix is embed x (heads * head_dim). Other leaves follow
-    `default`.
-
-    Args:
-      params: arrays or ``jax.ShapeDtypeStruct``s.
-
-    Returns:
-      A tree like ``params`` of ``MuonDimensionNumbers`` or None.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from gum_optax import dimension_numbers
-      >>> dimension_numbers.flax_attention({"query": {"kernel": jnp.ones((64, 4, 16))}})
-      {'query': {'kernel': MuonDimensionNumbers(reduction_axis=-3, output_axis=(-2, -1))}}
+      >>> from gum_optax.dimension_numbers import convolutions, first_of, flax
+      >>> rule = first_of(flax, convolutions)
+      >>> numbers = rule({"query": {"kernel": jnp.ones((8, 2, 4))}, "stem": jnp.ones((3, 3, 8, 8))})
+      >>> numbers["query"]["kernel"].reduction_axis, numbers["stem"].reduction_axis
+      (0, (0, 1, 2))
     """
 
-    def rule(path: str, leaf: Any) -> MuonDimensionNumbers | None:
-        parts = path.split("/")
-        if len(leaf.shape) < 3 or parts[-1] != "kernel":
-            return None
-        if _QUERY_KEY_VALUE & set(parts):
-            # [..., embed, heads, head_dim]
-            return MuonDimensionNumbers(reduction_axis=-3, output_axis=(-2, -1))
-        if _OUTPUT & set(parts):
-            # [..., heads, head_dim, embed]
-            return MuonDimensionNumbers(reduction_axis=(-3, -2), output_axis=-1)
-        return None
+    def rule(params: PyTree) -> PyTree:
+        given = [resolve(params, each) for each in rules]
+        return jax.tree.structure(params).unflatten(
+            next((numbers for numbers in of_leaf if numbers is not None), None)
+            for of_leaf in zip(*given, strict=True)
+        )
 
-    return _apply(rule, params)
-
-
-def convolutions(params: PyTree) -> PyTree:
-    """Takes Flax convolution kernels ``[*spatial, in, out]`` as matrices (spatial * in) x out.
-
-    Every leaf with three or more axes counts as such a kernel. Other leaves follow `default`.
-
-    Args:
-      params: arrays or ``jax.ShapeDtypeStruct``s.
-
-    Returns:
-      A tree like ``params`` of ``MuonDimensionNumbers`` or None.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from gum_optax import dimension_numbers
-      >>> dimension_numbers.convolutions({"kernel": jnp.ones((3, 3, 8, 16))})
-      {'kernel': MuonDimensionNumbers(reduction_axis=(0, 1, 2), output_axis=3)}
-    """
-
-    def rule(path: str, leaf: Any) -> MuonDimensionNumbers | None:
-        *inputs, output = range(len(leaf.shape))
-        return MuonDimensionNumbers(tuple(inputs), output) if len(inputs) > 1 else None
-
-    return _apply(rule, params)
+    return rule
 
 
 def resolve(
@@ -187,15 +102,21 @@ def resolve(
     if dimension_numbers is None:
         dimension_numbers = default
     tree = dimension_numbers(params) if is_function(dimension_numbers) else dimension_numbers
-    given, prefix = jax.tree.flatten(
-        tree, is_leaf=lambda x: x is None or isinstance(x, MuonDimensionNumbers)
-    )
+    is_leaf = lambda x: x is None or isinstance(x, MuonDimensionNumbers)  # noqa: E731
+    given, prefix = jax.tree.flatten(tree, is_leaf=is_leaf)
     try:
         parts = [jax.tree.leaves(part) for part in prefix.flatten_up_to(params)]
     except ValueError as error:
-        raise ValueError(
-            f"`weight_dimension_numbers` must be a tree like the parameters, or a prefix: {error}"
-        ) from None
+        # Flax' boxes are around numbers that were made of a model, and not around the arrays of an
+        # update: then names must be equal, in which boxes do not show.
+        paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(tree, is_leaf)[0]]
+        named = leaves_with_names(params)
+        if [path_name(path) for path in paths] != [name for name, _ in named]:
+            raise ValueError(
+                f"`weight_dimension_numbers` must be a tree like the parameters, or a prefix: "
+                f"{error}"
+            ) from None
+        parts = [[leaf] for _, leaf in named]
     # 2. Each entry of a prefix holds for all leaves below it.
     pairs = [(leaf, numbers) for numbers, part in zip(given, parts, strict=True) for leaf in part]
     # 3. Axes must exist, and no axis may be used twice.
@@ -274,29 +195,6 @@ def is_function(value: Any) -> bool:
     return callable(value) and jax.tree_util.all_leaves([value])
 
 
-def warn_of_ambiguous_leaves(params: PyTree) -> None:
-    """Warns once of the leaves that `default` sends to the fallback for their number of axes.
-
-    Args:
-      params: arrays or ``jax.ShapeDtypeStruct``s.
-    """
-    named = leaves_with_names(params)
-    names = [
-        f"`{path}` {list(leaf.shape)}"
-        for (path, leaf), evidence in zip(named, evidence_against_matrices(named), strict=True)
-        if len(leaf.shape) > 2 and not evidence
-    ]
-    if names:
-        warnings.warn(
-            f"{len(names)} leaves with three or more axes go to `fallback`, since it is not clear "
-            f"which axes make a matrix: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}. "
-            "Pass `weight_dimension_numbers`, for example "
-            "`gum_optax.dimension_numbers.scanned_layers`, `flax_attention` or `convolutions`; "
-            "`gum_optax.dimension_numbers.default` keeps them in the fallback without a warning.",
-            stacklevel=3,
-        )
-
-
 def axes(
     shape: Sequence[int], numbers: MuonDimensionNumbers
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
@@ -319,23 +217,6 @@ def axes(
     output = _normalize(len(shape), numbers.output_axis)
     batch = tuple(axis for axis in range(len(shape)) if axis not in reduction + output)
     return batch, reduction, output
-
-
-# Rules -------------------------------------------------------------------------------------------
-
-
-def _apply(rule: _Rule, params: PyTree) -> PyTree:
-    """Maps a rule over the leaves that no evidence excludes; the default rule comes second."""
-    named = leaves_with_names(params)
-    return jax.tree.structure(params).unflatten(
-        None if evidence else rule(path, leaf) or _default_rule(path, leaf)
-        for (path, leaf), evidence in zip(named, evidence_against_matrices(named), strict=True)
-    )
-
-
-def _default_rule(path: str, leaf: Any) -> MuonDimensionNumbers | None:
-    del path
-    return _LAST_TWO if len(leaf.shape) == 2 else None
 
 
 # Checks ------------------------------------------------------------------------------------------

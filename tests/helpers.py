@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import chex
@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gum_optax import LowRankState, samplers
+from gum_optax import LowRankState, dimension_numbers, samplers
+from gum_optax._paths import leaves_with_names
 
 # One for each branch of the code that turns tall matrices.
 SHAPES = {"wide": (6, 10), "tall": (10, 6), "square": (8, 8)}
@@ -123,6 +124,33 @@ def low_rank_state(state: Any) -> LowRankState:
     ]
     assert len(found) == 1, f"{len(found)} states of `low_rank`"
     return found[0]
+
+
+def letters(params: Any, numbers: Any) -> dict[str, str]:
+    """Path -> a letter for each axis: ``i`` input side, ``o`` output, ``b`` batch; or ""."""
+    found = {}
+    resolved = dimension_numbers.resolve(params, numbers)
+    for (path, leaf), number in zip(leaves_with_names(params), resolved, strict=True):
+        found[path] = ""
+        if number is not None:
+            _, inputs, outputs = dimension_numbers.axes(leaf.shape, number)
+            found[path] = "".join(
+                "i" if axis in inputs else "o" if axis in outputs else "b"
+                for axis in range(len(leaf.shape))
+            )
+    return found
+
+
+def tree_of(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """``{"a/b": shape}`` as nested dicts of shapes."""
+    tree: dict[str, Any] = {}
+    for path, shape in shapes.items():
+        *parents, last = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = jax.ShapeDtypeStruct(tuple(shape), jnp.float32)
+    return tree
 
 
 def drawn(slots: Any, count: int) -> set[int]:

@@ -170,6 +170,58 @@ def test_schedule_free():
     assert_close(jax.jit(optax.contrib.schedule_free_eval_params)(state, y), x)
 
 
+def test_reduce_on_plateau():
+    """A constant loss halves the updates after every two steps; the value passes through."""
+    name = "gum"
+    optimizer, update = compiled(name)
+    params, plain = parameters(name), first_state(name)
+    plateau = optax.contrib.reduce_on_plateau(factor=0.5, patience=2, accumulation_size=1)
+    wrapped = optax.chain(optimizer, plateau)
+    update_wrapped, state = jit_once(wrapped.update), wrapped.init(params)
+    scales = []
+    for step in range(6):
+        gradients = parameters(name, step)
+        got, state = update_wrapped(gradients, state, params, value=jnp.float32(1.0))
+        expected, plain = update(gradients, plain, params)
+        scales.append(float(state[1].scale))
+        assert_close(got, _scaled(scales[-1], expected))
+    assert_close(state[0], plain)
+    assert len(set(scales)) >= 3
+
+
+def test_mechanize():
+    """The learning rate is learned outside; inside, updates are those of the optimizer alone."""
+    name = "gum"
+    optimizer, update = compiled(name)
+    params, plain = parameters(name), first_state(name)
+    wrapped = optax.contrib.mechanize(optimizer)
+    update_wrapped, state = jit_once(wrapped.update), wrapped.init(params)
+    for step in range(PERIOD + 1):
+        gradients = parameters(name, step)
+        got, state = update_wrapped(gradients, state, params)
+        _, plain = update(gradients, plain, params)
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(got))
+    assert_close(state.base_optimizer_state, plain)
+
+
+def test_sam():
+    """Every second step takes back the adversarial one and updates by the gradient found there."""
+    name = "gum"
+    optimizer, update = compiled(name)
+    start = params = parameters(name)
+    wrapped = optax.contrib.sam(optimizer, optax.sgd(0.05), sync_period=2)
+    update_wrapped, state, plain = jit_once(wrapped.update), wrapped.init(params), first_state(name)
+    for step in range(4):
+        gradients = parameters(name, step)
+        updates, state = update_wrapped(gradients, state, params)
+        params = _added(params, updates)
+        if step % 2:
+            expected, plain = update(gradients, plain, start)
+            start = _added(start, expected)
+            assert_close(params, start)
+    assert_close(state.opt_state, plain)
+
+
 def test_flatten_leaves_no_matrices():
     """One long vector has no rows: an error, or with a fallback a model of vectors alone."""
     params = parameters("scale_by_gum")

@@ -12,29 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import linen as nn
-from flax import nnx
 
 import gum_optax
 from gum_optax import dimension_numbers
-from tests.helpers import QUICK, first_coordinates
+from tests.helpers import QUICK, first_coordinates, tree_of
 
 MuonDims = optax.contrib.MuonDimensionNumbers
 LAST_TWO = MuonDims(-2, -1)
 RANK_2 = gum_optax.LowRank(rank=2, residual=gum_optax.residuals.drop(), projector=first_coordinates)
 D, F, V, L, H, E = 8, 16, 32, 3, 2, 4
-
-
-def _tree(spec):
-    """``{"a/b": shape}`` to nested dicts of shapes."""
-    tree = {}
-    for path, shape in spec.items():
-        *parents, last = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = jax.ShapeDtypeStruct(shape, jnp.float32)
-    return tree
 
 
 def _matrices(params, numbers):
@@ -244,21 +230,21 @@ CASES = [
 
 @pytest.mark.parametrize(("path", "shape", "expected"), CASES)
 def test_default_rule_on_real_names(path, shape, expected):
-    params = _tree({path: shape})
+    params = tree_of({path: shape})
     assert _matrices(params, dimension_numbers.default(params)) == ({path} if expected else set())
 
 
 @pytest.mark.parametrize("path", sorted(ACCEPTED))
 def test_known_limits_of_the_default_rule(path):
     """Documented, so that a change of the rule shows here."""
-    params = _tree({path: (V, D)})
+    params = tree_of({path: (V, D)})
     assert _matrices(params, dimension_numbers.default(params)) == {path}
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_gum_follows_the_default_rule_and_keeps_matrices_from_the_fallback(scheme):
     matrices, others = ({p: s for p, s in g.items() if p not in ACCEPTED} for g in SCHEMES[scheme])
-    params = _tree({**matrices, **others})
+    params = tree_of({**matrices, **others})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         state = jax.eval_shape(gum_optax.gum(0.1, RANK_2).init, params)
@@ -288,7 +274,7 @@ def test_gum_follows_the_default_rule_and_keeps_matrices_from_the_fallback(schem
     ],
 )
 def test_a_weak_word_does_not_name_what_it_only_qualifies(path):
-    params = _tree({path: (D, F)})
+    params = tree_of({path: (D, F)})
     assert _matrices(params, dimension_numbers.default(params)) == {path}
 
 
@@ -319,19 +305,19 @@ def test_a_weak_word_does_not_name_what_it_only_qualifies(path):
     ],
 )
 def test_words_that_name(path, word):
-    params = _tree({path: (D, F)})
+    params = tree_of({path: (D, F)})
     numbers = dimension_numbers.resolve(params, None)
     assert dimension_numbers.explain(params, numbers) == [f"name: {word}"]
 
 
 # Shapes: stacked vectors and heads ----------------------------------------------------------------
 
-READY = ["default", "scanned_layers", "flax_attention", "convolutions"]
+READY = ["default", "scanned_layers", "flax", "maxtext", "gemma", "convolutions"]
 
 
 def _two_axes(spec, ready="default"):
     """The paths of 2-D leaves that are matrices."""
-    params = _tree(spec)
+    params = tree_of(spec)
     matrices = _matrices(params, getattr(dimension_numbers, ready)(params))
     return {path for path in matrices if len(spec[path]) == 2}
 
@@ -441,7 +427,7 @@ def test_heads_by_shape(spec, expected, ready):
 @pytest.mark.parametrize("embed", [(V, D), (D, V), (H, D), (D, H)], ids=str)
 def test_the_vocabulary_is_the_rarer_size(embed):
     (vocabulary,) = set(embed) - {D}
-    params = _tree({"embed": embed, "output": (D, vocabulary), "up": (D, F), "norm": (D,)})
+    params = tree_of({"embed": embed, "output": (D, vocabulary), "up": (D, F), "norm": (D,)})
     numbers = dimension_numbers.resolve(params, None)
     reasons = ["name: embed", "vector", f"head: vocabulary {vocabulary}", ""]
     assert dimension_numbers.explain(params, numbers) == reasons
@@ -451,7 +437,7 @@ def test_the_vocabulary_is_the_rarer_size(embed):
 
 
 def test_explain():
-    params = _tree(
+    params = tree_of(
         {
             "p": (D,),
             "q/embed": (V, D),
@@ -481,16 +467,9 @@ def test_explain():
 
 
 def test_reasons_fit_a_table():
-    params = _tree({"embed": (999_999, D), "output": (D, 999_999), "unembedding": (D, V)})
+    params = tree_of({"embed": (999_999, D), "output": (D, 999_999), "unembedding": (D, V)})
     reasons = dimension_numbers.explain(params, [None] * 3)
     assert max(map(len, reasons)) <= 24
-
-
-def test_a_leaf_caught_by_name_does_not_warn_and_a_qualified_one_does():
-    with pytest.warns(UserWarning, match="1 leaves .*`norm_mlp`"):
-        dimension_numbers.warn_of_ambiguous_leaves(
-            _tree({"norm_mlp": (L, D, F), "mlp_norm": (1, L, D), "pos_embed": (1, L, D)})
-        )
 
 
 # Trees that can be called -------------------------------------------------------------------------
@@ -532,210 +511,6 @@ def test_is_function():
         assert dimension_numbers.is_function(function)
     for tree in (Model(None, None), LAST_TWO, {}, None, [dimension_numbers.default]):
         assert not dimension_numbers.is_function(tree)
-
-
-# Leaves with three or more axes ------------------------------------------------------------------
-
-
-def _ones(*shape):
-    return np.ones(shape, np.float32)
-
-
-def _messages(optimizer, params):
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        state = jax.jit(optimizer.init)(params)
-    return state, [str(w.message) for w in caught]
-
-
-def test_ambiguous_leaves_warn_once_at_init_and_never_at_update():
-    params = {"layers": {"up": _ones(3, 8, 12), "w": _ones(8, 12)}}
-    optimizer = gum_optax.gum(0.1, RANK_2)
-    state, messages = _messages(optimizer, params)
-    assert len(messages) == 1
-    assert "`layers/up` [3, 8, 12]" in messages[0]
-    assert "weight_dimension_numbers" in messages[0]
-    assert "layers/w" not in messages[0]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        updates, state = jax.jit(optimizer.update)(params, state, params)
-        jax.make_jaxpr(lambda state: optimizer.update(params, state, params))(state)
-    # Adam's first step is a step of the learning rate.
-    np.testing.assert_allclose(updates["layers"]["up"], -0.1, rtol=1e-5)
-
-
-def test_one_warning_names_several_leaves():
-    params = {f"w{i}": _ones(3, 8, 12) for i in range(9)}
-    _, messages = _messages(gum_optax.gum(0.1), params)
-    assert len(messages) == 1
-    assert messages[0].startswith("9 leaves")
-    assert "..." in messages[0]
-
-
-@pytest.mark.parametrize(
-    ("params", "options"),
-    [
-        ({"w": _ones(3, 8, 12)}, {"weight_dimension_numbers": dimension_numbers.default}),
-        ({"w": _ones(3, 8, 12)}, {"weight_dimension_numbers": {"w": None}}),
-        ({"w": _ones(3, 8, 12)}, {"weight_dimension_numbers": LAST_TWO}),
-        ({"pos_embedding": _ones(1, 8, 12)}, {}),
-        ({"w": _ones(8, 12), "b": _ones(3)}, {}),
-        ({}, {}),
-    ],
-    ids=["default", "None", "given", "table", "no such leaf", "empty"],
-)
-def test_no_warning_where_nothing_is_ambiguous(params, options):
-    _, messages = _messages(gum_optax.gum(0.1, RANK_2, **options), params)
-    assert messages == []
-
-
-@pytest.mark.parametrize("compression", [gum_optax.galore(), gum_optax.LowRank()])
-def test_other_optimizers_warn_too(compression):
-    optimizer = gum_optax.adamw(0.1, compression)
-    _, messages = _messages(optimizer, {"w": _ones(3, 8, 12)})
-    assert len(messages) == 1
-
-
-def test_the_warning_points_at_the_callers_line():
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        gum_optax.gum(0.1).init({"w": _ones(3, 8, 12)})
-    assert caught[0].filename == __file__
-
-
-# Ready callables ---------------------------------------------------------------------------------
-
-
-def test_scanned_layers():
-    params = _tree(
-        {
-            "layers/up": (L, D, F),
-            "layers/experts": (L, 5, D, F),
-            "layers/bias": (L, F),
-            "layers/norm/scale": (L, D),
-            "layers/gates": (L, D),
-            "embed/embedding": (V, D),
-            "head/kernel": (D, V),
-        }
-    )
-    numbers = dimension_numbers.scanned_layers(params)
-    assert numbers["layers"]["up"] == numbers["layers"]["experts"] == LAST_TWO
-    assert _matrices(params, numbers) >= {"layers/up", "layers/experts"}
-    assert not _matrices(params, numbers) & {
-        "layers/bias",
-        "layers/norm/scale",
-        "embed/embedding",
-        "head/kernel",
-    }
-
-
-def test_scanned_layers_are_sampled_like_separate_ones():
-    stacked = {"w": np.asarray(_gaussian(4, 8, 12), np.float32)}
-    separate = [{"w": w} for w in stacked["w"]]
-    ready = dimension_numbers.scanned_layers
-    one, many = _direction(weight_dimension_numbers=ready), _direction()
-    got, expected = _updates(one, stacked), _updates(many, separate)
-    # The draws are equal; the arithmetic is batched or not: measured equal.
-    np.testing.assert_allclose(got["w"], np.stack([u["w"] for u in expected], 1), atol=1e-6)
-
-
-def _direction(**options):
-    """GUM without Newton-Schulz, which has no axes of its own and takes long to compile."""
-    compression = gum_optax.LowRank(rank=2, period=2, projector=first_coordinates)
-    return gum_optax.gum(0.1, compression, orthogonalizer=optax.identity(), **options)
-
-
-@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
-def _updates(optimizer, leaves):
-    """The updates of three steps, stacked; their gradients are the parameters."""
-
-    def step(state, _):
-        updates, state = optimizer.update(leaves, state, leaves)
-        return state, updates
-
-    return jax.lax.scan(step, optimizer.init(leaves), length=3)[1]
-
-
-class LinenStack(nn.Module):
-    layers: int
-
-    @nn.compact
-    def __call__(self, x):
-        block = nn.scan(
-            lambda m, x, _: (x + m(x, x), None),
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            length=self.layers,
-        )
-        return block(nn.MultiHeadDotProductAttention(num_heads=H, qkv_features=D), x, None)[0]
-
-
-def _linen_attention():
-    module = nn.MultiHeadDotProductAttention(num_heads=H, qkv_features=D)
-    x = jnp.ones((1, 3, D))
-    return jax.eval_shape(module.init, jax.random.key(0), x, x)["params"]
-
-
-def _nnx_attention():
-    make = lambda: nnx.MultiHeadAttention(H, D, decode=False, rngs=nnx.Rngs(0))  # noqa: E731
-    return nnx.state(nnx.eval_shape(make), nnx.Param)
-
-
-def _scanned_attention():
-    x = jnp.ones((1, 3, D))
-    return jax.eval_shape(LinenStack(L).init, jax.random.key(0), x)["params"]
-
-
-@pytest.mark.parametrize("make", [_linen_attention, _nnx_attention, _scanned_attention])
-def test_flax_attention_on_real_modules(make):
-    """Every kernel becomes D x D, in a group of its own role, and nothing is left to guess."""
-    params = make()
-    optimizer = gum_optax.gum(
-        0.1,
-        RANK_2,
-        weight_dimension_numbers=dimension_numbers.flax_attention,
-    )
-    state = jax.eval_shape(optimizer.init, params)
-    bases = optax.tree.get(state, "basis")
-    layers = L if make is _scanned_attention else 1
-    assert sorted(name.split("/")[-2] for name in bases) == ["key", "out", "query", "value"]
-    assert {basis.shape for basis in bases.values()} == {(layers, D, 2)}
-
-
-def test_flax_attention_takes_the_axes_that_attention_contracts():
-    """The matrix of ``query`` maps x to all heads at once; that of ``out`` maps heads back."""
-    params = {"query": {"kernel": jnp.ones((D, H, E))}, "out": {"kernel": jnp.ones((H, E, D))}}
-    numbers = dimension_numbers.flax_attention(params)
-    assert numbers["query"]["kernel"] == MuonDims(-3, (-2, -1))
-    assert numbers["out"]["kernel"] == MuonDims((-3, -2), -1)
-
-
-@pytest.mark.parametrize(
-    "path",
-    ["keys/kernel", "conv/kernel", "query/weight", "query_out/bias"],
-)
-def test_flax_attention_leaves_other_names_alone(path):
-    params = _tree({path: (3, D, F)})
-    assert _matrices(params, dimension_numbers.flax_attention(params)) == set()
-
-
-@pytest.mark.parametrize("shape", [(3, D, F), (3, 3, D, F), (3, 3, 3, D, F)], ids=str)
-def test_convolutions(shape):
-    params = {"conv": {"kernel": jnp.ones(shape), "bias": jnp.ones(F)}}
-    optimizer = gum_optax.gum(
-        0.1,
-        RANK_2,
-        weight_dimension_numbers=dimension_numbers.convolutions,
-    )
-    basis = optax.tree.get(jax.eval_shape(optimizer.init, params), "basis")
-    assert {b.shape for b in basis.values()} == {(1, F, 2)}
-
-
-def test_ready_callables_follow_the_default_rule_elsewhere():
-    params = _tree({"up": (D, F), "embed": (V, D), "b": (L, D), "x": (D,)})
-    for ready in ("scanned_layers", "flax_attention", "convolutions"):
-        numbers = getattr(dimension_numbers, ready)(params)
-        assert numbers == dimension_numbers.default(params), ready
 
 
 # Forms of `weight_dimension_numbers` -------------------------------------------------------------
@@ -790,6 +565,23 @@ AXES = {
     ),
     "two batch axes": ((2, 6, 2, 9), MuonDims(1, 3), lambda x: x.transpose(0, 2, 1, 3)),
 }
+
+
+def _direction(**options):
+    """GUM without Newton-Schulz, which has no axes of its own and takes long to compile."""
+    compression = gum_optax.LowRank(rank=2, period=2, projector=first_coordinates)
+    return gum_optax.gum(0.1, compression, orthogonalizer=optax.identity(), **options)
+
+
+@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+def _updates(optimizer, leaves):
+    """The updates of three steps, stacked; their gradients are the parameters."""
+
+    def step(state, _):
+        updates, state = optimizer.update(leaves, state, leaves)
+        return state, updates
+
+    return jax.lax.scan(step, optimizer.init(leaves), length=3)[1]
 
 
 # Compiled once for all leaves that are the same matrices.

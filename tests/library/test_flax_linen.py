@@ -62,7 +62,7 @@ class Model(nn.Module):
 
 def _optimizer():
     """Sampled residuals and a fallback, around what is cheap to compile."""
-    ready = gum_optax.dimension_numbers.flax_attention
+    ready = gum_optax.dimension_numbers.flax
     matrices = gum_optax.low_rank(optax.trace(0.9), SIMPLE)
     return gum_optax.for_matrices(matrices, 0.1, weight_dimension_numbers=ready)
 

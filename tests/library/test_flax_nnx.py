@@ -171,23 +171,11 @@ def _create():
 def _create_abstractly(mesh):
     """Shapes first, then everything where it belongs: nothing is ever whole on one device.
 
-    Metadata know where parameters belong, and moments of their shape; of a low-rank state
-    `state_shardings` knows.
+    Metadata know where parameters, moments of their shape and low-rank states belong.
     """
     model, optimizer = nnx.eval_shape(_create)
     graph, shapes = nnx.split((model, optimizer))
-    params = nnx.state(model, nnx.Param)
-    opt_state = gum_optax.state_shardings(
-        optimizer.tx, params, nnx.get_named_sharding(params, mesh)
-    )
-    nnx.update((model, optimizer), nnx.get_named_sharding(shapes, mesh))
-    optimizer.opt_state = jax.tree.map(
-        lambda variable, sharding: variable.replace(sharding),
-        optimizer.opt_state,
-        nnx.as_pure(opt_state),
-        is_leaf=lambda x: isinstance(x, nnx.Variable),
-    )
-    shardings = nnx.state((model, optimizer))
+    shardings = nnx.get_named_sharding(shapes, mesh)
     return nnx.merge(graph, jax.jit(lambda: nnx.state(_create()), out_shardings=shardings)())
 
 
@@ -224,6 +212,107 @@ def _assert_sharded(model, optimizer):
         assert basis.sharding.shard_shape(basis.shape) == (LAYERS, WIDTH // 2, 2), name
     moments = optax.tree.get(state, "ScaleByAdamState").mu
     assert moments["layers"][0]["up"]["bias"].sharding.spec == P("tensor")
+
+
+# Metadata of the state ---------------------------------------------------------------------------
+
+
+class Attention(nnx.Module):
+    """Kernels with heads, sharded by logical axes that rules map to those of a mesh."""
+
+    def __init__(self, rngs):
+        init = nnx.initializers.lecun_normal()
+        self.layers = nnx.List(
+            [
+                nnx.MultiHeadAttention(
+                    4,
+                    WIDTH,
+                    decode=False,
+                    use_bias=False,
+                    kernel_init=nnx.with_partitioning(init, ("embed", "heads", None)),
+                    out_kernel_init=nnx.with_partitioning(init, ("heads", None, "embed")),
+                    rngs=rngs,
+                )
+                for _ in range(3)
+            ]
+        )
+
+
+METADATA = {
+    "gum": lambda: _optimizer(),
+    "muon, in 8 bits, of kernels with heads": lambda: gum_optax.muon(
+        0.1, weight_dimension_numbers=gum_optax.dimension_numbers.flax
+    ),
+    "gum, of kernels with heads": lambda: gum_optax.for_matrices(
+        gum_optax.low_rank(optax.trace(0.9), SIMPLE),
+        0.1,
+        weight_dimension_numbers=gum_optax.dimension_numbers.flax,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", METADATA)
+def test_trainers_read_the_shardings_of_the_state_from_metadata(name):
+    """Trainers of tunix and MaxText shard an `nnx.Optimizer` by `nnx.get_partition_spec` alone."""
+    mesh, tx = _mesh(AxisType.Auto), METADATA[name]()
+    rules = [("embed", "fsdp"), ("heads", "tensor")]
+
+    def create():
+        model = Layers(nnx.Rngs(0), sharded=True) if name == "gum" else Attention(nnx.Rngs(0))
+        return model, nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+    with jax.set_mesh(mesh), nnx.logical_axis_rules(rules):
+        model, optimizer = nnx.eval_shape(create)
+        params = nnx.state(model, nnx.Param)
+        expected = gum_optax.state_shardings(tx, params, nnx.get_named_sharding(params, mesh))
+        found = nnx.get_named_sharding(nnx.state(optimizer, nnx.OptState), mesh)
+    found, expected = (
+        [_entries(sharding) for sharding in jax.tree.leaves(tree)]
+        for tree in (found["opt_state"], nnx.as_pure(expected))
+    )
+    assert sorted(found, key=str) == sorted(expected, key=str)
+    assert sum(map(bool, found)) >= 6, "or nothing is sharded"
+
+
+def _entries(sharding):
+    entries = [*sharding.spec]
+    while entries and entries[-1] is None:
+        entries.pop()
+    return entries
+
+
+def test_scanned_layers_as_maxtext_describes_them():
+    """Its metadata leave the axis over layers to two keys of its own."""
+    kernel = nnx.Param(
+        jax.ShapeDtypeStruct((WIDTH, 6, HIDDEN), jnp.float32),
+        out_sharding=("embed", "mlp"),
+        param_scan_axis=1,
+        partition_name="layers",
+        eager_sharding=False,
+    )
+    rule = functools.partial(gum_optax.dimension_numbers.scanned_layers, layer_axis=1)
+    tx = gum_optax.gum(0.1, SIMPLE, weight_dimension_numbers=rule)
+    state = low_rank_state(jax.eval_shape(tx.init, nnx.State({"wi": kernel})))
+    [basis], [low] = state.basis.values(), jax.tree.leaves(state.inner, is_leaf=_is_low)[:1]
+    assert basis.shape == (6, WIDTH, 2)
+    assert basis.get_metadata()["out_sharding"] == ("layers", "embed")
+    assert low.low.get_metadata()["out_sharding"] == ("layers", None, "mlp")
+
+
+def _is_low(node):
+    return isinstance(node, gum_optax.Compressed)
+
+
+def test_boxed_states_keep_their_structure_without_nnx_optimizer():
+    """`init` and `update` on the state of a model itself, in the way of optax."""
+    tx = _optimizer()
+    with jax.set_mesh(_mesh(AxisType.Auto)):
+        model = nnx.eval_shape(lambda: Layers(nnx.Rngs(0), sharded=True))
+    params = nnx.state(model, nnx.Param)
+    state = jax.eval_shape(tx.init, params)
+    updates, after = jax.eval_shape(tx.update, params, state, params)
+    assert jax.tree.structure(updates) == jax.tree.structure(params)
+    assert jax.tree.structure(after) == jax.tree.structure(state)
 
 
 @pytest.mark.slow

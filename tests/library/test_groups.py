@@ -57,6 +57,19 @@ TREES = {
     "dicts": ({"layers": {str(i): {"w": _array()} for i in range(3)}}, {"layers/*/w": 3}),
     "lists": ({"layers": [{"w": _array()} for _ in range(3)]}, {"layers/*/w": 3}),
     "tuples": (({"w": _array()}, {"w": _array()}), {"*/w": 2}),
+    # Haiku and Keras leave the first layer without a number.
+    "numbered from the second on": (
+        {name: {"w": _array()} for name in ("blk", "blk_1", "blk_2")},
+        {"blk_*/w": 3},
+    ),
+    "modules in modules, numbered from the second on": (
+        {f"{a}/~/{b}": {"w": _array()} for a in ("mlp", "mlp_1") for b in ("lin", "lin_1")},
+        {"mlp_*/~/lin_*/w": 4},
+    ),
+    "first layers of other shapes": (
+        {"lin": {"w": _array(5, 7)}, **{f"lin_{i}": {"w": _array()} for i in (1, 2, 3)}},
+        {"lin_*/w": 3},
+    ),
     "numbered names": ({f"h_{i}": {"c_fc": _array()} for i in range(12)}, {"h_*/c_fc": 12}),
     "int keys": ({"h": {i: _array() for i in range(3)}}, {"h/*": 3}),
     "frozen dict": (

@@ -277,7 +277,7 @@ PLANS: dict[str, tuple[Any, Any]] = {
     "scanned": (STACKED, gum(**dims_of(dimension_numbers.scanned_layers))),
     "scanned_to_the_fallback": (STACKED, gum(**dims_of(dimension_numbers.default))),
     "convolutions": (CONVOLUTIONS, gum(**dims_of(dimension_numbers.convolutions))),
-    "attention": (ATTENTION, gum(**dims_of(dimension_numbers.flax_attention))),
+    "attention": (ATTENTION, gum(**dims_of(dimension_numbers.flax))),
     "one_matrix": (abstract({"w": (7, 9)}), gum()),
     "no_matrix": (abstract({"bias": (7,)}), gum()),
     "bare_leaf": (abstract((7, 9)), gum()),
@@ -365,9 +365,10 @@ def assert_plan_equals_init(tx, params, pure):
 
 
 def assert_is_a_table_of(plan):
-    header, rule, *body, total = str(plan).splitlines()
-    lines = [header, rule, *body, total]
-    assert max(map(len, lines)) <= 80, max(lines, key=len)
+    table, *notes = str(plan).split("\n\n")
+    header, _, *body, total = table.splitlines()
+    assert max(map(len, str(plan).splitlines())) <= 80, max(str(plan).splitlines(), key=len)
+    assert [" ".join(note.split()) for note in notes] == [*plan.notes]
     heading, shown, columns = "", [], header.split()
     for line in body:
         if not line.startswith("  "):
@@ -412,6 +413,10 @@ def test_plan_allocates_nothing_and_does_not_warn():
     huge = abstract({"layers": [(2**20, 2**20)] * 4, "experts": (4, 2**18, 2**18)})
     plan = gum_optax.memory_plan(gum(compressed(2**20)), huge)
     assert plan.total_bytes > 2**44
+    # It tells instead, what `init` would have warned of.
+    open_leaves, uncompressed = plan.notes
+    assert "`experts` [4, 262144, 262144]" in open_leaves
+    assert uncompressed.startswith("None of 1 group(s) of matrices is compressed")
 
 
 EVERYTHING = abstract(

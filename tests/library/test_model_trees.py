@@ -10,7 +10,6 @@ layers.
 # pyright: reportCallIssue=false
 
 import collections
-import dataclasses
 import functools
 
 import equinox as eqx
@@ -94,6 +93,14 @@ OPTIMIZERS = {
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 
 
+TURNED = dimension_numbers.MuonDimensionNumbers(reduction_axis=-1, output_axis=-2)
+
+
+def _turned(params):
+    """Rows and columns turned, for weights ``[out, in]``."""
+    return jax.tree.map(lambda leaf: TURNED if leaf.ndim == 2 else None, params)
+
+
 def _plain(module):
     """The same leaves by the same names and in the same order, in containers."""
 
@@ -109,15 +116,19 @@ def _plain(module):
 
 @every_optimizer
 def test_an_equinox_model_runs_the_program_of_a_tree_of_dicts(name):
-    """`optax.partition` would call a tree of labels whose root is a module."""
+    """`optax.partition` would call a tree of labels whose root is a module.
+
+    Of the dicts it must be said that their weights are ``[out, in]``.
+    """
     optimizer, params = OPTIMIZERS[name](), _params()
     assert callable(params)
+    of_dicts = OPTIMIZERS[name](weight_dimension_numbers=_turned)
     # One trace for all that is done with the same types.
     optimizer = optimizer._replace(update=jax.jit(optimizer.update))
-    state, plain = optimizer.init(params), optimizer.init(_plain(params))
-    assert program(optimizer.init, params) == program(optimizer.init, _plain(params))
+    state, plain = optimizer.init(params), of_dicts.init(_plain(params))
+    assert program(optimizer.init, params) == program(of_dicts.init, _plain(params))
     assert program(optimizer.update, params, state, params) == program(
-        optimizer.update, _plain(params), plain, _plain(params)
+        jax.jit(of_dicts.update), _plain(params), plain, _plain(params)
     )
     first, after, updates = any_number_of_steps(optimizer, params)
     assert described(after) == described(first) == described(state)
@@ -158,24 +169,21 @@ def test_an_equinox_model_learns_by_its_own_idiom():
 
 @every_optimizer
 def test_dimension_numbers_rooted_in_a_module(name):
-    """Rows and columns turned, for weights ``[out, in]``; a function and the default say more."""
-    turned = dimension_numbers.MuonDimensionNumbers(reduction_axis=1, output_axis=0)
+    """A tree, a function and the default say the same: weights are ``[out, in]``."""
     params = _params()
-    tree = _replaced(params, turned, None)
+    tree = _replaced(params, TURNED, None)
     given = OPTIMIZERS[name](weight_dimension_numbers=tree)
     function = OPTIMIZERS[name](weight_dimension_numbers=lambda params: tree)
     state, after, updates = any_number_of_steps(given, params)
     assert described(after) == described(state)
     assert described(updates) == described(params)
     assert described(jax.eval_shape(function.init, params)) == described(state)
-    # The state is that of the transposed matrices: short sides are short sides.
     default = jax.eval_shape(OPTIMIZERS[name]().init, params)
     assert described(low_rank_state(state)) == described(low_rank_state(default))
 
 
-def test_shape_scaling_follows_dimension_numbers_rooted_in_a_module():
-    """``sqrt(max(1, fan_out / fan_in))``: Equinox's first axis is the output."""
-    turned = dimension_numbers.MuonDimensionNumbers(reduction_axis=1, output_axis=0)
+def test_shape_scaling_knows_that_equinox_has_outputs_first():
+    """``sqrt(max(1, fan_out / fan_in))``, by default and by dimension numbers of one's own."""
     params, gradients = _params(), _gradients(0)
 
     def first_updates(**numbers):
@@ -184,12 +192,13 @@ def test_shape_scaling_follows_dimension_numbers_rooted_in_a_module():
         updates, _ = jax.jit(optimizer.update)(gradients, state, params)
         return jax.tree.map(np.asarray, updates.blocks[0])
 
+    inputs_first = dimension_numbers.MuonDimensionNumbers(reduction_axis=0, output_axis=1)
     default = first_updates()
-    given = first_updates(weight_dimension_numbers=_replaced(params, turned, None))
+    wrong = first_updates(weight_dimension_numbers=_replaced(params, inputs_first, None))
     factor = np.float32(np.sqrt(HIDDEN / WIDTH))
-    # [10, 6] maps 6 to 10 features, and the default takes the first axis as the input.
-    assert_close(given.up.weight, factor * default.up.weight)
-    assert_close(given.down.weight, default.down.weight / factor)
+    # [10, 6] maps 6 to 10 features.
+    assert_close(default.up.weight, factor * wrong.up.weight)
+    assert_close(default.down.weight, wrong.down.weight / factor)
 
 
 MASKS = {
@@ -237,7 +246,7 @@ def test_haiku_parameters():
 
     model = hk.without_apply_rng(hk.transform(forward))
     params = jax.jit(model.init)(jax.random.key(0), INPUTS)
-    optimizer = gum_optax.gum(0.05, dataclasses.replace(SIMPLE, group_by=gum_optax.by_shape))
+    optimizer = gum_optax.gum(0.05, SIMPLE)
 
     def loss(params):
         return jnp.mean((model.apply(params, INPUTS) - TARGETS) ** 2)
@@ -252,20 +261,33 @@ def test_haiku_parameters():
     for _ in range(20):
         params, state = step(params, state)
     assert {name: basis.shape for name, basis in low_rank_state(state).basis.items()} == {
-        "6x6": (3, WIDTH, RANK)
+        "linear_*/w": (3, WIDTH, RANK)
     }
     assert loss(params) < 0.8 * before
 
 
 def test_keras_variables_without_names():
-    """``[kernel, bias, kernel, bias]``: kernels of one shape form one group, ``*[6,10]``."""
+    """``[kernel, bias, kernel, bias]``: kernels of one shape form one group, ``*[6,10]``.
+
+    Of their use it is known which of them are matrices, `init` warns without it.
+    """
     shapes = [(WIDTH, HIDDEN), (HIDDEN,), (HIDDEN, WIDTH), (WIDTH,)] * 3
     rng = np.random.default_rng(0)
     variables = [np.asarray(rng.normal(size=shape), np.float32) for shape in shapes]
-    state, after, updates = any_number_of_steps(gum_optax.gum(0.1, SIMPLE), variables)
+
+    def apply(variables, x):
+        for kernel, bias in zip(variables[::2], variables[1::2], strict=True):
+            x = jnp.tanh(x @ kernel + bias)
+        return x
+
+    numbers = dimension_numbers.infer(apply, variables, INPUTS)
+    optimizer = gum_optax.gum(0.1, SIMPLE, weight_dimension_numbers=numbers)
+    state, after, updates = any_number_of_steps(optimizer, variables)
     assert described(after) == described(state)
     assert described(updates) == described(variables)
     assert {name: basis.shape for name, basis in low_rank_state(state).basis.items()} == {
         "*[6,10]": (3, WIDTH, RANK),
         "*[10,6]": (3, WIDTH, RANK),
     }
+    with pytest.warns(UserWarning, match="The 12 leaves have no names"):
+        jax.eval_shape(gum_optax.gum(0.1, SIMPLE).init, variables)

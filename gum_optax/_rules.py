@@ -1,0 +1,387 @@
+"""Ready rules: which axes of a leaf are a matrix, by conventions of names and shapes.
+
+A *layout* has a letter for each axis of a leaf: ``i`` for the input (reduction) side, ``o`` for the
+output side, ``b`` for batch axes; ``ioo`` is a query kernel ``[embed, heads, head_dim]``. It is
+aligned to the right: axes on its left are batch axes. A rule of layouts is a table of them, one for
+each kind of module, found by the parts of a leaf's path.
+
+Every rule leaves tables, heads and vectors to the fallback, by the evidence of `_evidence`.
+
+Tests: tests/library/test_rules.py.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import optax
+
+from gum_optax._evidence import evidence_against_matrices, stacks_of_scales
+from gum_optax._paths import PyTree, is_attribute, leaves_with_names
+
+MuonDimensionNumbers = optax.contrib.MuonDimensionNumbers
+_OfLeaf: TypeAlias = Callable[[str, Any], MuonDimensionNumbers | None]
+
+_INPUT_OUTPUT = MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
+_OUTPUT_INPUT = MuonDimensionNumbers(reduction_axis=-1, output_axis=-2)
+
+
+# The rules ---------------------------------------------------------------------------------------
+
+
+def default(params: PyTree) -> PyTree:
+    """Takes 2-D leaves as matrices, except tables, heads and stacks of vectors.
+
+    Names decide first: embeddings, position tables, heads, biases, scales and norms. Shapes decide
+    where names are silent: a leaf such as ``norm_attn`` ``[L, d]`` is a stack of vectors if leaves
+    with three or more axes show L layers, and the only other leaf with the sizes of the embedding
+    ``[V, d]`` is the head, however it is called. Leaves with three or more axes are ambiguous and
+    are not matrices.
+
+    A matrix is ``[in, out]``, but ``[out, in]`` where it is the attribute ``weight`` of an object,
+    as in Equinox.
+
+    Args:
+      params: arrays or ``jax.ShapeDtypeStruct``s.
+
+    Returns:
+      A tree like ``params`` of ``MuonDimensionNumbers`` or None.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from gum_optax import dimension_numbers
+      >>> dimension_numbers.default({"embed": jnp.ones((8, 4)), "up": jnp.ones((4, 16))})
+      {'embed': None, 'up': MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)}
+
+      A weight with a misleading name is overridden by a callable of one's own, which can be passed
+      as ``weight_dimension_numbers``. To send a leaf to the fallback, write None:
+
+      >>> def mine(params):
+      ...     numbers = dimension_numbers.default(params)
+      ...     return {**numbers, "embed_gate": dimension_numbers.MuonDimensionNumbers(-2, -1)}
+      >>> mine({"embed_gate": jnp.ones((4, 4)), "norm": jnp.ones(4)})
+      {'embed_gate': MuonDimensionNumbers(reduction_axis=-2, output_axis=-1), 'norm': None}
+    """
+    return _apply(_unknown, params)
+
+
+def scanned_layers(params: PyTree, *, layer_axis: int = 0) -> PyTree:
+    """Takes leaves of three and more axes as stacks of matrices, their last two axes.
+
+    For stacks of plain matrices alone, such as ``nn.scan`` over ``nn.Dense``, and experts; `flax`
+    knows attention kernels, too. 2-D leaves, and tables, heads and vectors, follow `default`.
+
+    Args:
+      params: arrays or ``jax.ShapeDtypeStruct``s.
+      layer_axis: the axis over layers: ``[L, ..., m, n]``, or with 1 ``[m, L, n]``.
+
+    Returns:
+      A tree like ``params`` of ``MuonDimensionNumbers`` or None.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from gum_optax import dimension_numbers
+      >>> dimension_numbers.scanned_layers({"up": jnp.ones((6, 4, 16)), "bias": jnp.ones((6, 16))})
+      {'bias': None, 'up': MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)}
+      >>> dimension_numbers.scanned_layers({"up": jnp.ones((4, 6, 16))}, layer_axis=1)
+      {'up': MuonDimensionNumbers(reduction_axis=0, output_axis=2)}
+    """
+
+    def rule(path: str, leaf: Any) -> MuonDimensionNumbers | None:
+        if len(leaf.shape) < 3:
+            return None
+        return _INPUT_OUTPUT if layer_axis == 0 else _of_layout("io", leaf.shape, layer_axis)
+
+    return _apply(rule, params)
+
+
+def convolutions(params: PyTree) -> PyTree:
+    """Takes Flax convolution kernels ``[*spatial, in, out]`` as matrices (spatial * in) x out.
+
+    Every leaf with three or more axes counts as such a kernel, so that modules may have any name;
+    `flax` finds those that are called convolutions. Other leaves follow `default`.
+
+    Args:
+      params: arrays or ``jax.ShapeDtypeStruct``s.
+
+    Returns:
+      A tree like ``params`` of ``MuonDimensionNumbers`` or None.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from gum_optax import dimension_numbers
+      >>> dimension_numbers.convolutions({"kernel": jnp.ones((3, 3, 8, 16))})
+      {'kernel': MuonDimensionNumbers(reduction_axis=(0, 1, 2), output_axis=3)}
+    """
+
+    def rule(path: str, leaf: Any) -> MuonDimensionNumbers | None:
+        return _of_convolution(leaf.shape) if len(leaf.shape) > 2 else None
+
+    return _apply(rule, params)
+
+
+def flax(params: PyTree, *, layer_axis: int | None = None) -> PyTree:
+    """Takes the kernels of Flax models as matrices, by the names of their modules.
+
+    Known are, in Linen and NNX, and in models that follow their conventions (big_vision, nanodo,
+    MaxText, tunix, bonsai, Hugging Face's):
+
+    - ``query``, ``key``, ``value``, ``q_proj``, ...: ``[embed, heads, head_dim]``;
+    - ``out``, ``o_proj``, ``attn_out_proj``, ...: ``[heads, head_dim, embed]``;
+    - fused ones (``qkv``, ``qkv_proj``): ``[embed, 3, heads, head_dim]``, three matrices;
+    - experts: ``[experts, in, out]``;
+    - convolutions: ``[*spatial, in, out]``, save depthwise ones;
+    - all of these, and dense kernels, with one more axis over scanned layers, wherever it is.
+
+    Embeddings of patches are input layers and go to the fallback as tables do. Other leaves follow
+    `default`.
+
+    Args:
+      params: arrays or ``jax.ShapeDtypeStruct``s.
+      layer_axis: the axis over scanned layers; by default the one of the first two whose sizes are
+        alike in all leaves that have an axis too many.
+
+    Returns:
+      A tree like ``params`` of ``MuonDimensionNumbers`` or None.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from gum_optax import dimension_numbers
+      >>> dimension_numbers.flax({"query": {"kernel": jnp.ones((64, 4, 16))}})
+      {'query': {'kernel': MuonDimensionNumbers(reduction_axis=0, output_axis=(1, 2))}}
+      >>> scanned = {"query": {"kernel": jnp.ones((64, 6, 4, 16))}, "up": jnp.ones((64, 6, 256))}
+      >>> numbers = dimension_numbers.flax(scanned)
+      >>> numbers["query"]["kernel"], numbers["up"].reduction_axis, numbers["up"].output_axis
+      (MuonDimensionNumbers(reduction_axis=0, output_axis=(2, 3)), 0, 2)
+    """
+    return _apply(_flax_rule(params, layer_axis), params)
+
+
+def maxtext(params: PyTree) -> PyTree:
+    """Takes the kernels of MaxText models as matrices, scanned (over axis 1, its default) or not.
+
+    The numbers are those of MaxText's own ``get_muon_weight_dimension_numbers``, which can be
+    passed as ``weight_dimension_numbers`` itself; this rule needs no MaxText.
+
+    Args:
+      params: arrays or ``jax.ShapeDtypeStruct``s.
+
+    Returns:
+      A tree like ``params`` of ``MuonDimensionNumbers`` or None.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from gum_optax import dimension_numbers
+      >>> layers = {"wi_0": jnp.ones((64, 6, 256)), "norm": jnp.ones((64, 6))}
+      >>> dimension_numbers.maxtext(layers)["wi_0"]
+      MuonDimensionNumbers(reduction_axis=0, output_axis=2)
+    """
+    return flax(params, layer_axis=1)
+
+
+def gemma(params: PyTree) -> PyTree:
+    """Takes the einsum weights of Gemma as matrices, as in google-deepmind/gemma and tunix.
+
+    ``q_einsum`` ``[heads, embed, head_dim]``; ``kv_einsum`` ``[2, heads, embed, head_dim]`` and
+    ``qkv_einsum``, two or three matrices; ``attn_vec_einsum`` ``[heads, head_dim, embed]``;
+    ``gating_einsum`` ``[2, hidden, embed]`` or ``[2, embed, hidden]``, two matrices, told apart by
+    the ``linear`` beside it. Other leaves follow `flax`.
+
+    Args:
+      params: arrays or ``jax.ShapeDtypeStruct``s.
+
+    Returns:
+      A tree like ``params`` of ``MuonDimensionNumbers`` or None.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from gum_optax import dimension_numbers
+      >>> dimension_numbers.gemma({"q_einsum": {"w": jnp.ones((4, 64, 16))}})
+      {'q_einsum': {'w': MuonDimensionNumbers(reduction_axis=1, output_axis=(0, 2))}}
+    """
+    # The hidden width is the input side of `linear`, in any number of experts.
+    hidden = {
+        _parent(path, "linear"): leaf.shape[-2]
+        for path, leaf in leaves_with_names(params)
+        if _parent(path, "linear") is not None and len(leaf.shape) > 1
+    }
+
+    def rule(path: str, leaf: Any) -> MuonDimensionNumbers | None:
+        parent = _parent(path, "gating_einsum")
+        if parent is not None and len(leaf.shape) > 2:
+            transposed = leaf.shape[-2] == hidden.get(parent)
+            return _OUTPUT_INPUT if transposed else _INPUT_OUTPUT
+        layout = _kind(_GEMMA, path)
+        return _of_layout(layout, leaf.shape) if layout else None
+
+    return _apply(rule, params, otherwise=_flax_rule(params, None))
+
+
+def equinox_stacked(params: PyTree) -> PyTree:
+    """Takes weights ``[out, in]`` as matrices, as in Equinox and levanter, stacked or not.
+
+    Of q, k and v projections all axes but the last are heads, of o projections all but the first
+    are. Stacks have one more axis in front, over layers (``eqx.filter_vmap``, haliax' ``Stacked``),
+    which their norms show: ``[L, d]``.
+
+    Args:
+      params: arrays or ``jax.ShapeDtypeStruct``s.
+
+    Returns:
+      A tree like ``params`` of ``MuonDimensionNumbers`` or None.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from gum_optax import dimension_numbers
+      >>> layers = {"q_proj": jnp.ones((6, 4, 16, 64)), "norm": jnp.ones((6, 64))}
+      >>> dimension_numbers.equinox_stacked(layers)["q_proj"]
+      MuonDimensionNumbers(reduction_axis=3, output_axis=(1, 2))
+    """
+    layers = {shape[0] for shape in stacks_of_scales(leaves_with_names(params))}
+
+    def rule(path: str, leaf: Any) -> MuonDimensionNumbers | None:
+        shape = leaf.shape
+        batch = int(len(shape) > 2 and shape[0] in layers)
+        # Heads take all the axes that there are: "oi" is "oooi" for grouped queries.
+        others = len(shape) - batch - 1
+        layout = _kind(_EQUINOX, path) or ("oi" if others == 1 else "")
+        layout = {"oi": "o" * others + "i", "io": "o" + "i" * others}.get(layout, "")
+        return _of_layout(layout, shape) if layout and others else None
+
+    return _apply(rule, params)
+
+
+# Tables of layouts: a pattern that a part of the path matches in full, and a layout ---------------
+
+_FLAX = {
+    r"(fused_)?(qkv|kv)(_proj|_projection)?|query_key_value|c_attn|wqkv": "iboo",
+    r"(q|k|v|query|key|value)(_proj|_projection)?|w[qkv]|w(q|kv)_b": "ioo",
+    r"(o|out|output|attn_out|attention_out|attention_output)(_proj|_projection)?": "iio",
+    r"(?!.*shared)\w*([Mm]o[Ee]|[Ee]xpert)\w*": "bio",
+}
+
+_GEMMA = {
+    r"q_einsum": "oio",
+    r"kv_einsum|qkv_einsum": "boio",
+    r"attn_vec_einsum": "iio",
+}
+
+_EQUINOX = {
+    r"(q|k|v|query|key|value)_proj": "oi",
+    r"(o|out|output)_proj": "io",
+}
+
+_CONVOLUTION = re.compile(r"[Cc]onv")
+
+
+def _kind(table: Mapping[str, str], path: str) -> str:
+    """The layout of the module that a leaf belongs to, or ""; the innermost part decides."""
+    for part in reversed(path.split("/")):
+        for pattern, layout in table.items():
+            if re.fullmatch(pattern, part):
+                return layout
+    return ""
+
+
+def _parent(path: str, module: str) -> str | None:
+    """The path of the module that holds ``module``, or None if the leaf is not that module's."""
+    found = re.fullmatch(rf"(.*?)/?{module}(/w|/kernel)?", path)
+    return found and found[1]
+
+
+def _of_layout(
+    layout: str, shape: Sequence[int], layer_axis: int | None = None
+) -> MuonDimensionNumbers:
+    """The numbers of a layout, aligned to the right of all axes but that of the layers."""
+    axes = [axis for axis in range(len(shape)) if axis != layer_axis][-len(layout) :]
+    sides = [
+        tuple(axis for axis, letter in zip(axes, layout, strict=True) if letter == side)
+        for side in "io"
+    ]
+    inputs, outputs = (side[0] if len(side) == 1 else side for side in sides)
+    return MuonDimensionNumbers(reduction_axis=inputs, output_axis=outputs)
+
+
+def _of_convolution(shape: Sequence[int]) -> MuonDimensionNumbers:
+    *inputs, output = range(len(shape))
+    return MuonDimensionNumbers(tuple(inputs), output)
+
+
+# Scanned layers of Flax --------------------------------------------------------------------------
+
+
+def _flax_rule(params: PyTree, layer_axis: int | None) -> _OfLeaf:
+    """`flax` for one leaf, after a look at all of them for scanned layers."""
+    named = leaves_with_names(params)
+    evidence = evidence_against_matrices(named)
+    deep = {
+        path: tuple(leaf.shape)
+        for (path, leaf), found in zip(named, evidence, strict=True)
+        if not found and len(leaf.shape) > 2 and not _CONVOLUTION.search(path)
+    }
+    # 1. Leaves with one axis more than their kind has are scanned, and so are norms [L, d].
+    attention = [
+        (layout, shape)
+        for path, shape in deep.items()
+        if (layout := _kind(_FLAX, path)) and layout != "bio" and len(shape) > len(layout)
+    ]
+    scanned = [shape for _, shape in attention] + stacks_of_scales(named)
+    roles = {layout for layout, _ in attention}
+
+    # 2. Over layers all sizes are alike; a width may be alike in all, but it is larger.
+    def spread(axis: int) -> tuple[int, int]:
+        sizes = {shape[axis] for shape in [*scanned, *_of_unknown_kind(deep)]}
+        return len(sizes), sum(sizes)
+
+    axis = min((0, 1), key=spread) if layer_axis is None else layer_axis
+    layers = {shape[axis] for shape in scanned}
+
+    def rule(path: str, leaf: Any) -> MuonDimensionNumbers | None:
+        shape, layout = tuple(leaf.shape), _kind(_FLAX, path)
+        if len(shape) < 3:
+            return None
+        if _CONVOLUTION.search(path):
+            # [*space, in, out]; depthwise kernels have one input channel.
+            return _of_convolution(shape) if shape[-2] > 1 else None
+        # 3. A kernel that has just the axes of its kind is not scanned, if others of it are.
+        complete = len(shape) == len(layout) and layout in roles
+        over = axis if shape[axis] in layers and not complete else None
+        rest = [size for i, size in enumerate(shape) if i != over]
+        if layout == "iboo" and len(rest) == 3:
+            # [d, 3, d'] or [d, heads, 3 head_dim]
+            layout = "ibo" if rest[1] == 3 else "ioo"
+        if len(rest) == 2:
+            layout = "io"
+        return _of_layout(layout, shape, over) if 0 < len(layout) <= len(rest) else None
+
+    return rule
+
+
+def _of_unknown_kind(deep: Mapping[str, tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """Shapes of dense kernels with three axes: `flax` has no other explanation of them."""
+    return [shape for path, shape in deep.items() if not _kind(_FLAX, path)]
+
+
+# Leaf by leaf ------------------------------------------------------------------------------------
+
+
+def _unknown(path: str, leaf: Any) -> None:
+    """Knows no leaf, and leaves all to what 2-D leaves are."""
+
+
+def _apply(rule: _OfLeaf, params: PyTree, otherwise: _OfLeaf = _unknown) -> PyTree:
+    """Maps a rule over the leaves that no evidence excludes; 2-D ones are matrices in any case."""
+    named = leaves_with_names(params)
+    evidence = evidence_against_matrices(named)
+    paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
+
+    def two_axes(key_path: Any, leaf: Any) -> MuonDimensionNumbers | None:
+        if len(leaf.shape) != 2:
+            return None
+        return _OUTPUT_INPUT if is_attribute(key_path, "weight") else _INPUT_OUTPUT
+
+    return jax.tree.structure(params).unflatten(
+        None if found else rule(path, leaf) or otherwise(path, leaf) or two_axes(key_path, leaf)
+        for key_path, (path, leaf), found in zip(paths, named, evidence, strict=True)
+    )

@@ -1,0 +1,225 @@
+"""How a function uses its parameters: each axis of each leaf, followed through a jaxpr.
+
+Words of this module:
+
+- a *view* is a variable of the jaxpr that shows a leaf: the leaf itself, or a cast, transposed,
+  reshaped or sliced one. It knows which axes of the leaf each of its own axes is made of;
+- a *use* is the point where a view meets other values, and gives each axis of the leaf a *role*;
+- a *trail* is a view of a product: it marks the axes that came from the leaf, to see what becomes
+  of them.
+
+The roles of an axis in a use are
+
+- ``contracted``: summed over with activations, the input side of a matrix;
+- ``free``: kept by the product, the output side;
+- ``inner``: summed over with other parameters, as r in ``W + A B``;
+- ``gathered``: looked up by an array of indices, or by one-hot vectors;
+- ``elementwise``: added to activations, or multiplied by them;
+- none: the axis was left before, by an index or a scan, so that it is a batch axis.
+
+Each primitive has one small rule (`_primitives`, `_products`), from the values of its operands to
+those of its results. A primitive without a rule forgets its operands, and this is noted.
+
+Tests: tests/library/test_infer.py.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+
+Roles: TypeAlias = frozenset[tuple[int, str]]
+"""Pairs (axis of a leaf, role)."""
+
+Axes: TypeAlias = tuple[frozenset[int], ...]
+"""For each axis of a variable, the axes of a leaf that it is made of."""
+
+NONE: frozenset[int] = frozenset()
+"""An axis that is no leaf's."""
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """One leaf as a variable shows it.
+
+    Attributes:
+      leaf: the position of the leaf.
+      axes: for each axis of the variable, the leaf's axes in it.
+      roles: roles of axes that the variable no longer has.
+      use: None for a view of a weight; for a trail the position of the use that began it.
+    """
+
+    leaf: int
+    axes: Axes
+    roles: Roles = frozenset()
+    use: int | None = None
+
+    def moved(self, axes: Iterable[frozenset[int]]) -> "View":
+        """The same leaf in a variable with other axes."""
+        return dataclasses.replace(self, axes=tuple(axes))
+
+
+@dataclasses.dataclass(frozen=True)
+class Value:
+    """Everything that is known of a variable.
+
+    Attributes:
+      views: the leaves that it shows.
+      data: whether it depends on arguments other than the parameters.
+      weights: whether it depends on parameters. Inputs do not, activations depend on both.
+      indicator: whether it holds the results of comparisons, as one-hot vectors do.
+    """
+
+    views: tuple[View, ...] = ()
+    data: bool = False
+    weights: bool = False
+    indicator: bool = False
+
+    def showing(self, views: Iterable[View]) -> "Value":
+        """The same kind of value with other views, each kept once."""
+        return dataclasses.replace(self, views=tuple(dict.fromkeys(views)))
+
+
+@dataclasses.dataclass
+class Use:
+    """One way in which a leaf meets other values.
+
+    Attributes:
+      leaf: the position of the leaf.
+      roles: pairs (axis of the leaf, role).
+      note: what kind of product is no matrix, such as a depthwise convolution; "" otherwise.
+      unpacked: free axes along which the product is taken apart, as in ``q, k, v = x @ W``.
+      followed: whether other parameters contract the product later, so that it is no output.
+    """
+
+    leaf: int
+    roles: Roles
+    note: str = ""
+    unpacked: set[int] = dataclasses.field(default_factory=set)
+    followed: bool = False
+
+
+class Walk:
+    """Walks through a jaxpr and collects the uses of all leaves.
+
+    Attributes:
+      uses: all uses, each kind once.
+      lost: leaf -> the primitives that no rule knows.
+      vocabularies: sizes of axes that are looked up by the data.
+    """
+
+    def __init__(self, shapes: Sequence[tuple[int, ...]], rules: Mapping[str, "Rule"]):
+        """Prepares for leaves of the given shapes, with a rule for each primitive."""
+        self.shapes = shapes
+        self._rules = rules
+        self.uses: list[Use] = []
+        self.lost: dict[int, set[str]] = {}
+        self.vocabularies: set[int] = set()
+        self._positions: dict[tuple[int, Roles, str], int] = {}
+
+    def run(self, jaxpr: Jaxpr | ClosedJaxpr, arguments: Sequence[Value]) -> list[Value]:
+        """Walks through one jaxpr, and returns the values of its results."""
+        known: dict[Any, Value] = {}
+        if isinstance(jaxpr, ClosedJaxpr):
+            # Captured integers are token ids as a rule; captured floats may be masks of weights.
+            known |= {
+                variable: Value(data=bool(variable.aval.shape) and is_integer(variable))
+                for variable in jaxpr.jaxpr.constvars
+            }
+            jaxpr = jaxpr.jaxpr
+        known |= dict(zip(jaxpr.invars, arguments, strict=True))
+
+        def read(atom: Any) -> Value:
+            return Value() if isinstance(atom, Literal) else known.get(atom, Value())
+
+        for equation in jaxpr.eqns:
+            values = [read(atom) for atom in equation.invars]
+            known |= dict(zip(equation.outvars, self._step(equation, values), strict=True))
+        return [read(atom) for atom in jaxpr.outvars]
+
+    def record(self, view: View, roles: Iterable[tuple[int, str]], note: str = "") -> int:
+        """Notes a use of a view, and returns its position among all uses."""
+        use = Use(view.leaf, view.roles | frozenset(roles), note)
+        key = use.leaf, use.roles, note
+        if key not in self._positions:
+            self._positions[key] = len(self.uses)
+            self.uses.append(use)
+        return self._positions[key]
+
+    def forget(self, name: str, values: Iterable[Value]) -> None:
+        """Notes that a primitive loses the weights that it is given."""
+        for value in values:
+            for view in value.views:
+                if view.use is None:
+                    self.lost.setdefault(view.leaf, set()).add(name)
+
+    def is_whole(self, view: View, axis: int, size: int) -> int | None:
+        """The leaf's axis that an axis of a variable is, neither merged nor cut; or None."""
+        if len(view.axes[axis]) != 1:
+            return None
+        [of_leaf] = view.axes[axis]
+        return of_leaf if size == self.shapes[view.leaf][of_leaf] > 1 else None
+
+    def _step(self, equation: Any, values: list[Value]) -> list[Value]:
+        name = equation.primitive.name
+        rule = self._rules.get(name)
+        if rule is not None:
+            return rule(self, equation, values)
+        body = _only_body(equation)
+        if body is not None:
+            return self.run(body, values)
+        self.forget(name, values)
+        return [mixed(values)] * len(equation.outvars)
+
+
+Rule: TypeAlias = Callable[[Walk, Any, list[Value]], list[Value]]
+"""``(walk, equation, values of the operands) -> values of the results``."""
+
+
+# Kinds of values ---------------------------------------------------------------------------------
+
+
+def mixed(values: Sequence[Value]) -> Value:
+    """A value that depends on all that others depend on, and shows no leaf."""
+    return Value(data=any(v.data for v in values), weights=any(v.weights for v in values))
+
+
+def joined(*values: Value) -> Value:
+    """A value that may be any of several, of equal shape: the results of branches."""
+    return mixed(values).showing(view for value in values for view in value.views)
+
+
+def is_integer(variable: Any) -> bool:
+    """Whether a variable holds integers."""
+    return jnp.issubdtype(variable.aval.dtype, jnp.integer)
+
+
+def shape_of(atom: Any) -> tuple[int, ...]:
+    """The shape of a variable or a literal."""
+    return tuple(atom.aval.shape)
+
+
+def _only_body(equation: Any) -> Any:
+    """The jaxpr that a primitive such as ``jit``, ``remat`` or ``shard_map`` calls, or None."""
+    if equation.primitive.name == "pallas_call":
+        return None
+    bodies = [v for v in equation.params.values() if isinstance(v, Jaxpr | ClosedJaxpr)]
+    if len(bodies) != 1:
+        return None
+    [body] = bodies
+    inner = body.jaxpr if isinstance(body, ClosedJaxpr) else body
+    # Shapes may differ, as under `shard_map`; numbers of axes do not.
+    outer = [*equation.invars, *equation.outvars]
+    within = [*inner.invars, *inner.outvars]
+    fits = len(outer) == len(within) and len(equation.invars) == len(inner.invars)
+    fits = fits and all(
+        len(shape_of(a)) == len(shape_of(b)) for a, b in zip(outer, within, strict=True)
+    )
+    return body if fits else None
+
+
+def roles_of_all(view: View, role: str) -> list[tuple[int, str]]:
+    """One role for all axes that a view still has."""
+    return [(axis, role) for axes in view.axes for axis in axes]
