@@ -19,6 +19,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 
 from gum_optax import _ledger
 from gum_optax._paths import PyTree
+from gum_optax._projected import described
 from gum_optax._sharding import state_shardings
 
 # How MaxText says that a parameter of scanned layers has one axis more than its metadata.
@@ -51,7 +52,7 @@ def with_sharding_metadata(
             return tx.update(updates, state, params, **extra_args)
         trees = (_unboxed(tree) for tree in (updates, state, params))
         new_updates, new_state = tx.update(*trees, **extra_args)
-        return _boxed_like(updates, new_updates), _boxed_like(state, new_state)
+        return _boxed_like(described(updates), new_updates), _boxed_like(state, new_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -132,7 +132,14 @@ def states(state: Any, kind: type) -> list[Any]:
 
 
 def with_states(state: Any, kind: type, new: Sequence[Any]) -> Any:
-    """The tree of states with others in the places of those of a type."""
+    """The tree of states with the arrays of others in the places of those of a type."""
     is_one = lambda node: isinstance(node, kind)  # noqa: E731
     left = iter(new)
-    return jax.tree.map(lambda node: next(left) if is_one(node) else node, state, is_leaf=is_one)
+
+    def on_node(node: Any) -> Any:
+        # A wrapper may keep the arrays in boxes of its own, as for Flax NNX.
+        if is_one(node):
+            return jax.tree.structure(node).unflatten(jax.tree.leaves(next(left)))
+        return node
+
+    return jax.tree.map(on_node, state, is_leaf=is_one)

@@ -96,9 +96,10 @@ class Model:
         states = _sources.states(state, LowRankState)
         if len(states) <= max(source.place for source in found):
             raise ValueError("`state` must be the state of `tx`: it has no `LowRankState`.")
-        for source in found:
-            _check(source, states[source.place])
-        self.sources = [dataclasses.replace(s, state=states[s.place]) for s in found]
+        self.sources = [
+            dataclasses.replace(source, state=_plain(source, states[source.place]))
+            for source in found
+        ]
         names = [name for name, _ in leaves_with_names(params)]
         self.names = names
         position = {name: i for i, name in enumerate(names)}
@@ -317,19 +318,23 @@ def number_of(source: _sources.Source) -> jax.Array:
     return jax.lax.div(count, jnp.asarray(source.compression.period, count.dtype))
 
 
-def _check(source: _sources.Source, state: LowRankState) -> None:
-    """Raises if this `low_rank` cannot have compressed gradients, or if the state is another's."""
+def _plain(source: _sources.Source, state: LowRankState) -> LowRankState:
+    """The state with plain arrays, which wrappers may keep in boxes of their own.
+
+    Raises:
+      ValueError: if this `low_rank` cannot have compressed gradients, or if the state is another's.
+    """
     reads = source.compression.residual.reads
     if reads not in ("projection", "residual"):
         raise ValueError(
             "`tx` has a residual rule that reads gradients before they are projected, which the "
             "backward pass does not give: use `jax.value_and_grad` with it."
         )
-    expected, got = (
-        {name: jnp.shape(basis) for name, basis in each.basis.items()}
-        for each in (source.state, state)
-    )
+    leaves, treedef = jax.tree.leaves(state), jax.tree.structure(source.state)
+    expected, got = (list(map(jnp.shape, each)) for each in (jax.tree.leaves(source.state), leaves))
     if expected != got:
         raise ValueError(
-            f"`state` must be the state of `tx` for these `params`: bases {expected}, got {got}."
+            "`state` must be the state of `tx` for these `params`: it has arrays of the shapes "
+            f"{got}, not {expected}."
         )
+    return treedef.unflatten(leaves)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -323,6 +324,50 @@ def test_aux_and_keyword_arguments():
     (value, aux), _ = function(params, state, _tokens(0), scale=2.0)
     assert set(aux) == {"unscaled", "name"}
     assert float(value) == pytest.approx(2 * float(aux["unscaled"]))
+
+
+class _Block(nnx.Module):
+    """A layer of a model whose kernels say how they are sharded, and one that does not."""
+
+    def __init__(self, rngs, names):
+        def kernel(*axes):
+            initializer = nnx.initializers.lecun_normal()
+            return nnx.with_partitioning(initializer, axes) if names else initializer
+
+        self.up = nnx.Linear(WIDTH, HIDDEN, rngs=rngs, kernel_init=kernel(None, "data"))
+        self.down = nnx.Linear(HIDDEN, WIDTH, rngs=rngs, kernel_init=kernel("data", None))
+
+    def __call__(self, x):
+        return x + self.down(jnp.tanh(self.up(x)))
+
+
+@pytest.mark.parametrize("names", [False, True], ids=["plain", "with metadata"])
+def test_an_unmodified_nnx_model(names):
+    """Its state is a tree of variables, and so are gradients, optimizer states and updates."""
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
+    with jax.set_mesh(mesh):
+        model = nnx.List([_Block(nnx.Rngs(seed), names) for seed in range(LAYERS)])
+        static, params = nnx.split(model, nnx.Param)
+
+        def loss(params, x):
+            for block in nnx.merge(static, params):
+                x = block(x)
+            return jnp.mean((x - 1) ** 2)
+
+        tx = gum_optax.gum(0.05, _compression())
+        x = np.random.default_rng(0).normal(size=(8, WIDTH)).astype(np.float32)
+        expected, state = params, tx.init(params)
+        own, own_state = params, state
+        standard, step = (
+            jax.jit(make(tx, loss), compiler_options=QUICK) for make in (_standard_step, _step)
+        )
+        for _ in range(PERIOD + 1):
+            expected, state, _ = standard(expected, state, x)
+            own, own_state, _ = step(own, own_state, x)
+    assert jax.tree.structure(own) == jax.tree.structure(params)
+    assert jax.tree.structure(own_state) == jax.tree.structure(state)
+    # In float32; Newton-Schulz is steep at zero.
+    _assert_close(own, expected, 2e-4)
 
 
 # No gradient of full size ------------------------------------------------------------------------
