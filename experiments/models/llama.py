@@ -5,7 +5,7 @@ H query heads, K key/value heads, E width of a head, V vocabulary.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -112,7 +112,7 @@ class Attention(nnx.Module):
     """Causal self-attention; each key/value head serves `heads / kv_heads` query heads."""
 
     # A form of it that holds fewer scores can take its place, as in `scanned`.
-    attend = staticmethod(jax.nn.dot_product_attention)
+    attend: Callable[..., jax.Array] = staticmethod(jax.nn.dot_product_attention)
 
     def __init__(self, arch: Architecture, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.head_dim = arch.head_dim or arch.width // arch.heads

@@ -9,6 +9,9 @@ from experiments.models import llama, scanned
 from experiments.models.presets import PRESETS
 from experiments.trainer import losses
 
+# Compiles two models, with their gradients.
+pytestmark = pytest.mark.slow
+
 ARCH = PRESETS["tiny"]
 
 
@@ -21,7 +24,8 @@ def short_chunks(monkeypatch):
 
 def test_loss_and_gradients_are_those_of_the_list_of_blocks():
     static, params = llama.create(ARCH)
-    windows = np.random.default_rng(0).integers(0, ARCH.vocab_size, (2, ARCH.seq_len + 1))
+    drawn = np.random.default_rng(0).integers(0, ARCH.vocab_size, (2, ARCH.seq_len + 1))
+    windows = jnp.asarray(drawn, jnp.int32)
     expected = jax.value_and_grad(losses.mean(lambda p, w: losses.of_windows(static, p, w)))
     layers = [params["layers"][i] for i in range(ARCH.layers)]
     stacked = params | {"layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)}
