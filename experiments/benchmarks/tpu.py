@@ -336,7 +336,8 @@ def cost(step: Callable[..., Any], arguments: Any, weights: Any, windows: Any) -
         "sum_bytes": sizes["argument"] + sizes["output"] - sizes["alias"] + sizes["temp"],
         "peak_bytes": memory.peak_memory_in_bytes,
         "flops": costs.get("flops"),
-        # A model of cost, which was seen to overflow on large programs.
+        # A model of cost, which overflows on large programs. Like flops, it seems to count one turn
+        # of each loop: neither is that of a step.
         "estimated_seconds": seconds if seconds > 0 else None,
         # Received by each of several chips; the head's gradient in each chunk of the loss.
         "collective_bytes": {name: total_bytes(each) for name, each in by_kind.items()},
@@ -366,17 +367,14 @@ def _quickly() -> Iterator[None]:
 
 def show(rows: Sequence[dict[str, Any]]) -> None:
     """Prints the rows."""
-    columns = ("parameter_bytes", "state_bytes", "temp_bytes", "sum_bytes", "peak_bytes")
+    columns = ("parameter_bytes", "state_bytes", "argument_bytes", "sum_bytes", "peak_bytes")
     reporting.table(
-        "GiB of a training step on one chip",
-        ("model", "batch", "step", "chip", *(name.removesuffix("_bytes") for name in columns),
-         "10^12 flops", "estimated ms"),
+        "GiB of a training step on each chip",
+        ("model", "batch", "step", "chips", *(name.removesuffix("_bytes") for name in columns)),
         (
             (row["model"], row["batch"], row["step"], row["kind"],
              *(row[name] / GIB if name in row else None for name in columns[:-1]),
-             row.get("out_of_memory") or row["peak_bytes"] / GIB,
-             *(row[name] and scale * row[name] if name in row else None
-               for name, scale in (("flops", 1e-12), ("estimated_seconds", 1e3))))
+             row.get("out_of_memory") or row["peak_bytes"] / GIB)
             for row in rows
         ),
     )  # fmt: skip
