@@ -142,7 +142,7 @@ def place(
     Args:
       frame: the group's bases and slots.
       position: the leaf's position in the group.
-      matrices: the updates of undrawn matrices, ``[*batch, m, n]``.
+      matrices: the updates of undrawn matrices, ``[*batch, m, n]``, in the dtype of the result.
       residual: the updates of the slots, ``[slots, m, n]``.
       beside: what a drawn matrix keeps beside its slot's update, like ``matrices``; None: nothing.
 
@@ -159,6 +159,13 @@ def place(
         if beside is not None:
             drawn = drawn + beside
         return jnp.where(jnp.any(serves), drawn.astype(matrices.dtype), matrices)
+    if len(slots) <= _FEW:
+        numbers = jnp.arange(group.per_leaf).reshape(*group.batch, 1, 1) + position * group.per_leaf
+        for index, drawn in zip(slots, residual, strict=True):
+            if beside is not None:
+                drawn = drawn + beside
+            matrices = jnp.where(numbers == index, drawn.astype(matrices.dtype), matrices)
+        return matrices
     local = slots - position * group.per_leaf
     here = (local >= 0) & (local < group.per_leaf)
     first, *others = _unravel(jnp.where(here, local, 0), group.batch)
@@ -167,6 +174,12 @@ def place(
     if beside is not None:
         residual = residual + beside.at[target].get(mode="clip")
     return matrices.at[target].set(residual.astype(matrices.dtype), mode="drop")
+
+
+# So many slots of a stack are chosen matrix by matrix. XLA fuses a choice with the product before
+# and the sum with the parameters behind it, and then no update of a whole stack exists, where a
+# scatter wants two. Each choice reads its slot once for every matrix of the stack.
+_FEW = 4
 
 
 def matrix_at(group: Group, leaves: Leaves, dtype: Any) -> Callable[[jax.Array], jax.Array]:

@@ -443,7 +443,7 @@ _Rule = Callable[[Interpreter, Any, list[Any]], "list[Any] | None"]
 # What leaves the axes of a weight as they are.
 _UNCHANGING = (
     *("convert_element_type", "reduce_precision", "copy", "copy_p"),
-    *("sharding_constraint", "mesh_cast", "reshard"),
+    *("sharding_constraint", "mesh_cast", "reshard", "layout_constraint"),
 )
 _RULES: dict[str, _Rule] = {
     **dict.fromkeys(_UNCHANGING, _same_axes),

@@ -114,11 +114,14 @@ class Model:
         self.weights.sort(key=lambda weight: weight.leaf)
 
     def zero_slots(self) -> dict[Any, jax.Array]:
-        """Slots before any gradient was added, ``[slots, m, n]`` for each group that has them."""
+        """Slots before any gradient was added, ``[slots, m, n]`` for each group that has them.
+
+        They have the dtype of the weights, as full gradients have.
+        """
         return {
             (number, group.name): jnp.zeros(
                 (len(source.state.slots[group.name]), group.m, group.n),
-                group.compute_dtype,
+                group.dtype,
                 device=group.slots_sharding,
             )
             for number, source in enumerate(self.sources)
@@ -181,7 +184,7 @@ class Model:
                 low = _codec.join(group, parts).reshape(group.count, group.rank, group.n)
                 basis = source.state.basis[group.name].reshape(group.count, group.m, group.rank)
                 at = jnp.minimum(serves, group.count - 1)
-                left_out = found.slots[key] - basis[at] @ low[at]
+                left_out = found.slots[key].astype(basis.dtype) - basis[at] @ low[at]
                 used = (serves < group.count)[:, None, None]
                 result[key] = jnp.where(used, left_out, 0.0)
         return result
@@ -254,7 +257,8 @@ def differentiated(
     # wanted, the arguments of taps that stand for what they find, and slots.
     plain = {i: leaf for i, leaf in enumerate(model.leaves) if run.residual or i not in weights}
     lows = {leaf: (tap.basis, tap.low) for leaf, tap in taps.items()}
-    zeros = model.zero_slots()
+    # Of a basis' gradients none is kept, so that whole ones need no slots.
+    zeros = {} if run.whole else model.zero_slots()
 
     def function(plain: Any, lows: Any, slots: Any) -> Any:
         inner = run.inside(slots)

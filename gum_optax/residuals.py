@@ -201,6 +201,7 @@ def sampled(
             if updates.residual is None:
                 return update
             beside = expanded if additive else None
+            update = update.astype(gradients[position].dtype)
             return _codec.place(frame, position, update, updates.residual, beside)
 
         columns = [range(len(gradients))]

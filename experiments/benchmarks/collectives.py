@@ -11,6 +11,7 @@ _KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|col
 _COLLECTIVE = re.compile(rf"= (.*?) ({_KINDS})(?:-start)?\(")
 _LOOP = re.compile(r" while\(.*body=%?([\w.-]+).*\"known_trip_count\":\{\"n\":\"(\d+)\"\}")
 _CONDITIONAL = re.compile(r" conditional\(%?([\w.-]+).*branch_computations=\{(.*?)\}")
+_BELOW = re.compile(r"ROOT .* compare\(%?[\w.-]+, %?([\w.-]+)\), direction=LT")
 _CALL = re.compile(r" call\(.*to_apply=%?([\w.-]+)")
 
 
@@ -63,8 +64,11 @@ def _follow(computations: dict[str, list[str]], name: str, times: int) -> Iterat
             yield from _follow(computations, match[1], times * int(match[2]))
         elif " while(" in line:
             body = re.search(r"body=%?([\w.-]+)", line)
-            if body and list(_follow(computations, body[1], 1)):
+            sent = list(_follow(computations, body[1], times)) if body else []
+            trips = _trips(computations, line)
+            if sent and trips is None:
                 raise ValueError(f"a loop of unknown length sends data: {line.strip()[:200]}")
+            yield from (each._replace(times=each.times * (trips or 0)) for each in sent)
         elif match := _CONDITIONAL.search(line):
             branches = [branch.strip().lstrip("%") for branch in match[2].split(",")]
             taken = _constant(computations[name], match[1])
@@ -73,6 +77,17 @@ def _follow(computations: dict[str, list[str]], name: str, times: int) -> Iterat
             yield from max(sent, key=total_bytes)
         elif match := _CALL.search(line):
             yield from _follow(computations, match[1], times)
+
+
+def _trips(computations: dict[str, list[str]], line: str) -> int | None:
+    """The trips of a loop of JAX's, which counts up from zero, where XLA does not write them down.
+
+    The TPU's compiler does not.
+    """
+    condition = re.search(r"condition=%?([\w.-]+)", line)
+    lines = computations.get(condition[1], []) if condition else []
+    ends = [match[1] for each in lines if (match := _BELOW.search(each))]
+    return _constant(lines, ends[0]) if len(ends) == 1 else None
 
 
 def _constant(computation: list[str], name: str) -> int | None:

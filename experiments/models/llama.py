@@ -5,7 +5,7 @@ H query heads, K key/value heads, E width of a head, V vocabulary.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -111,6 +111,9 @@ class Linear(nnx.Module):
 class Attention(nnx.Module):
     """Causal self-attention; each key/value head serves `heads / kv_heads` query heads."""
 
+    # A form of it that holds fewer scores can take its place, as in `scanned`.
+    attend: Callable[..., jax.Array] = staticmethod(jax.nn.dot_product_attention)
+
     def __init__(self, arch: Architecture, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.head_dim = arch.head_dim or arch.width // arch.heads
         self.theta, self.scaling = arch.rope_theta, arch.rope_scaling
@@ -144,7 +147,7 @@ class Attention(nnx.Module):
             seen = Cache(k_BxLxKxE, v_BxLxKxE, x_BxLxD.shape[1])
         else:
             seen = cache.append(k_BxLxKxE, v_BxLxKxE)
-        y_BxLxHxE = jax.nn.dot_product_attention(
+        y_BxLxHxE = self.attend(
             q_BxLxHxE,
             seen.k_BxSxKxE,
             seen.v_BxSxKxE,

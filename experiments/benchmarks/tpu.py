@@ -1,0 +1,386 @@
+"""Memory of training steps on TPUs, by their compiler: `python -m experiments.benchmarks.tpu`.
+
+No TPU is needed and nothing runs: `libtpu`, the extra `tpu`, compiles for a chip that is not there.
+A step is traced on shapes, compiled for one chip, and its bytes are those of the program that the
+chip would run:
+
+    total = arguments + outputs - aliased + temporaries
+
+`peak_bytes` is the compiler's own total, which it compares with the memory of the chip. In its
+account of temporaries some bytes are counted twice, so that `sum_bytes`, the sum above, is larger.
+
+Compiled with the least effort for speed: with the usual one a step took five minutes and more on
+two cores, in place of one, and temporaries differed by 4 percent.
+
+Weights and gradients are in bfloat16. Layers are scanned and recomputed in the backward pass;
+attention and loss work on chunks of tokens (`experiments.models.scanned`).
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
+
+import gum_optax
+from experiments import reporting
+from experiments.benchmarks import parameters
+from experiments.benchmarks.collectives import collectives, total_bytes
+from experiments.models import scanned
+from experiments.models.presets import Architecture
+from experiments.trainer import cli
+from experiments.trainer.config import choose
+from gum_optax import LowRank, backward, dimension_numbers, fallbacks, residuals, storages
+
+PROGRAM = "experiments.benchmarks.tpu"
+GIB = 2**30
+_RATE = 1e-3
+_STACKED = dimension_numbers.scanned_layers
+
+MODELS = {
+    "LLaMA-1B": parameters.SHAPES["1b"],
+    "LLaMA-7B": parameters.SHAPES["7b"],
+    "Llama-3-8B": Architecture(4096, 14336, 32, 32, 8, vocab_size=128_256, seq_len=8192),
+}
+# Boards, which the compiler knows, and how many of their chips train. Several have a part of the
+# windows each, and the same weights.
+KINDS = {
+    "v5p": ("v5p:2x2x1", 1),
+    "v6e": ("v6e:2x2", 1),
+    "v5e": ("v5e:2x2", 1),
+    "4 v5e": ("v5e:2x2", 4),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Bytes of training steps on TPUs, by model, batch, step and kind of chip."""
+
+    models: tuple[str, ...] = tuple(MODELS)
+    """Models that are trained."""
+    batches: tuple[str, ...] = ("1 x 2048", "4 x 1024", "4 parts of 4 x 1024")
+    """Windows x tokens of a step; parts are accumulated in float32. All but the first are for
+    LLaMA-1B."""
+    steps: tuple[str, ...] = ()
+    """Steps, by the names of the table; none: all."""
+    kinds: tuple[str, ...] = ("v5p", "v6e", "v5e")
+    """Chips: of 95, 32 and 16 GiB; "4 v5e" are four of the last, for the batch of 4 x 1024."""
+    out: Path = Path("experiments/results/tpu.json")
+    """Result file. Rows that it has are kept, and not measured again."""
+
+
+class Batch(NamedTuple):
+    """The tokens of a step: so many parts of windows."""
+
+    parts: int
+    windows: int
+    tokens: int
+
+
+BATCHES = {
+    "1 x 2048": Batch(1, 1, 2048),
+    "4 x 1024": Batch(1, 4, 1024),
+    "4 parts of 4 x 1024": Batch(4, 4, 1024),
+}
+
+
+class Step(NamedTuple):
+    """A training step.
+
+    Attributes:
+      optimizer: from the width of the model.
+      make: `full`, `projected` or `refresh`.
+    """
+
+    optimizer: Callable[[int], optax.GradientTransformation]
+    make: Callable[..., Callable[..., Any]]
+
+
+# Training steps --------------------------------------------------------------------------------
+
+
+def full(loss: Any, tx: optax.GradientTransformation, parts: int) -> Callable[..., Any]:
+    """The step that everybody takes."""
+
+    def step(params: Any, state: Any, windows: Any) -> Any:
+        value_and_grad = _accumulated(jax.value_and_grad(loss), parts)
+        value, gradients = value_and_grad(params, windows)
+        updates, state = tx.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    return step
+
+
+def projected(loss: Any, tx: optax.GradientTransformation, parts: int) -> Callable[..., Any]:
+    """With gradients that are compressed in the backward pass."""
+    value_and_grad = backward.value_and_grad(loss, tx)
+
+    def step(params: Any, state: Any, windows: Any) -> Any:
+        one = lambda params, windows: value_and_grad(params, state, windows)  # noqa: E731
+        value, gradients = _accumulated(one, parts)(params, windows)
+        updates, state = tx.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    return step
+
+
+def refresh(loss: Any, tx: optax.GradientTransformation, parts: int) -> Callable[..., Any]:
+    """New bases, from one part of the batch: what comes before the first step of a period."""
+    renewed = backward.refresh(loss, tx)
+
+    def step(params: Any, state: Any, windows: Any) -> Any:
+        return params, renewed(params, state, windows[: len(windows) // parts])
+
+    return step
+
+
+def both(loss: Any, tx: optax.GradientTransformation, parts: int) -> Callable[..., Any]:
+    """The refresh, where it is due, and the step as one program."""
+    first, second = refresh(loss, tx, parts), projected(loss, tx, parts)
+    return lambda params, state, windows: second(*first(params, state, windows), windows)
+
+
+def _accumulated(value_and_grad: Callable[..., Any], parts: int) -> Callable[..., Any]:
+    """The mean over parts of the batch, added up in float32."""
+    if parts == 1:
+        return value_and_grad
+
+    def in_float32(params: Any, windows: Any) -> Any:
+        return jax.tree.map(lambda x: x.astype(jnp.float32), value_and_grad(params, windows))
+
+    def mean(params: Any, windows: Any) -> Any:
+        summed = optax.microbatching.microbatch(
+            in_float32,
+            argnums=1,
+            microbatch_size=len(windows) // parts,
+            accumulator=optax.microbatching.AccumulationType.MEAN,
+        )
+        value, gradients = summed(params, windows)
+        # As without parts: of weights in bfloat16, gradients are so too.
+        projected = lambda x: isinstance(x, backward.Projected)  # noqa: E731
+        return value, jax.tree.map(
+            lambda g, p: g if projected(g) else g.astype(p.dtype),
+            gradients,
+            params,
+            is_leaf=projected,
+        )
+
+    return mean
+
+
+# Optimizers --------------------------------------------------------------------------------------
+
+
+def _adamw(width: int) -> optax.GradientTransformation:
+    return optax.adamw(_RATE)
+
+
+def _muon(width: int) -> optax.GradientTransformation:
+    return optax.contrib.muon(_RATE, muon_weight_dimension_numbers=_STACKED)
+
+
+def _galore(width: int) -> optax.GradientTransformation:
+    # A quarter of the width, as in its paper.
+    compression = gum_optax.galore(width // 4)
+    return gum_optax.adamw(_RATE, compression, weight_dimension_numbers=_STACKED)
+
+
+def _in_8_bits(width: int) -> optax.GradientTransformation:
+    return gum_optax.quantized(optax.adamw(_RATE))
+
+
+def _gum(residual: Any, **parts: Any) -> Callable[[int], optax.GradientTransformation]:
+    fallback = parts.pop("fallback", None)
+    compression = LowRank(128, residual=residual, **parts)
+    return lambda width: gum_optax.gum(
+        _RATE, compression, fallback=fallback, weight_dimension_numbers=_STACKED
+    )
+
+
+_LEAN = {"storage": storages.int8(), "fallback": fallbacks.factored()}
+_GUM, _LEAN_GUM = _gum(residuals.sampled(2)), _gum(residuals.sampled(2), **_LEAN)
+_MUON, _LEAN_MUON = _gum(residuals.drop()), _gum(residuals.drop(), **_LEAN)
+
+STEPS = {
+    "AdamW": Step(_adamw, full),
+    "Muon": Step(_muon, full),
+    "GaLore": Step(_galore, full),
+    "8-bit AdamW": Step(_in_8_bits, full),
+    "GUM": Step(_GUM, full),
+    "GUM, projected": Step(_GUM, projected),
+    "GUM, refresh": Step(_GUM, refresh),
+    "low-rank Muon, projected": Step(_MUON, projected),
+    "lean GUM, projected": Step(_LEAN_GUM, projected),
+    "lean GUM, refresh": Step(_LEAN_GUM, refresh),
+    "lean GUM, both": Step(_LEAN_GUM, both),
+    "lean low-rank Muon, projected": Step(_LEAN_MUON, projected),
+}
+
+
+# Measuring ---------------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Compiles the steps that the result file does not have yet, and prints all that it has."""
+    config = cli.parse(Config, PROGRAM, arguments)
+    for field, known in _KNOWN.items():
+        for name in getattr(config, field):
+            choose(field, name, known)
+    rows = json.loads(config.out.read_text())["rows"] if config.out.exists() else []
+    done = [{key: row[key] for key in ("model", "batch", "step", "kind")} for row in rows]
+    for wanted in _wanted(config):
+        if wanted not in done:
+            rows.append(wanted | measure(**wanted))
+            reporting.write(config.out, config, rows=rows)
+            print(json.dumps(rows[-1]), flush=True)
+    show(rows)
+    return 0
+
+
+_KNOWN = {"models": MODELS, "batches": BATCHES, "steps": STEPS, "kinds": KINDS}
+
+
+def _wanted(config: Config) -> Iterator[dict[str, str]]:
+    for kind in config.kinds:
+        for model in config.models:
+            for batch in config.batches:
+                if batch == "1 x 2048" or model == "LLaMA-1B":
+                    for step in config.steps or STEPS:
+                        yield {"model": model, "batch": batch, "step": step, "kind": kind}
+
+
+def measure(model: str, batch: str, step: str, kind: str) -> dict[str, Any]:
+    """The costs of one step."""
+    return cost(*program(MODELS[model], BATCHES[batch], STEPS[step]), *placement(kind))
+
+
+def program(arch: Architecture, batch: Batch, step: Step) -> tuple[Callable[..., Any], Any]:
+    """A step, and the shapes of its arguments: parameters, state and windows of tokens."""
+    static, params = scanned.describe(arch)
+    tx = step.optimizer(arch.width)
+
+    def loss(params: Any, windows: Any) -> jax.Array:
+        return scanned.loss(static, params, windows)
+
+    windows = jax.ShapeDtypeStruct((batch.parts * batch.windows, batch.tokens + 1), jnp.int32)
+    arguments = params, jax.eval_shape(tx.init, params), windows
+    return step.make(loss, tx, batch.parts), arguments
+
+
+def placement(kind: str) -> tuple[Any, Any]:
+    """The shardings of weights and state, and of windows, on chips as the compiler knows them."""
+    # Otherwise libtpu asks a server of Google's cloud which machine this is.
+    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
+    # Several compilers do not take a chip from each other.
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
+    board, count = KINDS[kind]
+    chips = topologies.get_topology_desc(platform="tpu", topology_name=board).devices[:count]
+    if count == 1:
+        here = SingleDeviceSharding(chips[0])
+        return here, here
+    mesh = Mesh(np.array(chips), ("data",))
+    return NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
+
+
+def cost(step: Callable[..., Any], arguments: Any, weights: Any, windows: Any) -> dict[str, Any]:
+    """Compiles a step for these shardings, with parameters and state updated in place."""
+    jax.clear_caches()
+    params, state, _ = arguments
+    found: dict[str, Any] = {
+        "parameter_bytes": parameters.size(params),
+        "state_bytes": parameters.size(state),
+    }
+    placed = jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        arguments,
+        jax.tree.broadcast((weights, weights, windows), arguments),
+    )
+    mesh: Any = getattr(weights, "mesh", None)
+    with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+        lowered = jax.jit(step, donate_argnums=(0, 1)).lower(*placed)
+    start = time.perf_counter()
+    try:
+        with _quickly():
+            compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if not (told := _OUT_OF_MEMORY.search(str(error))):
+            raise
+        needed, available = (value for value in told.groups() if value)
+        return found | {"out_of_memory": f"used {needed} of {available}"}
+    memory: Any = compiled.memory_analysis()
+    sizes = {
+        name: getattr(memory, f"{name}_size_in_bytes")
+        for name in ("argument", "output", "alias", "temp")
+    }
+    costs: Any = compiled.cost_analysis() or {}
+    seconds = costs.get("optimal_seconds", -1.0)
+    sent = collectives(compiled.as_text() or "") if mesh else []
+    by_kind = {name: [each for each in sent if each.kind == name] for name, *_ in sent}
+    return found | {
+        "compile_seconds": time.perf_counter() - start,
+        **{f"{name}_bytes": size for name, size in sizes.items()},
+        "sum_bytes": sizes["argument"] + sizes["output"] - sizes["alias"] + sizes["temp"],
+        "peak_bytes": memory.peak_memory_in_bytes,
+        "flops": costs.get("flops"),
+        # A model of cost, which overflows on large programs. Like flops, it seems to count one turn
+        # of each loop: neither is that of a step.
+        "estimated_seconds": seconds if seconds > 0 else None,
+        # Received by each of several chips; the head's gradient in each chunk of the loss.
+        "collective_bytes": {name: total_bytes(each) for name, each in by_kind.items()},
+    }
+
+
+# The compiler has two ways to say it.
+_OUT_OF_MEMORY = re.compile(
+    r"Used ([\d.]+\w) of ([\d.]+\w) hbm"
+    r"|temporaries \(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)"
+)
+
+
+@contextlib.contextmanager
+def _quickly() -> Iterator[None]:
+    """Compiles with the least effort, and past the cache, which cannot read programs of TPUs."""
+    settings = {"jax_exec_time_optimization_effort": -1.0, "jax_enable_compilation_cache": False}
+    before = {name: getattr(jax.config, name) for name in settings}
+    try:
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+
+
+def show(rows: Sequence[dict[str, Any]]) -> None:
+    """Prints the rows."""
+    columns = ("parameter_bytes", "state_bytes", "argument_bytes", "sum_bytes", "peak_bytes")
+    reporting.table(
+        "GiB of a training step on each chip",
+        ("model", "batch", "step", "chips", *(name.removesuffix("_bytes") for name in columns)),
+        (
+            (row["model"], row["batch"], row["step"], row["kind"],
+             *(row[name] / GIB if name in row else None for name in columns[:-1]),
+             row.get("out_of_memory") or row["peak_bytes"] / GIB)
+            for row in rows
+        ),
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    # With libtpu installed, JAX would look for a TPU to run on.
+    jax.config.update("jax_platforms", "cpu")
+    sys.exit(cli.run(main, PROGRAM))
