@@ -42,7 +42,7 @@ from experiments.benchmarks.collectives import collectives, total_bytes
 from experiments.models import scanned
 from experiments.models.presets import Architecture
 from experiments.trainer import cli
-from experiments.trainer.config import choose
+from experiments.trainer.options import choose
 from gum_optax import LowRank, backward, dimension_numbers, fallbacks, residuals, storages
 
 PROGRAM = "experiments.benchmarks.tpu"
