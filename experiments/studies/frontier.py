@@ -159,8 +159,7 @@ class Config(sweeps.Sitting):
     corpora: tuple[str, ...] = ("stdlib", "runs/sotu")
     """What to read, each on its own."""
     together: bool = False
-    """Train the runs of a contender in one program, for an accelerator: without jobs, and without a
-    budget, since they are not saved on the way."""
+    """Train the runs of a contender in one program, for an accelerator: jobs have no effect."""
     out: Path = Path("experiments/results/studies/frontier.json")
     """Result file; the figure is beside it."""
     base: Run = dataclasses.field(default_factory=lambda: BASE)
@@ -310,9 +309,8 @@ def main(arguments: Sequence[str]) -> int:
     config = cli.parse(Config, PROGRAM, arguments)
     complete: Complete = sweeps.runner(config, config.out)
     if config.together:
-        if config.budget_minutes is not None:
-            raise ConfigError("`budget_minutes`: runs of one program cannot be stopped and resumed")
-        complete = partial(together.complete, out=config.out)
+        ends = sweeps.deadline_in(config.budget_minutes)
+        complete = partial(together.complete, out=config.out, deadline=ends)
     best = search(config, complete)
     found = {corpus: complete(finals(config, best, corpus)) for corpus in config.corpora}
     show(config, found)

@@ -320,7 +320,7 @@ def _entry(
     with _until(deadline):
         result, more = trainer(dataclasses.replace(config, resume=saved), show=show)
     if result.stopped_by:
-        raise OutOfTime if _over(deadline) else Stopped
+        raise OutOfTime if is_over(deadline) else Stopped
     described = json.loads((Path(config.run_dir) / "config.json").read_text())
     held_out = [record for record in result.metrics if "validation_loss" in record]
     shutil.rmtree(config.run_dir)
@@ -336,7 +336,8 @@ def _entry(
     }
 
 
-def _over(deadline: float | None) -> bool:
+def is_over(deadline: float | None) -> bool:
+    """Whether a deadline has passed; None never does."""
     return deadline is not None and time.time() >= deadline
 
 
@@ -350,7 +351,7 @@ def _until(deadline: float | None) -> Iterator[None]:
     if deadline is None:
         yield
         return
-    if _over(deadline):
+    if is_over(deadline):
         raise OutOfTime
 
     def ignore(*_: Any) -> None:
