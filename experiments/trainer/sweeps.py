@@ -171,9 +171,6 @@ def _run(
         for config in configs:
             yield _entry(config, trainer, deadline, show=True)
         return
-    # Of glibc, on Linux: large arrays in huge pages. A step makes and frees hundreds of MB, page by
-    # page; a run of the nano model takes three quarters of the time with these.
-    os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
     context = multiprocessing.get_context("spawn")  # JAX does not survive a fork
     cores: Any = context.Queue()
     for share in _shares(sorted(os.sched_getaffinity(0)), jobs):
