@@ -9,23 +9,49 @@ import os
 import subprocess
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
-from matplotlib.figure import Figure
 
 from experiments.trainer import compatibility
 from experiments.trainer.config import record
 from experiments.trainer.options import make_directory
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Figures are files. Matplotlib, which takes a second to import, is where one is drawn.
+os.environ.setdefault("MPLBACKEND", "Agg")
+
 # Okabe and Ito's palette: distinct under the common kinds of colour blindness.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "os^Dv*P"
+
+
+class Style(NamedTuple):
+    """How an optimizer is called and drawn, in all figures."""
+
+    name: str
+    colour: str
+    marker: str
+
+
+STYLES = {
+    "gum": Style("GUM", COLOURS[0], "o"),
+    "adamw": Style("AdamW", COLOURS[1], "s"),
+    "muon": Style("Muon", COLOURS[2], "^"),
+    "galore": Style("GaLore", COLOURS[3], "D"),
+    "galore_muon": Style("GaLore-Muon", COLOURS[4], "v"),
+    "golore_muon": Style("GoLore-Muon", COLOURS[5], "*"),
+    "unbiased_adamw": Style("unbiased AdamW", COLOURS[6], "P"),
+    "golore": Style("GoLore", COLOURS[5], "d"),
+    "scale": Style("SCALE", COLOURS[6], "x"),
+    "fira": Style("Fira", COLOURS[3], "<"),
+    "frugal": Style("FRUGAL", COLOURS[3], ">"),
+    "apollo": Style("APOLLO", COLOURS[4], "p"),
+    "apollo_mini": Style("APOLLO-Mini", COLOURS[4], "h"),
+    "joint_muon": Style("joint Muon", COLOURS[2], "X"),
+}
 
 
 def write(path: Path, config: Any, **results: Any) -> dict[str, Any]:
@@ -104,26 +130,34 @@ def loss_curves(runs: dict[str, list[dict]], path: Path, title: str) -> Path:
     """Draws training loss (thin) and validation loss (marked) of each run over the steps.
 
     Args:
-      runs: label to the records of a metrics file.
+      runs: label to the records of a metrics file; the name of an optimizer has its colour.
       path: the PNG to write.
       title: what the picture shows.
     """
+    import matplotlib.pyplot as plt
+
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for i, (label, records) in enumerate(runs.items()):
-        colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
+        others = Style(label, COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)])
+        name, colour, marker = STYLES.get(label, others)
         axes.plot(*_series(records, "loss"), color=colour, alpha=0.35, linewidth=0.8)
         held_out = _series(records, "validation_loss")
-        axes.plot(*held_out, color=colour, marker=marker, label=f"{label}, validation")
+        axes.plot(*held_out, color=colour, marker=marker, label=f"{name}, validation")
     axes.set(xlabel="step", ylabel="cross-entropy (nats per token)", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
     return save(figure, path)
 
 
-def save(figure: Figure, results: Path) -> Path:
-    """Writes a figure beside a result file and frees it; returns where it is."""
+def save(figure: "Figure", results: Path) -> Path:
+    """Writes a figure beside a result file, as PNG and SVG, and frees it; returns the PNG."""
+    import matplotlib.pyplot as plt
+
     path = results.with_suffix(".png")
     figure.savefig(path, dpi=150)
+    # Neither names by chance nor a date: the same figure is the same file.
+    with plt.rc_context({"svg.hashsalt": path.stem}):
+        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
     plt.close(figure)
     return path
 

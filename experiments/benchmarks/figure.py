@@ -10,11 +10,16 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.ticker import NullLocator
 
-from experiments.benchmarks import contenders, step, training
-from experiments.reporting import COLOURS, MARKERS
+from experiments.benchmarks import step, training
+from experiments.reporting import COLOURS, MARKERS, STYLES, Style, save
 
-_NAMES = (*contenders.TABLE, "parameters", "gum, compressed gradients")
-_IN_TRAINING = {"muon": "optax muon"}
+# The styles of contenders: those of all figures, and of what other figures do not have.
+_STYLES = STYLES | {
+    "optax muon": STYLES["muon"],
+    "optax galore": Style("optax GaLore", COLOURS[3], "s"),
+    "parameters": Style("parameters", COLOURS[6], "*"),
+    "gum, compressed gradients": Style("GUM, compressed gradients", COLOURS[5], "o"),
+}
 _COLUMNS = 2
 _INCHES = (4.2, 3.4)  # of one panel: two side by side are legible at half the width of a page
 _GIB = 2**30
@@ -39,9 +44,7 @@ def draw(results: Path, path: Path) -> Path | None:
         each.grid(alpha=0.3)
     for empty in axes.flat[len(panels) :]:
         empty.set_axis_off()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-    return path
+    return save(figure, path)
 
 
 def _update(axes: Axes, result: dict[str, Any]) -> None:
@@ -102,8 +105,8 @@ def _training(axes: Axes, results: list[dict[str, Any]]) -> None:
         medians = [result["medians"][name] for result in results]
         heights = [training.speeds(result)[name] for result in results]
         places = [x + (i - (len(names) - 1) / 2) * width for x in range(len(results))]
-        colour = COLOURS[_NAMES.index(_IN_TRAINING.get(name, name))]
-        bars = axes.bar(places, heights, 0.95 * width, color=colour, label=name)
+        style = _STYLES[name]
+        bars = axes.bar(places, heights, 0.95 * width, color=style.colour, label=style.name)
         axes.bar_label(bars, [f"{each['program_bytes'] / _GIB:.2f}" for each in medians])
     configs = [result["config"] for result in results]
     axes.set_xticks(range(len(configs)), [f"{c['batch_size']} x {c['seq_len']}" for c in configs])
@@ -133,8 +136,11 @@ PANELS: dict[str, tuple[Callable[[Axes, Any], None], ...]] = {
 
 def _line(axes: Axes, x: Any, y: Any, label: str, name: str = "", line: str = "-") -> None:
     """Draws a line; an optimizer's `name` has its colour and marker in every panel."""
-    i = _NAMES.index(name) if name else len(axes.get_lines())
-    axes.plot(x, y, line, color=COLOURS[i], marker=MARKERS[i], label=label)
+    i = len(axes.get_lines())
+    style = _STYLES.get(name, Style(label, COLOURS[i % 7], MARKERS[i % 7]))
+    # What is named by its contender alone has the name of all figures.
+    label = style.name if label == name else label
+    axes.plot(x, y, line, color=style.colour, marker=style.marker, label=label)
 
 
 def _numbers(axis: Axis, ticks: Sequence[float]) -> None:

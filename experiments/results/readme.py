@@ -77,7 +77,7 @@ def pretraining() -> str:
             reached = [f"{steps:.0f}", f"{seconds / whole:.2f}"]
         state = f"{row['state_bytes'] / 2**20:.1f} MiB"
         rate = f"{row['learning_rate']:g}"
-        lines.append([comparison.NAMES[name], rate, state, *losses, time, *reached])
+        lines.append([reporting.STYLES[name].name, rate, state, *losses, time, *reached])
     return reporting.markdown(head, lines)
 
 
@@ -92,7 +92,7 @@ def finetuning() -> str:
     for row in sorted(rows, key=lambda row: row["loss"]):
         losses = ", ".join(f"{loss:.3f}" for loss in row["losses"])
         lines.append([
-            comparison.NAMES[row["optimizer"]],
+            reporting.STYLES[row["optimizer"].name],
             f"{row['learning_rate']:g}",
             f"{row['state_bytes'] / 2**20:.0f} MiB",
             ", ".join(f"{share:.1%}" for share in row["shares"]),

@@ -28,7 +28,7 @@ from matplotlib.axes import Axes
 
 import gum_optax
 from experiments import reporting
-from experiments.reporting import COLOURS, MARKERS, save
+from experiments.reporting import COLOURS, MARKERS, STYLES, save
 from experiments.trainer import cli
 from gum_optax import projectors, residuals, samplers
 
@@ -165,17 +165,13 @@ def relative_gaps(
 
 def plot(gaps: dict[str, np.ndarray], config: Config, path: Path) -> None:
     """Draws the median over seeds and the band from the least to the largest."""
-    # Okabe and Ito's colours, safe for colour-blind readers; line styles serve black and white.
-    styles = {
-        "Muon": ("#000000", ":"),
-        "GaLore-Muon": ("#D55E00", "--"),
-        "GoLore-Muon": ("#E69F00", "-."),
-        "GUM": ("#0072B2", "-"),
-    }
+    # Line styles serve black and white.
+    lines = {"Muon": ":", "GaLore-Muon": "--", "GoLore-Muon": "-.", "GUM": "-"}
+    colours = {style.name: style.colour for style in STYLES.values()}
     figure, axes = plt.subplots(figsize=(6.4, 4.0), constrained_layout=True)
     steps = np.arange(config.steps + 1)
     for name, values in gaps.items():
-        colour, line = styles[name]
+        colour, line = colours[name], lines[name]
         values = np.maximum(values, 1e-30)  # A gap of exactly zero has no logarithm.
         axes.plot(steps, np.median(values, 0), line, color=colour, label=name, linewidth=2)
         axes.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.2, linewidth=0)
@@ -192,8 +188,7 @@ def plot(gaps: dict[str, np.ndarray], config: Config, path: Path) -> None:
     )
     axes.legend(frameon=False)
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    save(figure, path)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -286,7 +281,7 @@ def draw(
     for i, q in enumerate(config.probabilities):
         _series(left, [row for row in draws if row["q"] == q], "K", f"q = {q:g}", i, apart=1.04)
     for i, method in enumerate(("GUM", "GaLore-Muon")):
-        _series(right, [row for row in ranks if row["method"] == method], "rank", method, i)
+        _series(right, [row for row in ranks if row["method"] == method], "rank", method, 4 * i)
     left.set(xlabel="period K", ylabel="final gap / gap at the start", xscale="log")
     left.set_xticks(config.periods, config.periods, minor=False)
     left.set_xticks([], minor=True)

@@ -18,8 +18,8 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from experiments import reporting
-from experiments.reporting import COLOURS, MARKERS, save
-from experiments.studies.pretraining import NAMES, best_rates
+from experiments.reporting import COLOURS, STYLES, Style, save
+from experiments.studies.pretraining import best_rates
 from experiments.trainer import cli, sweeps
 from experiments.trainer.config import change
 from experiments.trainer.evaluation import wilson
@@ -204,7 +204,7 @@ def show(
         f"{len(config.seeds)} seeds, right before: {asked:.1%}",
         ("optimizer", "rate", "right", "95 % limits", "loss", "its limits", "state MiB", "s/step"),
         (
-            (NAMES[row["optimizer"]], row["learning_rate"], f"{row['share']:.1%}",
+            (STYLES[row["optimizer"]].name, row["learning_rate"], f"{row['share']:.1%}",
              "{:.1%} to {:.1%}".format(*row["interval"]), row["loss"],
              "{:.3f} to {:.3f}".format(*row["loss_interval"]),
              row["state_bytes"] / 2**20, row["seconds_per_step"])
@@ -216,15 +216,16 @@ def show(
 def draw(config: Config, found: Sequence[sweeps.Entry], asked: float) -> Path:
     """Draws the loss of held-out answers over steps, and right answers over bytes of state."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(8.6, 4.0), layout="constrained")
-    for i, optimizer in enumerate(config.optimizers):
+    for optimizer in config.optimizers:
+        style = STYLES[optimizer]
         mine = [e for e in found if e["config"]["optimizer"] == optimizer]
         steps = [step for step, _ in mine[0]["curve"]]
         curves = np.array([[loss for _, loss in e["curve"]] for e in mine])
         left.plot(
-            steps, curves.mean(0), marker=MARKERS[i], color=COLOURS[i], markersize=3,
-            linewidth=1, label=NAMES[optimizer],
+            steps, curves.mean(0), marker=style.marker, color=style.colour, markersize=3,
+            linewidth=1, label=style.name,
         )  # fmt: skip
-        _share(right, i, _row(optimizer, mine))
+        _share(right, style, _row(optimizer, mine))
     right.axhline(
         asked, color=COLOURS[-1], linewidth=1, linestyle=":",
         label="before training",
@@ -241,12 +242,12 @@ def draw(config: Config, found: Sequence[sweeps.Entry], asked: float) -> Path:
     return save(figure, config.out)
 
 
-def _share(axes: Axes, i: int, row: dict[str, Any]) -> None:
+def _share(axes: Axes, style: Style, row: dict[str, Any]) -> None:
     low, high = row["interval"]
     axes.errorbar(
         row["state_bytes"] / 2**20, row["share"],
         yerr=[[row["share"] - low], [high - row["share"]]],
-        fmt=MARKERS[i], color=COLOURS[i], capsize=3,
+        fmt=style.marker, color=style.colour, capsize=3,
     )  # fmt: skip
 
 

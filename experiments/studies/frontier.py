@@ -26,7 +26,7 @@ import matplotlib.pyplot as plt
 
 from experiments import reporting
 from experiments.models import llama, presets
-from experiments.reporting import COLOURS, MARKERS, save
+from experiments.reporting import COLOURS, STYLES, Style, save
 from experiments.studies.pretraining import steps_to
 from experiments.trainer import cli, loop, optimizers, rest, sweeps, together
 from experiments.trainer.config import Config as Run
@@ -159,8 +159,7 @@ class Config(sweeps.Sitting):
     corpora: tuple[str, ...] = ("stdlib", "runs/sotu")
     """What to read, each on its own."""
     together: bool = False
-    """Train the runs of a contender in one program, for an accelerator: without jobs, and without a
-    budget, since they are not saved on the way."""
+    """Train the runs of a contender in one program, for an accelerator: jobs have no effect."""
     out: Path = Path("experiments/results/studies/frontier.json")
     """Result file; the figure is beside it."""
     base: Run = dataclasses.field(default_factory=lambda: BASE)
@@ -310,9 +309,8 @@ def main(arguments: Sequence[str]) -> int:
     config = cli.parse(Config, PROGRAM, arguments)
     complete: Complete = sweeps.runner(config, config.out)
     if config.together:
-        if config.budget_minutes is not None:
-            raise ConfigError("`budget_minutes`: runs of one program cannot be stopped and resumed")
-        complete = partial(together.complete, out=config.out)
+        ends = sweeps.deadline_in(config.budget_minutes)
+        complete = partial(together.complete, out=config.out, deadline=ends)
     best = search(config, complete)
     found = {corpus: complete(finals(config, best, corpus)) for corpus in config.corpora}
     show(config, found)
@@ -346,14 +344,13 @@ def draw(config: Config, found: dict[str, list[sweeps.Entry]]) -> Path:
     for each, (corpus, entries) in zip(axes[0], found.items(), strict=True):
         of = _by_contender(config, entries)
         for row in compare(config, entries):
-            i, losses = config.contenders.index(row["contender"]), _losses(of[row["contender"]])
+            losses = _losses(of[row["contender"]])
+            style = _style(config, row["contender"])
             each.errorbar(
                 # No bytes have no logarithm: they are drawn at the left edge.
                 max(100 * row["hidden_bytes"] / whole, _LEFT), row["loss"],
                 yerr=[[row["loss"] - min(losses)], [max(losses) - row["loss"]]],
-                fmt=MARKERS[(i + i // len(COLOURS)) % len(MARKERS)],
-                color=COLOURS[i % len(COLOURS)], capsize=3,
-                label=CONTENDERS[row["contender"]].name,
+                fmt=style.marker, color=style.colour, capsize=3, label=style.name,
             )  # fmt: skip
         each.set(xscale="log", xlabel="state of the hidden matrices, % of AdamW's")
         ticks = [_LEFT, *(100 / 2**i for i in range(6, -1, -1))]
@@ -368,6 +365,22 @@ def draw(config: Config, found: dict[str, list[sweeps.Entry]]) -> Path:
 
 
 _LEFT = 0.8  # per cent
+
+
+def _style(config: Config, key: str) -> Style:
+    """That of the optimizer of this name, or one that no optimizer has."""
+    if key in STYLES:
+        return STYLES[key]._replace(name=CONTENDERS[key].name)
+    taken = {(style.colour, style.marker) for style in STYLES.values()}
+    filled = "PDH8*Xd"
+    free = [
+        (colour, filled[(i + shift) % len(filled)])
+        for shift in range(len(filled))
+        for i, colour in enumerate(COLOURS)
+    ]
+    free = [each for each in free if each not in taken]
+    place = [each for each in config.contenders if each not in STYLES].index(key)
+    return Style(CONTENDERS[key].name, *free[place % len(free)])
 
 
 if __name__ == "__main__":

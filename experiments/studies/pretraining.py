@@ -21,7 +21,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from experiments import reporting
-from experiments.reporting import COLOURS, MARKERS, save
+from experiments.reporting import STYLES, save
 from experiments.studies import singular_values
 from experiments.trainer import cli, sweeps
 from experiments.trainer.config import Config as Run
@@ -34,10 +34,6 @@ PROGRAM = "experiments.studies.pretraining"
 OPTIMIZERS: tuple[Name, ...] = (
     "gum", "adamw", "muon", "galore", "galore_muon", "golore_muon", "unbiased_adamw"
 )  # fmt: skip
-NAMES = {
-    "gum": "GUM", "adamw": "AdamW", "muon": "Muon", "galore": "GaLore",
-    "galore_muon": "GaLore-Muon", "golore_muon": "GoLore-Muon", "unbiased_adamw": "unbiased AdamW",
-}  # fmt: skip
 SMALL = Run(
     run_dir="runs/studies", steps=400, optimizer=Gum(period=50), fallback_learning_rate=1e-2,
     validate_every=40, validation_batches=16, checkpoint_every=1_000_000, log_every=100,
@@ -209,14 +205,15 @@ def draw(config: Config, found: dict[str, list[sweeps.Entry]]) -> Path:
         1, len(found), figsize=(4.6 * len(found), 4.0), layout="constrained", squeeze=False
     )
     for each, (corpus, entries) in zip(axes[0], found.items(), strict=True):
-        for i, optimizer in enumerate(config.optimizers):
+        for optimizer in config.optimizers:
+            style = STYLES[optimizer]
             mine = [e for e in entries if e["config"]["optimizer"] == optimizer]
             losses = [e["validation_loss"] for e in mine]
             mean = statistics.mean(losses)
             each.errorbar(
                 mine[0]["state_bytes"] / 2**20, mean,
                 yerr=[[mean - min(losses)], [max(losses) - mean]],
-                fmt=MARKERS[i], color=COLOURS[i], capsize=3, label=NAMES[optimizer],
+                fmt=style.marker, color=style.colour, capsize=3, label=style.name,
             )  # fmt: skip
         each.set(xlabel="optimizer state (MiB)", ylabel="validation loss (nats per token)")
         each.set_title(Path(corpus).name)

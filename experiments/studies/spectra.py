@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from experiments import reporting
-from experiments.reporting import COLOURS, MARKERS, save
+from experiments.reporting import STYLES, save
 from experiments.studies import pretraining
 from experiments.studies.gradients import KINDS
 from experiments.trainer import cli, sweeps
@@ -98,12 +98,12 @@ def draw(config: Config, found: dict[str, dict[str, Any]]) -> Path:
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.2, 4.0), layout="constrained")
     for i, (optimizer, each) in enumerate(found.items()):
         places = [kind + 0.6 * ((i + 0.5) / len(found) - 0.5) for kind in range(len(KINDS))]
-        number = list(pretraining.NAMES).index(optimizer)  # its colour is that of the other figure
-        style: dict[str, Any] = {"color": COLOURS[number], "marker": MARKERS[number]}
+        name, colour, marker = STYLES[optimizer]
+        style: dict[str, Any] = {"color": colour, "marker": marker}
         ranks = each["stable_rank"].values()
         left.errorbar(
             places, [rank["mean"] for rank in ranks], yerr=[rank["deviation"] for rank in ranks],
-            linestyle="", label=pretraining.NAMES[optimizer], capsize=2, **style,
+            linestyle="", label=name, capsize=2, **style,
         )  # fmt: skip
         quantiles = each["quantiles"]
         right.plot(np.linspace(0, 1, len(quantiles)), quantiles, markersize=4, **style)

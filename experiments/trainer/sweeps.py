@@ -171,9 +171,6 @@ def _run(
         for config in configs:
             yield _entry(config, trainer, deadline, show=True)
         return
-    # Of glibc, on Linux: large arrays in huge pages. A step makes and frees hundreds of MB, page by
-    # page; a run of the nano model takes three quarters of the time with these.
-    os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
     context = multiprocessing.get_context("spawn")  # JAX does not survive a fork
     cores: Any = context.Queue()
     for share in _shares(sorted(os.sched_getaffinity(0)), jobs):
@@ -320,7 +317,7 @@ def _entry(
     with _until(deadline):
         result, more = trainer(dataclasses.replace(config, resume=saved), show=show)
     if result.stopped_by:
-        raise OutOfTime if _over(deadline) else Stopped
+        raise OutOfTime if is_over(deadline) else Stopped
     described = json.loads((Path(config.run_dir) / "config.json").read_text())
     held_out = [record for record in result.metrics if "validation_loss" in record]
     shutil.rmtree(config.run_dir)
@@ -336,7 +333,8 @@ def _entry(
     }
 
 
-def _over(deadline: float | None) -> bool:
+def is_over(deadline: float | None) -> bool:
+    """Whether a deadline has passed; None never does."""
     return deadline is not None and time.time() >= deadline
 
 
@@ -350,7 +348,7 @@ def _until(deadline: float | None) -> Iterator[None]:
     if deadline is None:
         yield
         return
-    if _over(deadline):
+    if is_over(deadline):
         raise OutOfTime
 
     def ignore(*_: Any) -> None:

@@ -6,7 +6,10 @@ is vectorized over them. Each has the numbers it has alone, up to rounding.
 """
 
 import concurrent.futures
+import dataclasses
+import hashlib
 import json
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -31,29 +34,43 @@ from experiments.trainer.pretraining import prepare
 NUMBERS = ("learning_rate", "fallback_learning_rate", "residual_scale", "seed", "corpus")
 
 
-def complete(configs: Sequence[Config], out: Path) -> list[sweeps.Entry]:
-    """Trains with every configuration that `out` does not hold yet, as `runs.complete` does.
+def complete(
+    configs: Sequence[Config], out: Path, deadline: float | None = None
+) -> list[sweeps.Entry]:
+    """Trains with every configuration that `out` does not hold yet, as `sweeps.complete` does.
 
-    The file is rewritten after each program. A program that was stopped starts again.
+    The file is rewritten after each program. A program that was stopped goes on from its last
+    checkpoint.
 
     Args:
       configs: the configurations; those of one program need not be neighbours.
       out: the JSON file to read and to rewrite. Other entries stay in it.
+      deadline: the time at which a program is saved, after its current validation.
+
+    Raises:
+      OutOfTime: the deadline has passed; finished programs are in `out`.
     """
     entries, missing = sweeps.missing(configs, out)
     for program in programs(missing):
-        for entry in train(program):
+        for entry in train(program, deadline):
             entries.append(entry)
             print(sweeps.summary(entry), flush=True)
         sweeps.write(out, entries)
     return sweeps.select(entries, configs)
 
 
-def train(configs: Sequence[Config]) -> list[sweeps.Entry]:
+def train(configs: Sequence[Config], deadline: float | None = None) -> list[sweeps.Entry]:
     """Trains all of them in one program; returns the entry of each for a result file.
+
+    Between two validations a checkpoint is saved when the last one is `checkpoint_minutes` old.
+
+    Args:
+      configs: the configurations.
+      deadline: the time at which to save and stop.
 
     Raises:
       ConfigError: they differ in more than numbers, or an option cannot work.
+      OutOfTime: the deadline has passed.
     """
     first = configs[0]
     for config in configs:
@@ -69,22 +86,44 @@ def train(configs: Sequence[Config]) -> list[sweeps.Entry]:
     corpus = np.asarray([list(texts).index(config.corpus) for config in configs])
     evaluate = jax.jit(lambda params: _validation(loss, params, held_out, corpus))
 
+    home = _home(configs)
+    saver, saved, done, positions = checkpoints.Checkpoints(home), time.monotonic(), 0, None
     curves: list[list] = [[] for _ in configs]
-    seconds = []
-    for done, (windows, which) in _ahead(_chunks(configs, arch, texts)):
+    seconds: list[float] = []  # of a step, one for each chunk but the first, which compiles
+    if step := saver.latest():
+        state, kept = saver.restore(step, state)
+        done, positions, curves, seconds = step, kept["positions"], kept["curves"], kept["seconds"]
+    compiled = False
+    chunks = _chunks(configs, arch, texts, done, positions)
+    for done, (windows, which), positions in _ahead(chunks):
         begin = time.perf_counter()
         state, trained = steps(state, windows, which)
         jax.block_until_ready(trained)
-        seconds.append((time.perf_counter() - begin) / len(windows))
+        took = (time.perf_counter() - begin) / len(windows)
+        if compiled or (done == first.steps and not seconds):
+            seconds.append(took)
+        compiled = True
         values = np.asarray(evaluate(state.params), np.float64)
         for curve, value in zip(curves, values, strict=True):
             curve.append([done, float(value)])
         print(
             f"{first.optimizer.name} x {len(configs)}: step {done}/{first.steps}, validation loss "
-            f"{np.min(values):.3f} to {np.max(values):.3f}, {1e3 * seconds[-1]:.2f} ms a step",
+            f"{np.min(values):.3f} to {np.max(values):.3f}, {1e3 * took:.2f} ms a step",
             file=sys.stderr, flush=True,
         )  # fmt: skip
-    seconds = seconds[1:] or seconds  # the first of them compile
+        over = sweeps.is_over(deadline)
+        late = time.monotonic() - saved > 60 * first.checkpoint_minutes
+        if (over or late) and done < first.steps:
+            kept = {"positions": positions, "curves": curves, "seconds": seconds}
+            saver.save(done, state, kept)
+            saved = time.monotonic()
+            if over:
+                saver.close()
+                raise sweeps.OutOfTime(
+                    f"the time is up: step {done} is saved; the same command goes on"
+                )
+    saver.close()
+    shutil.rmtree(home.run_dir, ignore_errors=True)
     alone = jax.eval_shape(lambda state: jax.tree.map(lambda leaf: leaf[0], state.params), state)
     opt_state = jax.eval_shape(optimizers.build(first, arch.layers).init, alone)
     return [
@@ -116,6 +155,14 @@ def _program(config: Config) -> str:
     """All that runs of one program have in common."""
     same = {k: v for k, v in sweeps.identity(config).items() if k not in NUMBERS}
     return json.dumps(same, sort_keys=True)
+
+
+def _home(configs: Sequence[Config]) -> Config:
+    """The first configuration, with a directory for the checkpoints of this very program."""
+    every = json.dumps([sweeps.identity(config) for config in configs])
+    digest = hashlib.blake2b(every.encode(), digest_size=4).hexdigest()
+    directory = f"{configs[0].run_dir}-together-{digest}"
+    return dataclasses.replace(configs[0], run_dir=directory, keep_checkpoints=1)
 
 
 def _read(
@@ -195,10 +242,13 @@ def _chunks(
     configs: Sequence[Config],
     arch: presets.Architecture,
     texts: dict[tuple[str, ...], tokens.Data],
-) -> Iterator[tuple[int, tuple[np.ndarray, np.ndarray]]]:
+    done: int = 0,
+    positions: list[Any] | None = None,
+) -> Iterator[tuple[int, tuple[np.ndarray, np.ndarray], list[Any]]]:
     """Steps done after a chunk, with its windows from each source, and the source of each run.
 
-    A source is a corpus in the order of a seed.
+    A source is a corpus in the order of a seed. The last of each item says where the sources stand
+    after the chunk; with it, and the steps done by then, the next ones come from another call.
     """
     first = configs[0]
     sources = list(dict.fromkeys((c.corpus, c.seed) for c in configs))
@@ -207,12 +257,13 @@ def _chunks(
         tokens.training_batches(texts[corpus], arch.seq_len, first.batch_size, seed)
         for corpus, seed in sources
     ]
-    done = 0
+    for stream, position in zip(streams, positions or (), strict=positions is not None):
+        stream.set_state(position)
     while done < first.steps:
         size = min(first.validate_every, first.steps - done)
         windows = np.stack([[next(stream) for stream in streams] for _ in range(size)])
         done += size
-        yield done, (windows, which)
+        yield done, (windows, which), [stream.get_state() for stream in streams]
 
 
 def _ahead(chunks: Iterator[Any]) -> Iterator[Any]:

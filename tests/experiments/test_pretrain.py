@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 
+import experiments
 from experiments import pretrain
 from experiments.reliability import kills
 from experiments.trainer import metrics, optimizers, pretraining, schedules
@@ -322,3 +323,21 @@ def test_options_go_before_the_recipe(monkeypatch, tmp_path):
     # Other optimizers have the recipe's rank and period as well.
     galore: Any = pretrain.parse([*options, "optimizer:galore"]).config.optimizer
     assert (galore.name, galore.rank, galore.period) == ("galore", 256, 200)
+
+
+def test_commands_start_again_with_huge_pages_and_once(monkeypatch):
+    started = []
+    monkeypatch.setattr(os, "execve", lambda *parts: started.append(parts))
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "experiments.pretrain", "--steps", "3"])
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    experiments._with_huge_pages()  # imported by a test
+    monkeypatch.setattr(sys, "argv", ["-m", "--steps", "3"])
+    assert not started
+    experiments._with_huge_pages()
+    [(program, arguments, environment)] = started
+    assert program == arguments[0] == sys.executable
+    assert arguments[1:] == ["-m", "experiments.pretrain", "--steps", "3"]
+    monkeypatch.setenv("GLIBC_TUNABLES", environment["GLIBC_TUNABLES"])
+    experiments._with_huge_pages()
+    assert len(started) == 1

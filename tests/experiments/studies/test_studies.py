@@ -7,9 +7,11 @@ import json
 from typing import Any
 
 import jax
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
+from experiments.reporting import STYLES, save
 from experiments.studies import (
     ablations,
     finetuning,
@@ -326,9 +328,6 @@ def test_rates_are_judged_by_all_runs_and_compared_by_pairs(trained, tmp_path, c
     # Runs of one program have no seconds of their own.
     rows = frontier.compare(config, [entry(run) | {"together": 4} for run in runs_of])
     assert {row["seconds_per_step"] for row in rows} == {None}
-    capsys.readouterr()
-    with pytest.raises(ConfigError, match="`budget_minutes`"):
-        frontier.main([*options, "--together", "--budget-minutes", "5"])
 
 
 def test_every_contender_can_run_and_has_a_name_of_its_own():
@@ -418,3 +417,21 @@ def test_the_mechanism_splits_momentum_at_the_bases():
     whole = mechanism.orthogonalized(params, found, 0.1, outside=False)
     down = np.asarray(whole["layers"]["0"]["mlp"]["down"]["kernel"])
     np.testing.assert_allclose(np.linalg.svd(down)[1], [size] * 4, rtol=1e-5)
+
+
+def test_every_optimizer_has_a_style_of_its_own(tmp_path):
+    assert STYLES.keys() == optimizers.OPTIMIZERS.keys()
+    everyone = frontier.Config(contenders=("muon", "columns", "columns_rotate", "gum", "joint"))
+    styles = [*STYLES.values(), *(frontier._style(everyone, k) for k in ("columns", "joint"))]
+    assert len({(style.colour, style.marker) for style in styles}) == len(styles)
+    assert frontier._style(everyone, "muon") == STYLES["muon"]
+
+
+def test_a_figure_is_the_same_file_again(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        figure, axes = plt.subplots()
+        axes.plot([1, 2], [3, 4])
+        assert save(figure, tmp_path / name / "x.json") == tmp_path / name / "x.png"
+    first, second = ((tmp_path / name / "x.svg").read_bytes() for name in ("a", "b"))
+    assert first == second and first.startswith(b"<?xml")

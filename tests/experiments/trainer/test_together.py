@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import time
 
 import jax
 import jax.numpy as jnp
@@ -77,10 +78,38 @@ def test_the_last_windows_are_those_of_the_steps_that_are_left(base):
     config = dataclasses.replace(base[0], steps=7)
     arch, texts = together._read([config])
     chunks = list(together._chunks([config], arch, texts))
-    assert [done for done, _ in chunks] == [4, 7]
-    windows = np.concatenate([windows for _, (windows, _) in chunks])
+    assert [done for done, _, _ in chunks] == [4, 7]
+    windows = np.concatenate([windows for _, (windows, _), _ in chunks])
     stream = tokens.training_batches(texts[config.corpus], arch.seq_len, 2, config.seed)
     np.testing.assert_array_equal(windows[:, 0], [next(stream) for _ in range(7)])
+
+
+@pytest.mark.slow
+def test_a_program_that_was_stopped_goes_on_from_its_checkpoint(base, tmp_path):
+    """Between its two validations; its curves are those of one that was left alone."""
+    config = change(base[0], optimizer="adamw")  # it compiles soonest
+    configs = [
+        dataclasses.replace(config, seed=seed, run_dir=str(tmp_path / str(seed))) for seed in (0, 1)
+    ]
+    out = tmp_path / "stopped.json"
+    with pytest.raises(sweeps.OutOfTime, match="step 4 is saved"):
+        together.complete(configs, out, deadline=time.time())
+    assert not out.exists() and list(tmp_path.glob("0-together-*/checkpoints/4"))
+    steps = []
+    chunks = together._chunks
+
+    def watched(*parts):
+        for chunk in chunks(*parts):
+            steps.append(chunk[0])
+            yield chunk
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(together, "_chunks", watched)
+        resumed = together.complete(configs, out)
+    assert steps == [8]
+    whole = together.train(configs)
+    assert [e["curve"] for e in resumed] == [e["curve"] for e in whole]
+    assert not list(tmp_path.glob("*-together-*"))
 
 
 def test_runs_that_differ_in_more_are_programs_of_their_own(base):
