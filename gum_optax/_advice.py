@@ -38,7 +38,7 @@ def warn_of_matrices(params: PyTree, given: dims.DimensionNumbers | None) -> Non
         told += _of_no_names(params, numbers)
     if told:
         message = " ".join([*told, "`gum_optax.memory_plan(tx, params)` shows every leaf."])
-        warnings.warn(message, stacklevel=3)
+        warnings.warn(message, stacklevel=4)
 
 
 def _of_open_leaves(

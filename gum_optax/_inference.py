@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from gum_optax import _evidence
@@ -91,7 +92,9 @@ def infer(function: Callable[..., Any], params: PyTree, *args: Any, **kwargs: An
             continue
         uses = [use for use in walk.uses if use.leaf == position]
         lost = walk.lost.get(position, ())
-        verdicts.append(_verdict(path, next(shapes), uses, lost, walk.vocabularies))
+        verdict = _verdict(path, next(shapes), uses, lost, walk.vocabularies)
+        is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
+        verdicts.append(verdict if is_float else _Verdict("no floating-point numbers"))
         position += 1
     open_cases = [
         f"`{path}` {list(leaf.shape)} {verdict.why}"

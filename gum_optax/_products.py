@@ -103,6 +103,10 @@ def _product(
             if other.indicator and other.data:
                 walk.vocabularies |= {walk.shapes[view.leaf][axis] for axis in summed}
             output = {a for axis in free[side] for a in view.axes[axis]}
+            if not summed and not output:
+                # einsum("bd,d->bd") is a product of batch axes alone.
+                walk.record(view, roles_of_all(view, "elementwise"))
+                continue
             roles = [(axis, role) for axis in summed] + [(axis, "free") for axis in output]
             use = walk.record(view, roles)
             axes = [

@@ -8,5 +8,8 @@ need much that this project does not:
     PYTHONPATH=. /tmp/clients/bin/python -m experiments.clients.tunix
     PYTHONPATH=. /tmp/clients/bin/python -m experiments.clients.keras
 
+`experiments.clients.maxtext` says what it wants. EasyDeL 0.3.0 imports PyTorch, and levanter's
+dependencies did not resolve; of both, tests know the trees alone.
+
 They run on CPUs, each in a minute or a few, check what they claim, and print a line for each check.
 """

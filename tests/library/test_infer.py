@@ -199,6 +199,7 @@ CASES = {
         (L, D),
         "",
     ),
+    "scale by einsum": (lambda w, x: jnp.einsum("bhk,hk->bhk", x[..., :H, :K], w), (H, K), ""),
     "one output": (lambda w, x: x @ w, (D, 1), ""),
     "norm of weights beside a table": (
         lambda w, x: jnp.sum(w**2) + w[x[..., 0].astype(int)],
@@ -576,6 +577,13 @@ def test_what_is_certainly_no_matrix_does_not_warn():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert _matrices(inferred(model, params, TOKENS)) == {"w": "io"}
+
+
+def test_integers_are_no_matrices():
+    """Counters, keys and codes in a model's variables have no gradients."""
+    params = {"w": f32(D, F), "codes": jax.ShapeDtypeStruct((D, F), jnp.int8)}
+    found = inferred(lambda p, x: x @ p["w"] + x @ p["codes"].astype(jnp.float32), params, X)
+    assert found == {"w": "io", "codes": ""}
 
 
 def test_a_function_is_needed():
