@@ -136,9 +136,10 @@ def newest_complete(run_dir: Path) -> int:
 
 
 def sequence(run_dir: Path) -> list[dict]:
-    """Everything in the metrics but the wall-clock time, in order."""
+    """Everything in the metrics but the wall-clock time, and where it was taken, in order."""
     records = read_metrics(run_dir / "metrics.jsonl")
-    return [{k: v for k, v in record.items() if k != "seconds"} for record in records]
+    timed = ("seconds", "tokens")
+    return [{k: v for k, v in record.items() if k not in timed} for record in records]
 
 
 def saved(run_dir: Path, step: int) -> tuple[dict[str, np.ndarray], dict]:
