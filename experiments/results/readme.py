@@ -92,7 +92,7 @@ def finetuning() -> str:
     for row in sorted(rows, key=lambda row: row["loss"]):
         losses = ", ".join(f"{loss:.3f}" for loss in row["losses"])
         lines.append([
-            reporting.STYLES[row["optimizer"].name],
+            reporting.STYLES[row["optimizer"]].name,
             f"{row['learning_rate']:g}",
             f"{row['state_bytes'] / 2**20:.0f} MiB",
             ", ".join(f"{share:.1%}" for share in row["shares"]),
