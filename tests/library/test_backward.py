@@ -145,7 +145,7 @@ def _assert_close(actual, expected, atol=TOLERANCE):
 
 
 # By `make slow`; each differs from one of the others in a part that has tests of its own.
-SLOW = ("additive adamw", "adamw in 8 bits", "undrawn through columns", "apollo")
+SLOW = ("additive adamw", "adamw in 8 bits", "columns", "undrawn through columns", "apollo")
 
 
 @jax.enable_x64(True)
@@ -318,10 +318,12 @@ def test_aux_and_keyword_arguments():
         value = _loss(params, tokens)
         return scale * value, {"unscaled": value, "name": None}
 
-    refresh = backward.refresh(loss, tx, has_aux=True)
-    state = refresh(params, tx.init(params), _tokens(0), scale=2.0)
-    function = backward.value_and_grad(loss, tx, has_aux=True)
-    (value, aux), _ = function(params, state, _tokens(0), scale=2.0)
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def both(params, state, tokens):
+        state = backward.refresh(loss, tx, has_aux=True)(params, state, tokens, scale=2.0)
+        return backward.value_and_grad(loss, tx, has_aux=True)(params, state, tokens, scale=2.0)
+
+    (value, aux), _ = both(params, tx.init(params), _tokens(0))
     assert set(aux) == {"unscaled", "name"}
     assert float(value) == pytest.approx(2 * float(aux["unscaled"]))
 
@@ -341,7 +343,9 @@ class _Block(nnx.Module):
         return x + self.down(jnp.tanh(self.up(x)))
 
 
-@pytest.mark.parametrize("names", [False, True], ids=["plain", "with metadata"])
+@pytest.mark.parametrize(
+    "names", [pytest.param(False, marks=pytest.mark.slow), True], ids=["plain", "with metadata"]
+)
 def test_an_unmodified_nnx_model(names):
     """Its state is a tree of variables, and so are gradients, optimizer states and updates."""
     mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
@@ -479,7 +483,11 @@ def _regression_step(tx):
 @jax.enable_x64(True)
 @pytest.mark.parametrize(
     ("name", "mode"),
-    [("data parallel", "Auto"), ("data parallel", "Explicit"), ("fsdp", "Auto")],
+    [
+        pytest.param("data parallel", "Auto", marks=pytest.mark.slow),
+        ("data parallel", "Explicit"),
+        ("fsdp", "Auto"),
+    ],
 )
 def test_equals_the_unsharded_run(name, mode):
     mesh, tx, (params, x), (placed, state, batch), step = _on_mesh(name, mode, _regression_step)

@@ -210,9 +210,18 @@ def _by_group(tree):
     return {name: [tree[name]] for name in tree}
 
 
+# By `make slow`: these meet rules that the other cases meet as well.
+SLOW = (
+    *("shared by the turns of a loop", "per example", "gradient inside", "cast", "scan"),
+    *("halves", "at traced positions", "experts"),
+)
+
+
 @jax.enable_x64(True)
 @pytest.mark.filterwarnings("ignore:.*compressed leaves are not used in dense products")
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in CASES]
+)
 def test_projected_gradients_are_projections_of_gradients(name):
     case = CASES[name]
     # Bases that depend on key, gradient and the last basis, and cost no compilation.
@@ -262,7 +271,7 @@ def test_projected_gradients_are_projections_of_gradients(name):
 
 
 @jax.enable_x64(True)
-@pytest.mark.parametrize("name", ["tied", "recomputed scan", "two scans", "experts", "heads"])
+@pytest.mark.parametrize("name", ["tied", "recomputed scan", "experts by einsum"])
 def test_rules_that_read_residuals_get_them(name):
     """And with them the updates of full gradients."""
     case = CASES[name]
@@ -298,7 +307,7 @@ class _Layer(nn.Module):
 
 
 @jax.enable_x64(True)
-@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("axis", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_an_unmodified_linen_model_with_layers_on_any_axis(axis):
     """Kernels ``[layers, embed, heads, head_dim]``, or with the layers behind: no G is made."""
     scanned = nn.scan(
