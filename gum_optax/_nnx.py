@@ -17,7 +17,7 @@ import jax
 import optax
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from gum_optax import _ledger
+from gum_optax import _ledger, _sources
 from gum_optax._paths import PyTree
 from gum_optax._projected import described
 from gum_optax._sharding import state_shardings
@@ -72,7 +72,7 @@ def _specs_of_state(tx: Any, params: PyTree) -> list[PartitionSpec]:
     specs = [PartitionSpec(*(e and axes[e] for e in of_leaf)) for of_leaf in entries]
     treedef = jax.tree.structure(params, is_leaf=_is_variable)
     plain = treedef.unflatten([_described(box) for box in _boxes(params)])
-    with warnings.catch_warnings(), _ledger.closed():
+    with warnings.catch_warnings(), _ledger.closed(), _sources.opened(None):
         # What there is to tell of these parameters, the first call of `init` has told.
         warnings.simplefilter("ignore", UserWarning)
         found = jax.tree.leaves(state_shardings(tx, plain, treedef.unflatten(specs), mesh))

@@ -8,10 +8,11 @@ wrappers.
 Tests: tests/library/test_backward.py.
 """
 
+import contextlib
 import contextvars
 import dataclasses
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -76,6 +77,16 @@ def write_numbers(params: PyTree, numbers: PyTree) -> None:
         notes.numbers.update(zip(names, given, strict=True))
 
 
+@contextlib.contextmanager
+def opened(notes: Notes | None) -> Iterator[None]:
+    """Writes what follows into these notes; None: nowhere, as for an ``init`` that only probes."""
+    token = _open.set(notes)
+    try:
+        yield
+    finally:
+        _open.reset(token)
+
+
 def find(
     tx: optax.GradientTransformation, params: PyTree, kind: type
 ) -> tuple[list[Source], dict[str, dims.MuonDimensionNumbers]]:
@@ -101,14 +112,10 @@ def find(
             places.append(known.index(own) if own in known else None)
         return state
 
-    token = _open.set(notes)
-    try:
-        with warnings.catch_warnings():
-            # The caller's own `init` has warned of what is not compressed.
-            warnings.simplefilter("ignore", UserWarning)
-            jax.eval_shape(init, params)
-    finally:
-        _open.reset(token)
+    with opened(notes), warnings.catch_warnings():
+        # The caller's own `init` has warned of what is not compressed.
+        warnings.simplefilter("ignore", UserWarning)
+        jax.eval_shape(init, params)
     if not notes.sources or None in places:
         raise ValueError(
             "`tx` has no compressed gradients that can be found from outside: "

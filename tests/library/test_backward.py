@@ -358,8 +358,10 @@ def test_an_unmodified_nnx_model(names):
                 x = block(x)
             return jnp.mean((x - 1) ** 2)
 
+        # A restored state comes without a call of `init` before.
         tx = gum_optax.gum(0.05, _compression())
         x = np.random.default_rng(0).normal(size=(8, WIDTH)).astype(np.float32)
+        assert len(backward.explain(loss, tx, params, x)) == 2 * LAYERS
         expected, state = params, tx.init(params)
         own, own_state = params, state
         standard, step = (
