@@ -258,15 +258,11 @@ def low_rank(
         old = storages.unpack(storage, state.inner, fresh.inner)
         inner = keep_dtypes(compression.carry(fresh.inner, old, state.basis, basis), old)
         return state._replace(
-            period=_number(state.count),
+            period=period_of(compression, state.count),
             basis=basis,
             slots=slots,
             inner=storages.pack(storage, inner),
         )
-
-    def _number(count: jax.Array) -> jax.Array:
-        """The number of the period that a step is in."""
-        return jax.lax.div(count, jnp.asarray(compression.period, count.dtype))
 
     def update(
         updates: PyTree, state: LowRankState, params: PyTree | None = None, **extra_args: Any
@@ -307,7 +303,7 @@ def low_rank(
         #    that makes it, so that an estimate never rests on a basis older than a period.
         #    Projected gradients are in the bases of the state, which `backward.refresh` renewed.
         #    basis[group]: P [*lead, m, r];  slots[group]: int32 [slots]
-        period = state.period if projected else _number(state.count)
+        period = state.period if projected else period_of(compression, state.count)
         due = period != state.period
         basis, slots = state.basis, state.slots
         if not projected:
@@ -396,6 +392,11 @@ def low_rank(
         return treedef.unflatten(results), keep_dtypes(new_state, state)
 
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
+
+
+def period_of(compression: LowRank, count: jax.Array) -> jax.Array:
+    """The number of the period that a step is in, from the steps before it."""
+    return jax.lax.div(count, jnp.asarray(compression.period, count.dtype))
 
 
 def keep_dtypes(new: PyTree, old: PyTree) -> PyTree:

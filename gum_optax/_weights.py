@@ -20,7 +20,7 @@ from gum_optax import _codec, _refresh, _sources, _taps, projectors
 from gum_optax import dimension_numbers as dims
 from gum_optax._groups import Group
 from gum_optax._interception import Interpreter, View
-from gum_optax._low_rank import LowRankState
+from gum_optax._low_rank import LowRankState, period_of
 from gum_optax._paths import PyTree, leaves_with_names
 from gum_optax._projected import Projected
 
@@ -317,9 +317,8 @@ def _axes(
 
 
 def number_of(source: _sources.Source) -> jax.Array:
-    """The number of the period that the step of a state is in."""
-    count = source.state.count
-    return jax.lax.div(count, jnp.asarray(source.compression.period, count.dtype))
+    """The number of the period that the step of a source's state is in."""
+    return period_of(source.compression, source.state.count)
 
 
 def _plain(source: _sources.Source, state: LowRankState) -> LowRankState:
