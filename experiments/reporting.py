@@ -53,6 +53,9 @@ STYLES = {
     "joint_muon": Style("joint Muon", COLOURS[2], "X"),
 }
 
+# Corpora as titles of figures call them, by the last part of their names.
+CORPORA = {"stdlib": "Python's standard library", "sotu": "speeches"}
+
 
 def write(path: Path, config: Any, **results: Any) -> dict[str, Any]:
     """Writes `results` under a description of what made them; returns all that was written.

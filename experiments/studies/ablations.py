@@ -113,7 +113,7 @@ def main(arguments: Sequence[str]) -> int:
     for title, rows in found.items():
         reporting.table(
             title,
-            ("setting", "loss", "less default's", "least", "largest", "state MiB", "s/step"),
+            ("setting", "loss", "minus the default's", "least", "largest", "state MiB", "s/step"),
             ((label, row["loss"], row["difference"], min(row["differences"]),
               max(row["differences"]), row["state_bytes"] / 2**20, row["seconds_per_step"])
              for label, row in rows.items()),
@@ -148,7 +148,7 @@ def draw(config: Config, found: dict[str, dict[str, dict[str, Any]]]) -> Path:
         _panel(each, title, settings)
     axes[0, 0].set_ylim(top=_TOP)
     for row in axes:
-        row[0].set_ylabel("loss less default's")
+        row[0].set_ylabel("loss minus the default's")
     return save(figure, config.out)
 
 

@@ -26,7 +26,7 @@ import matplotlib.pyplot as plt
 
 from experiments import reporting
 from experiments.models import llama, presets
-from experiments.reporting import COLOURS, STYLES, Style, save
+from experiments.reporting import COLOURS, CORPORA, STYLES, Style, save
 from experiments.studies.pretraining import steps_to
 from experiments.trainer import cli, loop, optimizers, rest, sweeps, together
 from experiments.trainer.config import Config as Run
@@ -356,7 +356,8 @@ def draw(config: Config, found: dict[str, list[sweeps.Entry]]) -> Path:
         ticks = [_LEFT, *(100 / 2**i for i in range(6, -1, -1))]
         each.set_xticks(ticks, ["0", *(f"{tick:.3g}" for tick in ticks[1:])])
         each.minorticks_off()
-        each.set_title(f"{Path(corpus).name}, {config.base.steps:,} steps")
+        name = Path(corpus).name
+        each.set_title(f"{CORPORA.get(name, name)}, {config.base.steps:,} steps")
         each.grid(alpha=0.3)
     axes[0][0].set(ylabel="validation loss (nats per token)")
     handles, labels = axes[0][0].get_legend_handles_labels()

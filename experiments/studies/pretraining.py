@@ -21,7 +21,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from experiments import reporting
-from experiments.reporting import STYLES, save
+from experiments.reporting import CORPORA, STYLES, save
 from experiments.studies import singular_values
 from experiments.trainer import cli, sweeps
 from experiments.trainer.config import Config as Run
@@ -216,7 +216,9 @@ def draw(config: Config, found: dict[str, list[sweeps.Entry]]) -> Path:
                 fmt=style.marker, color=style.colour, capsize=3, label=style.name,
             )  # fmt: skip
         each.set(xlabel="optimizer state (MiB)", ylabel="validation loss (nats per token)")
-        each.set_title(Path(corpus).name)
+        name = Path(corpus).name
+        title = f"{CORPORA.get(name, name)}: mean and range of {len(config.seeds)} seeds"
+        each.set_title(title, fontsize="medium")
         each.grid(alpha=0.3)
     axes[0][0].legend(frameon=False, fontsize="small")
     return save(figure, config.out)

@@ -11,7 +11,6 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -44,6 +43,8 @@ class Config:
 
 # Curve -> kind -> [refreshes, offsets, layers]
 Values = dict[str, ByKind]
+# Curve -> kind -> "mean" and "deviation" over layers -> [refreshes][offsets], as in the result file
+Summary = dict[str, dict[str, dict[str, list[list[float]]]]]
 
 # Curve -> label, colour, line
 _STYLES = {
@@ -60,14 +61,15 @@ def main(arguments: Sequence[str]) -> int:
     config = cli.parse(Config, PROGRAM, arguments)
     values = measured(config)
     starts = range(0, config.base.steps, gradients.period(config.base))
-    reporting.write(config.out, config, refreshes=list(starts), curves=summary(values))
+    curves = summary(values)
+    reporting.write(config.out, config, refreshes=list(starts), curves=curves)
     for i, start in enumerate(starts):
         reporting.table(
             f"Residual, mean over all matrices, steps after the refresh at {start}",
             ("curve", *map(str, config.offsets)),
-            ((curve, *overall(by_kind)[0][i].tolist()) for curve, by_kind in values.items()),
+            ((curve, *overall(by_kind)[0][i].tolist()) for curve, by_kind in curves.items()),
         )
-    print(f"\nresults: {config.out}; figure: {draw(config, values)}")
+    print(f"\nresults: {config.out}; figure: {draw(config, curves)}")
     return 0
 
 
@@ -154,14 +156,8 @@ def without_noise(samples: np.ndarray) -> np.ndarray:
     return pairs / (count * (count - 1))
 
 
-def overall(by_kind: ByKind) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation over the matrices of all kinds: ``[refreshes, offsets]``."""
-    every = np.concatenate([by_kind[kind] for kind in KINDS], axis=-1)
-    return every.mean(-1), every.std(-1)
-
-
-def summary(values: Values) -> dict[str, Any]:
-    """By curve and kind, mean and standard deviation over layers: ``[refreshes][offsets]``."""
+def summary(values: Values) -> Summary:
+    """The mean and the standard deviation over layers, by curve and kind."""
     return {
         curve: {
             kind: {
@@ -174,7 +170,20 @@ def summary(values: Values) -> dict[str, Any]:
     }
 
 
-def draw(config: Config, values: Values) -> Path:
+def overall(by_kind: dict[str, dict[str, list]]) -> tuple[np.ndarray, np.ndarray]:
+    """The mean and the standard deviation over the matrices of all kinds: ``[refreshes, offsets]``.
+
+    Each kind has as many layers, so both follow from each kind's own: the mean square of all
+    matrices is the mean of the kinds' ``deviation^2 + mean^2``.
+    """
+    means = np.array([by_kind[kind]["mean"] for kind in KINDS])  # [kinds, refreshes, offsets]
+    deviations = np.array([by_kind[kind]["deviation"] for kind in KINDS])
+    mean = means.mean(0)
+    square = (deviations**2 + means**2).mean(0)
+    return mean, np.sqrt(np.maximum(square - mean**2, 0))
+
+
+def draw(config: Config, curves: Summary) -> Path:
     """Draws a panel for each refresh, over all matrices, and one for the kinds at the last."""
     starts = range(0, config.base.steps, gradients.period(config.base))
     rows = len(starts) // 2 + 1
@@ -182,15 +191,18 @@ def draw(config: Config, values: Values) -> Path:
         rows, 2, figsize=(8.6, 3.6 * rows), layout="constrained", sharey=True, squeeze=False
     )
     for i, (each, start) in enumerate(zip(axes.flat, starts, strict=False)):
-        _refresh(each, config, values, i)
-        each.set_title(f"refresh at step {start}: mean and deviation", fontsize="medium")
-    _kinds(axes.flat[len(starts)], config, values["default"])
+        _refresh(each, config, curves, i)
+        title = f"refresh at step {start}: mean, and band of one deviation"
+        each.set_title(title, fontsize="medium")
+    _kinds(axes.flat[len(starts)], config, curves["default"])
     axes.flat[len(starts)].set_title(
         f"default projector, refresh at step {starts[-1]}", fontsize="medium"
     )
     for each in axes.flat[: len(starts) + 1]:
         each.set_xscale("symlog", linthresh=1, linscale=0.4)
-        each.set_xticks(config.offsets, config.offsets, fontsize="x-small")
+        # The labels of the last two would touch.
+        labels = [*config.offsets[:-2], "", config.offsets[-1]]
+        each.set_xticks(config.offsets, labels, fontsize="x-small")
         each.set(
             xlabel="steps since the refresh",
             xlim=(-0.3, gradients.period(config.base)),
@@ -201,30 +213,30 @@ def draw(config: Config, values: Values) -> Path:
         empty.set_axis_off()
     for row in axes:
         row[0].set_ylabel("residual / gradient")
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     return save(figure, config.out)
 
 
-def _refresh(axes: Axes, config: Config, values: Values, i: int) -> None:
+def _refresh(axes: Axes, config: Config, curves: Summary, i: int) -> None:
     for curve, (label, colour, line) in _STYLES.items():
-        mean, deviation = (each[i] for each in overall(values[curve]))
+        mean, deviation = (each[i] for each in overall(curves[curve]))
         axes.plot(config.offsets, mean, line, color=colour, label=label, markersize=4)
         if curve == "default":
             axes.fill_between(
                 config.offsets, mean - deviation, mean + deviation, color=colour, alpha=0.15,
                 linewidth=0,
             )  # fmt: skip
-    other = overall(values["other batches"])[0][i, 0]
+    other = overall(curves["other batches"])[0][i, 0]
     axes.plot(
         0, other, "*", color=COLOURS[4], markersize=14, label="default, other batches, same weights"
     )
-    if i == 0:
-        axes.legend(frameon=False, fontsize="x-small", ncols=2, loc="upper left")
 
 
-def _kinds(axes: Axes, config: Config, by_kind: ByKind) -> None:
+def _kinds(axes: Axes, config: Config, by_kind: dict[str, dict[str, list]]) -> None:
     for kind, colour, marker in zip(KINDS, COLOURS, MARKERS, strict=True):
         axes.plot(
-            config.offsets, by_kind[kind][-1].mean(-1), color=colour, marker=marker, label=kind,
+            config.offsets, by_kind[kind]["mean"][-1], color=colour, marker=marker, label=kind,
             markersize=4,
         )  # fmt: skip
     axes.legend(frameon=False, fontsize="x-small", ncols=4)

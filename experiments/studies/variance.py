@@ -79,10 +79,12 @@ def main(arguments: Sequence[str]) -> int:
     norms = together(config, map(squares, gradients.along(config.base, steps)))
     overviews = {gamma: overview(norms, gamma) for gamma in config.gammas}
     rules = {gamma: comparison(norms, gamma) for gamma in config.gammas}
-    residual = dict(zip(KINDS, np.moveaxis(missed(norms), -1, 0).round(4).tolist(), strict=True))
+    residual = dict[str, list](
+        zip(KINDS, np.moveaxis(missed(norms), -1, 0).round(4).tolist(), strict=True)
+    )
     reporting.write(config.out, config, residual=residual, equal=overviews, rules=rules)
     show(overviews, rules)
-    print(f"\nresults: {config.out}; figure: {draw(config, norms, rules[config.shown])}")
+    print(f"\nresults: {config.out}; figure: {draw(config, residual, rules[config.shown])}")
     return 0
 
 
@@ -247,26 +249,28 @@ def show(overviews: dict[int, dict[str, float]], rules: dict[int, Comparison]) -
             )
 
 
-def draw(config: Config, norms: Norms, rules: Comparison) -> Path:
+def draw(config: Config, residual: dict[str, list], rules: Comparison) -> Path:
     """Draws the variance over the residual, and what importance sampling makes of it."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(8.6, 4.0), layout="constrained")
-    _by_residual(left, config, known(norms, "step"))
+    _by_residual(left, config, residual)
     _by_kind(right, config, rules)
     for axes in (left, right):
         axes.grid(alpha=0.3)
     return save(figure, config.out)
 
 
-def _by_residual(axes: Axes, config: Config, norms: Norms) -> None:
+def _by_residual(axes: Axes, config: Config, residual: dict[str, list]) -> None:
     grid = np.linspace(0, 1, 101)
+    # With equal probabilities, the relative variance of a group follows from its residual alone,
+    # so each dot lies on its curve. The steps that are compared: [kinds x refreshes x offsets].
+    found = np.array([residual[kind] for kind in KINDS])[:, :, KNOWN["step"]].ravel()
+    layers = architecture(config.base).layers
     for gamma, colour, marker in zip(config.gammas, COLOURS, MARKERS, strict=False):
-        q = gamma / norms.low.shape[-1]
-        variances = relative(norms, equal(*norms, gamma))
+        q = gamma / layers
         axes.plot(grid, variance(1 - grid**2, grid**2, q), color=colour, linewidth=1)
-        label = f"gamma {gamma} (q = {q:g})"
         axes.plot(
-            missed(norms).ravel(), variances.ravel(), marker,
-            color=colour, markersize=3, alpha=0.5, label=label,
+            found, variance(1 - found**2, found**2, q), marker,
+            color=colour, markersize=3, alpha=0.5, label=f"gamma {gamma} (q = {q:g})",
         )  # fmt: skip
     axes.plot(grid, grid**2, ":", color=COLOURS[-1], label="low rank alone: squared bias")
     axes.set(xlabel="residual / gradient", ylabel="squared error / squared gradient", xlim=(0, 1))
