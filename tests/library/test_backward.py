@@ -145,7 +145,10 @@ def _assert_close(actual, expected, atol=TOLERANCE):
 
 
 # By `make slow`; each differs from one of the others in a part that has tests of its own.
-SLOW = ("additive adamw", "adamw in 8 bits", "columns", "undrawn through columns", "apollo")
+SLOW = (
+    *("additive adamw", "adamw in 8 bits", "columns", "undrawn through columns", "apollo"),
+    *("an SVD's subspace, rotated", "two of them"),
+)
 
 
 @jax.enable_x64(True)
@@ -487,7 +490,7 @@ def _regression_step(tx):
     ("name", "mode"),
     [
         pytest.param("data parallel", "Auto", marks=pytest.mark.slow),
-        ("data parallel", "Explicit"),
+        pytest.param("data parallel", "Explicit", marks=pytest.mark.slow),
         ("fsdp", "Auto"),
     ],
 )

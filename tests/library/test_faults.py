@@ -79,7 +79,14 @@ def is_finite(tree: Any) -> bool:
     return all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(tree))
 
 
-@pytest.mark.parametrize("projector", PROJECTORS)
+# The others by `make slow`: a start from the last basis, with and without one of LAPACK's routines.
+@pytest.mark.parametrize(
+    "projector",
+    [
+        pytest.param(p, marks=[] if p in ("svd", "subspace_iteration") else [pytest.mark.slow])
+        for p in PROJECTORS
+    ],
+)
 def test_a_spoiled_gradient_costs_its_matrix_one_period(projector):
     """Without a guard. No other matrix is touched, and the next refresh starts anew."""
     for bad_step, value in itertools.product(BAD_STEPS, (np.nan, np.inf)):

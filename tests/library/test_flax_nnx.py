@@ -149,7 +149,7 @@ def _assert_same(model, optimizer, expected):
     assert_equal(state.key, low_rank_state(opt_state).key)
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", ["list", pytest.param("dict", marks=pytest.mark.slow), "stacked"])
 def test_an_optimizer_does_what_the_plain_tree_does(kind):
     model = MODELS[kind](nnx.Rngs(0))
     expected = _expected() if kind == "list" else _train_plain(model)
@@ -187,7 +187,7 @@ CREATE = {"eagerly": lambda mesh: _create(), "abstractly": _create_abstractly}
     ("way", "mode"),
     [
         ("eagerly", AxisType.Explicit),
-        ("abstractly", AxisType.Auto),
+        pytest.param("abstractly", AxisType.Auto, marks=pytest.mark.slow),
         pytest.param("eagerly", AxisType.Auto, marks=pytest.mark.slow),
         pytest.param("abstractly", AxisType.Explicit, marks=pytest.mark.slow),
     ],

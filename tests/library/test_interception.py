@@ -213,7 +213,8 @@ def _by_group(tree):
 # By `make slow`: these meet rules that the other cases meet as well.
 SLOW = (
     *("shared by the turns of a loop", "per example", "gradient inside", "cast", "scan"),
-    *("halves", "at traced positions", "experts"),
+    *("halves", "at traced positions", "experts", "two scans", "unrolled", "heads"),
+    *("jitted and recomputed", "branch"),
 )
 
 
@@ -307,7 +308,8 @@ class _Layer(nn.Module):
 
 
 @jax.enable_x64(True)
-@pytest.mark.parametrize("axis", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("axis", [0, 1])
 def test_an_unmodified_linen_model_with_layers_on_any_axis(axis):
     """Kernels ``[layers, embed, heads, head_dim]``, or with the layers behind: no G is made."""
     scanned = nn.scan(

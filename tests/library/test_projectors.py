@@ -262,6 +262,7 @@ def _recorded_matrix(gradients, kind, layer):
     return matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
 
 
+@pytest.mark.slow
 def test_subspace_iteration_on_recorded_gradients(recorded):
     """Real gradients: spectra over many orders of magnitude, where Gram matrices underflow."""
     project = _jitted("subspace_iteration")

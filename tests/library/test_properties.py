@@ -10,7 +10,7 @@ from gum_optax import by_role, projectors, residuals, samplers
 # `python -m experiments.reliability.fuzz` runs many more, on larger trees and on empty ones, and op
 # by op. A compiled update is one program; op by op it is a hundred, of which each new shape has its
 # own.
-@settings(max_examples=5)
+@settings(max_examples=3)
 @given(example=strategies.examples(parts_of_tree=2).filter(lambda example: example.tree))
 def test_a_random_example(example):
     fuzz.check(example, compiled=True)

@@ -440,7 +440,7 @@ def results_on_one_device(name: str) -> Any:
     return results_on_mesh(tx, ON_MESH, quick(tx.init)(ON_MESH), None)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [pytest.param("Auto", marks=pytest.mark.slow), "Explicit"])
 @pytest.mark.parametrize("name", ON_MESHES)
 def test_a_mesh_changes_no_value(name, mode):
     tx, mesh = ON_MESHES[name], mesh_of(mode)

@@ -96,9 +96,10 @@ CASES = {
 # Explicit mode runs the same code; a case for each way in which a type can carry a sharding.
 EXPLICIT = ("fsdp x tensor", "layers x fsdp", "experts x fsdp", "separate layers of experts")
 # What runs in Explicit mode by `make test` runs in Auto mode by `make slow`.
+# And each axis alone, of those that the cases of two axes have as well.
+SLOW = (*EXPLICIT, "fsdp, columns", "tensor", "layers", "data x fsdp, one axis entry")
 RUNS = [
-    pytest.param(name, "Auto", marks=[pytest.mark.slow] if name in EXPLICIT else [])
-    for name in CASES
+    pytest.param(name, "Auto", marks=[pytest.mark.slow] if name in SLOW else []) for name in CASES
 ]
 RUNS += [(name, "Explicit") for name in EXPLICIT]
 

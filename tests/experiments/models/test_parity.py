@@ -98,6 +98,7 @@ def test_smollm2s_own_template_and_tokens(smollm2):
     assert answers.stop_tokens(tokenizer) == {tokenizer.convert_tokens_to_ids("<|im_end|>")}
 
 
+@pytest.mark.slow
 @needs_smollm2
 def test_smollm2_continues_as_with_transformers(smollm2):
     golden = json.loads((parity.GOLDEN / "smollm2.json").read_text())["items"]

@@ -59,6 +59,7 @@ def completed(base, tmp_path_factory):
     return together, alone, printed.getvalue()
 
 
+@pytest.mark.slow
 def test_a_set_is_completed_once_whoever_runs_it(completed):
     together, alone, printed = completed
     assert [e["config"]["seed"] for e in together] == [0, 1]
@@ -71,10 +72,11 @@ def test_a_set_is_completed_once_whoever_runs_it(completed):
     assert alone[1]["validation_loss"] == pytest.approx(together[1]["validation_loss"], rel=1e-5)
 
 
-def test_a_run_that_was_stopped_goes_on_from_its_checkpoint(base, completed, tmp_path, monkeypatch):
+def test_a_run_that_was_stopped_goes_on_from_its_checkpoint(base, tmp_path, monkeypatch):
     """By SIGTERM after step 3, between two validations; nothing of it is lost or run again."""
     [config] = configurations(base, tmp_path / "stopped", checkpoint_every=100)[1:]
-    _, (_, whole, _), _ = completed
+    unbroken = change(config, run_dir=str(tmp_path / "unbroken"))
+    [whole] = sweeps.complete([unbroken], tmp_path / "unbroken.json")
     taken = []
     step = loop.Report.step
 

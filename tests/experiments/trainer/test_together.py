@@ -46,6 +46,7 @@ def settings(tmp_path_factory):
     return config, corpora, home
 
 
+@pytest.mark.slow
 def test_runs_of_one_program_have_the_numbers_that_they_have_alone(base, capsys):
     """Of draws and refreshes; at other rates, seeds and on other text."""
     config, corpora, home = base
