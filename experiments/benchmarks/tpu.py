@@ -202,6 +202,17 @@ def _in_8_bits(width: int) -> optax.GradientTransformation:
     return gum_optax.quantized(optax.adamw(_RATE))
 
 
+def _in_turn(
+    optimizer: Callable[[int], optax.GradientTransformation],
+) -> Callable[[int], optax.GradientTransformation]:
+    """The same for one layer after the other."""
+
+    def axes(params: Any) -> Any:
+        return {name: 0 if name == "layers" else None for name in params}
+
+    return lambda width: gum_optax.layer_by_layer(optimizer(width), axes)
+
+
 def _gum(residual: Any, **parts: Any) -> Callable[[int], optax.GradientTransformation]:
     fallback = parts.pop("fallback", None)
     compression = LowRank(128, residual=residual, **parts)
@@ -219,6 +230,7 @@ STEPS = {
     "Muon": Step(_muon, full),
     "GaLore": Step(_galore, full),
     "8-bit AdamW": Step(_in_8_bits, full),
+    "8-bit AdamW, layer by layer": Step(_in_turn(_in_8_bits), full),
     "GUM": Step(_GUM, full),
     "GUM, projected": Step(_GUM, projected),
     "GUM, refresh": Step(_GUM, refresh),

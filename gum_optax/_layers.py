@@ -1,0 +1,220 @@
+"""`layer_by_layer`: an optax transformation that takes the layers of a scanned model in turn.
+
+Tests: tests/library/test_layers.py.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from gum_optax import _checks
+from gum_optax._low_rank import keep_dtypes
+from gum_optax._paths import PyTree, is_stand_in, leaves_with_names
+
+
+class LayersState(NamedTuple):
+    """State of `layer_by_layer`.
+
+    Attributes:
+      layers: by the number of layers, as text, the inner state of one layer with an axis of layers
+        in front: ``[L, ...]``.
+      rest: the inner state of the leaves that are not stacked.
+    """
+
+    layers: dict[str, optax.OptState]
+    rest: optax.OptState
+
+
+def layer_by_layer(
+    inner: optax.GradientTransformation, axes: PyTree | Callable[[PyTree], PyTree]
+) -> optax.GradientTransformationExtraArgs:
+    """Updates the layers of a scanned model one after the other, in the memory of one.
+
+    ``nn.scan``, ``nnx.scan``, MaxText and levanter hold each weight of all L layers in one array.
+    An update of such arrays computes on all layers at once, and what it computes in between takes
+    the memory of L layers: a quantized state unpacked to float32, the iterates of Newton-Schulz.
+    Here a loop updates layer after layer, in place:
+
+        for i = 1, ..., L:   U_i, S_i = inner(G_i, S_i, W_i)
+
+    The inner transformation sees a tree like the parameters, in which stacked leaves lack the axis
+    of layers and others are ``optax.MaskedNode``; a second one, with its own state, has the others.
+    So the result is that of separate layers, each with an optimizer of its own. That is the same as
+    without this wrapper for all that treats leaves or matrices apart, such as AdamW, Muon, Lion and
+    `quantized` around them. What looks at the whole tree belongs around it:
+    ``optax.chain(optax.clip_by_global_norm(1.0), layer_by_layer(...))``. `low_rank`, which draws
+    layers and groups them, is not for the inside.
+
+    The axis of layers must not be sharded: each turn would fetch its layer from another device.
+
+    Args:
+      inner: any ``optax.GradientTransformation``.
+      axes: the axis of layers, an int, of each stacked leaf, and None for the others: a tree like
+        the parameters or a prefix of it, or a function that makes one from the parameters.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs`` with a `LayersState`.
+
+    Raises:
+      TypeError, ValueError: if an argument is malformed; at ``init`` if ``axes`` does not fit the
+        parameters.
+
+    Example:
+      8-bit AdamW for a model of 12 scanned layers:
+
+      >>> import jax, jax.numpy as jnp, optax
+      >>> import gum_optax
+      >>> params = {"embed": jnp.ones((1000, 64)), "layers": {"up": jnp.ones((12, 64, 256))}}
+      >>> adamw = gum_optax.quantized(optax.adamw(1e-3))
+      >>> tx = gum_optax.layer_by_layer(adamw, {"embed": None, "layers": 0})
+      >>> updates, state = jax.jit(tx.update)(params, tx.init(params), params)
+      >>> state.layers["12"][0].mu["layers"]["up"].codes.shape
+      (12, 64, 256)
+    """
+    _checks.transformation("inner", inner)
+    run = optax.with_extra_args_support(inner)
+
+    def init(params: PyTree) -> Any:
+        if is_stand_in(params):
+            return jnp.zeros(())  # A prefix of every state: `map_params` changes nothing.
+        found = _Stacks(params, axes)
+        layers = {}
+        for count in found.counts:
+            # Types of one layer decide those of the state; a loop keeps their shardings.
+            leaves = found.in_front(params, count)
+            states = lax.map(lambda one, count=count: run.init(found.tree(one, count)), leaves)
+            layers[str(count)] = states
+        return LayersState(layers, run.init(found.tree(jax.tree.leaves(params), None)))
+
+    def update(
+        updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any
+    ) -> tuple[PyTree, Any]:
+        if is_stand_in(updates):
+            return updates, state
+        found = _Stacks(updates if params is None else params, axes)
+        leaves = jax.tree.leaves(updates)
+        weights = None if params is None else jax.tree.leaves(params)
+
+        def tree(leaves: list[Any] | None, count: int | None) -> PyTree:
+            return None if leaves is None else found.tree(leaves, count)
+
+        # 1. What is not stacked, at once.
+        new, rest = run.update(tree(leaves, None), state.rest, tree(weights, None), **extra_args)
+        leaves = found.replaced(leaves, new, None)
+
+        # 2. Layer after layer. Its update takes the place of its gradient, and its new state the
+        #    place of the old one, so that the loop allocates one layer.
+        def turn(count: int, i: jax.Array, carried: Any) -> Any:
+            leaves, states = carried
+            one = found.layer(leaves, i, count)
+            old = jax.tree.map(lambda s: lax.dynamic_index_in_dim(s, i, keepdims=False), states)
+            of_weights = None if weights is None else found.layer(weights, i, count)
+
+            def updated() -> Any:
+                new, state = run.update(
+                    tree(one, count), old, tree(of_weights, count), **extra_args
+                )
+                return found.replaced(one, new, count), keep_dtypes(state, old)
+
+            # The condition always holds. Without one, XLA fuses an update into each write, which
+            # then reads what another writes, and copies all layers at each turn on CPUs.
+            new, state = lax.cond(i < count, updated, lambda: (one, old))
+            put = lambda s, value: lax.dynamic_update_index_in_dim(s, value, i, 0)  # noqa: E731
+            return found.written(leaves, new, i, count), jax.tree.map(put, states, state)
+
+        layers = {}
+        for count in found.counts:
+            begin = leaves, state.layers[str(count)]
+            leaves, layers[str(count)] = lax.fori_loop(0, count, partial(turn, count), begin)
+        return jax.tree.unflatten(jax.tree.structure(updates), leaves), LayersState(layers, rest)
+
+    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
+
+
+class _Stacks:
+    """Which leaves are stacked, along which axis, and how many layers each has.
+
+    Attributes:
+      counts: the numbers of layers that occur; most models have one.
+    """
+
+    def __init__(self, params: PyTree, axes: PyTree | Callable[[PyTree], PyTree]):
+        self._treedef = jax.tree.structure(params)
+        named = leaves_with_names(params)
+        self._axes = [
+            _axis(name, leaf, axis)
+            for (name, leaf), axis in zip(named, _broadcast(params, axes), strict=True)
+        ]
+        self._sizes = [
+            None if axis is None else leaf.shape[axis]
+            for (_, leaf), axis in zip(named, self._axes, strict=True)
+        ]
+        self.counts = sorted({size for size in self._sizes if size is not None})
+
+    def tree(self, leaves: list[Any], count: int | None) -> PyTree:
+        """The parameters' tree with the leaves of so many layers (None: those without)."""
+        mine = [
+            leaf if size == count else optax.MaskedNode()
+            for leaf, size in zip(leaves, self._sizes, strict=True)
+        ]
+        return jax.tree.unflatten(self._treedef, mine)
+
+    def in_front(self, params: PyTree, count: int) -> list[Any]:
+        """Leaves of so many layers with these on the first axis; None for others."""
+        parts = zip(jax.tree.leaves(params), self._axes, self._sizes, strict=True)
+        return [jnp.moveaxis(x, a, 0) if size == count else None for x, a, size in parts]  # pyright: ignore[reportArgumentType]
+
+    def layer(self, leaves: list[Any], i: jax.Array, count: int) -> list[Any]:
+        """Layer i of the leaves that have so many; the others as they are."""
+        parts = zip(leaves, self._axes, self._sizes, strict=True)
+        return [
+            lax.dynamic_index_in_dim(x, i, a, keepdims=False) if size == count else x  # pyright: ignore[reportArgumentType]
+            for x, a, size in parts
+        ]
+
+    def replaced(self, leaves: list[Any], new: PyTree, count: int | None) -> list[Any]:
+        """The leaves of so many layers are those of a tree of updates, in their old dtypes."""
+        values = iter(jax.tree.leaves(new))
+        return [
+            next(values).astype(leaf.dtype) if size == count else leaf
+            for leaf, size in zip(leaves, self._sizes, strict=True)
+        ]
+
+    def written(self, leaves: list[Any], new: list[Any], i: jax.Array, count: int) -> list[Any]:
+        """The leaves of so many layers, with these values in layer i."""
+        parts = zip(leaves, new, self._axes, self._sizes, strict=True)
+        return [
+            lax.dynamic_update_index_in_dim(x, value, i, a) if size == count else x  # pyright: ignore[reportArgumentType]
+            for x, value, a, size in parts
+        ]
+
+
+def _broadcast(params: PyTree, axes: PyTree | Callable[[PyTree], PyTree]) -> list[Any]:
+    """The axis of each leaf."""
+    chosen = axes(params) if callable(axes) else axes
+    try:
+        full = jax.tree.broadcast(chosen, params, is_leaf=lambda x: x is None)
+    except ValueError as error:
+        raise ValueError(
+            f"`axes` must be a tree of ints and None like the parameters, or a prefix: {error}"
+        ) from error
+    return jax.tree.structure(params).flatten_up_to(full)
+
+
+def _axis(name: str, leaf: Any, axis: Any) -> int | None:
+    """A leaf's axis of layers, counted from the front."""
+    if axis is None:
+        return None
+    if isinstance(axis, bool) or not isinstance(axis, int):
+        raise TypeError(f"`axes` must hold ints and None, got {axis!r} for `{name}`.")
+    if not -leaf.ndim <= axis < leaf.ndim:
+        raise ValueError(
+            f"`axes` is {axis} for `{name}`, which has {leaf.ndim} axes: {leaf.shape}. Write None "
+            "for leaves that are not stacked."
+        )
+    return axis % leaf.ndim
