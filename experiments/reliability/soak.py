@@ -31,7 +31,7 @@ PROGRAM = "experiments.reliability.soak"
 class Config:
     """Take many steps of a small model, and watch memory, compilations and NaN."""
 
-    steps: int = 20_000
+    steps: int = 90_000
     """Steps, of all optimizers together."""
     period: int = 20
     """Steps between refreshes: few, so that there are many refreshes."""
