@@ -15,7 +15,8 @@ def at_least_float32(*dtypes: Any) -> np.dtype:
 
     ``jnp.promote_types`` refuses to tell where ``jax_numpy_dtype_promotion`` is strict.
     """
-    return np.dtype(np.float64 if np.float64 in map(jnp.dtype, dtypes) else np.float32)
+    wide = any(jnp.dtype(dtype) == np.float64 for dtype in dtypes)
+    return np.dtype(np.float64 if wide else np.float32)
 
 
 def matmul_highest(a: jax.Array, b: jax.Array) -> jax.Array:

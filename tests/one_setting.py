@@ -32,7 +32,7 @@ WHOLE: dict[str, Any] = {
     "weight_decay": 0.1,
     "weight_dimension_numbers": dimension_numbers.scanned_layers,
 }
-MATRICES = WHOLE | {"fallback": optax.sgd(0.1, momentum=0.9)}
+MATRICES: dict[str, Any] = WHOLE | {"fallback": optax.sgd(0.1, momentum=0.9)}
 
 
 def _low_rank(inner: Any, **parts: Any) -> Any:
@@ -69,14 +69,15 @@ OPTIMIZERS: dict[str, Any] = {
         projector=gum_optax.projectors.random_orthonormal,
         storage=storages.int8(),
     ),
-    "muon": gum_optax.muon(0.1, consistent_rms=0.2, **WHOLE | {"fallback": fallbacks.factored()}),
+    "muon": gum_optax.muon(0.1, consistent_rms=0.2, fallback=fallbacks.factored(), **WHOLE),
     "rounded": gum_optax.stochastic_rounding(
         gum_optax.gum(0.1, LowRank(RANK, PERIOD), **MATRICES), key=3
     ),
     "adam": gum_optax.adamw(
         0.1,
         gum_optax.galore(RANK, PERIOD, carry=carries.projection_aware()),
-        **WHOLE | {"fallback": fallbacks.columns()},
+        fallback=fallbacks.columns(),
+        **WHOLE,
     ),
     "adam in 8 bits": gum_optax.quantized(
         gum_optax.adamw(0.1, gum_optax.apollo(RANK, PERIOD), **WHOLE), smallest=0

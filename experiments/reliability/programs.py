@@ -168,8 +168,11 @@ def loss_of(model: Model) -> Callable[[Any, Any], Any]:
 
 
 def _columns(key: Any, gradient: Any, rank: int, previous_basis: Any) -> Any:
-    """A projector that depends on the gradient, and compiles at once."""
-    return gradient[:, :rank] / 4 + 0.5 * previous_basis + jnp.eye(len(gradient), rank)
+    """A projector that depends on the gradient, and compiles at once.
+
+    Zero for a zero gradient, as `backward.refresh` makes the basis of a weight without use.
+    """
+    return gradient[:, :rank] + 0.5 * previous_basis
 
 
 def check(model: Model, **options: Any) -> float:
