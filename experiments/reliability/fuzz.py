@@ -276,7 +276,7 @@ def count_models(config: Config) -> Counter[str]:
 
     @hypothesis.seed(config.seed)
     @hypothesis.settings(
-        max_examples=config.models, deadline=None, database=None, derandomize=False,
+        max_examples=max(config.models, 1), deadline=None, database=None, derandomize=False,
         suppress_health_check=[hypothesis.HealthCheck.too_slow],
     )  # fmt: skip
     @hypothesis.given(model=programs.models())

@@ -170,9 +170,11 @@ def loss_of(model: Model) -> Callable[[Any, Any], Any]:
 def _columns(key: Any, gradient: Any, rank: int, previous_basis: Any) -> Any:
     """A projector that depends on the gradient, and compiles at once.
 
-    Zero for a zero gradient, as `backward.refresh` makes the basis of a weight without use.
+    Zero for a zero gradient, as `backward.refresh` makes the basis of a weight without use; of no
+    larger norm than an orthonormal one, so that ``G - P P'G`` does not magnify rounding.
     """
-    return gradient[:, :rank] + 0.5 * previous_basis
+    unit = gradient / (jnp.sqrt(jnp.sum(gradient**2)) + jnp.finfo(gradient.dtype).tiny)
+    return unit[:, :rank] + 0.5 * previous_basis
 
 
 def check(model: Model, **options: Any) -> float:
