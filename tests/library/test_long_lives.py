@@ -111,7 +111,7 @@ OPTIMIZERS = {
 
 
 # The others by `make slow`.
-FAST = ("gum", "muon in 8 bits")
+FAST = ("gum",)
 every_optimizer = pytest.mark.parametrize(
     "name", [pytest.param(n, marks=[] if n in FAST else [SLOW]) for n in OPTIMIZERS]
 )

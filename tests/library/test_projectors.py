@@ -121,7 +121,7 @@ def test_a_previous_basis_that_is_partly_not_finite_counts_for_nothing(name):
         np.testing.assert_array_equal(basis, first)
 
 
-@pytest.mark.parametrize("name", ["svd", "randomized_svd"])
+@pytest.mark.parametrize("name", ["svd", pytest.param("randomized_svd", marks=pytest.mark.slow)])
 def test_decompositions_see_entries_of_order_one(monkeypatch, name):
     """LAPACK scales by itself; decompositions of accelerators leave the range of float32."""
     seen = []

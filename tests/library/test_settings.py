@@ -28,7 +28,13 @@ ROOT = pathlib.Path(__file__).parents[2]
 NO_ADAM = [name for name in one_setting.OPTIMIZERS if "adam" not in name]
 
 
-@pytest.mark.parametrize("name", NO_ADAM)
+# By `make slow`: what the first two and the test below trace as well.
+SLOW = ("feedback", "random", "rotated", "rounded")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in NO_ADAM]
+)
 def test_dtypes_and_ranks_are_never_promoted(name):
     tx = one_setting.OPTIMIZERS[name]
     params = one_setting.parameters(jnp.bfloat16 if name == "rounded" else np.float32)
