@@ -21,8 +21,8 @@ import gum_optax
 from gum_optax import LowRank, backward, residuals
 
 NARROW, WIDE, LAYERS, TOKENS, RANK = 4, 6, 3, 5, 2
-# Sums in another order; of float32 where a model casts to it.
-FLOAT64, FLOAT32 = 1e-11, 1e-4
+# Sums in another order; of float32 where a model casts to it. Measured over 60 models: 5e-16, 1e-7.
+FLOAT64, FLOAT32 = 1e-13, 1e-5
 
 
 @dataclasses.dataclass(frozen=True)
