@@ -66,7 +66,7 @@ class LowRank:
         sampled; `by_role`, `by_shape` or your own.
       key: an int seed or a threefry key. The draw of a period depends on this key, the number of
         the period and the group's name alone: it is equal on every host, at every sharding, after
-        every resume. Of JAX's settings, ``jax_threefry_partitionable`` alone changes it.
+        every resume, but for ``jax_threefry_partitionable``, which changes all bits of JAX.
 
     Raises:
       TypeError, ValueError: if an option is malformed.
