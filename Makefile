@@ -20,7 +20,7 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2
 STAMP := $(VENV)/.installed-$(VERSION)-$(or $(notdir $(CONSTRAINTS)),newest)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test tests slow notebooks lint format clean
+.PHONY: help demo test tests slow mutants notebooks lint format clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -36,6 +36,9 @@ tests: $(STAMP)
 
 slow: $(STAMP) ## Run the tests that `make test` leaves out: several processes, kills, full disks
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+mutants: $(STAMP) ## Put bugs into copies of the library, and see whether its tests notice
+	$(BIN)/python -m tests.mutants.run --jobs $(JOBS) $(ARGS)
 
 notebooks: $(STAMP) ## Run the notebooks again and keep their outputs
 	$(BIN)/python -m notebooks.execute $(ARGS)

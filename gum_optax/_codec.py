@@ -161,6 +161,8 @@ def place(
         return jnp.where(jnp.any(serves), drawn.astype(matrices.dtype), matrices)
     if len(slots) <= _FEW:
         numbers = jnp.arange(group.per_leaf).reshape(*group.batch, 1, 1) + position * group.per_leaf
+        # [slots, *ones, m, n], so that each has the axes of a stack.
+        residual = residual.reshape(len(slots), *[1] * len(group.batch), *residual.shape[-2:])
         for index, drawn in zip(slots, residual, strict=True):
             if beside is not None:
                 drawn = drawn + beside

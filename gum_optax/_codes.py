@@ -39,6 +39,7 @@ import jax.core
 import jax.numpy as jnp
 
 from gum_optax import _mesh
+from gum_optax._numerics import at_least_float32
 
 
 class Codes(NamedTuple):
@@ -104,7 +105,7 @@ def encode(map: Map, block: int, array: jax.Array) -> Codes:
 
 def decode(map: Map, block: int, packed: Codes, like: jax.Array) -> jax.Array:
     """Returns the array, with the shape of ``like``, in its dtype or float32 if that is wider."""
-    dtype = jnp.promote_types(like.dtype, jnp.float32)
+    dtype = at_least_float32(like.dtype)
     return _mesh.in_auto_mode(
         lambda packed: _decode(map, block, packed, like.shape[-1], dtype),
         packed,
@@ -116,7 +117,7 @@ def decode(map: Map, block: int, packed: Codes, like: jax.Array) -> jax.Array:
 # `inline` leaves the program of the other as it is. Outside, this is one program instead of many.
 @partial(jax.jit, static_argnums=(0, 1), inline=True)
 def _encode(map: Map, block: int, array: jax.Array) -> Codes:
-    dtype, n = jnp.promote_types(array.dtype, jnp.float32), array.shape[-1]
+    dtype, n = at_least_float32(array.dtype), array.shape[-1]
     blocks = _to_blocks(array.astype(dtype), block)  # [..., count, length]
 
     # 1. The scale N, rounded to its own dtype before anything is divided by it.
@@ -196,7 +197,7 @@ def _describe(map: Map, block: int, array: jax.Array) -> Codes:
         )
 
     codes = jax.eval_shape(map.to_codes, jax.ShapeDtypeStruct((), jnp.float32)).dtype
-    dtype = map.scale_dtype or jnp.promote_types(array.dtype, jnp.float32)
+    dtype = map.scale_dtype or at_least_float32(array.dtype)
     pairs = map.bits == 4
     count, length = cut(n, block)
     return Codes(

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import optax
 
 from gum_optax import _checks, _mesh
-from gum_optax._numerics import safe_scale
+from gum_optax._numerics import at_least_float32, safe_scale
 from gum_optax._paths import PyTree
 
 # Columns below this share of |R_j| are taken for rounding errors: the precision of bfloat16, in
@@ -126,7 +126,7 @@ def _in_range(function: Any, x: jax.Array, *others: jax.Array) -> jax.Array:
     """Calls a function in float32 or wider, and returns its result in the dtype of ``x``."""
     if x.size == 0:
         return x
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    dtype = at_least_float32(x.dtype)
     return function(x.astype(dtype), *(other.astype(dtype) for other in others)).astype(x.dtype)
 
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import optax
 
 from gum_optax import _checks
-from gum_optax._numerics import norm
+from gum_optax._numerics import at_least_float32, norm
 from gum_optax._paths import PyTree
 
 
@@ -71,7 +71,7 @@ def scale_by_gain(
         # z: the norm of the last result of each matrix; zero stands for none. In bfloat16 a growth
         # of 1 % would be rounded to 0.8 or 1.6 %.
         def none_yet(leaf: jax.Array) -> jax.Array:
-            return jnp.zeros(leaf.shape[:-2], jnp.promote_types(leaf.dtype, jnp.float32))
+            return jnp.zeros(leaf.shape[:-2], at_least_float32(leaf.dtype))
 
         return jax.tree.map(none_yet, params)
 

@@ -22,6 +22,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from gum_optax import _mesh
+from gum_optax._numerics import at_least_float32
 from gum_optax._paths import PyTree, leaves_with_names
 
 GroupBy: TypeAlias = Callable[[str, Any], str]
@@ -142,7 +143,7 @@ class Group:
     @property
     def compute_dtype(self) -> np.dtype:
         """Float32, or float64 for float64 leaves: a bfloat16 basis is not orthonormal."""
-        return jnp.promote_types(self.dtype, jnp.float32)
+        return at_least_float32(self.dtype)
 
     @property
     def basis_sharding(self) -> NamedSharding | None:

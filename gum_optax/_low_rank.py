@@ -66,7 +66,7 @@ class LowRank:
         sampled; `by_role`, `by_shape` or your own.
       key: an int seed or a threefry key. The draw of a period depends on this key, the number of
         the period and the group's name alone: it is equal on every host, at every sharding, after
-        every resume.
+        every resume, but for ``jax_threefry_partitionable``, which changes all bits of JAX.
 
     Raises:
       TypeError, ValueError: if an option is malformed.
@@ -117,7 +117,8 @@ class LowRankState(NamedTuple):
     """State of `low_rank`: plain arrays in dicts keyed by group name.
 
     Attributes:
-      count: ``int32[]``, steps taken.
+      count: ``int32[]``, steps taken. It ends at ``2**31 - 1``, and with it the last period: from
+        then on bases and draws stay, as those of the inner transformation's own count do in optax.
       period: ``int32[]``, the period that bases and draws are of; -1 before the first.
       key: ``uint32[2]``, threefry key data; the draws are a function of it and of ``count`` alone.
       basis: group -> ``[*lead, m, r]``, float32 (float64 for float64 parameters). The leading axes

@@ -97,6 +97,7 @@ def for_matrices(
             "`gum_optax.fallbacks`."
         )
     _checks.transformation("fallback", fallback)
+    fallback = _with_checked_state(fallback)
     decay = decoupled_decay(weight_decay, weight_decay_mask)
 
     # U -> -learning_rate * (U + weight_decay * W), for the matrices alone.
@@ -155,6 +156,32 @@ def _divide(
         return keep_dtypes(new_updates, shapes), keep_dtypes(new_state, state)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _with_checked_state(
+    inner: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """The transformation, with an error that names what its state has of other parameters.
+
+    Transformations of optax do not look: where a parameter was resized they add arrays that do not
+    fit, or do, if one can be broadcast to the other, and go on with a state of another shape.
+    """
+    run = optax.with_extra_args_support(inner)
+
+    def update(
+        updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any
+    ) -> tuple[PyTree, Any]:
+        try:
+            new_updates, new_state = run.update(updates, state, params, **extra_args)
+        except (TypeError, ValueError):
+            # Only now, since tracing `init` takes as long as tracing the update.
+            expected = jax.eval_shape(run.init, updates if params is None else params)
+            _checks.same_shapes(expected, state)
+            raise
+        _checks.same_shapes(new_state, state)
+        return new_updates, new_state
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
 def as_matrices(

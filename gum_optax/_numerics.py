@@ -1,10 +1,22 @@
-"""Products at full precision, and divisors that keep squares in range.
+"""Dtypes and products of full precision, and divisors that keep squares in range.
 
 Tests: tests/library/test_numerics.py.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+
+def at_least_float32(*dtypes: Any) -> np.dtype:
+    """Returns the dtype in which to compute with numbers of these: float32, or float64.
+
+    ``jnp.promote_types`` refuses to tell where ``jax_numpy_dtype_promotion`` is strict.
+    """
+    wide = any(jnp.dtype(dtype) == np.float64 for dtype in dtypes)
+    return np.dtype(np.float64 if wide else np.float32)
 
 
 def matmul_highest(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -119,7 +119,7 @@ def _in_gram_space(x: jax.Array, coefficients: np.ndarray) -> jax.Array:
     1.6e-5 and 1.3e-5 at most; without, 5e-4). The polynomial is kept as ``T = scale * I + rest``,
     and its products run at full precision, since large terms may cancel in it.
     """
-    eye = jnp.eye(x.shape[-2], dtype=x.dtype)
+    eye = jnp.eye(x.shape[-2], dtype=x.dtype).reshape(*[1] * (x.ndim - 2), *x.shape[-2:-1] * 2)
     for block in np.split(coefficients, range(3, len(coefficients), 3)):
         gram, scale, rest = matmul_highest(x, x.mT), 1.0, jnp.zeros_like(eye)  # [..., m, m]
         for step, (a, b, c) in enumerate(block.tolist()):

@@ -113,4 +113,15 @@ def _regrouped(like: PyTree, expected: PyTree, state: PyTree) -> PyTree:
     try:
         return jax.tree.map(on_leaf, like, expected, state)
     except ValueError:
-        return state  # Made for other parameters, which the check of shapes tells by name.
+        # Made for other parameters, which this tells by name; so it does where a leaf is masked.
+        _checks.same_shapes(_with_masks(expected), _with_masks(state))
+        return state
+
+
+def _with_masks(tree: PyTree) -> PyTree:
+    """The tree with a scalar in the place of every masked leaf, so that it counts as one."""
+
+    def is_mask(node: Any) -> bool:
+        return isinstance(node, optax.MaskedNode)
+
+    return jax.tree.map(lambda node: 0.0 if is_mask(node) else node, tree, is_leaf=is_mask)

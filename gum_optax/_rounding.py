@@ -21,7 +21,8 @@ class RoundingState(NamedTuple):
     """State of `stochastic_rounding`.
 
     Attributes:
-      step: ``int32[]``, the number of updates so far; with the key it decides the random bits.
+      step: ``int32[]``, the number of updates so far; with the key it decides the random bits. It
+        wraps, so that bits repeat after ``2**32`` updates.
       inner: the state of the wrapped optimizer.
     """
 

@@ -34,6 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gum_optax import _mesh
+from gum_optax._numerics import at_least_float32
 from gum_optax.projectors import Projector
 
 
@@ -214,7 +215,7 @@ def _product_backward(form: Product, kept: Any, cotangents: Any) -> Any:
     def compress(tap: Tap, x: jax.Array, dy: jax.Array, slots: jax.Array | None) -> Any:
         # 1. Tokens in rows: X [*batch, T, of the side contracted], Y [*batch, T, of the other].
         X, Y = _as_tokens(form, x, dy)
-        dtype = jnp.promote_types(X.dtype, Y.dtype)
+        dtype = X.dtype if X.dtype == Y.dtype else at_least_float32(X.dtype, Y.dtype)
         rows, columns = (X, Y) if form.side == "rows" else (Y, X)
         # 2. G = rows' columns, or its transpose, is wide: m of `short`, n of `long`.
         tall = rows.shape[-1] > columns.shape[-1]

@@ -172,16 +172,17 @@ def projection_aware(b1: float = 0.9, b2: float = 0.999) -> Carry:
         def of_adam(state: Any) -> Any:
             if not _is_adam(state):
                 return state
-            # 1 - b^t, the factors of the biased moments; before the first step both moments are 0.
-            t = jnp.maximum(state.count, 1)
-            debias1, debias2 = 1 - b1**t, 1 - b2**t
+            t = jnp.maximum(state.count, 1)  # Before the first step both moments are 0.
             mu, nu = dict(state.mu), dict(state.nu)
             for name in basis:
                 # A wrapper such as `optax.masked` may have put something else in place of a group.
                 if not isinstance(mu.get(name), Compressed):
                     continue
-                m, v = mu[name].low / debias1, nu[name].low / debias2  # [*lead, r, n]
                 C = matmul_highest(basis[name].mT, previous_basis[name])  # [*lead, r, r]
+                # 1 - b^t, the factors of the biased moments.
+                debias1, debias2 = (1 - b ** t.astype(C.dtype) for b in (b1, b2))
+                m = mu[name].low.astype(C.dtype) / debias1  # [*lead, r, n]
+                v = nu[name].low.astype(C.dtype) / debias2
                 rotated = matmul_highest(C, m)
                 v = jnp.abs(matmul_highest(C**2, v - m**2) + rotated**2)
                 mu[name] = _with_low(mu[name], rotated * debias1)

@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from gum_optax import _checks, _codes, _scheduling
+from gum_optax._numerics import at_least_float32
 from gum_optax._paths import PyTree
 
 KeyPath: TypeAlias = tuple[Any, ...]
@@ -85,7 +86,7 @@ def cast(dtype: Any) -> Storage:
     # Unpacked at least to float32: beta * R would be rounded in the narrow dtype otherwise.
     return Storage(
         lambda array: array.astype(rest),
-        lambda packed, like: packed.astype(jnp.promote_types(like.dtype, jnp.float32)),
+        lambda packed, like: packed.astype(at_least_float32(like.dtype)),
     )
 
 

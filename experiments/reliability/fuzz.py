@@ -5,6 +5,8 @@ the gradients' structure, shapes and dtypes and are finite, the state keeps its 
 `memory_plan` says, and `init` warns if nothing is compressed. Three laws are checked: over scripted
 draws the mean of the estimates is the gradient, a residual that goes through the identity is not
 lost, and with feedback the estimates and the last error add up to the sum of the gradients.
+
+Beside them run random models, whose gradients are compressed in the backward pass (`programs`).
 """
 
 import dataclasses
@@ -26,6 +28,7 @@ import optax
 
 import gum_optax
 from experiments import reporting
+from experiments.reliability import programs
 from experiments.reliability.strategies import (
     BAD_PARTS,
     DIRECTIONS,
@@ -50,6 +53,8 @@ class Config:
     """How many examples."""
     seed: int = 0
     """Seed of the examples."""
+    models: int = 200
+    """How many random models, each compiled."""
     compile_every: int = 25
     """Every so many examples, the checks run a second time with the update compiled."""
     out: Path = Path("experiments/results/fuzz.json")
@@ -265,11 +270,33 @@ def count_checks(config: Config) -> Counter[str]:
     return counts + Counter({"examples": len(examples_seen), "distinct trees": len(trees_seen)})
 
 
+def count_models(config: Config) -> Counter[str]:
+    """Checks as many random models, whose gradients are compressed in the backward pass."""
+    counts: Counter[str] = Counter()
+
+    @hypothesis.seed(config.seed)
+    @hypothesis.settings(
+        max_examples=max(config.models, 1), deadline=None, database=None, derandomize=False,
+        suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    )  # fmt: skip
+    @hypothesis.given(model=programs.models())
+    def every(model: programs.Model) -> None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*are not used in dense products", UserWarning)
+            programs.check(model)
+        counts["models"] += 1
+        counts["uses of weights in models"] += len(model.uses)
+
+    if config.models:
+        every()
+    return counts
+
+
 def main(arguments: Sequence[str]) -> int:
     """Runs the examples, prints and writes the counts."""
     config = cli.parse(Config, PROGRAM, arguments)
     began = time.perf_counter()
-    counts = count_checks(config)
+    counts = count_models(config) + count_checks(config)
     result = reporting.write(
         config.out,
         config,

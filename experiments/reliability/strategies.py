@@ -61,6 +61,7 @@ PROJECTORS = [
     projectors.subspace_iteration,
     projectors.randomized_svd,
     projectors.random_orthonormal,
+    projectors.grassmann(),
     projectors.switch(projectors.svd, projectors.random_orthonormal, 2),
 ]
 INNERS: dict[str, optax.GradientTransformation] = {
@@ -70,7 +71,8 @@ INNERS: dict[str, optax.GradientTransformation] = {
     "adamw": optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(0.1)),
     "lion": optax.scale_by_lion(),
 }
-SQUARES = ("adam", "adamw")  # of these the second moment cannot be carried into another basis
+# Inner transformations and optimizers whose second moment cannot be rotated into another basis.
+SQUARES = ("adam", "adamw", "quantized adamw")
 SCHEDULE = optax.linear_schedule(0.1, 0.0, 10)
 
 # What becomes of residuals: without state, with state of every leaf, with the projection in hand.
@@ -78,7 +80,17 @@ TRANSFORMS: dict[str, optax.GradientTransformation | None] = {
     "nothing": None,
     "columns": gum_optax.normalize_columns(),
     "trace": optax.trace(0.9),
+    "gain": gum_optax.scale_by_gain(),
 }
+STORAGES: dict[str, storages.Storage] = {
+    "plain": storages.plain(),
+    "float32": storages.cast("float32"),
+    "bfloat16": storages.cast("bfloat16"),
+    # Several blocks, also of matrices as small as these.
+    "int8": storages.int8(4),
+    "int4": storages.int4(2),
+}
+IN_FEW_BITS = ("int8", "int4")
 SAMPLERS: dict[str, int | samplers.Sampler] = {
     "0": 0, "1": 1, "2": 2, "3": 3, "none": samplers.none,
     "bernoulli 0.3": samplers.bernoulli(0.3), "bernoulli 0.7": samplers.bernoulli(0.7),
@@ -103,17 +115,18 @@ def residual(rule: Any) -> Any:
     if name == "sampled":
         sampler, form, undrawn = options
         return residuals.sampled(SAMPLERS[sampler], form=form, undrawn=TRANSFORMS[undrawn])
-    if name == "through":
-        return residuals.through(TRANSFORMS[options[0]])  # pyright: ignore[reportArgumentType]
+    if name in ("through", "guided"):
+        return getattr(residuals, name)(TRANSFORMS[options[0]])
     return getattr(residuals, name)(*options)
 
 
 def compression(method: str, **parts: Any) -> gum_optax.LowRank:
     """`LowRank`, or what a paper makes of it, with rule and storage from their descriptions."""
-    make = {"LowRank": gum_optax.LowRank, "galore": gum_optax.galore, "golore": gum_optax.golore}
+    make: Any = {"LowRank": gum_optax.LowRank, **{n: getattr(gum_optax, n) for n in PAPERS}}
     storage = parts.pop("storage")
     if isinstance(storage, str):
-        storage = storages.plain() if storage == "plain" else storages.cast(storage)
+        # Of a flaw, another name: that of a dtype that no state may have.
+        storage = STORAGES[storage] if storage in STORAGES else storages.cast(storage)
     if "residual" in parts:
         parts["residual"] = residual(parts["residual"])
     return make[method](storage=storage, **parts)
@@ -129,12 +142,30 @@ def _for_matrices(
     return gum_optax.for_matrices(_low_rank(compression, inner), **options)
 
 
+def _quantized(compression: gum_optax.LowRank, **options: Any) -> optax.GradientTransformation:
+    return gum_optax.quantized(
+        gum_optax.adamw(compression=compression, **options), storages.int8(4), smallest=0
+    )
+
+
+def _muon(compression: gum_optax.LowRank, **options: Any) -> optax.GradientTransformation:
+    """At full rank; of a compression it has the storage."""
+    momentum = gum_optax.quantized(optax.trace(0.9), compression.storage, smallest=0)
+    return gum_optax.for_matrices(
+        optax.chain(momentum, gum_optax.scale_by_polar()),
+        fallback=gum_optax.fallbacks.factored(),
+        **options,
+    )
+
+
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "low_rank": _low_rank,
     "scale_by_gum": gum_optax.scale_by_gum,
     "gum": gum_optax.gum,
     "adamw": gum_optax.adamw,
     "for_matrices": _for_matrices,
+    "quantized adamw": _quantized,
+    "muon in few bits": _muon,
 }
 DIRECTIONS = ("low_rank", "scale_by_gum")  # every leaf is a matrix
 
@@ -151,6 +182,8 @@ OPTIONS = {
     "gum": whole | muon | {"consistent_rms": st.sampled_from([None, 0.2])},
     "adamw": whole | {"b1": st.sampled_from([0.0, 0.9])},
     "for_matrices": whole | inner,
+    "quantized adamw": whole,
+    "muon in few bits": whole,
 }
 
 _sampled = st.tuples(
@@ -159,24 +192,29 @@ _sampled = st.tuples(
     st.sampled_from(["exclusive", "additive"]),
     st.sampled_from(["nothing", *TRANSFORMS]),
 )
+_sent = st.tuples(st.sampled_from(["through"]), st.sampled_from(["columns", "trace", "gain"]))
 _rules = st.one_of(
     _sampled,
     _sampled,
-    st.sampled_from([("drop",), ("through", "columns"), ("through", "trace")]),
+    _sent,
+    st.sampled_from([("drop",), ("guided", "gain")]),
     st.sampled_from([("feedback", 0.0), ("feedback", 0.9)]),
 )
 common = {
     "rank": st.one_of(st.integers(1, 5), st.sampled_from([half, by_name])),
     "period": st.integers(1, 3),
-    "storage": st.sampled_from(["plain", "float32", "bfloat16"]),
+    "storage": st.sampled_from([*STORAGES]),
     "group_by": st.sampled_from([gum_optax.by_role, gum_optax.by_shape]),
     "key": st.integers(0, 2**31 - 1),
 }
 CARRIES = [carries.restart, carries.keep, carries.rotate]
+_OF_MOMENTS = carries.projection_aware()
+PAPERS = ("galore", "golore", "fira", "frugal", "apollo")
 PARTS = {
     "LowRank": common
     | {"method": st.just("LowRank"), "residual": _rules}
     | {"projector": st.sampled_from(PROJECTORS), "carry": st.sampled_from(CARRIES)},
+    **{name: common | {"method": st.just(name)} for name in ("fira", "frugal", "apollo")},
     "galore": common | {"method": st.just("galore")},
     "golore": common | {"method": st.just("golore"), "switch_step": st.integers(0, 3)},
 }
@@ -221,11 +259,11 @@ def examples(draw: Callable, parts_of_tree: int = 5) -> Example:
     """Examples, about one in eight with a flaw; trees have at most so many parts."""
     name = draw(st.sampled_from([*OPTIMIZERS]))
     options = draw(st.fixed_dictionaries(OPTIONS[name]))
-    method = draw(st.sampled_from(["LowRank", "LowRank", "LowRank", "galore", "golore"]))
+    method = draw(st.sampled_from([*["LowRank"] * len(PAPERS), *PAPERS]))
     parts = draw(st.fixed_dictionaries(PARTS[method]))
-    squares = name == "adamw" or options.get("inner") in SQUARES
+    squares = name in SQUARES or options.get("inner") in SQUARES
     if squares and parts.get("carry") is carries.rotate:
-        parts["carry"] = carries.keep
+        parts["carry"] = _OF_MOMENTS
     direction = name in DIRECTIONS
     kinds = (MATRICES, DTYPES) if direction else (MATRICES + OTHERS, WHOLE_DTYPES)
     tree = draw(trees(*kinds, parts_of_tree))
@@ -239,6 +277,9 @@ def examples(draw: Callable, parts_of_tree: int = 5) -> Example:
         tree |= {"flawed": BAD_LEAVES[flaw]}
     parts |= BAD_PARTS.get(flaw or "", {})
     size, other_dtype = draw(st.sampled_from(SIZES)), draw(st.booleans())
+    few_bits = parts["storage"] in IN_FEW_BITS or "quantized" in name or "few bits" in name
+    if few_bits and size in ("huge", "mixed"):
+        size = "ordinary"  # Squares that overflow spoil their block in few bits, as documented.
     return Example(name, options, parts, tree, size, other_dtype, flaw)
 
 

@@ -125,6 +125,13 @@ def test_stacks_without_names_to_go_by_are_told_of_scanned_layers():
     assert "scanned_layers" not in message
 
 
+def test_the_rule_that_knows_most_is_recommended():
+    [message] = _messages({"q_einsum": {"w": _ones(4, 64, 16)}, "query": _ones(64, 4, 16)})
+    assert (
+        "`weight_dimension_numbers=gum_optax.dimension_numbers.gemma`, which knows all" in message
+    )
+
+
 # Axes that are probably mistaken -----------------------------------------------------------------
 
 

@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 import gum_optax
 from experiments.benchmarks.collectives import collectives
 from gum_optax import LowRank, backward, carries, projectors, residuals, storages
-from tests.helpers import QUICK, all_arguments, jit_once, low_rank_state
+from tests.helpers import QUICK, all_arguments, described, equations, jit_once, low_rank_state
 from tests.tables import SIMPLE
 
 WIDTH, HIDDEN, LAYERS, VOCABULARY, PERIOD, RANK = 6, 10, 4, 20, 2, 3
@@ -202,6 +202,59 @@ def test_half_precision():
     assert jax.tree.map(jnp.result_type, after) == jax.tree.map(jnp.result_type, state)
 
 
+def test_half_precision_is_summed_in_float32():
+    """``P'G`` has the digits of its basis, whatever the model computes in.
+
+    In the program: values do not tell, since XLA on CPUs may keep more digits than it is asked for.
+    """
+    tx = gum_optax.low_rank(optax.identity(), LowRank(rank=2, residual=residuals.drop()))
+    params, x = {"w": np.ones((4, 9), jnp.bfloat16)}, np.ones((64, 4), jnp.bfloat16)
+    state: Any = jax.eval_shape(tx.init, params)
+    loss = lambda params, x: jnp.sum(jnp.tanh(x @ params["w"]))  # noqa: E731
+    program = jax.make_jaxpr(backward.value_and_grad(loss, tx))(params, state, x)
+    results = [
+        equation.outvars[0].aval
+        for equation, _ in equations(program)
+        if equation.primitive.name == "dot_general"
+    ]
+    assert {r.dtype for r in results if r.shape == (2, 9)} == {jnp.dtype(jnp.float32)}
+
+
+def test_empty_slots_are_zero():
+    """Full gradients make them so as well, and a direction of zero is what takes no time."""
+    tx = gum_optax.low_rank(optax.identity(), LowRank(rank=2, residual=residuals.sampled(1)))
+    params = {"w": [jnp.ones((4, 6)), jnp.ones((4, 6))]}
+    state: Any = tx.init(params)
+    state = state._replace(
+        period=jnp.zeros((), jnp.int32), basis={"w/*": jnp.stack([jnp.eye(4, 2)] * 2)}
+    )
+    loss = lambda params, x: jnp.sum((x @ params["w"][0] @ params["w"][1].T) ** 2)  # noqa: E731
+    function = jax.jit(backward.value_and_grad(loss, tx), compiler_options=QUICK)
+    for slot, is_zero in ((2, True), (1, False)):
+        slots = {"w/*": jnp.full((1,), slot, jnp.int32)}
+        _, gradients = function(params, state._replace(slots=slots), np.ones((3, 4), np.float32))
+        assert np.any(gradients["w"][0].low)
+        assert (not np.any(gradients["w"][0].drawn)) == is_zero
+
+
+def test_sources_are_found_in_the_order_of_their_states():
+    """`optax.partition` calls ``init`` in one order and keeps states in another."""
+    tx = optax.partition(
+        {
+            "later": gum_optax.gum(0.05, _compression(rank=2)),
+            "earlier": gum_optax.gum(0.02, _compression(residual=residuals.drop())),
+        },
+        lambda params: {
+            **dict.fromkeys(params, "earlier"),
+            "layers": ["later" if i < 2 else "earlier" for i in range(LAYERS)],
+        },
+    )
+    params = _model(np.float32)
+    state = jax.eval_shape(tx.init, params)
+    after = jax.eval_shape(backward.refresh(_loss, tx), params, state, _tokens(0))
+    assert described(after) == described(state)
+
+
 # Accumulation ------------------------------------------------------------------------------------
 
 
@@ -269,7 +322,8 @@ def test_multi_steps_accumulate_projections():
 
 
 def test_a_refresh_is_made_once_and_only_when_due():
-    params, tx = _model(np.float32), OPTIMIZERS["gum"]()
+    # Bases that depend on gradients, so that those of another batch are others.
+    params, tx = _model(np.float32), gum_optax.gum(0.05, _compression(projector=all_arguments))
     refresh = jax.jit(backward.refresh(_loss, tx), compiler_options=QUICK)
     first = refresh(params, tx.init(params), _tokens(0))
     assert int(low_rank_state(first).period) == 0

@@ -187,6 +187,15 @@ def test_extremes_of_either_sign_decay_as_they_do_in_float32(name):
 
 
 @every_map
+def test_the_extreme_of_a_block_is_exact(name):
+    x = numbers(name, 64, 2 * BLOCK, seed=6)
+    packed = there(name, x)
+    decoded = back(name, packed, x).reshape(64, 2, BLOCK)
+    largest = np.abs(decoded).max(axis=-1)
+    np.testing.assert_array_equal(largest, np.abs(np.asarray(packed.scale, np.float32)))
+
+
+@every_map
 def test_zeros_stay_zeros_and_nothing_finite_becomes_nan(name):
     zeros = np.zeros((4, 2 * BLOCK), np.float32)
     assert not round_trip(name, zeros).any()

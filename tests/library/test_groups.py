@@ -147,6 +147,36 @@ def test_mixed_dtypes_and_shapes_of_one_role():
     assert set(_groups(params)) == {"*[4,6]:float32", "*[4,6]:float16", "*[4,8]"}
 
 
+def test_gradients_of_other_dtypes_are_of_the_groups_of_their_parameters():
+    """As where half of the weights are narrow, and all gradients are summed in float32."""
+    params = [_array(), _array(), _array(dtype=jnp.bfloat16), _array(dtype=jnp.bfloat16)]
+    gradients = [_array() for _ in params]
+    optimizer = _low_rank()
+    state = jax.eval_shape(optimizer.init, params)
+    updates, after = jax.eval_shape(optimizer.update, gradients, state, params)
+    assert set(after.basis) == {"*:float32", "*:bfloat16"}
+    assert helpers.described(after) == helpers.described(state)
+    assert helpers.described(updates) == helpers.described(gradients)
+    # Gradients alone do not tell, and this is an error.
+    with pytest.raises(ValueError, match="do not fit the optimizer state"):
+        jax.eval_shape(optimizer.update, gradients, state)
+
+
+def test_uncompressed_leaves_run_in_float32():
+    """As compressed ones do; momentum rests in the dtype of the parameters."""
+    seen = []
+
+    def spy(updates, state, params=None):
+        seen.extend(jax.tree.map(lambda x: x.dtype, jax.tree.leaves(updates)))
+        return updates, state
+
+    inner = optax.GradientTransformation(lambda params: optax.EmptyState(), spy)
+    tx = gum_optax.low_rank(inner, gum_optax.LowRank(2))
+    params = {"w": [_array(dtype=jnp.bfloat16)] * 4, "single": _array(dtype=jnp.bfloat16)}
+    jax.eval_shape(tx.update, params, jax.eval_shape(tx.init, params), params)
+    assert set(seen) == {jnp.dtype(jnp.float32)}
+
+
 def test_by_shape_joins_roles():
     params = [{"q": _array(), "o": _array(), "up": _array(4, 8)} for _ in range(3)]
     assert _groups(params, group_by=gum_optax.by_shape) == {"4x6": 6, "4x8": 3}

@@ -117,6 +117,12 @@ def _three(w, x):
     return jax.nn.softmax(jnp.einsum("bthk,bshk->bhts", q, k)) @ jnp.moveaxis(v, 1, 2)
 
 
+def _three_in_an_axis(w, x):
+    """``[d, heads, 3 head_dim]``: one matrix, of which no whole axis is taken apart."""
+    q, k, v = jnp.moveaxis(jnp.einsum("btd,dhk->bthk", x, w).reshape(B, T, H, 3, K), 3, 0)
+    return jax.nn.softmax(jnp.einsum("bthk,bshk->bhts", q, k)) @ jnp.moveaxis(v, 1, 2)
+
+
 def _standardized(w, x):
     return x @ ((w - jnp.mean(w, 0)) / jnp.std(w, 0)).astype(jnp.bfloat16)
 
@@ -152,6 +158,14 @@ CASES = {
     "slices": (lambda w, x: (x @ w[:, :D]) * (x @ w[:, D:]), (D, 2 * D), "io"),
     "fused": (_fused, (D, 3 * D), "io"),
     "three in one": (_three, (D, 3, H, K), "iboo"),
+    "three in one, taken": (
+        lambda w, x: sum(
+            jnp.take(jnp.einsum("btd,dchk->btchk", x, w), i, axis=2) for i in range(3)
+        ),
+        (D, 3, H, K),
+        "iboo",
+    ),
+    "three in one axis": (_three_in_an_axis, (D, H, 3 * K), "ioo"),
     "stacked by index": (lambda w, x: x @ w[0] + x @ w[1], (2, D, F), "bio"),
     "scan": (lambda w, x: jax.lax.scan(_layer, x, w)[0], (L, D, D), "bio"),
     "scan over the second axis": (
@@ -166,6 +180,11 @@ CASES = {
     ),
     "carried by a scan": (_carried, (D, D), "io"),
     "indexed in a loop": (_indexed, (L, D, D), "bio"),
+    "taken by an index": (
+        lambda w, x: x @ jnp.take(w, jnp.argmax(x[0, 0]), axis=0),
+        (L, D, F),
+        "bio",
+    ),
     "while": (_while, (D, D), "io"),
     "cond": (_cond, (D, F), "io"),
     "remat": (lambda w, x: jax.checkpoint(lambda x: jnp.tanh(x @ w))(x), (D, F), "io"),
@@ -187,11 +206,17 @@ CASES = {
     "quantized": (_quantized, (D, F), "io"),
     "mixed tokens": (lambda w, x: jnp.einsum("btd,ts->bsd", x, w), (T, T), "io"),
     "tied autoencoder": (lambda w, x: jnp.tanh(x @ w) @ w.T, (D, F), "io"),
+    "mask of activations": (lambda w, x: (x > 0).astype(jnp.float32) @ w, (D, F), "io"),
     # No matrices.
     "table": (lambda w, x: w[x[..., 0].astype(int)], (V, D), ""),
     "one-hot": (lambda w, x: jax.nn.one_hot(x[..., 0].astype(int), V) @ w, (V, D), ""),
     "tied": (lambda w, x: w[x[..., 0].astype(int)] @ w.T, (V, D), ""),
     "positions": (lambda w, x: jnp.tanh(x + w) @ jnp.ones((D, F)), (T, D), ""),
+    "positions, looked up and compared with": (
+        lambda w, x: (x + w[jnp.arange(T)]) @ w.T,
+        (T, D),
+        "",
+    ),
     "positions, looked up": (lambda w, x: x + w[jnp.arange(T)], (T, D), ""),
     "bias of heads": (lambda w, x: x.reshape(B, T, H, K) + w, (H, K), ""),
     "stacked scales": (
@@ -264,8 +289,9 @@ def test_learned_vectors_that_attend_are_no_matrix_and_their_weights_are():
         query = jnp.broadcast_to(p["probe"], (B, T, D)) @ p["query"] + p["bias"]
         return jax.nn.softmax(query @ (x @ p["key"]).mT) @ x
 
-    params = {"probe": f32(T, D), "query": f32(D, D), "key": f32(D, D), "bias": f32(D)}
-    assert inferred(pool, params, X) == {"probe": "", "query": "io", "key": "io", "bias": ""}
+    for probe in (f32(T, D), f32(1, T, D)):
+        params = {"probe": probe, "query": f32(D, D), "key": f32(D, D), "bias": f32(D)}
+        assert inferred(pool, params, X) == {"probe": "", "query": "io", "key": "io", "bias": ""}
 
 
 def test_convolutions():
@@ -593,6 +619,39 @@ def test_a_function_is_needed():
 
 def test_no_leaves():
     assert dimension_numbers.infer(lambda p, x: x, {}, X) == {}
+
+
+def test_token_ids_that_a_function_has_captured_are_data():
+    """So their table shows the vocabulary, by which an unnamed head is known."""
+    tokens = np.arange(6).reshape(2, 3) % V
+    params = {"table": f32(V, D), "w": f32(D, D), "out": f32(D, V)}
+    found = inferred(lambda p: p["table"][tokens] @ p["w"] @ p["out"], params)
+    assert found == {"table": "", "w": "io", "out": ""}
+
+
+def test_a_use_in_any_branch_counts():
+    """The one that is taken is not known, and a leaf may be used in one of them alone."""
+
+    def model(p, x):
+        without = lambda: x[..., :1] * jnp.ones(F)  # noqa: E731
+        hidden = jax.lax.cond(jnp.sum(x) > 0, without, lambda: x @ p["v"])
+        return hidden + jax.lax.cond(jnp.sum(x) > 1, lambda: x @ p["w"], without)
+
+    assert inferred(model, {"v": f32(D, F), "w": f32(D, F)}, X) == {"v": "io", "w": "io"}
+
+
+def test_what_a_loop_carries_is_followed_until_it_is_stable():
+    """The weights enter what is carried in the first turn, and are used in the third."""
+
+    def model(p, x):
+        def turn(carry, _):
+            x, one, two = carry
+            return (jnp.tanh(x @ two), p["w"], one), None
+
+        zeros = jnp.zeros((D, D))
+        return jax.lax.scan(turn, (x, zeros, zeros), length=4)[0][0]
+
+    assert inferred(model, {"w": f32(D, D)}, X) == {"w": "io"}
 
 
 # What it costs, and who can use it ---------------------------------------------------------------

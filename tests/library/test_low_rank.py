@@ -160,6 +160,49 @@ def test_layouts_of_the_same_matrices_agree():
         cases.assert_close(other.updates, separate.updates)
 
 
+def test_an_empty_slot_holds_zero():
+    """It reads some matrix, and the inner transformation must see nothing of it."""
+    sampler = helpers.table_sampler(2, 0.4, [[1, 3]])  # Of three matrices: 3 stands for none.
+    compression = LowRank(2, 2, residuals.sampled(sampler), helpers.first_coordinates)
+    tx = gum_optax.low_rank(optax.trace(BETA), compression)
+    tree = helpers.pack("separate", np.ones((3, 6, 10), np.float32))
+    [(_, state)] = helpers.run(tx, [tree])
+    drawn, empty = state.inner.trace["layers/*/w"].residual
+    assert np.any(drawn) and not np.any(empty)
+
+
+# Slots are put in their places one by one where they are few, and by a scatter where they are many.
+@pytest.mark.parametrize(
+    ("leaves", "experts", "gamma", "form"),
+    [(3, 2, 3, "exclusive"), (3, 4, 6, "additive")],
+    ids=["few slots", "many slots"],
+)
+def test_several_stacks_are_one_group(leaves, experts, gamma, form):
+    """A slot serves a matrix of one of several leaves: of the right one, at the right place."""
+    case = Case("", "tall", leaves * experts, gamma, 2, 2)
+    gradients = cases.gradients_of(case)
+    rule = residuals.sampled(gamma, form=form)
+    compression = case.compression(residual=rule, projector=helpers.all_arguments)
+    tx = gum_optax.low_rank(optax.trace(BETA), compression)
+    updates, draws, bases = [], [], []
+    with jax.enable_x64(True):
+        stacks = gradients.reshape(len(gradients), leaves, experts, *gradients.shape[2:])
+        trees = [{"layers": [{"w": stack} for stack in G_t]} for G_t in stacks]
+        for t, (update, state) in enumerate(helpers.run(tx, trees)):
+            updates.append(helpers.unpack(update))
+            if t % case.K == 0:
+                basis = np.asarray(state.basis["layers/*/w"])
+                assert basis.shape[:2] == (leaves, experts)
+                bases.append(basis.reshape(case.N, *basis.shape[2:]))
+                draws.append(helpers.drawn(state.slots["layers/*/w"], case.N))
+    # Some period draws from more than one leaf, and not from its first matrices alone.
+    assert any(len({i // experts for i in draw}) > 1 and max(draw) >= 2 for draw in draws)
+    options = {"rank": case.rank, "K": case.K, "bases": bases, "form": form}
+    oracle = reference.momentum(BETA)
+    expected = reference.sampled(oracle, gradients, q=case.q, draws=draws, **options)
+    cases.assert_close(np.stack(updates), expected)
+
+
 @cases.each(SEPARATE)
 def test_inner_transformation_sees_compressed_parameters(case):
     """The codec is linear: decay inside is compressed and expanded like a gradient."""

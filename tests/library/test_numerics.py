@@ -18,6 +18,9 @@ def test_the_safe_scale_is_the_largest_entry():
     scale = jax.jit(safe_scale, static_argnames="axis")
     assert scale(x) == 4.0
     assert scale(0 * x) == 1.0
+    # Entries whose inverse is no normal number, or whose square is none, are no divisors.
+    tiny = np.finfo(np.float32).tiny
+    assert scale(2 * tiny * np.ones(3, np.float32)) == np.float32(100 * tiny)
     # Neither a zero nor a denormal column has an inverse in float32.
     columns = np.asarray(scale(x, axis=-2))
     assert columns.shape == (1, 3)

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import itertools
 import pathlib
+import types
 
 import jax
 import jax.numpy as jnp
@@ -107,6 +108,42 @@ def test_basis_survives_a_zero_gradient_between_others(name):
     if name in ADAPTIVE:
         # The zero gradient has randomized the start, and this spectrum is flat: measured 0.86.
         assert _energy(basis, gradient) > 0.8 * _best_energy(gradient, 5)
+
+
+@pytest.mark.parametrize("name", ["subspace_iteration", "grassmann"])
+def test_a_previous_basis_that_is_partly_not_finite_counts_for_nothing(name):
+    gradient = _gaussian(16, 40).astype(np.float32)
+    first = _jitted(name)(jax.random.key(0), gradient, 5, _zeros(16, 5))
+    for bad in (np.nan, np.inf):
+        previous = np.eye(16, 5, dtype=np.float32)
+        previous[3, 2] = bad
+        basis = _jitted(name)(jax.random.key(0), gradient, 5, previous)
+        np.testing.assert_array_equal(basis, first)
+
+
+@pytest.mark.parametrize("name", ["svd", pytest.param("randomized_svd", marks=pytest.mark.slow)])
+def test_decompositions_see_entries_of_order_one(monkeypatch, name):
+    """LAPACK scales by itself; decompositions of accelerators leave the range of float32."""
+    seen = []
+
+    def spy(x, full_matrices):
+        assert not full_matrices
+        seen.append(float(np.abs(x).max()))
+        return tuple(map(jnp.asarray, np.linalg.svd(x, full_matrices=False)))
+
+    monkeypatch.setattr(projectors, "jnp", _with_svd(spy))
+    for scale in (1e-30, 1.0, 1e30):
+        gradient = jnp.asarray(scale * _gaussian(8, 12), jnp.float32)
+        PROJECTORS[name](jax.random.key(0), gradient, 3, _zeros(8, 3))
+    # The largest entry is one; a sketch of the matrix has no larger norm than it.
+    assert len(seen) == 3
+    assert all(0.1 < entry < 10 for entry in seen)
+
+
+def _with_svd(svd):
+    """`jnp` with another singular value decomposition, for one module."""
+    linalg = types.SimpleNamespace(**vars(jnp.linalg) | {"svd": svd})
+    return types.SimpleNamespace(**vars(jnp) | {"linalg": linalg})
 
 
 @pytest.mark.parametrize("name", PROJECTORS)
@@ -398,6 +435,16 @@ def test_random_projectors_differ_between_matrices_and_periods():
         bases.extend(np.asarray(state.basis[GROUP]))
     for i, basis in enumerate(bases):
         assert all(np.abs(basis - other).max() > 0.1 for other in bases[:i])
+
+
+def test_a_projector_is_given_the_basis_of_the_last_period():
+    def doubled(key, gradient, rank, previous_basis):
+        return 2 * previous_basis + jnp.eye(len(gradient), rank)
+
+    optimizer = identity(3, doubled, period=1)
+    for refresh, (_, state) in enumerate(helpers.run(optimizer, [_gradients()] * 3)):
+        expected = (2 ** (refresh + 1) - 1) * np.eye(8, 3)
+        np.testing.assert_array_equal(state.basis[GROUP], np.tile(expected, (2, 1, 1)))
 
 
 @pytest.mark.parametrize("shape", [(8, 4), (12, 3), (8,), (3, 8)], ids=str)

@@ -198,6 +198,25 @@ def test_second_moments_of_optax(name):
     assert found == fields
 
 
+def test_keys_of_parameters_are_no_fields():
+    """A parameter may have any name; those of moments are given by the transformation."""
+    state = optax.scale_by_adam().init({"nu": jnp.ones(3)})
+    paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(state)[0]]
+    assert [storages.field("nu")(path) for path in paths] == [False, False, True]
+
+
+def test_what_a_compression_has_packed_stays():
+    """`quantized` around a `LowRank` with a storage of its own: codes are not coded again."""
+    own = LowRank(2, 2, projector=helpers.first_coordinates, storage=storages.int8(4))
+    params = {"w": [np.ones((4, 8), np.float32)] * 4}
+    tx = gum_optax.low_rank(optax.trace(0.9), own)
+    around = gum_optax.quantized(tx, storages.int4(4), smallest=0)
+    state, expected = (jax.eval_shape(each.init, params) for each in (around, tx))
+    assert helpers.described(state) == helpers.described(expected)
+    _, after = jax.eval_shape(around.update, params, state)
+    assert helpers.described(after) == helpers.described(expected)
+
+
 def test_own_rules_by_path():
     is_nu = storages.field("nu")
     storage = storages.by_path(lambda path: storages.int8() if is_nu(path) else storages.int4())

@@ -5,6 +5,7 @@
 
 import dataclasses
 import inspect
+import itertools
 import re
 import warnings
 
@@ -16,7 +17,7 @@ import pytest
 
 import gum_optax
 from gum_optax import LowRank, carries, projectors, residuals, samplers, storages
-from tests.helpers import jit_once, low_rank_state
+from tests.helpers import first_coordinates, jit_once, low_rank_state
 from tests.tables import (
     PERIOD,
     PROJECTED,
@@ -177,6 +178,27 @@ def test_adamw_is_adam_for_matrices():
         gum_optax.for_matrices(adam, 0.1, weight_decay=0.2, fallback=fallback),
         gum_optax.adamw(0.1, SIMPLE, b1=0.8, b2=0.9, eps=1e-6, weight_decay=0.2),
     )
+
+
+def test_momentum_has_the_options_of_gum():
+    """``scale_by_gum`` is Muon in `low_rank`, program by program."""
+    polar = gum_optax.scale_by_polar(ns_steps=1)
+    compression = LowRank(2, 2, residuals.drop(), first_coordinates)
+    params = [np.ones((4, 6), np.float32)] * 2
+    programs = []
+    for beta, nesterov in itertools.product((0.5, 0.9), (False, True)):
+        options = {"beta": beta, "nesterov": nesterov, "orthogonalizer": polar}
+        muon = optax.chain(optax.trace(beta, nesterov=nesterov), polar)
+        one, other = (
+            str(jax.make_jaxpr(tx.update)(params, jax.eval_shape(tx.init, params)))
+            for tx in (
+                gum_optax.scale_by_gum(compression, **options),
+                gum_optax.low_rank(muon, compression),
+            )
+        )
+        assert one == other
+        programs.append(one)
+    assert len(set(programs)) == 4
 
 
 def test_golores_rank_and_period_reach_the_state():

@@ -43,6 +43,12 @@ def test_what_bfloat16_holds_stays_as_it_is(x):
     np.testing.assert_array_equal(np.asarray(found, np.float32), np.full(100, x, np.float32))
 
 
+def test_what_is_no_number_stays_none():
+    """Whatever bits it is made of: added to some, random ones would make zero or infinity of it."""
+    x = np.asarray([0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001, 0x7FC00000], np.uint32).view(np.float32)
+    assert np.isnan(np.asarray(_rounded(SEEDS[:100], x), np.float32)).all()
+
+
 RATE = 1 / 4096  # of a weight of one: a 32nd of what is lost to rounding
 
 

@@ -158,6 +158,9 @@ NAMES = {
     "attn/qkv/kernel": ((D, H, 3 * E), "ioo"),
     "experts/up": ((E, D, F), "bio"),
     "MoeBlock_0/wi_0": ((E, D, F), "bio"),
+    "blocks/experts/up": ((L, E, D, F), "bbio"),
+    # The innermost name decides.
+    "experts/query/kernel": ((D, H, E), "ioo"),
     "Conv_0/kernel": ((3, 3, D, F), "iiio"),
     "conv1d/kernel": ((3, 1, F), ""),
     # Nothing is known of these.

@@ -219,6 +219,9 @@ def test_leaves_of_one_group_that_are_sharded_differently_share_what_they_agree_
     state = state_shardings(tx, params, spec, mesh_of())
     assert state.basis["*"].spec == P(None, "fsdp")
     assert state.inner[0].trace["*"].low.spec == P()
+    # Where neither is the other's, no axis is left.
+    state = state_shardings(tx, params, [P("fsdp"), P(None, "tensor")], mesh_of())
+    assert state.basis["*"].spec == state.inner[0].trace["*"].low.spec == P()
 
 
 def test_merged_axes_are_sharded_if_their_outermost_is():

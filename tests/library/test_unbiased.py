@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from gum_optax import LowRank, low_rank, projectors, residuals, samplers, scale_by_gum
+from gum_optax import LowRank, _refresh, low_rank, projectors, residuals, samplers, scale_by_gum
 from tests import helpers, tables
 from tests.helpers import first_coordinates
 
@@ -239,6 +239,27 @@ def assert_independent(first, second):
     chi_square = ((table - expected) ** 2 / expected).sum()
     degrees = N * N - 1
     assert chi_square < degrees + 5 * math.sqrt(2 * degrees), chi_square
+
+
+def test_bases_have_other_keys_than_the_draw():
+    """Draws are independent of bases, on which unbiasedness rests, so no key serves both."""
+    given = {}
+
+    def draw(group, key):
+        given[group.name] = key
+        return np.zeros(1, np.int32)
+
+    rule = residuals.sampled(1)._replace(draw=draw)
+    groups = LowRank(1, 2, rule).groups(SMALL)
+    period = jax.numpy.int32(3)
+    _, keys = _refresh.draw(groups, jax.random.key_data(jax.random.key(0)), period, rule)
+    for name, own in given.items():
+        of_bases = np.asarray(jax.random.key_data(keys[name]))
+        of_draw = np.asarray(jax.random.key_data(own))
+        # Nor is any of them split from it: a sampler that draws a permutation does that.
+        split = np.asarray(jax.random.key_data(jax.random.split(own, len(of_bases))))
+        for key in of_bases:
+            assert not (key == np.concatenate([split, of_draw[None]])).all(axis=1).any()
 
 
 def test_groups_and_periods_and_seeds_draw_independently():

@@ -6,8 +6,10 @@ from experiments.reliability import soak
 
 
 @pytest.mark.slow
-def test_a_few_hundred_steps_are_steady():
-    result = soak.soak(soak.Config(steps=300, period=3, samples=30))
+@pytest.mark.parametrize("name", soak.optimizers(soak.Config()))
+def test_a_few_hundred_steps_are_steady(name):
+    every = len(soak.optimizers(soak.Config()))
+    result = soak.soak(soak.Config(steps=300 * every, period=3, samples=30), name)
     # Memory of a process that other tests share says nothing over so few steps.
     assert soak.is_steady(result | {"kilobytes per 1000 steps": 0.0}), result
     first, last = result["loss, first and last sample"]
