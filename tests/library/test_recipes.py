@@ -183,7 +183,7 @@ def test_golores_rank_and_period_reach_the_state():
     optimizer = gum_optax.gum(0.1, gum_optax.golore(RANK, PERIOD, switch_step=4))
     basis = low_rank_state(jax.eval_shape(optimizer.init, parameters("gum"))).basis
     assert {name: leaf.shape for name, leaf in basis.items()} == {
-        "layers/*/w": (2, 5, RANK),
+        "layers.*.w": (2, 5, RANK),
         "single": (1, 5, RANK),
     }
 
@@ -310,7 +310,7 @@ BY_SHAPE = r"`LowRank\(group_by=gum_optax.by_shape\)`.*`LowRank\(residual=residu
 NOTHING_COMPRESSED = {
     "width below the default rank": (
         _layers(12, 128, 512),
-        r"None of 1 group.*`layers/\*/w`, 12 of 128 x 512: rank 128 >= 128",
+        r"None of 1 group.*`layers\.\*\.w`, 12 of 128 x 512: rank 128 >= 128",
         r"`LowRank\(rank=32\)`",
     ),
     "one layer": (
@@ -320,7 +320,7 @@ NOTHING_COMPRESSED = {
     ),
     "LoRA pairs": (
         LORA,
-        r"None of 2 group.*`layers/\*/lora_a`, 4 of 256 x 8: rank 128 >= 8",
+        r"None of 2 group.*`layers\.\*\.lora_a`, 4 of 256 x 8: rank 128 >= 8",
         r"`LowRank\(rank=2\)`",
     ),
 }
