@@ -28,7 +28,7 @@ from gum_optax._refresh import new_period
 from gum_optax._treatments import (
     divided,
     rows,
-    warn_if_nothing_is_compressed,
+    warn_of_uncompressed,
     zero_basis,
     zero_leaves,
     zeros,
@@ -155,7 +155,7 @@ def low_rank(
     Every leaf is taken as matrices: the last two axes, with leading axes as batch. Matrices of one
     role form a group. A group that cannot gain from compression runs uncompressed and is never
     restarted: one with rank >= m, or one that is always drawn. `memory_plan` shows each group, its
-    treatment and the reason, and ``init`` warns if nothing at all is compressed.
+    treatment and the reason, and ``init`` warns if most of the parameters are in such groups.
 
     The inner transformation is given compressed parameters if ``update`` is given any, so decoupled
     weight decay inside it is compressed like a gradient; for exact weight decay chain it after
@@ -208,7 +208,7 @@ def low_rank(
         if is_stand_in(params):
             return _stand_in_state()
         groups = compression.groups(params)
-        warn_if_nothing_is_compressed(groups)
+        warn_of_uncompressed(groups)
         state = unpacked(groups)
         _check_carry(compression.carry, state)
         _ledger.write(partial(rows, run, rule, storage, groups))
