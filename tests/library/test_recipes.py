@@ -360,9 +360,9 @@ def test_init_names_the_groups_that_leave_most_of_a_model_uncompressed():
     optimizer = gum_optax.gum(0.1)
     _, [message] = _warnings(jax.eval_shape, optimizer.init, params)
     assert message.startswith(
-        "81 % of the parameters of matrices are in groups that run through the inner transformation "
-        "uncompressed: `first`, 1 of 512 x 4096: single matrix; `layers.*.narrow`, 4 of 96 x 512: "
-        "rank 128 >= 96. "
+        "81 % of the parameters of matrices are in groups that run through the inner "
+        "transformation uncompressed: `first`, 1 of 512 x 4096: single matrix; "
+        "`layers.*.narrow`, 4 of 96 x 512: rank 128 >= 96. "
     )
     assert re.search(BY_SHAPE, message)
     assert gum_optax.memory_plan(optimizer, params).notes == (message,)
