@@ -9,6 +9,7 @@ It runs in this project's own environment: `python -m experiments.clients.checkp
 """
 
 import functools
+import importlib.metadata
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
@@ -84,12 +85,13 @@ def orbax_v1() -> None:
         )
         return weights, gum_optax.state_shardings(tx, params, weights)
 
-    def run(mesh: Mesh, params: Any, state: Any, steps: int) -> tuple[Any, Any]:
+    def run(mesh: Mesh, start: tuple[Any, Any], steps: int) -> tuple[Any, Any]:
         @functools.partial(jax.jit, out_shardings=places(mesh))
         def step(params: Any, state: Any) -> tuple[Any, Any]:
             updates, state = tx.update(jax.grad(loss)(params, x), state, params)
             return optax.apply_updates(params, updates), state
 
+        params, state = start
         with jax.set_mesh(mesh):
             for _ in range(steps):
                 params, state = step(params, state)
@@ -100,8 +102,8 @@ def orbax_v1() -> None:
     start = jax.device_put(params, weights)
     state = jax.jit(tx.init, out_shardings=where)(start)
     # Seven steps: two into the second period, so that bases, draws and codes all matter.
-    halfway = run(four, start, state, 7)
-    expected = run(four, *halfway, 6)
+    halfway = run(four, (start, state), 7)
+    expected = run(four, halfway, 6)
 
     with tempfile.TemporaryDirectory() as directory:
         orbax.save(f"{directory}/7", {"params": halfway[0], "state": halfway[1]})
@@ -124,9 +126,9 @@ def orbax_v1() -> None:
         each, whole = bytes_per_device(back[1]), sum(x.nbytes for x in jax.tree.leaves(back[1]))
         detail = f"{each} of {whole} bytes on each of 4 devices"
         check("Orbax v1: every array where `state_shardings` says", all(same), detail)
-        check("Orbax v1: six more steps, bit for bit", _equal(run(four, *back, 6), expected))
+        check("Orbax v1: six more steps, bit for bit", _equal(run(four, back, 6), expected))
 
-        two = run(_mesh(2), *restored(_mesh(2)), 6)
+        two = run(_mesh(2), restored(_mesh(2)), 6)
         gap = max(
             float(np.max(np.abs(np.asarray(a) - np.asarray(b))))
             for a, b in _pairs(two[0], expected[0])
@@ -162,7 +164,8 @@ def flax_names(shapes: Mapping[str, tuple[int, ...]]) -> Any:
 def hugging_face() -> None:
     """SmolLM2-135M, as the tree that Flax models of transformers had."""
     gone = not any(name.startswith("Flax") for name in dir(transformers))
-    check(f"transformers {transformers.__version__}: no Flax models are left", gone)
+    version = importlib.metadata.version("transformers")
+    check(f"transformers {version}: no Flax models are left", gone)
 
     tensors = load.open_checkpoint(load.SMOLLM2).tensors
     params = flax_names(tensors.shapes)
