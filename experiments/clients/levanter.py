@@ -1,8 +1,8 @@
 """levanter: an `OptimizerConfig` that builds GUM, in its `Trainer`, sharded and resumed.
 
 marin-levanter wants an optax before 0.2.7, and this library 0.2.8 or newer, so that pip does not
-resolve both. Python 3.12. `types` and `train` have not been run to the end yet. How to run it is
-in the package's docstring.
+resolve both. Python 3.12. `train` has not been run to the end yet. How to run it is in the
+package's docstring.
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
