@@ -174,6 +174,12 @@ def fits(expected: Any, state: Any, version: int) -> None:
             f"`state` must be the LowRankState (version {version}) that `init` made, got "
             f"{type(state).__name__}; states of other versions cannot be restored."
         )
+    # Version 4 differs in nothing but its names; a name never has a slash since.
+    if old := [name for name in getattr(state.basis, "keys", tuple)() if "/" in name]:
+        raise ValueError(
+            f"`state` is of version 4 or older, as its group `{old[0]}` shows; version {version} "
+            f"calls it `{old[0].replace('/', '.')}`: replace `/` by `.` in the keys of its dicts."
+        )
     # Without leaves, if the inner transformation has no state.
     missing = (state.uncompressed is None) != (expected.uncompressed is None)
     same_shapes(expected, state, [".uncompressed"] if missing else [])

@@ -14,7 +14,7 @@ Tests: tests/library/test_groups.py.
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any, TypeAlias
 
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ from gum_optax._numerics import at_least_float32
 from gum_optax._paths import PyTree, leaves_with_names
 
 GroupBy: TypeAlias = Callable[[str, Any], str]
-"""``(path, leaf) -> name of the leaf's group``."""
+"""``(path, leaf) -> role of the leaf's group``."""
 
 
 def by_role(path: str, leaf: Any) -> str:
@@ -37,7 +37,7 @@ def by_role(path: str, leaf: Any) -> str:
       leaf: the array, or anything with a shape and a dtype.
 
     Returns:
-      The group's name.
+      The group's role; the key of its state is the same with ``.`` in the place of ``/``.
 
     Example:
       >>> from gum_optax import by_role
@@ -58,7 +58,7 @@ def by_shape(path: str, leaf: Any) -> str:
       leaf: the array, or anything with a shape.
 
     Returns:
-      The group's name.
+      The group's role.
 
     Example:
       >>> import jax.numpy as jnp
@@ -75,13 +75,14 @@ class Group:
     """The N matrices of one role, as a function of `LowRank.rank` or a sampler sees them.
 
     Attributes:
-      name: the key of the group's state.
+      name: the key of the group's state: its role with ``.`` in the place of ``/``.
       leaves: positions of its leaves among the tree's flattened leaves.
       shape: a leaf's shape ``[*batch, rows, columns]``.
       dtype: the leaves' dtype.
       sharding: the leaves' sharding, where it is known.
       rank: r, the columns of a basis; 0 while it is not decided.
       uncompressed: why the group runs uncompressed; empty for a compressed one.
+      role: what ``group_by`` calls the group, such as ``layers/*/attn/q``. Its draws come from it.
 
     Example:
       Attention at rank 32, everything else at a quarter of the short side:
@@ -99,6 +100,7 @@ class Group:
     sharding: NamedSharding | None = None
     rank: int = 0
     uncompressed: str = ""
+    role: str = ""
 
     @property
     def batch(self) -> tuple[int, ...]:
@@ -208,14 +210,20 @@ def find_groups(tree: PyTree, group_by: GroupBy) -> list[Group]:
         keys = _with_first_of_its_role(keys)
     # 2. One group for each kind, under a name of its own.
     groups: dict[str, Group] = {}
+    roles: set[str] = set()
     for key, kinds in keys.items():
         for (shape, dtype), positions in kinds.items():
-            name = _group_name(key, shape, dtype, list(kinds))
-            while name in groups:  # A suffixed name can be another group's own.
-                name += "'"
+            role = _unused(_with_kind(key, shape, dtype, list(kinds)), roles)
+            name = _unused(state_key(role), groups)
             sharding = _mesh.common_sharding([named[position][1] for position in positions])
-            groups[name] = Group(name, tuple(positions), shape, dtype, sharding)
+            groups[name] = Group(name, tuple(positions), shape, dtype, sharding, role=role)
+            roles.add(role)
     return list(groups.values())
+
+
+def state_key(role: str) -> str:
+    """A role as the key of a state: trees are flattened, and saved, with ``/`` between keys."""
+    return role.replace("/", ".")
 
 
 _Kinds: TypeAlias = dict[tuple[Any, Any], list[int]]
@@ -243,7 +251,14 @@ def _with_first_of_its_role(keys: dict[str, _Kinds]) -> dict[str, _Kinds]:
     return joined
 
 
-def _group_name(key: str, shape: tuple[int, ...], dtype: Any, kinds: Sequence[Any]) -> str:
+def _unused(name: str, taken: Container[str]) -> str:
+    """The name, with a mark if it is taken: a suffixed name can be another group's own."""
+    while name in taken:
+        name += "'"
+    return name
+
+
+def _with_kind(key: str, shape: tuple[int, ...], dtype: Any, kinds: Sequence[Any]) -> str:
     if len({kind[0] for kind in kinds}) > 1:
         key += f"[{','.join(map(str, shape))}]"
     if len({kind[1] for kind in kinds if kind[0] == shape}) > 1:

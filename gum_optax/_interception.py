@@ -18,6 +18,7 @@ from jax.extend import core
 
 from gum_optax import _taps
 from gum_optax._taps import Axis, Site, Tap
+from gum_optax._usage import scan_counts
 from gum_optax.projectors import Projector
 
 
@@ -395,7 +396,7 @@ def _cond(run: Interpreter, equation: Any, values: list[Any]) -> list[Any]:
 def _scan(run: Interpreter, equation: Any, values: list[Any]) -> list[Any]:
     """A loop: over the layers of a stacked weight, or with the same weights in every turn."""
     params = equation.params
-    n_consts, n_carry = _scan_counts(params)
+    n_consts, n_carry = scan_counts(params)
     consts, carry = values[:n_consts], values[n_consts : n_consts + n_carry]
     xs = values[n_consts + n_carry :]
     body = params["jaxpr"]
@@ -429,14 +430,6 @@ def _scan(run: Interpreter, equation: Any, values: list[Any]) -> list[Any]:
         unroll=params["unroll"],
     )
     return [*carry, *ys]
-
-
-def _scan_counts(params: Any) -> tuple[int, int]:
-    """How many of a loop's operands are the same in every turn, and how many are carried."""
-    if "num_consts" in params:
-        return params["num_consts"], params["num_carry"]
-    consts, carry, _ = params["ft_in"].unpack()  # JAX 0.11 and later.
-    return len(list(consts)), len(list(carry))
 
 
 _Rule = Callable[[Interpreter, Any, list[Any]], "list[Any] | None"]

@@ -28,7 +28,7 @@ from gum_optax._refresh import new_period
 from gum_optax._treatments import (
     divided,
     rows,
-    warn_if_nothing_is_compressed,
+    warn_of_uncompressed,
     zero_basis,
     zero_leaves,
     zeros,
@@ -37,13 +37,14 @@ from gum_optax._treatments import (
 Key: TypeAlias = int | jax.Array
 """A seed, or a threefry key (typed, or raw ``uint32[2]``)."""
 
-STATE_VERSION = 4
+STATE_VERSION = 5
 """Version of the structure of `LowRankState`; checkpoints of another version cannot be restored.
 
 1. Matrices of several batch axes had one leading axis in the state.
 2. The leading axes of the state are the batch axes of the leaves.
 3. Groups: ``residual`` and ``uncompressed`` are fields, ``Compressed.full`` is called ``residual``.
 4. ``period`` tells which period bases and draws are of.
+5. Names of groups have ``.`` in the place of ``/``.
 """
 
 
@@ -62,10 +63,10 @@ class LowRank:
       projector: how a basis comes from a gradient, see `projectors`.
       carry: what the inner state keeps at a refresh, see `carries`.
       storage: how the inner state rests between steps, see `storages`.
-      group_by: ``(path, leaf) -> name``: which matrices form a group, over which layers are
+      group_by: ``(path, leaf) -> role``: which matrices form a group, over which layers are
         sampled; `by_role`, `by_shape` or your own.
       key: an int seed or a threefry key. The draw of a period depends on this key, the number of
-        the period and the group's name alone: it is equal on every host, at every sharding, after
+        the period and the group's role alone: it is equal on every host, at every sharding, after
         every resume, but for ``jax_threefry_partitionable``, which changes all bits of JAX.
 
     Raises:
@@ -98,7 +99,7 @@ class LowRank:
         projectors.check(self.projector)
         _checks.function("carry", self.carry, "(fresh, old, previous_basis, basis) -> state")
         _checks.instance("storage", self.storage, storages.Storage, "of `gum_optax.storages`")
-        _checks.function("group_by", self.group_by, "(path, leaf) -> name")
+        _checks.function("group_by", self.group_by, "(path, leaf) -> role")
         _checks.key("key", self.key)
 
     def groups(self, tree: PyTree) -> list[Group]:
@@ -155,7 +156,7 @@ def low_rank(
     Every leaf is taken as matrices: the last two axes, with leading axes as batch. Matrices of one
     role form a group. A group that cannot gain from compression runs uncompressed and is never
     restarted: one with rank >= m, or one that is always drawn. `memory_plan` shows each group, its
-    treatment and the reason, and ``init`` warns if nothing at all is compressed.
+    treatment and the reason, and ``init`` warns if most of the parameters are in such groups.
 
     The inner transformation is given compressed parameters if ``update`` is given any, so decoupled
     weight decay inside it is compressed like a gradient; for exact weight decay chain it after
@@ -191,7 +192,7 @@ def low_rank(
       >>> params = {"layers": [{"kernel": jnp.ones((16, 32))} for _ in range(8)]}
       >>> state = tx.init(params)
       >>> updates, state = jax.jit(tx.update)(params, state, params)
-      >>> state[0].inner.mu["layers/*/kernel"].residual.shape
+      >>> state[0].inner.mu["layers.*.kernel"].residual.shape
       (2, 16, 32)
 
     References:
@@ -208,7 +209,7 @@ def low_rank(
         if is_stand_in(params):
             return _stand_in_state()
         groups = compression.groups(params)
-        warn_if_nothing_is_compressed(groups)
+        warn_of_uncompressed(groups)
         state = unpacked(groups)
         _check_carry(compression.carry, state)
         _ledger.write(partial(rows, run, rule, storage, groups))

@@ -20,7 +20,7 @@ import optax
 from gum_optax import _checks, _ledger, _mesh, _sources, fallbacks
 from gum_optax import dimension_numbers as dims
 from gum_optax._advice import warn_of_matrices
-from gum_optax._groups import by_role
+from gum_optax._groups import by_role, state_key
 from gum_optax._low_rank import keep_dtypes
 from gum_optax._nnx import with_sharding_metadata
 from gum_optax._paths import PyTree, is_box, is_stand_in, leaves_with_names
@@ -305,7 +305,8 @@ def _fallback_rows(
     reasons = dims.explain(params, numbers)
     for position, (path, leaf) in enumerate(leaves_with_names(params)):
         if numbers[position] is None:
-            role = (by_role(path, leaf), tuple(leaf.shape), leaf.dtype, reasons[position])
+            name = state_key(by_role(path, leaf))
+            role = (name, tuple(leaf.shape), leaf.dtype, reasons[position])
             roles.setdefault(role, []).append(position)
     for (name, shape, dtype, why), positions in roles.items():
         # The tree with nothing but these leaves, and the tree with nothing.

@@ -96,7 +96,7 @@ def memory_plan(tx: optax.GradientTransformation, params: PyTree) -> MemoryPlan:
       group                    count      shape  rank  slots     state  / AdamW
       -------------------------------------------------------------------------
       sampled
-        */kernel                  16  1024x2816   128      2  52.0 MiB     15 %
+        *.kernel                  16  1024x2816   128      2  52.0 MiB     15 %
       shared
         counters and wrappers      -          -     -      -      20 B        -
       state 52.0 MiB, 15 % of AdamW's 352.0 MiB (parameters 176.0 MiB)

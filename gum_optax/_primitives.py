@@ -20,6 +20,7 @@ from gum_optax._usage import (
     joined,
     mixed,
     roles_of_all,
+    scan_counts,
     shape_of,
 )
 
@@ -218,7 +219,7 @@ def _beside(walk: Walk, values: Sequence[Value]) -> list[Value]:
 
 def _scan(walk: Walk, equation: Any, values: list[Value]) -> list[Value]:
     """Scanned arrays lose their first axis in the body, and results gain one."""
-    consts, carry = equation.params["num_consts"], equation.params["num_carry"]
+    consts, carry = scan_counts(equation.params)
     slices = [
         value.showing(view.moved(view.axes[1:]) for view in value.views)
         for value in values[consts + carry :]

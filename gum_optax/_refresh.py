@@ -1,6 +1,6 @@
 """A refresh: the bases of a new period, from the gradients of its first step, and its draws.
 
-Randomness is a function of the seed, the period and a group's name, so that it is equal on every
+Randomness is a function of the seed, the period and a group's role, so that it is equal on every
 host, at every sharding and after every resume.
 
 Tests: tests/library/test_low_rank.py, tests/library/test_unbiased.py for the draws.
@@ -61,7 +61,7 @@ def draw(
     """
     slots, keys = {}, {}
     for group in groups:
-        own = _period_key(key, period, group.name)
+        own = _period_key(key, period, group.role)
         # The draw uses the key itself and the bases one folded from it: the two are independent,
         # which is what the estimate's unbiasedness rests on.
         # A key for each matrix: random bases of equal gradients differ.
@@ -85,13 +85,13 @@ def _alike(groups: Sequence[Group], basis: dict[str, jax.Array]) -> list[list[Gr
     return list(found.values())
 
 
-def _period_key(key: jax.Array, period: jax.Array, group_name: str) -> jax.Array:
-    """The key of one group in one period: a function of seed, period and name alone.
+def _period_key(key: jax.Array, period: jax.Array, role: str) -> jax.Array:
+    """The key of one group in one period: a function of seed, period and role alone.
 
     Layers that are separate leaves have a number in their path (``layers/*/q``), stacked layers do
     not (``layers/q``): the two name the same matrices and get the same draws.
     """
-    name = group_name.replace("*/", "")
+    name = role.replace("*/", "")
     typed = jax.random.wrap_key_data(key, impl="threefry2x32")
     typed = jax.random.fold_in(typed, period)
     return jax.random.fold_in(typed, np.uint32(crc32(name.encode())))

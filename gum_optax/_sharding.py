@@ -49,7 +49,7 @@ def state_shardings(
       >>> params = {"layers": [{"kernel": jnp.ones((64, 176))} for _ in range(4)]}
       >>> tx = gum_optax.scale_by_gum(gum_optax.LowRank(rank=8))
       >>> shardings = gum_optax.state_shardings(tx, params, P("fsdp", "tensor"), mesh)
-      >>> shardings.basis["layers/*/kernel"].spec
+      >>> shardings.basis["layers.*.kernel"].spec
       P(None, 'fsdp')
       >>> state = jax.jit(tx.init, out_shardings=shardings)(params)
     """

@@ -97,23 +97,48 @@ def rows(
         )
 
 
-def warn_if_nothing_is_compressed(groups: Sequence[Group]) -> None:
-    """One warning, from the ``init`` that calls this, with an example, its reason and advice."""
-    if not groups or not all(group.uncompressed for group in groups):
+def warn_of_uncompressed(groups: Sequence[Group]) -> None:
+    """One warning, from the ``init`` that calls this, where most of the matrices are uncompressed.
+
+    It names the largest of these groups with their reasons, and what to write for the first.
+    """
+    uncompressed = sorted(divided(groups)[1], key=_size, reverse=True)
+    share = sum(map(_size, uncompressed)) / max(1, sum(map(_size, groups)))
+    if share <= 0.5:
         return
-    # The first group serves as the example; what to write depends on its reason.
-    first = groups[0]
-    shape = " x ".join(map(str, first.shape[-2:]))
-    advice = f"Write for example `LowRank(rank={max(first.m // 4, 1)})`"
-    if first.rank < first.m:
-        advice = (
-            "Layers are sampled within a group: write `LowRank(group_by=gum_optax.by_shape)` for "
-            "larger groups, or `LowRank(residual=residuals.drop())` for none"
+    if len(uncompressed) == len(groups):
+        told = (
+            f"None of {len(groups)} group(s) of matrices is compressed, so this is the inner "
+            "transformation without low rank"
         )
+    else:
+        told = (
+            f"{100 * share:.0f} % of the parameters of matrices are in groups that run through "
+            "the inner transformation uncompressed"
+        )
+    more = f", and {len(uncompressed) - 3} more" if len(uncompressed) > 3 else ""
     warnings.warn(
-        f"None of {len(groups)} group(s) of matrices is compressed, so this is the inner "
-        f"transformation without low rank: `{first.name}`, {first.count} of {shape}: "
-        f"{first.uncompressed}. {advice}, or leave compression out; "
-        "`gum_optax.memory_plan(tx, params)` shows every group.",
+        f"{told}: {'; '.join(map(_named, uncompressed[:3]))}{more}. {_advice(uncompressed[0])}, or "
+        "leave compression out; `gum_optax.memory_plan(tx, params)` shows every group.",
         stacklevel=3,
+    )
+
+
+def _size(group: Group) -> int:
+    return group.count * group.m * group.n
+
+
+def _named(group: Group) -> str:
+    """A group, its matrices, and why it is uncompressed."""
+    shape = " x ".join(map(str, group.shape[-2:]))
+    return f"`{group.name}`, {group.count} of {shape}: {group.uncompressed}"
+
+
+def _advice(group: Group) -> str:
+    """What to write, which depends on the reason."""
+    if group.rank >= group.m:
+        return f"Write for example `LowRank(rank={max(group.m // 4, 1)})`"
+    return (
+        "Layers are sampled within a group: write `LowRank(group_by=gum_optax.by_shape)` for "
+        "larger groups, or `LowRank(residual=residuals.drop())` for none"
     )

@@ -223,3 +223,11 @@ def _only_body(equation: Any) -> Any:
 def roles_of_all(view: View, role: str) -> list[tuple[int, str]]:
     """One role for all axes that a view still has."""
     return [(axis, role) for axes in view.axes for axis in axes]
+
+
+def scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
+    """How many of a scan's operands are the same in every turn, and how many are carried."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].unpack()  # JAX 0.11 and later.
+    return len(list(consts)), len(list(carry))

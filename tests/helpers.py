@@ -52,7 +52,7 @@ def unpack(tree: Any) -> np.ndarray:
 
 def group_name(layout: str) -> str:
     """The group of the matrices of `pack`."""
-    return "layers/*/w" if layout == "separate" else "layers/w"
+    return "layers.*.w" if layout == "separate" else "layers.w"
 
 
 def first_coordinates(key: Any, gradient: Any, rank: int, previous_basis: Any) -> jax.Array:

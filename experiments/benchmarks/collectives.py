@@ -92,7 +92,7 @@ def _trips(computations: dict[str, list[str]], line: str) -> int | None:
 
 def _constant(computation: list[str], name: str) -> int | None:
     """The value of an integer constant of a computation, if the name is one's."""
-    definition = re.compile(rf"%?{re.escape(name)} = s32\[\]\S* constant\((\d+)\)")
+    definition = re.compile(rf"%?{re.escape(name)} = [su]32\[\]\S* constant\((\d+)\)")
     values = [int(match[1]) for line in computation if (match := definition.search(line))]
     return values[0] if values else None
 

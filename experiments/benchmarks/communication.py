@@ -81,8 +81,7 @@ def sent(
     where = gum_optax.state_shardings(tx, params, placed)
 
     def step(grads, state, params):
-        # The step is a constant of the program, so XLA knows whether it is a refresh.
-        return tx.update(grads, optax.tree.set(state, count=jnp.int32(count)), params)
+        return tx.update(grads, at_step(state, count), params)
 
     grads = jax.tree.map(_describe, params, placed)
     lowered = jax.jit(step, out_shardings=(placed, where)).lower(
@@ -92,6 +91,17 @@ def sent(
     quick: dict[str, Any] = {"xla_backend_optimization_level": 0}
     compiled = lowered.compile(compiler_options=quick)
     return collectives(compiled.as_text() or "")
+
+
+def at_step(state: optax.OptState, count: int) -> optax.OptState:
+    """A state whose step is a constant of the program: XLA knows whether it is a refresh.
+
+    Step 0 is one; of a later one, the bases are those of the first period.
+    """
+    state = optax.tree.set(state, count=jnp.int32(count))
+    if optax.tree.get(state, "LowRankState", None) is None:
+        return state
+    return optax.tree.set(state, period=jnp.int32(-1 if count == 0 else 0))
 
 
 def summary(found: list[Collective], params: Any) -> dict[str, Any]:

@@ -294,13 +294,8 @@ def program(arch: Architecture, batch: Batch, step: Step) -> tuple[Callable[...,
 
 def placement(kind: str) -> tuple[Any, Any]:
     """The shardings of weights and state, and of windows, on chips as the compiler knows them."""
-    # Otherwise libtpu asks a server of Google's cloud which machine this is.
-    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
-    # Several compilers do not take a chip from each other.
-    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
     board, count = KINDS[kind]
-    chips = topologies.get_topology_desc(platform="tpu", topology_name=board).devices[:count]
+    chips = devices(board)[:count]
     if count == 1:
         here = SingleDeviceSharding(chips[0])
         return here, here
@@ -308,22 +303,44 @@ def placement(kind: str) -> tuple[Any, Any]:
     return NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
 
 
-def cost(step: Callable[..., Any], arguments: Any, weights: Any, windows: Any) -> dict[str, Any]:
-    """Compiles a step for these shardings, with parameters and state updated in place."""
+def devices(board: str) -> Sequence[Any]:
+    """The chips of a board or slice, ``v5e:4x4``, as the compiler knows them."""
+    # Otherwise libtpu asks a server of Google's cloud which machine this is.
+    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
+    # Several compilers do not take a chip from each other.
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
+    return topologies.get_topology_desc(platform="tpu", topology_name=board).devices
+
+
+def cost(
+    step: Callable[..., Any], arguments: Any, weights: Any, windows: Any, state: Any = None
+) -> dict[str, Any]:
+    """Compiles a step for these shardings, with parameters and state updated in place.
+
+    Args:
+      step: ``(params, state, windows) -> (params, state, ...)``.
+      arguments: their shapes.
+      weights: the sharding of all weights, or a tree of shardings.
+      windows: likewise of the third argument.
+      state: likewise of the state, by default that of all weights.
+    """
     jax.clear_caches()
-    params, state, _ = arguments
+    where = (weights, weights if state is None else state, windows)
     found: dict[str, Any] = {
-        "parameter_bytes": parameters.size(params),
-        "state_bytes": parameters.size(state),
+        "parameter_bytes": parameters.size(arguments[0]),
+        "state_bytes": parameters.size(arguments[1]),
     }
     placed = jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
         arguments,
-        jax.tree.broadcast((weights, weights, windows), arguments),
+        jax.tree.broadcast(where, arguments),
     )
-    mesh: Any = getattr(weights, "mesh", None)
+    mesh: Any = getattr(jax.tree.leaves(weights)[0], "mesh", None)
+    # Where the state has places of its own, what comes out is where it was.
+    kept: dict[str, Any] = {} if state is None else {"out_shardings": (weights, state, None)}
     with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
-        lowered = jax.jit(step, donate_argnums=(0, 1)).lower(*placed)
+        lowered = jax.jit(step, donate_argnums=(0, 1), **kept).lower(*placed)
     start = time.perf_counter()
     try:
         with _quickly():

@@ -8,8 +8,13 @@ need much that this project does not:
     PYTHONPATH=. /tmp/clients/bin/python -m experiments.clients.tunix
     PYTHONPATH=. /tmp/clients/bin/python -m experiments.clients.keras
 
-`experiments.clients.maxtext` says what it wants. EasyDeL 0.3.0 imports PyTorch, and levanter's
-dependencies did not resolve; of both, tests know the trees alone.
+The same with `easydel` (Python 3.11 or newer), and with `levanter` (3.12), which wants an older
+optax than this library; install that last:
+
+    /tmp/clients/bin/pip install --no-deps optax==0.2.8
+
+`experiments.clients.maxtext` says what it wants, `experiments.clients.checkpoints` runs in this
+project's environment.
 
 They run on CPUs, each in a minute or a few, check what they claim, and print a line for each check.
 """

@@ -6,6 +6,7 @@ the square of the tokens or with the vocabulary exists for all tokens at once. S
 those of `llama`; C is a chunk of tokens.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -61,16 +62,28 @@ def describe(arch: Architecture, dtype: str = "bfloat16") -> tuple[Static, Param
     return static, jax.tree.map(leaf, params) | {"layers": layers}
 
 
-def loss(static: Static, params: Params, windows_BxL: jax.Array) -> jax.Array:
-    """Mean cross-entropy of each token of a window given those before it."""
+def loss(
+    static: Static,
+    params: Params,
+    windows_BxL: jax.Array,
+    place: Callable[[jax.Array], jax.Array] = lambda x_BxLxD: x_BxLxD,
+) -> jax.Array:
+    """Mean cross-entropy of each token of a window given those before it.
+
+    Args:
+      static: what is no array.
+      params: the weights.
+      windows_BxL: tokens.
+      place: constrains activations to their places on a mesh.
+    """
     around = nnx.merge(static.around, {k: v for k, v in params.items() if k != "layers"})
 
     @jax.checkpoint
     def layer(x_BxLxD: jax.Array, weights: Params) -> jax.Array:
         weights = jax.tree.map(_in_row_major_order, weights)
-        return nnx.merge(static.block, weights)(x_BxLxD)[0]
+        return place(nnx.merge(static.block, weights)(x_BxLxD)[0])
 
-    x_BxLxD = around.embed(windows_BxL[:, :-1])
+    x_BxLxD = place(around.embed(windows_BxL[:, :-1]))
     x_BxLxD, _ = jax.lax.scan(lambda x, w: (layer(x, w), None), x_BxLxD, params["layers"])
 
     @jax.checkpoint

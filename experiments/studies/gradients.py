@@ -139,7 +139,7 @@ def wide(matrix: Any) -> np.ndarray:
 
 def kind(path: str) -> str:
     """The kind of a matrix, q, k, v, o, gate, up or down, from its path or its group's name."""
-    found = re.fullmatch(r".*/(\w+)/kernel", path)
+    found = re.fullmatch(r".*[/.](\w+)[/.]kernel", path)
     return found.group(1) if found else path
 
 

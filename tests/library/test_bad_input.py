@@ -176,7 +176,7 @@ def test_a_rank_function_that_returns_junk(value):
     """Only then is the rank known, so the message names the group, too."""
     optimizer = low_rank(rank=lambda group: value)
     with pytest.raises(
-        (TypeError, ValueError), match=r"`rank` of the group `h/\*/w` must"
+        (TypeError, ValueError), match=r"`rank` of the group `h\.\*\.w` must"
     ) as error:
         optimizer.init(PARAMS)
     assert repr(value) in str(error.value)
@@ -383,6 +383,26 @@ def test_a_state_whose_entries_are_of_an_older_version():
         optimizer.update(PARAMS, state._replace(residual=state.slots))
 
 
+def _renamed(node, old, new):
+    """A state with other names of groups: the keys of all its dicts."""
+    if isinstance(node, dict):
+        return {k.replace(old, new): _renamed(v, old, new) for k, v in node.items()}
+    if isinstance(node, tuple):
+        parts = [_renamed(part, old, new) for part in node]
+        return type(node)(*parts) if hasattr(node, "_fields") else tuple(parts)
+    return node
+
+
+def test_a_state_of_version_4_is_told_what_to_rename():
+    """It has slashes for points, and nothing else: renamed, it goes on."""
+    optimizer = low_rank()
+    state = jax.eval_shape(optimizer.init, PARAMS)
+    older = _renamed(state, ".", "/")
+    with pytest.raises(ValueError, match=r"version 4 .* `h/\*/w` .* calls it `h\.\*\.w`: replace"):
+        jax.eval_shape(optimizer.update, PARAMS, older)
+    assert jax.tree.structure(_renamed(older, "/", ".")) == jax.tree.structure(state)
+
+
 @pytest.mark.parametrize("name", [n for n in MISFITS if n != "other name"])
 def test_params_that_do_not_fit_the_gradients(name):
     optimizer = low_rank()
@@ -522,7 +542,7 @@ def test_harmless_in_shape(case, name, projector):
 @pytest.mark.parametrize("value", [np.int64(3), np.int32(3), jnp.int32(3), 3])
 def test_integers_of_other_libraries_are_ints(value):
     state = low_rank(rank=value, period=value).init(PARAMS)
-    assert state.basis["h/*/w"].shape == (4, 4, 3)
+    assert state.basis["h.*.w"].shape == (4, 4, 3)
     assert samplers.fixed_size(value)(8).slots == 3
 
 

@@ -177,7 +177,7 @@ def test_moments_are_carried_inside_of_wrappers():
         )
         nodes = jax.tree.leaves(state.inner, is_leaf=carries._is_adam)
         [adam] = filter(carries._is_adam, nodes)
-        return adam.mu["a/*"].low, adam.nu["a/*"].low
+        return adam.mu["a.*"].low, adam.nu["a.*"].low
 
     masked = momenta(optax.masked(optax.scale_by_adam(), only("a")), TREE)
     alone = momenta(optax.scale_by_adam(), {"a": TREE["a"]})
@@ -270,7 +270,7 @@ SUITABLE: dict[str, Any] = {
         lambda tree: {name: "first" if name[0] == "a" else "second" for name in tree},
     ),
     "partition by group": optax.partition(
-        {"a/*": optax.trace(0.9), "b": optax.trace(0.5)}, lambda tree: {name: name for name in tree}
+        {"a.*": optax.trace(0.9), "b": optax.trace(0.5)}, lambda tree: {name: name for name in tree}
     ),
     "injected": optax.inject_hyperparams(optax.trace)(0.9),
     "guarded": optax.apply_if_finite(optax.trace(0.9), 5),
@@ -352,7 +352,7 @@ def test_states_of_other_shapes_do_not_rotate(rank):
     """Adafactor's factors, also where their axes happen to have the sizes of a state's."""
     inner = optax.scale_by_factored_rms(min_dim_size_to_factor=2)
     compression = LowRank(rank, 2, residuals.drop(), carry=carries.rotate)
-    with pytest.raises(ValueError, match=r"`carry=carries\.rotate` .* `a/\*`"):
+    with pytest.raises(ValueError, match=r"`carry=carries\.rotate` .* `a\.\*`"):
         low_rank(inner, compression).init({"a": TREE["a"]})
 
 

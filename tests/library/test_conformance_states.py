@@ -10,6 +10,7 @@ import functools
 import warnings
 
 import flax.serialization
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +19,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import gum_optax
+from gum_optax import dimension_numbers
 from tests.tables import (
     ALIASES,
     COMPILED,
@@ -303,6 +305,31 @@ def test_flax_serialization_round_trip(name):
     restored = flax.serialization.from_bytes(first_state(name), data)
     assert_equal(restored, state)
     assert_equal(run(update, restored, name, 2)[0], run(update, state, name, 2)[0])
+
+
+LAYERS = {
+    "unscanned": {"layers": [{"attn": {"q": np.ones((8, 12), np.float32)}}] * 4},
+    "scanned": {"layers": {"attn": {"q": np.ones((4, 8, 12), np.float32)}}},
+    "a bare list": [np.ones((8, 12), np.float32)] * 4,
+}
+
+
+@pytest.mark.parametrize("layout", LAYERS)
+@pytest.mark.parametrize("storage", ["plain", "int8"])
+def test_states_are_flattened_with_slashes_and_back(layout, storage):
+    """As Flax, and whoever saves one file for each array, flattens trees: by joining their keys."""
+    params = {"params": LAYERS[layout], "bias": np.ones(3, np.float32)}
+    compression = gum_optax.LowRank(rank=2, storage=getattr(gum_optax.storages, storage)())
+    optimizer = gum_optax.gum(
+        0.1, compression, weight_dimension_numbers=dimension_numbers.scanned_layers
+    )
+    state = jax.eval_shape(optimizer.init, params)
+    nested = flax.serialization.to_state_dict(state)
+    flat = flax.traverse_util.flatten_dict(nested, sep="/", keep_empty_nodes=True)
+    assert any(path.count("basis") for path in flat)
+    unflattened = flax.traverse_util.unflatten_dict(flat, sep="/")
+    assert unflattened == nested
+    assert flax.serialization.from_state_dict(state, unflattened) == state
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:orbax")

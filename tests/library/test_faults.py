@@ -121,7 +121,7 @@ def test_an_error_buffer_stays_spoiled(value):
     trees[1] = spoil(trees[1], value)
     *_, (updates, state) = helpers.run(tx, trees)
     assert broken(updates) == STRUCK
-    errors = [state.residual["layers/*/w"][i] for i in (0, 1)]
+    errors = [state.residual["layers.*.w"][i] for i in (0, 1)]
     assert [bool(np.isfinite(error).all()) for error in errors] == [True, False]
 
 

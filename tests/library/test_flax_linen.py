@@ -130,11 +130,11 @@ def _assert_same(state):
 
 def test_every_role_is_a_group():
     groups = {name: basis.shape for name, basis in low_rank_state(_expected()[1]).basis.items()}
-    attention = "attention/MultiHeadDotProductAttention_*"
+    attention = "attention.MultiHeadDotProductAttention_*"
     assert groups == {
-        "Dense_*/kernel": (LAYERS, WIDTH, 2),
-        **{f"{attention}/{role}/kernel": (LAYERS, WIDTH, 2) for role in ("query", "key", "value")},
-        f"{attention}/out/kernel": (LAYERS, WIDTH, 2),
+        "Dense_*.kernel": (LAYERS, WIDTH, 2),
+        **{f"{attention}.{role}.kernel": (LAYERS, WIDTH, 2) for role in ("query", "key", "value")},
+        f"{attention}.out.kernel": (LAYERS, WIDTH, 2),
     }
 
 

@@ -6,6 +6,7 @@
 import dataclasses
 import math
 import warnings
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -54,50 +55,50 @@ class Block:
 
 
 TREES = {
-    "dicts": ({"layers": {str(i): {"w": _array()} for i in range(3)}}, {"layers/*/w": 3}),
-    "lists": ({"layers": [{"w": _array()} for _ in range(3)]}, {"layers/*/w": 3}),
-    "tuples": (({"w": _array()}, {"w": _array()}), {"*/w": 2}),
+    "dicts": ({"layers": {str(i): {"w": _array()} for i in range(3)}}, {"layers.*.w": 3}),
+    "lists": ({"layers": [{"w": _array()} for _ in range(3)]}, {"layers.*.w": 3}),
+    "tuples": (({"w": _array()}, {"w": _array()}), {"*.w": 2}),
     # Haiku and Keras leave the first layer without a number.
     "numbered from the second on": (
         {name: {"w": _array()} for name in ("blk", "blk_1", "blk_2")},
-        {"blk_*/w": 3},
+        {"blk_*.w": 3},
     ),
     "modules in modules, numbered from the second on": (
         {f"{a}/~/{b}": {"w": _array()} for a in ("mlp", "mlp_1") for b in ("lin", "lin_1")},
-        {"mlp_*/~/lin_*/w": 4},
+        {"mlp_*.~.lin_*.w": 4},
     ),
     "first layers of other shapes": (
         {"lin": {"w": _array(5, 7)}, **{f"lin_{i}": {"w": _array()} for i in (1, 2, 3)}},
-        {"lin_*/w": 3},
+        {"lin_*.w": 3},
     ),
-    "numbered names": ({f"h_{i}": {"c_fc": _array()} for i in range(12)}, {"h_*/c_fc": 12}),
-    "int keys": ({"h": {i: _array() for i in range(3)}}, {"h/*": 3}),
+    "numbered names": ({f"h_{i}": {"c_fc": _array()} for i in range(12)}, {"h_*.c_fc": 12}),
+    "int keys": ({"h": {i: _array() for i in range(3)}}, {"h.*": 3}),
     "frozen dict": (
         FrozenDict({"h": {f"block{i}": {"w": _array()} for i in range(3)}}),
-        {"h/block*/w": 3},
+        {"h.block*.w": 3},
     ),
-    "dataclass": ({"h": [Block(_array()) for _ in range(3)]}, {"h/*/kernel": 3}),
+    "dataclass": ({"h": [Block(_array()) for _ in range(3)]}, {"h.*.kernel": 3}),
     "named tuple": (
         {"h": [gum_optax.Compressed(_array(), _array()) for _ in range(2)]},
-        {"h/*/low": 2, "h/*/residual": 2},
+        {"h.*.low": 2, "h.*.residual": 2},
     ),
     "roles stay apart": (
         [{"q": _array(), "k": _array()} for _ in range(3)],
-        {"*/k": 3, "*/q": 3},
+        {"*.k": 3, "*.q": 3},
     ),
     "batch axes": ({"experts": _array(2, 3, 4, 6)}, {"experts": 6}),
-    "batch axes and layers": ([{"e": _array(2, 4, 6)} for _ in range(3)], {"*/e": 6}),
+    "batch axes and layers": ([{"e": _array(2, 4, 6)} for _ in range(3)], {"*.e": 6}),
     "shapes": (
         {"h": [_array(4, 6), _array(4, 6), _array(4, 8), _array(4, 8)]},
-        {"h/*[4,6]": 2, "h/*[4,8]": 2},
+        {"h.*[4,6]": 2, "h.*[4,8]": 2},
     ),
     "orientations": (
         {"h": [_array(4, 6), _array(6, 4), _array(4, 6), _array(6, 4)]},
-        {"h/*[4,6]": 2, "h/*[6,4]": 2},
+        {"h.*[4,6]": 2, "h.*[6,4]": 2},
     ),
     "dtypes": (
         {"h": [_array(), _array(), _array(dtype=jnp.bfloat16), _array(dtype=jnp.bfloat16)]},
-        {"h/*:bfloat16": 2, "h/*:float32": 2},
+        {"h.*:bfloat16": 2, "h.*:float32": 2},
     ),
 }
 
@@ -197,6 +198,13 @@ def test_a_users_key_function_sees_path_and_leaf():
     assert seen == paths
 
 
+def test_a_users_names_may_have_slashes():
+    """Names are keys of the state, whatever made them."""
+    assert _groups({"x": [_array()] * 3}, group_by=lambda path, leaf: f"mine/{path[0]}") == {
+        "mine.x": 3
+    }
+
+
 def test_a_users_groups_that_collide_with_suffixed_names_stay_apart():
     """A suffix for a shape must not turn one group's name into another's."""
     params = {"w": [_array(4, 6), _array(4, 6), _array(4, 8), _array(4, 8)], "z": [_array()] * 2}
@@ -205,10 +213,34 @@ def test_a_users_groups_that_collide_with_suffixed_names_stay_apart():
     assert sum(groups.values()) == 6
 
 
+def test_groups_whose_names_differ_in_points_and_slashes_stay_apart():
+    """The state has points for slashes; the draws come from the roles, which still differ."""
+    params = {"a": {"w": [_array()] * 2}, "a.w": [_array()] * 2}
+    groups = gum_optax.LowRank(rank=2).groups(params)
+    assert {group.name: group.role for group in groups} == {"a.w.*": "a/w/*", "a.w.*'": "a.w/*"}
+
+
+@pytest.mark.parametrize("layout", ["separate", "scanned"])
+def test_draws_of_a_group_come_from_its_role(layout):
+    """From the documented function of the seed, the period and the path, as in every version."""
+    layers = {"attn": {"q": _array(8, 4, 6)}}
+    if layout == "separate":
+        layers = [{"attn": {"q": _array()}} for _ in range(8)]
+    compression = gum_optax.LowRank(rank=2, period=1)
+    optimizer = gum_optax.low_rank(optax.identity(), compression)
+    params = {"layers": layers}
+    _, state = jax.jit(optimizer.update)(params, jax.jit(optimizer.init)(params))
+    [slots] = state.slots.values()
+    key = jax.random.fold_in(jax.random.key(0, impl="threefry2x32"), 0)
+    key = jax.random.fold_in(key, np.uint32(zlib.crc32(b"layers/attn/q")))
+    expected = gum_optax.samplers.fixed_size(2)(8).draw(key)
+    np.testing.assert_array_equal(slots, expected)
+
+
 def test_zero_size_leaves_pass_through():
     params = {"w": [_array(), _array()], "none": _array(0, 6), "batch": _array(0, 4, 6)}
     updates, state = _step(params)
-    assert set(state.basis) == {"w/*"}
+    assert set(state.basis) == {"w.*"}
     assert updates["none"].shape == (0, 6)
     assert updates["batch"].shape == (0, 4, 6)
 
@@ -216,7 +248,7 @@ def test_zero_size_leaves_pass_through():
 def test_none_leaves_pass_through():
     params = {"w": [_array(), None, _array()], "b": None}
     updates, state = _abstract_step(params)
-    assert state.basis["w/*"].shape[0] == 2
+    assert state.basis["w.*"].shape[0] == 2
     assert updates["w"][1] is None
     assert updates["b"] is None
 
@@ -263,7 +295,7 @@ def test_names_are_equal_at_init_and_update_under_nnx():
 
 def test_nnx_state_and_its_pure_dict_share_names():
     state = nnx.state(Mlp(nnx.Rngs(0)), nnx.Param)
-    expected = {"layers/*/kernel": 2}
+    expected = {"layers.*.kernel": 2}
     assert _groups(state) == expected
     assert _groups(nnx.to_pure_dict(state)) == expected
     assert _groups(nnx.eval_shape(lambda: nnx.state(Mlp(nnx.Rngs(0)), nnx.Param))) == expected
@@ -272,7 +304,7 @@ def test_nnx_state_and_its_pure_dict_share_names():
 def test_a_parameter_that_is_called_value_keeps_its_name():
     """``value`` is a role of attention, and only as an attribute is it a container's."""
     params = {"attention": {i: {"value": _array(), "query": _array()} for i in range(2)}}
-    assert _groups(params) == {"attention/*/query": 2, "attention/*/value": 2}
+    assert _groups(params) == {"attention.*.query": 2, "attention.*.value": 2}
 
 
 def test_zero_size_leaves_do_not_warn():

@@ -146,5 +146,5 @@ def test_state_never_grows_and_its_bytes_are_the_formula():
     draws = []
     for _, state in helpers.run(tx, gradients, params, first):
         assert helpers.described(state) == before
-        draws.append(helpers.low_rank_state(state).slots["layers/*/q"].tolist())
+        draws.append(helpers.low_rank_state(state).slots["layers.*.q"].tolist())
     assert any(a != b for a, b in itertools.pairwise(draws[::PERIOD])), "other matrices are drawn"

@@ -135,10 +135,10 @@ def test_groups_of_one_tree_do_not_touch_each_other():
             updates["down"].append(np.stack([layer["down"] for layer in update["layers"][:3]]))
             updates["small"].append(np.asarray(update["small"]))
             updates["single"].append(np.asarray(update["single"])[None])
-    assert set(draws[0]) == {"layers/*/up", "layers/*/down"}
+    assert set(draws[0]) == {"layers.*.up", "layers.*.down"}
     for name, G in (("up", wide), ("down", tall)):
         N = G.shape[1]
-        drawn = [helpers.drawn(slots[f"layers/*/{name}"], N) for slots in draws[::K]]
+        drawn = [helpers.drawn(slots[f"layers.*.{name}"], N) for slots in draws[::K]]
         expected = reference.sampled(oracle, list(G), rank=rank, K=K, q=gamma / N, draws=drawn)
         cases.assert_close(np.stack(updates[name]), expected)
     for name, G in (("small", small), ("single", single)):
@@ -220,7 +220,7 @@ def test_inner_transformation_sees_compressed_parameters(case):
 
 def test_a_rank_for_each_group_equals_separate_runs():
     """Groups share nothing: together at ranks of their own, they are as each is alone."""
-    ranks = {"attn/*": 2, "mlp/*": 4, "wide": 99}
+    ranks = {"attn.*": 2, "mlp.*": 4, "wide": 99}
     gradients = [
         {
             "attn": list(helpers.gradients(3 * step, 2, 8, 8)),
@@ -243,17 +243,17 @@ def test_a_rank_for_each_group_equals_separate_runs():
     together = list(helpers.run(momentum(by_group), gradients))
     _, state = together[-1]
     assert {name: basis.shape for name, basis in state.basis.items()} == {
-        "attn/*": (2, 8, 2),
-        "mlp/*": (3, 6, 4),
+        "attn.*": (2, 8, 2),
+        "mlp.*": (3, 6, 4),
     }
     trace = state.inner.trace
     assert {name: part.low.shape for name, part in trace.items()} == {
-        "attn/*": (2, 2, 8),
-        "mlp/*": (3, 4, 11),
+        "attn.*": (2, 2, 8),
+        "mlp.*": (3, 4, 11),
     }
     assert set(state.uncompressed.trace) == {"wide"}, "its rank is above its short side"
     for name, rank in ranks.items():
-        part = name.removesuffix("/*")
+        part = name.removesuffix(".*")
         alone = optax.trace(BETA) if name == "wide" else momentum(rank)
         runs = zip(together, helpers.run(alone, [{part: G[part]} for G in gradients]), strict=True)
         for (got, _), (expected, _) in runs:
@@ -275,8 +275,8 @@ def test_a_rank_of_the_group_sees_the_group():
     params = {"a": [_matrix(8, 5)] * 3, "b": _matrix(2, 4, 12)}
     tx = gum_optax.low_rank(optax.identity(), LowRank(rank))
     state = jax.eval_shape(tx.init, params)
-    assert seen == {"a/*": (5, 8, 3, 0), "b": (4, 12, 2, 0)}
-    assert {name: basis.shape[-1] for name, basis in state.basis.items()} == {"a/*": 2, "b": 2}
+    assert seen == {"a.*": (5, 8, 3, 0), "b": (4, 12, 2, 0)}
+    assert {name: basis.shape[-1] for name, basis in state.basis.items()} == {"a.*": 2, "b": 2}
 
 
 @pytest.mark.parametrize("rank", [0, -1, 1.5, None, True])

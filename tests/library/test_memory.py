@@ -405,8 +405,8 @@ def test_plan_of_an_nnx_model():
     model = nnx.eval_shape(lambda: Model(nnx.Rngs(0)))
     plan = assert_plan_equals_init(gum(), model, nnx.state(model, nnx.Param))
     treatments = {row.name: row.treatment for row in plan.rows}
-    assert treatments["blocks/*/up/kernel"] == "sampled"
-    assert treatments["head/kernel"] == treatments["embed/embedding"] == "fallback"
+    assert treatments["blocks.*.up.kernel"] == "sampled"
+    assert treatments["head.kernel"] == treatments["embed.embedding"] == "fallback"
 
 
 def test_plan_allocates_nothing_and_does_not_warn():
@@ -441,13 +441,13 @@ def test_every_row_says_how_it_is_treated_and_why():
     told = {row.name: (row.treatment, row.why) for row in rows}
     assert told.popitem()[1] == ("shared", "")
     assert told == {
-        "layers/*/up": ("sampled", ""),
-        "layers/*/small": ("uncompressed", "rank 4 >= 2"),
+        "layers.*.up": ("sampled", ""),
+        "layers.*.small": ("uncompressed", "rank 4 >= 2"),
         "gate": ("uncompressed", "single matrix"),
-        "embed/table": ("fallback", "name: embed"),
+        "embed.table": ("fallback", "name: embed"),
         "out": ("fallback", "head: vocabulary 30"),
         "experts": ("fallback", "ambiguous axes"),
-        "layers/*/norm_scale": ("fallback", "vector"),
+        "layers.*.norm_scale": ("fallback", "vector"),
         "offset": ("fallback", "vector"),
         "mine": ("fallback", "as given"),
     }
@@ -455,7 +455,7 @@ def test_every_row_says_how_it_is_treated_and_why():
         gum(compressed(residual=residuals.drop()), **dims_of(as_given)), EVERYTHING
     )
     told = {row.name: (row.treatment, row.why) for row in dropped.rows}
-    assert told["layers/*/up"] == told["gate"] == ("low rank", "")
+    assert told["layers.*.up"] == told["gate"] == ("low rank", "")
 
 
 def test_a_second_plan_of_a_transformation_is_the_first():
@@ -468,9 +468,9 @@ def test_a_second_plan_of_a_transformation_is_the_first():
 
 
 def test_rows_describe_their_group():
-    [row] = [r for r in gum_optax.memory_plan(gum(), LAYERS).rows if r.name == "layers/*/down"]
+    [row] = [r for r in gum_optax.memory_plan(gum(), LAYERS).rows if r.name == "layers.*.down"]
     assert row == gum_optax.PlanRow(
-        name="layers/*/down",
+        name="layers.*.down",
         treatment="sampled",
         why="",
         count=4,
@@ -515,7 +515,7 @@ def test_names_that_are_equal_once_they_are_cut_are_told_apart():
 
 WHOLE_TREES = {
     "flatten": (optax.flatten(optax.trace(0.9)), residuals.sampled(1), ("w",)),
-    "masked": (optax.masked(optax.trace(0.9), {"a/*": True, "b": False}), residuals.drop(), "ab"),
+    "masked": (optax.masked(optax.trace(0.9), {"a.*": True, "b": False}), residuals.drop(), "ab"),
 }
 
 

@@ -133,7 +133,7 @@ def test_an_equinox_model_runs_the_program_of_a_tree_of_dicts(name):
     first, after, updates = any_number_of_steps(optimizer, params)
     assert described(after) == described(first) == described(state)
     assert jax.tree.structure(updates) == jax.tree.structure(params)
-    assert set(low_rank_state(state).basis) == {"blocks/*/up/weight", "blocks/*/down/weight"}
+    assert set(low_rank_state(state).basis) == {"blocks.*.up.weight", "blocks.*.down.weight"}
     assert_equal(optax.tree.map_params(optimizer, lambda x: x, state), state)
 
 
@@ -261,7 +261,7 @@ def test_haiku_parameters():
     for _ in range(20):
         params, state = step(params, state)
     assert {name: basis.shape for name, basis in low_rank_state(state).basis.items()} == {
-        "linear_*/w": (3, WIDTH, RANK)
+        "linear_*.w": (3, WIDTH, RANK)
     }
     assert loss(params) < 0.8 * before
 

@@ -335,7 +335,7 @@ def test_low_rank_on_recorded_gradients(recorded):
 # Inside of `low_rank` ----------------------------------------------------------------------------
 
 PARAMS = {"layers": [{"w": np.zeros((8, 12), np.float32)} for _ in range(2)]}
-GROUP = "layers/*/w"
+GROUP = "layers.*.w"
 
 
 def identity(rank, projector, period=1):
@@ -450,7 +450,7 @@ def test_a_projector_is_given_the_basis_of_the_last_period():
 @pytest.mark.parametrize("shape", [(8, 4), (12, 3), (8,), (3, 8)], ids=str)
 def test_a_basis_of_the_wrong_shape_is_an_error(shape):
     optimizer = identity(3, lambda *args: jnp.zeros(shape))
-    with pytest.raises(ValueError, match=r"`projector` returned .* `layers/\*/w`.*\(8, 3\)"):
+    with pytest.raises(ValueError, match=r"`projector` returned .* `layers\.\*\.w`.*\(8, 3\)"):
         jax.eval_shape(optimizer.update, PARAMS, jax.eval_shape(optimizer.init, PARAMS))
 
 

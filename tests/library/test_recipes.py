@@ -205,7 +205,7 @@ def test_golores_rank_and_period_reach_the_state():
     optimizer = gum_optax.gum(0.1, gum_optax.golore(RANK, PERIOD, switch_step=4))
     basis = low_rank_state(jax.eval_shape(optimizer.init, parameters("gum"))).basis
     assert {name: leaf.shape for name, leaf in basis.items()} == {
-        "layers/*/w": (2, 5, RANK),
+        "layers.*.w": (2, 5, RANK),
         "single": (1, 5, RANK),
     }
 
@@ -332,7 +332,7 @@ BY_SHAPE = r"`LowRank\(group_by=gum_optax.by_shape\)`.*`LowRank\(residual=residu
 NOTHING_COMPRESSED = {
     "width below the default rank": (
         _layers(12, 128, 512),
-        r"None of 1 group.*`layers/\*/w`, 12 of 128 x 512: rank 128 >= 128",
+        r"None of 1 group.*`layers\.\*\.w`, 12 of 128 x 512: rank 128 >= 128",
         r"`LowRank\(rank=32\)`",
     ),
     "one layer": (
@@ -342,7 +342,7 @@ NOTHING_COMPRESSED = {
     ),
     "LoRA pairs": (
         LORA,
-        r"None of 2 group.*`layers/\*/lora_a`, 4 of 256 x 8: rank 128 >= 8",
+        r"None of 2 group.*`layers\.\*\.lora_a`, 4 of 256 x 8: rank 128 >= 8",
         r"`LowRank\(rank=2\)`",
     ),
 }
@@ -375,6 +375,21 @@ def test_init_warns_once_where_nothing_is_compressed(factory, case):
     assert {row.treatment for row in plan.rows} <= {"uncompressed", "fallback", "shared"}
 
 
+def test_init_names_the_groups_that_leave_most_of_a_model_uncompressed():
+    """The largest first, each with its reason; `memory_plan` has the same note."""
+    layers = [{"w": _matrix(256, 512), "narrow": _matrix(96, 512)} for _ in range(4)]
+    params = {"layers": layers, "first": _matrix(512, 4096)}
+    optimizer = gum_optax.gum(0.1)
+    _, [message] = _warnings(jax.eval_shape, optimizer.init, params)
+    assert message.startswith(
+        "81 % of the parameters of matrices are in groups that run through the inner "
+        "transformation uncompressed: `first`, 1 of 512 x 4096: single matrix; "
+        "`layers.*.narrow`, 4 of 96 x 512: rank 128 >= 96. "
+    )
+    assert re.search(BY_SHAPE, message)
+    assert gum_optax.memory_plan(optimizer, params).notes == (message,)
+
+
 FOLLOWED = {
     "width below the default rank": LowRank(rank=32),
     "one layer": LowRank(residual=residuals.drop()),
@@ -401,12 +416,12 @@ def test_by_shape_helps_where_layers_differ_in_name_alone():
 @pytest.mark.parametrize(
     "params",
     [
-        # One group that is compressed is enough.
-        _layers(12, 128, 512) | {"wide": [_matrix(256, 512)] * 4},
+        # Two thirds are compressed.
+        _layers(12, 128, 512) | {"wide": [_matrix(256, 512)] * 12},
         {"bias": np.ones(3, np.float32)},
         {},
     ],
-    ids=["one group is compressed", "no matrices", "empty"],
+    ids=["most is compressed", "no matrices", "empty"],
 )
 def test_init_does_not_warn_where_something_is_compressed_or_nothing_could_be(params):
     _, messages = _warnings(jax.eval_shape, gum_optax.gum(0.1).init, params)

@@ -266,7 +266,7 @@ def test_a_refresh_does_not_touch_the_state_of_a_transformation_of_residuals(rul
     tree = {"a": [ones((4, 6))] * 3, "b": ones((2, 6, 4))}
     *_, (_, state) = helpers.run(tx, [tree] * 5)
     counts = {name: [int(leaf.count) for leaf in part] for name, part in state.residual.items()}
-    assert counts == {"a/*": [5, 5, 5], "b": [5]}
+    assert counts == {"a.*": [5, 5, 5], "b": [5]}
 
 
 # By hand ------------------------------------------------------------------------------------------

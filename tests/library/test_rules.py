@@ -142,7 +142,7 @@ def test_flax_on_single_modules(make):
     )
     tx = gum_optax.gum(0.1, compression, weight_dimension_numbers=dimension_numbers.flax)
     bases = optax.tree.get(jax.eval_shape(tx.init, make()), "basis")
-    assert sorted(name.split("/")[-2] for name in bases) == ["key", "out", "query", "value"]
+    assert sorted(name.split(".")[-2] for name in bases) == ["key", "out", "query", "value"]
     assert {basis.shape for basis in bases.values()} == {(1, D, 2)}
 
 

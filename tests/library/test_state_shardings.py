@@ -155,9 +155,9 @@ def test_basis_has_the_m_axis_low_rank_state_the_n_axis_slots_both():
     state = state_shardings(tx, params, spec, mesh_of())
     trace = state.inner[0].trace
     found = {
-        "basis": {name.split("/")[-1]: s.spec for name, s in state.basis.items()},
-        "low": {name.split("/")[-1]: value.low.spec for name, value in trace.items()},
-        "slots": {name.split("/")[-1]: value.residual.spec for name, value in trace.items()},
+        "basis": {name.split(".")[-1]: s.spec for name, s in state.basis.items()},
+        "low": {name.split(".")[-1]: value.low.spec for name, value in trace.items()},
+        "slots": {name.split(".")[-1]: value.residual.spec for name, value in trace.items()},
     }
     assert found == {
         # Of `down` [24, 16] the short side m is the columns, which are not sharded.
@@ -193,7 +193,7 @@ def test_the_state_of_a_residual_rule_is_sharded_as_its_matrices(name):
     tx = gum_optax.scale_by_gum(dataclasses.replace(SAMPLED, residual=rule))
     params = {"layers": [{"down": jnp.zeros((24, 16))}] * LAYERS}
     state = state_shardings(tx, params, P("tensor", "fsdp"), mesh_of())
-    found = buffers(state.residual["layers/*/down"])
+    found = buffers(state.residual["layers.*.down"])
     assert [sharding.spec for sharding in found] == [expected] * LAYERS
 
 
@@ -231,8 +231,8 @@ def test_merged_axes_are_sharded_if_their_outermost_is():
     tx = gum(weight_dimension_numbers=numbers)
     state = helpers.low_rank_state(state_shardings(tx, params, spec, mesh_of()))
     trace = state.inner[0].trace
-    assert trace["layers/*/q"].low.spec == P(None, None, "tensor")
-    assert trace["layers/*/k"].low.spec == P()
+    assert trace["layers.*.q"].low.spec == P(None, None, "tensor")
+    assert trace["layers.*.k"].low.spec == P()
 
 
 WRAPPERS = {
@@ -258,9 +258,9 @@ def test_any_wrapper(name):
     state = jax.jit(tx.init, out_shardings=found)(jax.device_put(params, place))
     assert jax.tree.structure(found) == jax.tree.structure(state)
     actual, rules = helpers.low_rank_state(state), helpers.low_rank_state(found)
-    expected: Any = rules.basis["layers/*/up"]
+    expected: Any = rules.basis["layers.*.up"]
     assert expected.spec == P(None, "fsdp")
-    assert actual.basis["layers/*/up"].addressable_shards[0].data.shape == (LAYERS, 16 // 4, R)
+    assert actual.basis["layers.*.up"].addressable_shards[0].data.shape == (LAYERS, 16 // 4, R)
     # Moments, accumulators and averages are copies of parameters.
     by_shape = {(32, 16): P("tensor", "fsdp"), (24, 16): P("tensor", "fsdp")}
     for leaf, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(found), strict=True):
@@ -307,7 +307,7 @@ def test_empty_trees_and_masked_leaves():
     assert jax.tree.leaves(state_shardings(tx, {}, {}, mesh))
     params = {"a": optax.MaskedNode(), "b": None, "w": [jnp.zeros((16, 24))] * LAYERS}
     state = state_shardings(tx, params, {"a": None, "b": None, "w": P("fsdp")}, mesh)
-    assert state.basis["w/*"].spec == P(None, "fsdp")
+    assert state.basis["w.*"].spec == P(None, "fsdp")
 
 
 BAD = {

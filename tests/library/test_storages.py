@@ -210,13 +210,13 @@ def test_the_plan_counts_a_packed_state_to_the_byte(inner, storage):
     state = jax.eval_shape(tx.init, params)
     plan = gum_optax.memory_plan(tx, params)
     assert plan.total_bytes == helpers.state_bytes(state)
-    [row] = [row for row in plan.rows if row.name == "a/*"]
+    [row] = [row for row in plan.rows if row.name == "a.*"]
     own = helpers.low_rank_state(state)
-    of_group = (own.basis["a/*"], own.slots["a/*"])
+    of_group = (own.basis["a.*"], own.slots["a.*"])
     moments = [
-        node["a/*"]
+        node["a.*"]
         for node in jax.tree.leaves(
-            own.inner, is_leaf=lambda node: isinstance(node, dict) and "a/*" in node
+            own.inner, is_leaf=lambda node: isinstance(node, dict) and "a.*" in node
         )
         if isinstance(node, dict)
     ]

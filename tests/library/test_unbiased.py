@@ -264,8 +264,8 @@ def test_bases_have_other_keys_than_the_draw():
 
 def test_groups_and_periods_and_seeds_draw_independently():
     for draws in map(refresh_draws, ("count", "key")):
-        assert_independent(draws["a/*"], draws["b/*"])
-        assert_independent(draws["a/*"][:-1], draws["a/*"][1:])
+        assert_independent(draws["a.*"], draws["b.*"])
+        assert_independent(draws["a.*"][:-1], draws["a.*"][1:])
 
 
 PERIODS = 6
@@ -274,7 +274,7 @@ PERIODS = 6
 def small_draws(tx, tree, state=None):
     """The draws of both groups, ``[period, group]``, of a run."""
     states = [state for _, state in helpers.run(tx, [tree] * (2 * PERIODS), state=state)]
-    return [[int(state.slots[name][0]) for name in ("a/*", "b/*")] for state in states[::2]]
+    return [[int(state.slots[name][0]) for name in ("a.*", "b.*")] for state in states[::2]]
 
 
 def test_draws_are_a_function_of_seed_and_step_alone():
@@ -293,7 +293,7 @@ def test_draws_are_a_function_of_seed_and_step_alone():
     assert small_draws(other, more) == expected
 
     # Each period by itself, from a fresh state with the count set.
-    alone = np.concatenate([refresh_draws("count")[name] for name in ("a/*", "b/*")], axis=1)
+    alone = np.concatenate([refresh_draws("count")[name] for name in ("a.*", "b.*")], axis=1)
     assert alone[:PERIODS].tolist() == expected
 
 
@@ -307,7 +307,7 @@ def test_eager_runs_on_numpy_arrays_and_jitted_runs_draw_and_compute_the_same():
         update, state = tx.update(tree, state, tree)
         # Equal when measured.
         helpers.assert_trees_close(update, jitted, 1e-6)
-        np.testing.assert_array_equal(state.slots["layers/*/w"], jitted_state.slots["layers/*/w"])
+        np.testing.assert_array_equal(state.slots["layers.*.w"], jitted_state.slots["layers.*.w"])
 
 
 def test_a_state_restored_from_numpy_goes_on_the_same():

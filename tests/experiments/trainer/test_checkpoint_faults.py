@@ -104,7 +104,7 @@ def test_a_run_through_a_full_disk_and_a_kill_while_writing(base):
 # Made by NumPy, which compiles nothing.
 STATE = jax.device_put(
     {
-        "basis": {"layers/*/w": np.arange(24, dtype=np.float32).reshape(2, 4, 3)},
+        "basis": {"layers.*.w": np.arange(24, dtype=np.float32).reshape(2, 4, 3)},
         "count": np.int32(7),
         "key": np.array([0, 7], np.uint32),
         "momentum": np.linspace(0, 1, 2048).astype(jnp.bfloat16).reshape(32, 64),
@@ -165,7 +165,7 @@ OTHER_STATES = {
         r"bfloat16\[32, 64\] .* float32",
     ),
     "shape": (
-        {"basis": {"layers/*/w": np.zeros((2, 4, 2), np.float32)}},
+        {"basis": {"layers.*.w": np.zeros((2, 4, 2), np.float32)}},
         r"float32\[2, 4, 3\] .*\[2, 4, 2\]",
     ),
     "more": ({"extra": np.zeros(3, np.float32)}, r"`extra` is missing in the checkpoint"),
@@ -192,7 +192,7 @@ def test_a_leaf_that_is_gone_is_noticed(written):
 
 def test_another_state_version_is_refused(written, monkeypatch):
     monkeypatch.setattr(gum_optax, "STATE_VERSION", gum_optax.STATE_VERSION + 1)
-    with pytest.raises(ConfigError, match=r"state of version 4, .* reads version 5"):
+    with pytest.raises(ConfigError, match=r"state of version 5, .* reads version 6"):
         restore(written)
 
 
@@ -209,7 +209,7 @@ def test_a_checkpoint_of_version_two_is_sent_to_the_gum_optax_that_wrote_it(tmp_
         restore(tmp_path)
     assert str(caught.value) == (
         "`resume`: the checkpoint has an optimizer state of version 2, and this gum_optax reads "
-        "version 4; continue the run with the gum_optax that wrote it, 0.0.9"
+        "version 5; continue the run with the gum_optax that wrote it, 0.0.9"
     )
 
 

@@ -1,0 +1,193 @@
+"""levanter: an `OptimizerConfig` that builds GUM, in its `Trainer`, sharded and resumed.
+
+marin-levanter wants an optax before 0.2.7, and this library 0.2.8 or newer, so that pip does not
+resolve both. Python 3.12. `train` has not been run to the end yet. How to run it is in the
+package's docstring.
+"""
+
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+
+import dataclasses
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import haliax as hax
+import jax
+import jax.numpy as jnp
+import jmp
+import numpy as np
+import optax
+from levanter.checkpoint import load_checkpoint, save_checkpoint
+from levanter.models.llama import LlamaConfig
+from levanter.models.lm_model import LmExample
+from levanter.optim.config import OptimizerConfig
+from levanter.tracker import NoopConfig
+from levanter.trainer import Trainer, TrainerConfig
+from levanter.trainer_state import TrainerState
+
+import gum_optax
+from experiments.clients.checks import bytes_per_device, check, letters
+from gum_optax import dimension_numbers
+
+BATCH, VOCABULARY = 4, 320
+MODEL = LlamaConfig(
+    max_seq_len=16,
+    hidden_dim=64,
+    intermediate_dim=128,
+    num_layers=4,
+    num_heads=4,
+    num_kv_heads=2,
+    tie_word_embeddings=False,
+)
+
+
+# The lines to write: an optimizer by the name that a YAML file gives as `optimizer: type: gum`.
+@OptimizerConfig.register_subclass("gum")
+@dataclasses.dataclass(frozen=True)
+class GumConfig(OptimizerConfig):
+    """GUM for levanter, with its schedules."""
+
+    rank: int = 128
+    period: int = 200
+
+    def build(self, num_train_steps: int) -> optax.GradientTransformation:
+        return gum_optax.gum(
+            self.lr_scheduler(num_train_steps),
+            gum_optax.LowRank(rank=self.rank, period=self.period),
+            consistent_rms=0.2,
+            # Of all: levanter's own mask does not read trees from which leaves are masked away.
+            weight_decay=self.weight_decay,
+            weight_dimension_numbers=dimension_numbers.equinox_stacked,
+        )
+
+
+def example(tokens: np.ndarray) -> LmExample:
+    """A batch of windows, as levanter's loader makes it."""
+    named = hax.named(jnp.asarray(tokens), ("batch", MODEL.max_Pos.name))
+    return hax.vmap(LmExample.causal, "batch")(named)
+
+
+def loss(model: Any, batch: LmExample, *, key: Any = None) -> Any:
+    return model.compute_next_token_loss(batch, key=key).scalar()
+
+
+def create() -> Any:
+    """The model, under `eqx.filter_eval_shape` or for real."""
+    return MODEL.build(hax.Axis("vocab", VOCABULARY), key=jax.random.PRNGKey(0))
+
+
+def tokens() -> np.ndarray:
+    return np.random.default_rng(0).integers(1, VOCABULARY, (BATCH, 16)).astype(np.int32)
+
+
+def optimizer(steps: int) -> optax.GradientTransformation:
+    """As a configuration builds it."""
+    return GumConfig(
+        learning_rate=3e-3, weight_decay=0.0, warmup=0.0, lr_schedule="constant", rank=8, period=3
+    ).build(steps)
+
+
+def names() -> None:
+    """Matrices by their use, and by the rule for stacked Equinox modules."""
+    params = eqx.filter(eqx.filter_eval_shape(create), lambda x: hasattr(x, "shape"))
+    numbers = dimension_numbers.infer(loss, params, jax.eval_shape(example, tokens()))
+    found = letters(params, numbers)
+    matrices = {role: axes for role, axes in found.items() if axes}
+    check("levanter: every hidden matrix by its use", len(matrices) == 7, matrices)
+    agree = letters(params, dimension_numbers.equinox_stacked) == found
+    check("levanter: `equinox_stacked` agrees", agree)
+
+
+def types() -> None:
+    """A step of its `TrainerState`, traced on shapes: nothing is compiled."""
+    tx = optimizer(20)
+
+    def init() -> Any:
+        return TrainerState.init(
+            tx, create(), key=jax.random.PRNGKey(1), mp=jmp.get_policy("f32"), is_trainable=True
+        )
+
+    def step(state: Any, batch: Any) -> Any:
+        gradients = eqx.filter_grad(loss)(state.model, batch)
+        return state.take_step(gradients, key=jax.random.PRNGKey(2))[0]
+
+    before = eqx.filter_eval_shape(init)
+    after = eqx.filter_eval_shape(step, before, jax.eval_shape(example, tokens()))
+    same = jax.tree.structure(before) == jax.tree.structure(after)
+    check("levanter: a step of its `TrainerState` keeps the state's structure", same)
+    bases = optax.tree.get(before.opt_state, "LowRankState").basis
+    check("levanter: seven groups, of rank 8", [b.shape[-1] for b in bases.values()] == [8] * 7)
+
+
+def train() -> None:
+    """Its `Trainer` on four devices that share every parameter along `embed`, and a resumed run."""
+    with tempfile.TemporaryDirectory() as directory:
+        config = TrainerConfig(
+            id="client",
+            tracker=NoopConfig(),
+            num_train_steps=20,
+            train_batch_size=BATCH,
+            log_dir=Path(directory),
+            log_jaxprs=False,
+            log_xla_hlo=False,
+            require_accelerator=False,
+        )
+        built = optimizer(config.num_train_steps)
+        with Trainer(config, built, loss) as trainer:
+            state = trainer.initial_state(jax.random.PRNGKey(1), model_init=create)
+            batch = example(tokens())
+            values, saved, halfway = [], None, 6
+            for step in range(12):
+                if step == halfway:
+                    saved = f"{directory}/checkpoint"
+                    save_checkpoint(state.saveable_state, step, saved, is_temporary=False)
+                info = trainer.train_step(state, batch)
+                state = info.state
+                values.append(info.loss)
+            check(
+                "levanter: it learns", values[-1] < values[0], f"{values[0]:.2f}, {values[-1]:.2f}"
+            )
+
+            # The state on each device, and where it would be by `state_shardings`.
+            arrays = eqx.filter(state.trainable_model, eqx.is_array)
+            where = jax.tree.map(lambda x: x.sharding, arrays)
+            expected = gum_optax.state_shardings(built, arrays, where)
+            wanted = jax.tree.map(jax.device_put, state.opt_state, expected)
+            each, ours, whole = (
+                bytes_per_device(state.opt_state),
+                bytes_per_device(wanted),
+                sum(x.nbytes for x in jax.tree.leaves(state.opt_state)),
+            )
+            print(f"     levanter: {each} bytes of state on each of 4 devices, {ours} by ", end="")
+            print(f"`state_shardings`, {whole} in all", flush=True)
+            check("levanter: the state is sharded", each < 0.7 * whole)
+
+            # Interrupted and resumed, to the last digit.
+            fresh = trainer.initial_state(jax.random.PRNGKey(1), model_init=create)
+            assert saved is not None
+            resumed = eqx.combine(load_checkpoint(fresh.saveable_state, saved), fresh)
+            for _ in range(halfway, 12):
+                resumed = trainer.train_step(resumed, batch).state
+            same = all(
+                (np.asarray(a) == np.asarray(b)).all()
+                for a, b in zip(
+                    jax.tree.leaves(eqx.filter(resumed.model, eqx.is_array)),
+                    jax.tree.leaves(eqx.filter(state.model, eqx.is_array)),
+                    strict=True,
+                )
+            )
+            check("levanter: resumed after six steps, equal to the last digit", same)
+
+
+def main() -> None:
+    """Runs all checks, or those that are named: ``names``, ``types``, ``train``."""
+    parts = {"names": names, "types": types, "train": train}
+    for name in sys.argv[1:] or parts:
+        parts[name]()
+
+
+if __name__ == "__main__":
+    main()
