@@ -3,6 +3,7 @@
 from gum_optax import backward as backward
 from gum_optax import carries as carries
 from gum_optax import dimension_numbers as dimension_numbers
+from gum_optax import estimators as estimators
 from gum_optax import fallbacks as fallbacks
 from gum_optax import projectors as projectors
 from gum_optax import residuals as residuals

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from gum_optax import _checks
+from gum_optax._inclusion import water_filling as water_filling
 
 
 class Sampling(NamedTuple):
