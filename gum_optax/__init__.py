@@ -3,6 +3,7 @@
 from gum_optax import backward as backward
 from gum_optax import carries as carries
 from gum_optax import dimension_numbers as dimension_numbers
+from gum_optax import displacements as displacements
 from gum_optax import estimators as estimators
 from gum_optax import fallbacks as fallbacks
 from gum_optax import projectors as projectors
@@ -40,6 +41,7 @@ from gum_optax._recipes import scale_by_gum as scale_by_gum
 from gum_optax._rounding import RoundingState as RoundingState
 from gum_optax._rounding import stochastic_rounding as stochastic_rounding
 from gum_optax._sharding import state_shardings as state_shardings
+from gum_optax.displacements import displaced as displaced
 from gum_optax.fallbacks import Fallback as Fallback
 
 __version__ = "0.1.0"
