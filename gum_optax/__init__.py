@@ -13,7 +13,16 @@ from gum_optax import storages as storages
 from gum_optax._codec import Compressed as Compressed
 from gum_optax._codec import Frame as Frame
 from gum_optax._columns import normalize_columns as normalize_columns
+from gum_optax._dion import scale_by_dion2 as scale_by_dion2
+from gum_optax._factored_momentum import FactoredMomentumState as FactoredMomentumState
+from gum_optax._factored_momentum import scale_by_factored_momentum as scale_by_factored_momentum
+from gum_optax._few_moments import AdamMiniState as AdamMiniState
+from gum_optax._few_moments import adalomo as adalomo
+from gum_optax._few_moments import by_output as by_output
+from gum_optax._few_moments import scale_by_adam_mini as scale_by_adam_mini
 from gum_optax._gains import scale_by_gain as scale_by_gain
+from gum_optax._granularity import projfactor as projfactor
+from gum_optax._granularity import regrained as regrained
 from gum_optax._groups import Group as Group
 from gum_optax._groups import by_role as by_role
 from gum_optax._groups import by_shape as by_shape

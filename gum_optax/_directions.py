@@ -198,15 +198,15 @@ def low_rank(rank: int = 2, period: int = 50) -> Directions:
     rank = _checks.positive_int("rank", rank)
     period = _checks.positive_int("period", period)
 
-    def direction(key: jax.Array, period_key: jax.Array, leaf: jax.Array) -> Direction:
+    def direction(key: jax.Array, period_key: jax.Array, leaf: Any) -> Factors:
         *batch, rows, columns = leaf.shape
         long, short = max(rows, columns), min(rows, columns)
         now = _normal(key, (*batch, long, rank), leaf)
         kept = _normal(period_key, (*batch, short, rank), leaf)
         left, right = (now, kept) if rows >= columns else (kept, now)
-        return Factors(left, right, 1.0 / rank)
+        return Factors(left, right)
 
-    return Directions(_matrix_by_matrix(direction, period))
+    return Directions(_matrix_by_matrix(direction, period, 1.0 / rank))
 
 
 def orthonormal(rank: int = 8, period: int = 1000, *, align_norms: bool = True) -> Directions:
@@ -246,7 +246,7 @@ def orthonormal(rank: int = 8, period: int = 1000, *, align_norms: bool = True) 
     rank = _checks.positive_int("rank", rank)
     period = _checks.positive_int("period", period)
 
-    def direction(key: jax.Array, period_key: jax.Array, leaf: jax.Array) -> Direction:
+    def direction(key: jax.Array, period_key: jax.Array, leaf: Any) -> Factors:
         *batch, m, n = leaf.shape
         r = min(rank, m, n)
         of_rows, of_columns = jax.random.split(period_key)
@@ -355,7 +355,7 @@ def _int32(number: int) -> jax.Array:
     return jnp.asarray(number, jnp.int32)
 
 
-def _normal(key: jax.Array, shape: tuple[int, ...], leaf: jax.Array) -> jax.Array:
+def _normal(key: jax.Array, shape: tuple[int, ...], leaf: Any) -> jax.Array:
     # Float32 whatever the leaf: a draw must not depend on its dtype, nor on the x64 flag.
     return jax.random.normal(key, shape, jnp.float32).astype(compute_dtype(leaf))
 
@@ -369,9 +369,9 @@ def _normal_directions(occasion: Occasion, params: PyTree) -> PyTree:
 
 
 def _matrix_by_matrix(
-    direction: Callable[[jax.Array, jax.Array, jax.Array], Direction], period: int
+    direction: Callable[[jax.Array, jax.Array, Any], Factors], period: int, weight: float = 1.0
 ) -> Callable[[Occasion, PyTree], PyTree]:
-    """The draw that makes directions of matrices, ``(key, key of the period, leaf) -> direction``.
+    """The draw that makes factors for matrices, ``(key, key of the period, leaf) -> factors``.
 
     Vectors and scalars get Gaussian entries.
     """
@@ -380,12 +380,24 @@ def _matrix_by_matrix(
         named = leaves_with_names(params)
         paths = [path for path, _ in named]
         keys, period_keys = occasion.keys_of(paths), occasion.keys_of_period(paths, period)
-        drawn = [
-            direction(key, period_key, leaf)
-            if leaf.ndim > 1
-            else Dense(_normal(key, leaf.shape, leaf))
-            for key, period_key, (_, leaf) in zip(keys, period_keys, named, strict=True)
-        ]
-        return jax.tree.unflatten(jax.tree.structure(params), drawn)
+        # Leaves alike draw together, which is the same and compiles once: factors are small.
+        alike: dict[Any, list[int]] = {}
+        for position, (_, leaf) in enumerate(named):
+            alike.setdefault((leaf.shape, leaf.dtype), []).append(position)
+        drawn: dict[int, Direction] = {}
+        for (shape, dtype), positions in alike.items():
+            at, leaf = np.array(positions), jax.ShapeDtypeStruct(shape, dtype)
+            if len(shape) < 2:
+                values = jax.vmap(lambda key, leaf=leaf: _normal(key, leaf.shape, leaf))(keys[at])
+                drawn |= {position: Dense(values[i]) for i, position in enumerate(positions)}
+                continue
+            left, right, _ = jax.vmap(lambda *both, leaf=leaf: direction(*both, leaf))(
+                keys[at], period_keys[at]
+            )
+            for i, position in enumerate(positions):
+                drawn[position] = Factors(left[i], right[i], weight)
+        return jax.tree.unflatten(
+            jax.tree.structure(params), [drawn[position] for position in range(len(named))]
+        )
 
     return draw

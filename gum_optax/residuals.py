@@ -3,7 +3,7 @@ r"""Residual rules: the answer to the question, what becomes of the part that a 
 A basis P splits a gradient into its projection and its residual, ``G = P P'G + (G - P P'G)``. The
 projection always goes through the inner transformation. For the residual there are these rules:
 
-- `drop` forgets it (GaLore);
+- `drop` forgets it (GaLore), and so does `rescaled`, which makes up for its size (VLoRP);
 - `sampled` sends that of a few drawn matrices through the inner transformation at full size, with
   weights that make the gradient estimate unbiased (GUM);
 - `through` gives it an optax transformation of its own, and adds the two updates (Fira, FRUGAL);
@@ -107,6 +107,33 @@ def drop() -> Residual:
       Zhao et al., GaLore, arXiv 2403.03507.
     """
     return Residual(reads="projection")
+
+
+def rescaled() -> Residual:
+    r"""Drops the residual, and multiplies the projection by m / r: unbiased with random bases.
+
+    For bases drawn uniformly, ``E[P P'] = r / m``, so that ``(m / r) P P'G`` is G in the mean, with
+    the second moment ``(m / r) |G|^2``. With bases from the gradient itself it is not unbiased.
+
+    Returns:
+      A `Residual` without state and without slots.
+
+    Example:
+      >>> import optax
+      >>> import gum_optax
+      >>> from gum_optax import projectors, residuals
+      >>> tx = gum_optax.low_rank(optax.identity(), gum_optax.LowRank(
+      ...     residual=residuals.rescaled(), projector=projectors.random_orthonormal))
+
+    References:
+      Miao et al., VLoRP, arXiv 2505.01744, with Gaussian matrices in place of bases.
+    """
+
+    def encode(frame: Frame, gradients: Leaves) -> Compressed:
+        factor = frame.group.m / frame.basis.shape[-1]
+        return Compressed(factor * _codec.project(frame, gradients), None)
+
+    return Residual(encode=encode, reads="projection")
 
 
 def sampled(
