@@ -391,9 +391,9 @@ def _matrix_by_matrix(
                 values = jax.vmap(lambda key, leaf=leaf: _normal(key, leaf.shape, leaf))(keys[at])
                 drawn |= {position: Dense(values[i]) for i, position in enumerate(positions)}
                 continue
-            left, right, _ = jax.vmap(lambda *both, leaf=leaf: direction(*both, leaf))(
-                keys[at], period_keys[at]
-            )
+            left, right, _ = jax.vmap(
+                lambda key, period_key, leaf=leaf: direction(key, period_key, leaf)
+            )(keys[at], period_keys[at])
             for i, position in enumerate(positions):
                 drawn[position] = Factors(left[i], right[i], weight)
         return jax.tree.unflatten(

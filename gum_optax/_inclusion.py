@@ -73,11 +73,16 @@ def systematic(key: jax.Array, probabilities: jax.Array, gamma: int) -> jax.Arra
       ``int32[gamma]``, the numbers of the things, all different.
     """
     of_order, of_point = jax.random.split(key)
-    count = probabilities.shape[0]
-    order = jax.random.permutation(of_order, count)
-    ends = jnp.cumsum(probabilities.astype(jnp.float32)[order])
-    # Rounding must neither leave the last point beyond the last part, nor give a thing two points.
-    ends = ends * (gamma / ends[-1])
+    order = jax.random.permutation(of_order, probabilities.shape[0])
+    # In float32 whatever the x64 flag says: it must not change a draw.
     u = jax.random.uniform(of_point, (), jnp.float32)
+    return at_point(order, probabilities, u, gamma)
+
+
+def at_point(order: jax.Array, probabilities: jax.Array, u: Any, gamma: int) -> jax.Array:
+    """The draw of `systematic` in a given order, with the points u, u + 1, ..."""
+    ends = jnp.cumsum(jnp.asarray(probabilities, jnp.float32)[order])
+    # Rounding must not leave the last point beyond the last part.
+    ends = ends * (gamma / ends[-1])
     where = jnp.searchsorted(ends, u + jnp.arange(gamma, dtype=jnp.float32), side="right")
-    return order[jnp.minimum(where, count - 1)].astype(jnp.int32)
+    return order[jnp.minimum(where, len(order) - 1)].astype(jnp.int32)

@@ -31,6 +31,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from gum_optax import _checks, _codec, samplers
@@ -144,7 +145,8 @@ def sampled(
 ) -> Residual:
     r"""Gives a few drawn matrices their residual at full size: GUM's rule, which is unbiased.
 
-    In every period each of a group's N matrices is drawn with probability q. In the *exclusive*
+    In every period each of a group's N matrices is drawn with probability q, the same for all or,
+    by `samplers.unequal`, its own. In the *exclusive*
     form of the paper, the inner transformation sees
 
     .. math::
@@ -202,14 +204,21 @@ def sampled(
         return of_count(group.count)
 
     def encode(frame: Frame, gradients: Leaves) -> Compressed:
-        q = sampling(frame.group).probability
         # R = P'G, [*lead, r, n], of all matrices.
         low = _codec.project(frame, gradients)
         # (G - P R) / q, [slots, m, n], of drawn ones.
         residual = None
         if frame.slots is not None:
+            q = _of_slots(sampling(frame.group).probability, frame.slots)
             residual = _codec.drawn_complements(frame, gradients, low) / q
-        return Compressed(low if additive else low / (1.0 - q), residual)
+        return Compressed(low if additive else low / undrawn_share(frame), residual)
+
+    def undrawn_share(frame: Frame) -> Any:
+        """1 - q, a number or one for each matrix, ``[*lead, 1, 1]``."""
+        q = sampling(frame.group).probability
+        if isinstance(q, np.ndarray):
+            return (1.0 - q).reshape(*frame.group.lead, 1, 1).astype(frame.group.compute_dtype)
+        return 1.0 - q
 
     def decode(
         frame: Frame, updates: Compressed, encoded: Compressed, gradients: Leaves, state: State
@@ -234,8 +243,8 @@ def sampled(
         columns = [range(len(gradients))]
         if transform is not None:
             # What encoding divided by 1 - q is P'G again.
-            q = 0.0 if additive else sampling(frame.group).probability
-            columns += [_codec.split(frame.group, encoded.low * (1.0 - q)), gradients, state]
+            share = 1.0 if additive else undrawn_share(frame)
+            columns += [_codec.split(frame.group, encoded.low * share), gradients, state]
         leaves = _leaf_by_leaf(frame, update_of, updates.low, gradients, *columns)
         return leaves, tuple(new_state) or state
 
@@ -459,7 +468,15 @@ def _transform_of(
     return transform
 
 
+def _of_slots(q: float | np.ndarray, slots: jax.Array) -> Any:
+    """The probability of each slot's matrix, ``[slots, 1, 1]``; an empty slot may have any."""
+    if not isinstance(q, np.ndarray):
+        return q
+    inside = jnp.minimum(slots, len(q) - 1)
+    return jnp.asarray(q, jnp.float32)[inside][:, None, None]
+
+
 def _always_drawn(sampling: samplers.Sampling, group: Group) -> str:
-    if sampling.probability < 1.0:
+    if np.any(np.asarray(sampling.probability) < 1.0):
         return ""
     return "single matrix" if group.count == 1 else "always drawn"
