@@ -2,7 +2,7 @@
 
 With `--trials`, a Bayesian search takes the place of the grid: over the learning rate, and over
 that of the fallback as a multiple of it. The result file is rewritten after each run, and runs that
-it already holds are not repeated: both may be stopped at any time and continued by the same command.
+it already holds are not repeated: both may be stopped at any time, and the same command goes on.
 """
 
 import dataclasses
