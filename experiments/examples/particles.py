@@ -1,7 +1,7 @@
 """A swarm of particles whose gradients a Gaussian process smooths, on a test function.
 
 A reconstruction: the particle-based sparse Gaussian process optimizer (arXiv 2211.14517) was known
-by its abstract alone, and this is not its algorithm. Gradients at K particles around x are averaged:
+by its abstract alone; this is not its algorithm. Gradients at K particles around x are averaged:
 
     g(x) = k(x, X) (k(X, X) + noise I)^-1 [g_1 ... g_K],        x <- x - rate g(x)
 

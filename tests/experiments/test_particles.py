@@ -1,5 +1,6 @@
 """The laws of gradients smoothed by a Gaussian process."""
 
+import jax
 import numpy as np
 
 from experiments.examples.particles import smoothed
@@ -7,7 +8,8 @@ from experiments.examples.particles import smoothed
 
 def _swarm():
     noise = np.random.default_rng(0)
-    return noise.normal(size=(4, 2)), noise.normal(size=(4, 2))
+    # On the device: the function is typed for JAX's arrays.
+    return jax.device_put((noise.normal(size=(4, 2)), noise.normal(size=(4, 2))))
 
 
 def test_the_laws_of_smoothing():
