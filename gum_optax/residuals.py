@@ -209,7 +209,7 @@ def sampled(
         # (G - P R) / q, [slots, m, n], of drawn ones.
         residual = None
         if frame.slots is not None:
-            q = _of_slots(sampling(frame.group).probability, frame.slots)
+            q = _of_slots(sampling(frame.group).probability, frame)
             residual = _codec.drawn_complements(frame, gradients, low) / q
         return Compressed(low if additive else low / undrawn_share(frame), residual)
 
@@ -468,12 +468,13 @@ def _transform_of(
     return transform
 
 
-def _of_slots(q: float | np.ndarray, slots: jax.Array) -> Any:
+def _of_slots(q: float | np.ndarray, frame: Frame) -> Any:
     """The probability of each slot's matrix, ``[slots, 1, 1]``; an empty slot may have any."""
     if not isinstance(q, np.ndarray):
         return q
-    inside = jnp.minimum(slots, len(q) - 1)
-    return jnp.asarray(q, jnp.float32)[inside][:, None, None]
+    assert frame.slots is not None
+    inside = jnp.minimum(frame.slots, len(q) - 1)
+    return jnp.asarray(q, frame.basis.dtype)[inside][:, None, None]
 
 
 def _always_drawn(sampling: samplers.Sampling, group: Group) -> str:
