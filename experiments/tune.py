@@ -1,16 +1,17 @@
 """Grids of optimizer, learning rate and seed on one model: `python -m experiments.tune --help`.
 
-The result file is rewritten after each run, and runs that it already holds are not repeated: a
-grid may be stopped at any time and continued by the same command.
+With `--trials`, a Bayesian search takes the place of the grid: over the learning rate, and over
+that of the fallback as a multiple of it. The result file is rewritten after each run, and runs that
+it already holds are not repeated: both may be stopped at any time, and the same command goes on.
 """
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from experiments import reporting
-from experiments.trainer import cli, sweeps
+from experiments.trainer import cli, search, sweeps
 from experiments.trainer.config import Config, change
 from experiments.trainer.optimizers import Name
 from experiments.trainer.options import at_least, option
@@ -30,6 +31,9 @@ class Grid(sweeps.Sitting):
     """Peak learning rates."""
     seeds: tuple[int, ...] = (0,)
     """Seeds of weights, data order and draws."""
+    trials: int | None = option(None, at_least(1))
+    """Runs of a Bayesian search for each optimizer and seed, between the least and the largest of
+    the learning rates, with the fallback's up to ten times smaller or larger. None: the grid."""
     out: str = "experiments/results/demo_grid.json"
     """The JSON file to write or add to."""
     base: Config = dataclasses.field(
@@ -41,7 +45,8 @@ class Grid(sweeps.Sitting):
 def main(arguments: Sequence[str]) -> int:
     """Runs what is missing from the grid and prints a table; returns the exit code."""
     grid = cli.parse(Grid, PROGRAM, arguments)
-    entries = sweeps.runner(grid, Path(grid.out))(configurations(grid))
+    complete = sweeps.runner(grid, Path(grid.out))
+    entries = complete(configurations(grid)) if grid.trials is None else searched(grid, complete)
     print("\n" + table(entries))
     return 0
 
@@ -56,6 +61,31 @@ def configurations(grid: Grid) -> list[Config]:
     ]
     home = grid.base.run_dir
     return [dataclasses.replace(p, run_dir=sweeps.directory(home, p)) for p in points]
+
+
+def searched(grid: Grid, complete: Callable[..., list[dict]]) -> list[dict]:
+    """The runs of a search for each optimizer and seed, in which one run follows another."""
+    entries = []
+    for seed in grid.seeds:
+        for optimizer in grid.optimizers:
+            base = change(grid.base, optimizer=optimizer, seed=seed)
+
+            def loss(point: search.Point, base: Config = base) -> float:
+                run = search.at_size(base, point["size"])
+                run = change(
+                    run, fallback_learning_rate=float(f"{run.learning_rate * point['ratio']:.3g}")
+                )
+                home = sweeps.directory(grid.base.run_dir, run)
+                [entry] = complete([dataclasses.replace(run, run_dir=home)])
+                entries.append(entry)
+                return entry["validation_loss"]
+
+            scale = search.scale(base)
+            rates = min(grid.learning_rates) * scale, max(grid.learning_rates) * scale
+            ranges = {"size": rates, "ratio": (0.1, 10.0)}
+            for _ in search.search(ranges, loss, grid.trials or 0, seed):
+                pass
+    return entries
 
 
 def table(entries: list[dict]) -> str:

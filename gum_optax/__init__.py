@@ -3,6 +3,8 @@
 from gum_optax import backward as backward
 from gum_optax import carries as carries
 from gum_optax import dimension_numbers as dimension_numbers
+from gum_optax import displacements as displacements
+from gum_optax import estimators as estimators
 from gum_optax import fallbacks as fallbacks
 from gum_optax import projectors as projectors
 from gum_optax import residuals as residuals
@@ -11,7 +13,18 @@ from gum_optax import storages as storages
 from gum_optax._codec import Compressed as Compressed
 from gum_optax._codec import Frame as Frame
 from gum_optax._columns import normalize_columns as normalize_columns
+from gum_optax._depth import by_band as by_band
+from gum_optax._depth import rank_by_depth as rank_by_depth
+from gum_optax._dion import scale_by_dion2 as scale_by_dion2
+from gum_optax._factored_momentum import FactoredMomentumState as FactoredMomentumState
+from gum_optax._factored_momentum import scale_by_factored_momentum as scale_by_factored_momentum
+from gum_optax._few_moments import AdamMiniState as AdamMiniState
+from gum_optax._few_moments import adalomo as adalomo
+from gum_optax._few_moments import by_output as by_output
+from gum_optax._few_moments import scale_by_adam_mini as scale_by_adam_mini
 from gum_optax._gains import scale_by_gain as scale_by_gain
+from gum_optax._granularity import projfactor as projfactor
+from gum_optax._granularity import regrained as regrained
 from gum_optax._groups import Group as Group
 from gum_optax._groups import by_role as by_role
 from gum_optax._groups import by_shape as by_shape
@@ -40,6 +53,7 @@ from gum_optax._recipes import scale_by_gum as scale_by_gum
 from gum_optax._rounding import RoundingState as RoundingState
 from gum_optax._rounding import stochastic_rounding as stochastic_rounding
 from gum_optax._sharding import state_shardings as state_shardings
+from gum_optax.displacements import displaced as displaced
 from gum_optax.fallbacks import Fallback as Fallback
 
 __version__ = "0.1.0"

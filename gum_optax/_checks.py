@@ -152,7 +152,8 @@ def key_data(value: int | jax.Array) -> jax.Array:
     if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
         value = jax.random.key_data(value)
     if np.ndim(value) == 0:
-        seed = operator.index(value)  # pyright: ignore[reportArgumentType]
+        traced = isinstance(value, jax.core.Tracer)
+        seed = value if traced else operator.index(value)  # pyright: ignore[reportArgumentType]
         return jax.random.key_data(jax.random.key(seed, impl="threefry2x32"))
     # A copy: a state that shared the caller's buffer would delete it when it is donated.
     return jnp.array(value, jnp.uint32, copy=True)

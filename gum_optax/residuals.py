@@ -3,7 +3,7 @@ r"""Residual rules: the answer to the question, what becomes of the part that a 
 A basis P splits a gradient into its projection and its residual, ``G = P P'G + (G - P P'G)``. The
 projection always goes through the inner transformation. For the residual there are these rules:
 
-- `drop` forgets it (GaLore);
+- `drop` forgets it (GaLore), and so does `rescaled`, which makes up for its size (VLoRP);
 - `sampled` sends that of a few drawn matrices through the inner transformation at full size, with
   weights that make the gradient estimate unbiased (GUM);
 - `through` gives it an optax transformation of its own, and adds the two updates (Fira, FRUGAL);
@@ -31,6 +31,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from gum_optax import _checks, _codec, samplers
@@ -109,6 +110,33 @@ def drop() -> Residual:
     return Residual(reads="projection")
 
 
+def rescaled() -> Residual:
+    r"""Drops the residual, and multiplies the projection by m / r: unbiased with random bases.
+
+    For bases drawn uniformly, ``E[P P'] = r / m``, so that ``(m / r) P P'G`` is G in the mean, with
+    the second moment ``(m / r) |G|^2``. With bases from the gradient itself it is not unbiased.
+
+    Returns:
+      A `Residual` without state and without slots.
+
+    Example:
+      >>> import optax
+      >>> import gum_optax
+      >>> from gum_optax import projectors, residuals
+      >>> tx = gum_optax.low_rank(optax.identity(), gum_optax.LowRank(
+      ...     residual=residuals.rescaled(), projector=projectors.random_orthonormal))
+
+    References:
+      Miao et al., VLoRP, arXiv 2505.01744, with Gaussian matrices in place of bases.
+    """
+
+    def encode(frame: Frame, gradients: Leaves) -> Compressed:
+        factor = frame.group.m / frame.basis.shape[-1]
+        return Compressed(factor * _codec.project(frame, gradients), None)
+
+    return Residual(encode=encode, reads="projection")
+
+
 def sampled(
     full_rank: int | samplers.Sampler = 2,
     *,
@@ -117,7 +145,8 @@ def sampled(
 ) -> Residual:
     r"""Gives a few drawn matrices their residual at full size: GUM's rule, which is unbiased.
 
-    In every period each of a group's N matrices is drawn with probability q. In the *exclusive*
+    In every period each of a group's N matrices is drawn with probability q, the same for all or,
+    by `samplers.unequal`, its own. In the *exclusive*
     form of the paper, the inner transformation sees
 
     .. math::
@@ -175,14 +204,21 @@ def sampled(
         return of_count(group.count)
 
     def encode(frame: Frame, gradients: Leaves) -> Compressed:
-        q = sampling(frame.group).probability
         # R = P'G, [*lead, r, n], of all matrices.
         low = _codec.project(frame, gradients)
         # (G - P R) / q, [slots, m, n], of drawn ones.
         residual = None
         if frame.slots is not None:
+            q = _of_slots(sampling(frame.group).probability, frame)
             residual = _codec.drawn_complements(frame, gradients, low) / q
-        return Compressed(low if additive else low / (1.0 - q), residual)
+        return Compressed(low if additive else low / undrawn_share(frame), residual)
+
+    def undrawn_share(frame: Frame) -> Any:
+        """1 - q, a number or one for each matrix, ``[*lead, 1, 1]``."""
+        q = sampling(frame.group).probability
+        if isinstance(q, np.ndarray):
+            return (1.0 - q).reshape(*frame.group.lead, 1, 1).astype(frame.group.compute_dtype)
+        return 1.0 - q
 
     def decode(
         frame: Frame, updates: Compressed, encoded: Compressed, gradients: Leaves, state: State
@@ -207,8 +243,8 @@ def sampled(
         columns = [range(len(gradients))]
         if transform is not None:
             # What encoding divided by 1 - q is P'G again.
-            q = 0.0 if additive else sampling(frame.group).probability
-            columns += [_codec.split(frame.group, encoded.low * (1.0 - q)), gradients, state]
+            share = 1.0 if additive else undrawn_share(frame)
+            columns += [_codec.split(frame.group, encoded.low * share), gradients, state]
         leaves = _leaf_by_leaf(frame, update_of, updates.low, gradients, *columns)
         return leaves, tuple(new_state) or state
 
@@ -432,7 +468,16 @@ def _transform_of(
     return transform
 
 
+def _of_slots(q: float | np.ndarray, frame: Frame) -> Any:
+    """The probability of each slot's matrix, ``[slots, 1, 1]``; an empty slot may have any."""
+    if not isinstance(q, np.ndarray):
+        return q
+    assert frame.slots is not None
+    inside = jnp.minimum(frame.slots, len(q) - 1)
+    return jnp.asarray(q, frame.basis.dtype)[inside][:, None, None]
+
+
 def _always_drawn(sampling: samplers.Sampling, group: Group) -> str:
-    if sampling.probability < 1.0:
+    if np.any(np.asarray(sampling.probability) < 1.0):
         return ""
     return "single matrix" if group.count == 1 else "always drawn"

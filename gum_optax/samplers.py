@@ -20,8 +20,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from gum_optax import _checks
+from gum_optax import _checks, _inclusion
+from gum_optax._inclusion import water_filling as water_filling
 
 
 class Sampling(NamedTuple):
@@ -29,14 +31,14 @@ class Sampling(NamedTuple):
 
     Attributes:
       slots: number of full-size slots that the state holds for the group.
-      probability: q, the probability that a given matrix is drawn in a period. At 1 the group is
-        uncompressed.
+      probability: q, the probability that a given matrix is drawn in a period: one number, or one
+        for each matrix, in the order of the group (NumPy, ``[N]``). At 1 the group is uncompressed.
       draw: ``key -> int32[slots]``, the matrix that each slot serves for the period; N stands for
         an empty slot. No matrix may be given twice.
     """
 
     slots: int
-    probability: float
+    probability: float | np.ndarray
     draw: Callable[[jax.Array], jax.Array]
 
 
@@ -130,6 +132,100 @@ def bernoulli(probability: float) -> Sampler:
     return sampler
 
 
+def unequal(gamma: int, weights: Callable[[int], Any]) -> Sampler:
+    r"""Draws exactly gamma of the N matrices, some more often than others.
+
+    Matrix i is drawn with probability ``q_i = min(1, lambda w_i)``, where the q add up to gamma
+    (`water_filling`), by systematic sampling. `gum_optax.residuals.sampled` weights each matrix by
+    its own ``1 / q_i`` and ``1 / (1 - q_i)``, so that estimates stay unbiased. Of a matrix with
+    projection a and residual b in norm, the second moment of the estimate is
+    ``a^2 / (1 - q) + b^2 / q``, the least at ``q = b / (a + b)``.
+
+    Args:
+      gamma: as for `fixed_size`: an int >= 0, clipped to ``N // 2``.
+      weights: ``(count) -> N numbers > 0``, in the order of a group's matrices: of separate leaves
+        the order of the tree, of stacks that of the leading axes. See `by_depth`.
+
+    Returns:
+      The sampler.
+
+    Raises:
+      TypeError, ValueError: if an argument is malformed; from the sampler, if the weights are, or
+        are so unequal that a matrix would always be drawn.
+
+    Example:
+      Twice as often at the end as at the start:
+
+      >>> import numpy as np
+      >>> from gum_optax import residuals, samplers
+      >>> sampler = samplers.unequal(2, lambda count: np.linspace(1.0, 2.0, count))
+      >>> sampler(4).probability.round(3)
+      array([0.333, 0.444, 0.556, 0.667])
+      >>> rule = residuals.sampled(sampler)
+    """
+    gamma = _checks.non_negative_int("gamma", gamma)
+    _checks.function("weights", weights, "(count) -> N numbers")
+
+    def sampler(count: int) -> Sampling:
+        fixed = fixed_size(gamma)(count)
+        if fixed.probability in (0.0, 1.0):
+            return fixed
+        sizes = np.asarray(weights(count), np.float64)
+        if sizes.shape != (count,) or not np.all(np.isfinite(sizes) & (sizes > 0)):
+            raise ValueError(
+                f"`weights` must return {count} positive numbers for {count} matrices, got {sizes}."
+            )
+        q = _filled(sizes, fixed.slots)
+        if np.max(q) >= 1:
+            raise ValueError(
+                f"`weights` {sizes} are so unequal that some of {count} matrices would be drawn in "
+                f"every period, with gamma {fixed.slots}: their projections would be lost; take "
+                "weights nearer to each other, or a smaller `gamma`."
+            )
+        return Sampling(
+            fixed.slots, q, lambda key: _inclusion.systematic(key, jnp.asarray(q), fixed.slots)
+        )
+
+    return sampler
+
+
+def by_depth(slope: float) -> Callable[[int], np.ndarray]:
+    """Weights for `unequal` that change evenly with depth: an arithmetic progression.
+
+    Args:
+      slope: in (-1, 1): the first matrix of a group has weight ``1 - slope``, the last one
+        ``1 + slope``. At 0 all are equal, and the estimate is that of `fixed_size`.
+
+    Returns:
+      ``(count) -> count`` weights.
+
+    Raises:
+      ValueError: if ``slope`` does not lie in (-1, 1).
+
+    Example:
+      >>> from gum_optax import samplers
+      >>> samplers.by_depth(0.5)(3)
+      array([0.5, 1. , 1.5])
+
+    References:
+      The one-parameter family is ATP's, arXiv 2502.14770, for the sparsity of pruned layers. Its
+      theory is about errors in forward passes and does not carry over to gradients.
+    """
+    if not -1 < slope < 1:
+        raise ValueError(f"`slope` must lie in (-1, 1), got {slope!r}.")
+    return lambda count: np.linspace(1 - slope, 1 + slope, count)
+
+
+def _filled(sizes: np.ndarray, total: int) -> np.ndarray:
+    """`water_filling` for NumPy, outside of any program: draws are fixed before it is traced."""
+    q = total * sizes / sizes.sum()
+    # As long as one exceeds 1, those that do are filled and the others share what is left.
+    while np.any(q > 1):
+        full = q >= 1
+        q = np.where(full, 1.0, (total - full.sum()) * sizes / sizes[~full].sum())
+    return q
+
+
 def none(count: int) -> Sampling:
     """Draws nothing, so that every residual is dropped: GaLore, which is biased.
 
@@ -157,17 +253,22 @@ def resolve(sampler: Any, count: int) -> Sampling:
             f"{type(sampling).__name__} for a group of {count} matrices."
         )
     slots, q = sampling.slots, sampling.probability
-    if not isinstance(slots, int) or not isinstance(q, int | float) or not callable(sampling.draw):
+    if isinstance(q, np.ndarray):
+        is_probability = q.shape == (count,) and q.dtype.kind == "f"
+    else:
+        is_probability = isinstance(q, int | float)
+    if not isinstance(slots, int) or not is_probability or not callable(sampling.draw):
         raise TypeError(
-            "`sampler` must return a samplers.Sampling of an int, a float and a function of a key, "
-            f"got {sampling!r} for a group of {count} matrices."
+            "`sampler` must return a samplers.Sampling of an int, a float (or an array with one "
+            f"for each matrix) and a function of a key, got {sampling!r} for a group of {count} "
+            "matrices."
         )
-    if not 0 <= slots <= count or not 0.0 <= q <= 1.0:
+    if not 0 <= slots <= count or not np.all((np.asarray(q) >= 0.0) & (np.asarray(q) <= 1.0)):
         raise ValueError(
             f"`sampler` returned {slots} slots at probability {q} for "
             f"a group of {count} matrices; slots must lie in [0, {count}], probability in [0, 1]."
         )
-    if (slots == 0) != (q == 0.0):
+    if (slots == 0) != bool(np.all(np.asarray(q) == 0.0)):
         raise ValueError(
             f"`sampler` returned {slots} slots at probability {q}: "
             "matrices that are drawn need slots, and slots need matrices that are drawn."

@@ -1,0 +1,138 @@
+"""Gradients at displaced weights, with large batches: `python -m experiments.studies.displaced`.
+
+SAM, extragradient and the past gradient's extrapolation beside the plain gradient, on one model
+with one optimizer and the same batches, at equal steps; the table says how many gradients each
+took. Runs that the result file holds are not repeated: the study goes on where it was stopped.
+"""
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from experiments import reporting
+from experiments.data import tokens as data
+from experiments.trainer import cli, losses, optimizers, pretraining
+from experiments.trainer.config import Config as Run
+from experiments.trainer.config import change
+from experiments.trainer.loop import mean_loss
+from experiments.trainer.options import Checked, option, positive
+from experiments.trainer.sweeps import identity, write
+from gum_optax import displaced, displacements
+
+PROGRAM = "experiments.studies.displaced"
+GRADIENTS = {"plain": 1, "sam": 2, "extragradient": 2, "past gradient": 1}
+BASE = dataclasses.replace(
+    change(Run(), optimizer="muon"), steps=30, batch_size=32, learning_rate=1e-2,
+    validation_batches=4,
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Checked):
+    """Train with gradients at displaced weights."""
+
+    rho: float = option(0.05, positive)
+    """How far SAM moves uphill."""
+    rate: float = option(0.05, positive)
+    """The extrapolation's own learning rate."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds of weights and data."""
+    out: Path = Path("experiments/results/studies/displaced.json")
+    """Result file."""
+    base: Run = dataclasses.field(default_factory=lambda: BASE)
+    """The run, as in experiments.pretrain."""
+
+
+def gradient_of(config: Config, name: str, loss: Callable[..., Any]) -> Callable[..., Any]:
+    """(weights, batch, the last gradient) -> (loss, gradient)."""
+    plain = jax.value_and_grad(loss)
+    if name == "past gradient":
+        ahead = displaced(plain, displacements.along_previous(config.rate))
+        return lambda params, batch, last: ahead(params, batch, previous=last)
+    moved = {
+        "plain": plain,
+        "sam": displaced(plain, displacements.ascent(plain, config.rho)),
+        "extragradient": displaced(plain, displacements.extrapolation(plain, config.rate)),
+    }[name]
+    return lambda params, batch, last: moved(params, batch)
+
+
+def run(config: Config, name: str, seed: int) -> dict[str, Any]:
+    """One run: the losses of its batches, and the held-out loss at the end."""
+    base = dataclasses.replace(config.base, seed=seed)
+    arch, tokens = pretraining.prepare(base)
+    batches = data.training_batches(tokens, arch.seq_len, base.batch_size, seed)
+    held_out = data.validation_batches(
+        tokens, arch.seq_len, base.batch_size, base.validation_batches
+    )
+    static, state, _ = pretraining.start(base, arch)
+    loss = partial(losses.of_windows, static)
+    tx, gradient = optimizers.build(base, arch.layers), gradient_of(config, name, losses.mean(loss))
+
+    @partial(jax.jit, donate_argnums=(0, 1, 2))
+    def step(params: Any, opt_state: Any, last: Any, batch: Any) -> Any:
+        value, grads = gradient(params, batch, last)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, grads, value
+
+    params, opt_state = state
+    last, values = jax.tree.map(jnp.zeros_like, params), []
+    started = time.process_time()
+    for _ in range(base.steps):
+        params, opt_state, last, value = step(params, opt_state, last, next(batches))
+        values.append(float(value))
+    return {
+        "variant": name, "seed": seed, "rho": config.rho, "rate": config.rate,
+        "config": identity(config.base), "losses": values,
+        "validation_loss": mean_loss(jax.jit(loss), params, held_out),
+        "processor_seconds": time.process_time() - started,
+    }  # fmt: skip
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs what is missing and prints a table; returns the exit code."""
+    config = cli.parse(Config, PROGRAM, arguments)
+    entries = json.loads(config.out.read_text()) if config.out.exists() else []
+    # As JSON gives them back.
+    same = json.loads(
+        json.dumps({"rho": config.rho, "rate": config.rate, "config": identity(config.base)})
+    )
+    for seed in config.seeds:
+        for name in GRADIENTS:
+            wanted = {"variant": name, "seed": seed, **same}
+            if not any(all(e[k] == v for k, v in wanted.items()) for e in entries):
+                entries.append(json.loads(json.dumps(run(config, name, seed))))
+                write(config.out, entries)
+                print(table(entries[-1:]), flush=True)
+    print(table(entries))
+    return 0
+
+
+def table(entries: Sequence[dict[str, Any]]) -> str:
+    """One row for each run."""
+    return reporting.aligned(
+        ("variant", "seed", "gradients per step", "validation loss", "processor seconds"),
+        (
+            (
+                entry["variant"],
+                entry["seed"],
+                GRADIENTS[entry["variant"]],
+                f"{entry['validation_loss']:.4f}",
+                f"{entry['processor_seconds']:.0f}",
+            )
+            for entry in entries
+        ),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main, PROGRAM))

@@ -1,0 +1,179 @@
+r"""Momentum that is kept as a singular value decomposition of rank r: MoFaSGD.
+
+With U [m, r], s [r], V [n, r] the momentum of one matrix, one step is
+
+.. math::
+    A = G V, \quad C = G^\top U, \quad K = U^\top A
+
+    [U \mid A] = U' R_U, \quad [V \mid C] = V' R_V \qquad\text{(thin QR)}
+
+    S = R_U \begin{pmatrix} \beta\,\text{diag}(s) - K & I \\ I & 0 \end{pmatrix} R_V^\top
+        \approx U'' \text{diag}(s_+) V''^\top \qquad\text{(its r largest)}
+
+    U_+ = U' U'', \quad V_+ = V' V'', \qquad \text{update } U_+ V_+^\top
+
+``U' S V''`` is beta times the momentum plus the part of G in the tangent space at it, exactly; what
+is kept is the best approximation of rank r.
+
+Tests: tests/library/test_factored_momentum.py.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gum_optax import _checks, _mesh
+from gum_optax._numerics import matmul_highest as matmul
+from gum_optax._paths import PyTree
+
+# Singular values below this share of the largest are rounding: their directions are arbitrary.
+_NOISE = 1e-6
+
+
+class Factored(NamedTuple):
+    """The momentum of one leaf, ``left @ diag(values) @ right.mT``.
+
+    Attributes:
+      left: U, ``[*batch, m, r]``.
+      values: s, ``[*batch, r]``, falling.
+      right: V, ``[*batch, n, r]``.
+    """
+
+    left: jax.Array
+    values: jax.Array
+    right: jax.Array
+
+
+class FactoredMomentumState(NamedTuple):
+    """State of `scale_by_factored_momentum`.
+
+    Attributes:
+      count: ``int32[]``, steps taken.
+      momentum: a `Factored` for each leaf, float32 or wider.
+    """
+
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    momentum: PyTree
+
+
+def scale_by_factored_momentum(
+    rank: int = 32, beta: float | jax.Array = 0.9
+) -> optax.GradientTransformationExtraArgs:
+    r"""Keeps momentum at rank r, and updates by its polar factor ``U V'``: MoFaSGD.
+
+    At full rank it is Muon with an exact polar factor. The momentum starts in the r leading
+    singular directions of the first gradient. Its state is ``r (m + n + 1)`` numbers for each
+    matrix; a step has two thin QRs of ``2 r`` columns and the SVD of a ``2 r x 2 r`` matrix.
+
+    This is the paper's update. Its code divides by clipped singular values instead, may add the
+    part of the gradient outside of both subspaces, and starts from the weights' singular vectors.
+
+    Args:
+      rank: r, an int >= 1, clipped to the short side of each matrix.
+      beta: decay of momentum, in [0, 1). Gradients are added with weight one.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs`` for trees of matrices ``[..., m, n]``: directions
+      with singular values one (zero for a zero momentum), in the dtypes of the gradients.
+
+    Raises:
+      TypeError, ValueError: if an argument is malformed; from ``init``, if a leaf has fewer than
+        two axes.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import gum_optax
+      >>> tx = gum_optax.for_matrices(gum_optax.scale_by_factored_momentum(rank=4), 0.02)
+      >>> params = {"layers": [{"kernel": jnp.ones((16, 32))}]}
+      >>> state = tx.init(params)
+
+    References:
+      Mahdavinia and Mahdavi, MoFaSGD, arXiv 2507.08091.
+    """
+    rank = _checks.positive_int("rank", rank)
+    _checks.hyperparameter("beta", beta, below=1.0)
+
+    def init(params: PyTree) -> FactoredMomentumState:
+        def zeros(leaf: jax.Array) -> Factored:
+            if leaf.ndim < 2:
+                raise ValueError(
+                    "`scale_by_factored_momentum` needs leaves with at least 2 axes, got shape "
+                    f"{leaf.shape}; use it with `gum_optax.for_matrices`."
+                )
+            *batch, m, n = leaf.shape
+            r, dtype = min(rank, m, n), jnp.promote_types(leaf.dtype, jnp.float32)
+            sides = (jnp.zeros((*batch, side, r), dtype) for side in (m, n))
+            left, right = sides
+            return Factored(left, jnp.zeros((*batch, r), dtype), right)
+
+        return FactoredMomentumState(jnp.zeros((), jnp.int32), jax.tree.map(zeros, params))
+
+    def update(
+        updates: PyTree, state: FactoredMomentumState, params: PyTree | None = None, **extra: Any
+    ) -> tuple[PyTree, FactoredMomentumState]:
+        del params, extra
+        return _mesh.in_auto_mode(run, updates, state, like=lambda: (updates, state))
+
+    def run(updates: PyTree, state: FactoredMomentumState) -> tuple[PyTree, FactoredMomentumState]:
+        def one(gradient: jax.Array, old: Factored) -> tuple[jax.Array, Factored]:
+            wide = gradient.astype(old.left.dtype)
+            # 0. Zeros are no basis: the first gradient brings one.
+            left, right = jax.lax.cond(
+                state.count == 0,
+                lambda: _leading(wide, old.values.shape[-1]),
+                lambda: (old.left, old.right),
+            )
+            new = _step(old._replace(left=left, right=right), wide, beta)
+            # Directions without a singular value are no part of the momentum.
+            keep = new.values > _NOISE * jnp.max(new.values, axis=-1, keepdims=True)
+            direction = matmul(new.left * keep[..., None, :], new.right.mT)
+            return direction.astype(gradient.dtype), new
+
+        pairs = [
+            one(gradient, old)
+            for gradient, old in zip(
+                jax.tree.leaves(updates), jax.tree.leaves(state.momentum, is_leaf=_is_factored),
+                strict=True,
+            )
+        ]  # fmt: skip
+        treedef = jax.tree.structure(updates)
+        directions, momentum = (treedef.unflatten(part) for part in zip(*pairs, strict=True))
+        count = jnp.asarray(optax.safe_increment(state.count))
+        return directions, FactoredMomentumState(count, momentum)
+
+    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
+
+
+def _step(old: Factored, gradient: jax.Array, beta: Any) -> Factored:
+    """One step of the equations above, for matrices ``[*batch, m, n]``."""
+    u, s, v = old
+    r = s.shape[-1]
+    eye = jnp.broadcast_to(jnp.eye(r, dtype=s.dtype), (*s.shape, r))
+    # 1. What is read of the gradient: r (m + n) + r^2 numbers.
+    a = matmul(gradient, v)  # [m, r]
+    c = matmul(gradient.mT, u)  # [n, r]
+    k = matmul(u.mT, a)  # [r, r]
+    # 2. Bases of both sides, [m, 2r] and [n, 2r] (square where a side is shorter than 2r).
+    u_all, r_u = jnp.linalg.qr(jnp.concatenate([u, a], -1))
+    v_all, r_v = jnp.linalg.qr(jnp.concatenate([v, c], -1))
+    # 3. The new momentum in these bases, and its best approximation of rank r.
+    top = jnp.concatenate([beta * s[..., None] * eye - k, eye], -1)
+    bottom = jnp.concatenate([eye, jnp.zeros_like(eye)], -1)
+    middle = jnp.concatenate([top, bottom], -2)  # [2r, 2r]
+    core = matmul(matmul(r_u, middle), r_v.mT)
+    u_core, values, v_core = jnp.linalg.svd(core, full_matrices=False)
+    return Factored(
+        matmul(u_all, u_core[..., :r]), values[..., :r], matmul(v_all, v_core.mT[..., :r])
+    )
+
+
+def _leading(matrices: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
+    """The leading singular vectors of both sides."""
+    u, _, vt = jnp.linalg.svd(matrices, full_matrices=False)
+    return u[..., :rank], vt.mT[..., :rank]
+
+
+def _is_factored(node: Any) -> bool:
+    return isinstance(node, Factored)

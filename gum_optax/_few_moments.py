@@ -1,0 +1,210 @@
+r"""Second moments in few numbers: Adam-mini's, one for a block, and AdaLomo's, rows and columns.
+
+Tests: tests/library/test_neighbours.py.
+"""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gum_optax import _checks
+from gum_optax._paths import PyTree, leaves_with_names
+from gum_optax._rates import Mask, Number, ScalarOrSchedule
+
+Blocks: TypeAlias = Callable[[str, Any], Sequence[int]]
+"""``(path, leaf) -> axes`` that one second moment is shared over; none: Adam's own."""
+
+
+class AdamMiniState(NamedTuple):
+    """State of `scale_by_adam_mini`.
+
+    Attributes:
+      count: ``int32[]``, steps taken.
+      mu: the first moment, like the parameters.
+      nu: the second moment; axes that share one have length one.
+    """
+
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    mu: PyTree
+    nu: PyTree
+
+
+def by_output(path: str, leaf: Any) -> Sequence[int]:
+    """One second moment for each output neuron, for each token, and for each norm.
+
+    That is the column of a kernel ``[..., inputs, outputs]``, the row of an embedding (a leaf with
+    "embed" in its name), all of a vector; biases keep Adam's. Adam-mini has one for each *head* of
+    queries and keys: for kernels ``[width, heads, head size]`` return ``(-3, -1)`` in a function of
+    your own.
+
+    Args:
+      path: the leaf's path, its parts joined by ``/``.
+      leaf: the array, or anything with a shape.
+
+    Returns:
+      The axes to average over.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from gum_optax import by_output
+      >>> by_output("layers/0/mlp/kernel", jnp.zeros((8, 4)))
+      (-2,)
+    """
+    words = re.split(r"[^a-z]+", path.lower())
+    if len(leaf.shape) < 2:
+        return () if "bias" in words or not leaf.shape else (-1,)
+    return (-1,) if any("embed" in word for word in words) else (-2,)
+
+
+def scale_by_adam_mini(
+    b1: Number = 0.9, b2: Number = 0.999, eps: Number = 1e-8, *, blocks: Blocks = by_output
+) -> optax.GradientTransformation:
+    r"""Rescales updates by Adam with one second moment for each block of weights: Adam-mini.
+
+    .. math::
+        v_b \leftarrow b_2 v_b + (1 - b_2) \text{mean}(G_b^2), \qquad
+        U_b = \frac{m_b / (1 - b_1^t)}{\sqrt{v_b / (1 - b_2^t)} + \epsilon}
+
+    It saves the second moment alone: half of Adam's state.
+
+    Args:
+      b1: decay of the first moment, in [0, 1).
+      b2: decay of the second moment, in [0, 1).
+      eps: added to the root.
+      blocks: ``(path, leaf) -> axes`` that a block has whole; see `by_output`. With no axes at all
+        this is Adam.
+
+    Returns:
+      An ``optax.GradientTransformation`` with state `AdamMiniState`, like ``optax.scale_by_adam``.
+
+    Raises:
+      TypeError, ValueError: if an argument is malformed.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import gum_optax
+      >>> tx = optax.chain(gum_optax.scale_by_adam_mini(), optax.scale_by_learning_rate(1e-3))
+      >>> tx.init({"kernel": jnp.ones((8, 4))})[0].nu["kernel"].shape
+      (1, 4)
+
+    References:
+      Zhang et al., Adam-mini, arXiv 2406.16793. Its code finds blocks by names of PyTorch modules.
+    """
+    _checks.hyperparameter("b1", b1, below=1.0)
+    _checks.hyperparameter("b2", b2, below=1.0)
+    _checks.hyperparameter("eps", eps)
+    _checks.function("blocks", blocks, "(path, leaf) -> axes")
+
+    def axes_of(tree: PyTree) -> list[tuple[int, ...]]:
+        return [tuple(blocks(path, leaf)) for path, leaf in leaves_with_names(tree)]
+
+    def init(params: PyTree) -> AdamMiniState:
+        leaves, treedef = jax.tree.flatten(params)
+        # One number stands for a block: its axes are kept with length one.
+        nu = [
+            jnp.zeros(jax.eval_shape(lambda x, a=axes: _mean(x, a), leaf).shape, leaf.dtype)
+            for leaf, axes in zip(leaves, axes_of(params), strict=True)
+        ]
+        mu = jax.tree.map(jnp.zeros_like, params)
+        return AdamMiniState(jnp.zeros((), jnp.int32), mu, treedef.unflatten(nu))
+
+    def update(
+        updates: PyTree, state: AdamMiniState, params: PyTree | None = None
+    ) -> tuple[PyTree, AdamMiniState]:
+        del params
+        count = jnp.asarray(optax.safe_increment(state.count))
+        mu: Any = optax.tree.update_moment(updates, state.mu, b1, 1)
+        # v_b <- b2 v_b + (1 - b2) mean(G_b^2)
+        leaves, treedef = jax.tree.flatten(updates)
+        squares = treedef.unflatten(
+            _mean(leaf**2, axes) for leaf, axes in zip(leaves, axes_of(updates), strict=True)
+        )
+        nu = jax.tree.map(
+            lambda old, new: (b2 * old + (1 - b2) * new).astype(old.dtype), state.nu, squares
+        )
+        m: Any = optax.tree.bias_correction(mu, b1, count)
+        v: Any = optax.tree.bias_correction(nu, b2, count)
+        directions = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), m, v)
+        return directions, AdamMiniState(count, mu, nu)
+
+    return optax.GradientTransformation(init, update)  # pyright: ignore[reportArgumentType]
+
+
+def adalomo(
+    learning_rate: ScalarOrSchedule,
+    *,
+    decay_rate: float = 0.8,
+    clip: float = 1.0,
+    weight_decay: Number = 0.0,
+    weight_decay_mask: Mask = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""AdaLomo's update rule, as a chain of optax's transformations.
+
+    Rows and columns of a matrix have a second moment each, momentum has none:
+
+    .. math::
+        \rho \leftarrow \beta \rho + (1 - \beta)\, \text{rowmean}(G^2), \quad
+        \kappa \leftarrow \beta \kappa + (1 - \beta)\, \text{colmean}(G^2), \quad
+        \beta = 1 - t^{-0.8}
+
+    .. math::
+        u = G / \sqrt{\rho \kappa^\top / \text{mean}(\rho)}, \quad
+        u \leftarrow u / \max(1, \text{rms}(u) / \text{clip}), \quad
+        W \leftarrow W - \eta \max(10^{-3}, \text{rms}(W)) (u + \lambda W)
+
+    The state is ``m + n`` numbers for each matrix. The other half of the paper, updates inside of
+    the backward pass, so that not all gradients live at once, is no property of an optimizer: see
+    `backward` for what this library has in its place. Of leaves with more axes, the two longest are
+    factored, and sizes are those of the leaf.
+
+    Args:
+      learning_rate: a number, or a schedule of the step count; the paper advises 5e-4 to 1e-3.
+      decay_rate: the power of t in beta.
+      clip: the largest root mean square of a leaf's update before the learning rate, > 0.
+      weight_decay: lambda, decoupled, and multiplied by the weights' size as the update is.
+      weight_decay_mask: which leaves decay, as in ``optax.add_decayed_weights``.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs``. Its ``update`` needs ``params``.
+
+    Raises:
+      TypeError, ValueError: if an argument is malformed.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import gum_optax
+      >>> tx = gum_optax.adalomo(1e-3)
+      >>> params = {"w": jnp.full((2, 2), 2.0)}
+      >>> state = tx.init(params)
+
+    References:
+      Lv et al., AdaLomo, arXiv 2310.10195.
+    """
+    _checks.scalar_or_schedule("learning_rate", learning_rate)
+    _checks.hyperparameter("decay_rate", decay_rate)
+    _checks.hyperparameter("clip", clip)
+    _checks.hyperparameter("weight_decay", weight_decay)
+    return optax.with_extra_args_support(
+        optax.chain(
+            # Small matrices are factored, too: optax leaves those below 128 whole by default.
+            optax.scale_by_factored_rms(
+                decay_rate=decay_rate, epsilon=1e-30, min_dim_size_to_factor=1
+            ),
+            optax.clip_by_block_rms(clip),
+            optax.add_decayed_weights(weight_decay, weight_decay_mask),
+            optax.scale_by_learning_rate(learning_rate),
+            optax.scale_by_param_block_rms(1e-3),
+        )
+    )
+
+
+def _mean(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    if not axes or math.prod(x.shape) == 0:
+        return x
+    return jnp.mean(x, axis=axes, keepdims=True)
