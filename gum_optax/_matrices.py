@@ -164,7 +164,7 @@ def as_matrices(
 
     Args:
       inner: a transformation of matrices.
-      numbers: a tree of ``MuonDimensionNumbers`` and ``MaskedNode``s like the parameters.
+      numbers: a tree like the parameters of ``MuonDimensionNumbers`` or ``MaskedNode``.
     """
     inner = optax.with_extra_args_support(inner)
 
