@@ -24,13 +24,14 @@ extensions = [
     "sphinx_copybutton",
 ]
 exclude_patterns = ["_build"]
+# Pages that the table of contents names by a pattern may be left out.
+suppress_warnings = ["toc.empty_glob"]
 # Links to objects of other packages would need their inventories from the network, which a build
 # does not use: such names are shown without a link.
 default_role = "py:obj"
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
-# Pages of colleagues may be missing in a partial checkout: a table of contents is made of globs.
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"

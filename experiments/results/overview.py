@@ -4,6 +4,7 @@ The numbers are those of `experiments.studies.frontier`, every contender at its 
 as differences from Muon's loss with the same seed. Names stand beside the points, not in a legend.
 """
 
+import functools
 import json
 import statistics
 from pathlib import Path
@@ -70,6 +71,7 @@ class Point(NamedTuple):
     above: list[float]
 
 
+@functools.cache
 def points() -> dict[str, dict[str, Point]]:
     """Corpus to contender to its point, at the rate that is best on both corpora."""
     entries = json.loads(SOURCE.read_text())
@@ -78,16 +80,16 @@ def points() -> dict[str, dict[str, Point]]:
         return sweeps.select(entries, runs)
 
     best = frontier.search(CONFIG, stored)
+    keys = list(SHOWN) * len(CONFIG.seeds)
+    hidden: dict[str, int] = {}  # the same on every corpus, with every seed
     found = {}
     for corpus in CONFIG.corpora:
         runs = frontier.finals(CONFIG, best, corpus)
         losses: dict[str, list[float]] = {key: [] for key in SHOWN}
-        hidden = {}
-        for key, run, entry in zip(
-            list(SHOWN) * len(CONFIG.seeds), runs, stored(runs), strict=True
-        ):
+        for key, run, entry in zip(keys, runs, stored(runs), strict=True):
             losses[key].append(entry["validation_loss"])
-            hidden[key] = frontier.hidden_bytes(run)
+            if key not in hidden:
+                hidden[key] = frontier.hidden_bytes(run)
         # AdamW keeps two float32 moments, which are eight bytes, of each parameter.
         parameters = hidden["adamw"] / 8
         found[corpus] = {

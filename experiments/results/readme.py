@@ -4,6 +4,7 @@ They are made from the result files. A test compares them with the pages, so tha
 drift apart.
 """
 
+import functools
 import json
 import re
 import statistics
@@ -86,8 +87,7 @@ def pretraining() -> str:
 
 def finetuning() -> str:
     """Each optimizer at its best learning rate, on answers of all seeds."""
-    entries = _read("studies/finetuning.json")
-    rows = answers.compare(answers.finals_of(entries))
+    rows = _finetuned()
     head = ["optimizer", "learning rate", "state", "right answers, by seed", "95 % interval"]
     head += ["loss of answers, by seed", "95 % interval of the last", "time per step"]
     lines = []
@@ -209,7 +209,7 @@ def _answers() -> Iterator[tuple[str, str, str]]:
         + "; GUM is below GaLore-Muon in every seed",
         "python -m experiments.studies.frontier",
     )
-    rows = {r["optimizer"]: r for r in answers.compare(answers.finals_of(_read_finetuning()))}
+    rows = {row["optimizer"]: row for row in _finetuned()}
     losses = [row["loss"] for row in rows.values()]
     yield (
         "Fine-tuning SmolLM2-135M, 2 seeds: five optimizers",
@@ -242,8 +242,10 @@ def _answers() -> Iterator[tuple[str, str, str]]:
     )
 
 
-def _read_finetuning() -> list[Any]:
-    return _read("studies/finetuning.json")
+@functools.cache
+def _finetuned() -> list[dict[str, Any]]:
+    # Intervals by resampling take a second.
+    return answers.compare(answers.finals_of(_read("studies/finetuning.json")))
 
 
 def _cells(pairs: list[dict[str, Any]], preset: str, layout: str) -> Iterator[str]:
@@ -441,7 +443,9 @@ def renew(page: Path, tables: tuple[Callable[[], str], ...]) -> None:
     for each in tables:
         new = each()
         head = re.escape(new.partition("\n")[0])
-        text, found = re.subn(rf"^{head}\n(\|.*(\n|$))*", lambda _, new=new: f"{new}\n", text, flags=re.M)
+        text, found = re.subn(
+            rf"^{head}\n(\|.*(\n|$))*", lambda _, new=new: f"{new}\n", text, flags=re.M
+        )
         if not found:
             raise ValueError(f"{page}: no table with the head {new.partition(chr(10))[0]}")
     page.write_text(text)
