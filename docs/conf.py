@@ -24,8 +24,6 @@ extensions = [
     "sphinx_copybutton",
 ]
 exclude_patterns = ["_build"]
-# Pages that the table of contents names by a pattern may be left out.
-suppress_warnings = ["toc.empty_glob"]
 # Links to objects of other packages would need their inventories from the network, which a build
 # does not use: such names are shown without a link.
 default_role = "py:obj"
@@ -33,13 +31,13 @@ default_role = "py:obj"
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 autodoc_member_order = "bysource"
-autodoc_typehints = "signature"
-autodoc_typehints_format = "short"
+# Docstrings tell types in words; annotations would bury the names of parameters.
+autodoc_typehints = "none"
 # Defaults as they are written in the source, `LowRank()` and not its fields.
 autodoc_preserve_defaults = True
-autodoc_class_signature = "separated"
 python_maximum_signature_line_length = 88
 napoleon_numpy_docstring = False
+napoleon_attr_annotations = False
 napoleon_use_ivar = True
 # A button copies commands and code without their prompts.
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
@@ -82,6 +80,19 @@ def _lead_to_the_repository(app, docname, source):
     source[0] = _LINK.sub(absolute, source[0])
 
 
+# Pages of the table of contents that are written apart from the others.
+_APART = ("pods", "methods", "frameworks/index")
+
+
+def _leave_out_missing_pages(app, docname, source):
+    """Takes pages that are not there yet out of the table of contents."""
+    if docname == "index":
+        for page in _APART:
+            if page not in app.env.found_docs:
+                source[0] = source[0].replace(f"\n{page}\n", "\n")
+
+
 def setup(app):
     """Registers what this file adds to Sphinx."""
     app.connect("source-read", _lead_to_the_repository)
+    app.connect("source-read", _leave_out_missing_pages)

@@ -111,7 +111,7 @@ def table() -> str:
         above = ", ".join(_signed(of[key].above) for of in (first, second))
         rows.append((situation, constructor, f"{first[key].bytes:.1f}", above))
     return reporting.markdown(
-        ("you want", "write", "bytes per parameter", "loss above Muon's (nats), on two corpora"),
+        ("you want", "write", "bytes per parameter", "above Muon (nats)"),
         rows,
     )
 
