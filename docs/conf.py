@@ -92,7 +92,15 @@ def _leave_out_missing_pages(app, docname, source):
                 source[0] = source[0].replace(f"\n{page}\n", "\n")
 
 
+def _name_defaults(app, what, name, obj, options, signature, return_annotation):
+    """Shows the call behind a private constant that is the default of a parameter."""
+    if signature:
+        return signature.replace("_POLAR", "scale_by_polar()"), return_annotation
+    return None
+
+
 def setup(app):
     """Registers what this file adds to Sphinx."""
     app.connect("source-read", _lead_to_the_repository)
+    app.connect("autodoc-process-signature", _name_defaults)
     app.connect("source-read", _leave_out_missing_pages)

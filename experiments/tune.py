@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments import reporting
-from experiments.trainer import cli, sweeps
-from experiments.trainer.config import Config, change
+from experiments.trainer import cli
+from experiments.trainer.config import Config, Sitting, change
 from experiments.trainer.optimizers import Name
 from experiments.trainer.options import at_least, option
 
@@ -19,7 +19,7 @@ PROGRAM = "experiments.tune"
 
 
 @dataclasses.dataclass(frozen=True)
-class Grid(sweeps.Sitting):
+class Grid(Sitting):
     """Train with every combination of optimizers, learning rates and seeds."""
 
     jobs: int = option(1, at_least(1))
@@ -41,6 +41,9 @@ class Grid(sweeps.Sitting):
 def main(arguments: Sequence[str]) -> int:
     """Runs what is missing from the grid and prints a table; returns the exit code."""
     grid = cli.parse(Grid, PROGRAM, arguments)
+    # It imports data, checkpoints and the network, which takes seconds; `--help` needs none.
+    from experiments.trainer import sweeps
+
     entries = sweeps.runner(grid, Path(grid.out))(configurations(grid))
     print("\n" + table(entries))
     return 0
@@ -48,6 +51,8 @@ def main(arguments: Sequence[str]) -> int:
 
 def configurations(grid: Grid) -> list[Config]:
     """One configuration for each point of the grid."""
+    from experiments.trainer import sweeps
+
     points = [
         change(grid.base, optimizer=optimizer, learning_rate=rate, seed=seed)
         for seed in grid.seeds
@@ -62,14 +67,14 @@ def table(entries: list[dict]) -> str:
     """The runs, each optimizer's best first."""
     best = sorted(entries, key=lambda e: (e["config"]["optimizer"], e["validation_loss"]))
     return reporting.aligned(
-        ("optimizer", "learning rate", "seed", "validation loss", "state bytes", "s per step"),
+        ("optimizer", "learning rate", "seed", "validation loss", "optimizer state", "s per step"),
         (
             (
                 entry["config"]["optimizer"],
                 entry["config"]["learning_rate"],
                 entry["config"]["seed"],
                 f"{entry['validation_loss']:.4f}",
-                f"{entry['state_bytes']:,}",
+                reporting.size(entry["state_bytes"]),
                 f"{entry['seconds_per_step']:.3f}",
             )
             for entry in best
