@@ -33,7 +33,7 @@ BUDGETS = {
         "HELD_OUT": 2,
     },
 }
-# A kernel of its own imports and compiles for twenty seconds and more: `make test` runs one of them.
+# A kernel imports and compiles for twenty seconds and more: `make test` runs one of them.
 QUICK = "01_quickstart.ipynb"
 NOTEBOOKS = {p.name: nbformat.read(p, as_version=4) for p in sorted(DIRECTORY.glob("*.ipynb"))}
 LIMIT = 1_000_000  # bytes of one notebook
