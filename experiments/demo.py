@@ -7,15 +7,16 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from experiments import reporting
 from experiments.reporting import loss_curves
 from experiments.trainer import cli
 from experiments.trainer.config import Config, change
-from experiments.trainer.loop import Result
 from experiments.trainer.options import ConfigError
-from experiments.trainer.pretraining import train
+
+if TYPE_CHECKING:
+    from experiments.trainer.loop import Result
 
 PROGRAM = "experiments.demo"
 
@@ -39,6 +40,9 @@ def main(arguments: Sequence[str]) -> int:
     base = cli.parse(Demo, PROGRAM, arguments).base
     if base.resume:
         raise ConfigError("`resume`: the demo always starts anew")
+    # It imports data, checkpoints and the network, which takes seconds; `--help` needs none.
+    from experiments.trainer.pretraining import train
+
     print(introduction(base))
     results = {}
     for number, (optimizer, rate) in enumerate(LEARNING_RATES.items(), 1):
@@ -52,7 +56,7 @@ def main(arguments: Sequence[str]) -> int:
 
     directory = Path(base.run_dir)
     curves = {name: result.metrics for name, result in results.items()}
-    title = f"{base.preset} LLaMA on {' '.join(base.corpus)}, seed {base.seed}"
+    title = f"{base.preset} LLaMA on {reporting.title(*base.corpus)}, seed {base.seed}"
     picture = loss_curves(curves, directory / "demo.png", title)
     record = directory / "demo.json"
     record.write_text(json.dumps(summary(base, results), indent=2) + "\n")
@@ -84,7 +88,7 @@ def introduction(base: Config) -> str:
     )
 
 
-def table(results: dict[str, Result]) -> str:
+def table(results: dict[str, "Result"]) -> str:
     """One line per optimizer."""
     return reporting.aligned(
         ("optimizer", "learning rate", "validation loss", "optimizer state", "s per step"),
@@ -93,7 +97,7 @@ def table(results: dict[str, Result]) -> str:
                 name,
                 LEARNING_RATES[name],
                 f"{result.validation_loss:.4f}",
-                f"{result.state_bytes:,} B",
+                reporting.size(result.state_bytes),
                 f"{result.seconds_per_step:.3f}",
             )
             for name, result in results.items()
@@ -101,7 +105,7 @@ def table(results: dict[str, Result]) -> str:
     )
 
 
-def verdict(results: dict[str, Result]) -> str:
+def verdict(results: dict[str, "Result"]) -> str:
     """One sentence made from the numbers, whoever wins."""
     gum, adamw = results["gum"], results["adamw"]
     gap = gum.validation_loss - adamw.validation_loss
@@ -118,7 +122,7 @@ def verdict(results: dict[str, Result]) -> str:
     return "\n".join([*textwrap.wrap(sentence, 80), *textwrap.wrap(caveat, 80)])
 
 
-def summary(base: Config, results: dict[str, Result]) -> dict:
+def summary(base: Config, results: dict[str, "Result"]) -> dict:
     """The content of the result file: each run with its description and its numbers."""
     runs = {}
     for name, result in results.items():

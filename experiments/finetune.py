@@ -6,13 +6,16 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from experiments.trainer import checkpoints, cli, evaluation, processes
+from experiments.trainer import cli
 from experiments.trainer.config import Launch
-from experiments.trainer.finetuning import Config, Outcome, accuracy_path, finetune, share
+from experiments.trainer.finetuning_options import Config
+
+if TYPE_CHECKING:
+    from experiments.trainer.finetuning import Outcome
 
 PROGRAM = "experiments.finetune"
 
@@ -28,6 +31,10 @@ class Command:
 def main(arguments: Sequence[str]) -> int:
     """Runs or resumes fine-tuning; returns the exit code."""
     command = cli.parse(Command, PROGRAM, arguments)
+    # These import models, data and checkpoints, which takes seconds; `--help` needs none.
+    from experiments.trainer import checkpoints, processes
+    from experiments.trainer.finetuning import finetune
+
     processes.join(command.launch)
     with checkpoints.storage_faults(command.config):
         outcome = finetune(command.config)
@@ -37,15 +44,18 @@ def main(arguments: Sequence[str]) -> int:
     return 128 + stopped_by if stopped_by else 0
 
 
-def _conclude(config: Config, outcome: Outcome, arguments: Sequence[str]) -> None:
+def _conclude(config: Config, outcome: "Outcome", arguments: Sequence[str]) -> None:
     """Draws the loss curve and says how the run ended."""
     # Matplotlib takes a second to import, and other processes than the first do not draw.
-    from experiments.reporting import loss_curves
+    from experiments import reporting
+    from experiments.trainer import evaluation
+    from experiments.trainer.finetuning import accuracy_path, share
 
     result = outcome.result
     label = f"{config.optimizer.name}, {config.learning_rate:g}"
-    title = f"{config.model} on {config.task}"
-    picture = loss_curves({label: result.metrics}, Path(config.run_dir) / "loss.png", title)
+    title = f"{reporting.title(config.model)} on {reporting.title(config.task)}"
+    path = Path(config.run_dir) / "loss.png"
+    picture = reporting.loss_curves({label: result.metrics}, path, title)
     if outcome.after is None:
         again = [*arguments, *([] if config.resume else ["--resume"])]
         print(

@@ -57,11 +57,12 @@ def parse(arguments: Sequence[str]) -> Command:
 def _conclude(config: Config, result: "Result", arguments: Sequence[str]) -> None:
     """Draws the loss curve and says how the run ended."""
     # Matplotlib takes a second to import, and other processes than the first do not draw.
-    from experiments.reporting import loss_curves
+    from experiments import reporting
 
     label = f"{config.optimizer.name}, {config.learning_rate:g}"
-    title = f"{config.preset} on {' '.join(config.corpus)}"
-    picture = loss_curves({label: result.metrics}, Path(config.run_dir) / "loss.png", title)
+    title = f"{config.preset} on {reporting.title(*config.corpus)}"
+    path = Path(config.run_dir) / "loss.png"
+    picture = reporting.loss_curves({label: result.metrics}, path, title)
     if result.stopped_by:
         again = [*arguments, *([] if config.resume else ["--resume"])]
         name = signal.Signals(result.stopped_by).name

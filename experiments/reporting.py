@@ -123,6 +123,16 @@ def aligned(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     )
 
 
+def size(count: int) -> str:
+    """Bytes in the one unit that all tables and messages have."""
+    return f"{count / 2**20:,.1f} MiB"
+
+
+def title(*names: str) -> str:
+    """Names in the title of a figure; of a path, the last part alone."""
+    return " ".join(Path(name).name or name for name in names)
+
+
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Rows under their heads, in Markdown."""
     lines = ["| " + " | ".join(row) + " |" for row in (head, *rows)]

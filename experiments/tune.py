@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from experiments import reporting
-from experiments.trainer import cli, search, sweeps
-from experiments.trainer.config import Config, change
+from experiments.trainer import cli
+from experiments.trainer.config import Config, Sitting, change
 from experiments.trainer.optimizers import Name
 from experiments.trainer.options import at_least, option
 
@@ -20,7 +20,7 @@ PROGRAM = "experiments.tune"
 
 
 @dataclasses.dataclass(frozen=True)
-class Grid(sweeps.Sitting):
+class Grid(Sitting):
     """Train with every combination of optimizers, learning rates and seeds."""
 
     jobs: int = option(1, at_least(1))
@@ -45,6 +45,9 @@ class Grid(sweeps.Sitting):
 def main(arguments: Sequence[str]) -> int:
     """Runs what is missing from the grid and prints a table; returns the exit code."""
     grid = cli.parse(Grid, PROGRAM, arguments)
+    # They import data, checkpoints and the network, which takes seconds; `--help` needs none.
+    from experiments.trainer import sweeps
+
     complete = sweeps.runner(grid, Path(grid.out))
     entries = complete(configurations(grid)) if grid.trials is None else searched(grid, complete)
     print("\n" + table(entries))
@@ -53,6 +56,8 @@ def main(arguments: Sequence[str]) -> int:
 
 def configurations(grid: Grid) -> list[Config]:
     """One configuration for each point of the grid."""
+    from experiments.trainer import sweeps
+
     points = [
         change(grid.base, optimizer=optimizer, learning_rate=rate, seed=seed)
         for seed in grid.seeds
@@ -65,12 +70,14 @@ def configurations(grid: Grid) -> list[Config]:
 
 def searched(grid: Grid, complete: Callable[..., list[dict]]) -> list[dict]:
     """The runs of a search for each optimizer and seed, in which one run follows another."""
+    from experiments.trainer import search, sweeps
+
     entries = []
     for seed in grid.seeds:
         for optimizer in grid.optimizers:
             base = change(grid.base, optimizer=optimizer, seed=seed)
 
-            def loss(point: search.Point, base: Config = base) -> float:
+            def loss(point: dict[str, float], base: Config = base) -> float:
                 run = search.at_size(base, point["size"])
                 run = change(
                     run, fallback_learning_rate=float(f"{run.learning_rate * point['ratio']:.3g}")
@@ -92,14 +99,14 @@ def table(entries: list[dict]) -> str:
     """The runs, each optimizer's best first."""
     best = sorted(entries, key=lambda e: (e["config"]["optimizer"], e["validation_loss"]))
     return reporting.aligned(
-        ("optimizer", "learning rate", "seed", "validation loss", "state bytes", "s per step"),
+        ("optimizer", "learning rate", "seed", "validation loss", "optimizer state", "s per step"),
         (
             (
                 entry["config"]["optimizer"],
                 entry["config"]["learning_rate"],
                 entry["config"]["seed"],
                 f"{entry['validation_loss']:.4f}",
-                f"{entry['state_bytes']:,}",
+                reporting.size(entry["state_bytes"]),
                 f"{entry['seconds_per_step']:.3f}",
             )
             for entry in best

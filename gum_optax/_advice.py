@@ -29,7 +29,7 @@ def warn_of_matrices(params: PyTree, given: dims.DimensionNumbers | None) -> Non
     - Lists without names, of which the default rule cannot tell tables and heads.
 
     Args:
-      params: arrays or ``jax.ShapeDtypeStruct``s.
+      params: arrays, or ``jax.ShapeDtypeStruct`` in their place.
       given: ``weight_dimension_numbers``.
     """
     numbers = dims.resolve(params, given)

@@ -187,7 +187,7 @@ def find_groups(tree: PyTree, group_by: GroupBy) -> list[Group]:
     told apart by a suffix of the name.
 
     Args:
-      tree: arrays or ``jax.ShapeDtypeStruct``s; the last two axes are a matrix, others are batch.
+      tree: arrays or ``jax.ShapeDtypeStruct``; the last two axes are a matrix, others are batch.
       group_by: for example `by_role`.
 
     Raises:

@@ -46,7 +46,7 @@ def infer(function: Callable[..., Any], params: PyTree, *args: Any, **kwargs: An
     Args:
       function: any function of the parameters that JAX can trace: ``function(params, *args,
         **kwargs)``.
-      params: arrays or ``jax.ShapeDtypeStruct``s, in any tree, such as one of Linen, the state of
+      params: arrays or ``jax.ShapeDtypeStruct``, in any tree, such as one of Linen, the state of
         an NNX model or an Equinox module. Leaves that are no arrays are passed on as they are.
       *args: further arguments, such as a batch; only shapes and dtypes of their arrays matter.
         Arguments that are no arrays are passed on as they are.

@@ -85,6 +85,11 @@ def write(rows: Callable[[], Iterator[PlanRow]]) -> None:
         ledger.extend(rows())
 
 
+def count() -> int:
+    """The rows that the open ledger has, 0 without one."""
+    return len(_open.get() or ())
+
+
 @contextlib.contextmanager
 def resting(pack: Callable[[PyTree], PyTree]) -> Iterator[None]:
     """Counts states as a wrapper packs them, in rows that are written by what it wraps."""

@@ -20,7 +20,7 @@ import optax
 from gum_optax import _checks, _ledger, _mesh, _sources, fallbacks
 from gum_optax import dimension_numbers as dims
 from gum_optax._advice import warn_of_matrices
-from gum_optax._groups import by_role, state_key
+from gum_optax._groups import by_role, find_groups, state_key
 from gum_optax._low_rank import keep_dtypes
 from gum_optax._nnx import with_sharding_metadata
 from gum_optax._paths import PyTree, is_box, is_stand_in, leaves_with_names
@@ -191,7 +191,7 @@ def as_matrices(
 
     Args:
       inner: a transformation of matrices.
-      numbers: a tree of ``MuonDimensionNumbers`` and ``MaskedNode``s like the parameters.
+      numbers: a tree like the parameters of ``MuonDimensionNumbers`` or ``MaskedNode``.
     """
     inner = optax.with_extra_args_support(inner)
 
@@ -210,7 +210,13 @@ def as_matrices(
     def init(params: PyTree) -> Any:
         # Only shapes and shardings matter to a low-rank state, and `params` may hold nothing else.
         _sources.write_numbers(params, numbers)
-        return inner.init(_map_matrices(_describe, numbers, params))
+        matrices = _map_matrices(_describe, numbers, params)
+        written = _ledger.count()
+        state = inner.init(matrices)
+        # `low_rank` tells of its groups. Where there is none, nobody has told of the matrices.
+        if _ledger.count() == written:
+            _ledger.write(lambda: _full_rank_rows(inner, matrices))
+        return state
 
     def update(
         updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any
@@ -289,6 +295,28 @@ def _describe(numbers: dims.MuonDimensionNumbers, leaf: Any) -> Any:
         leaf.dtype,
         sharding=_mesh.sharding_like(sharding, [*(entries[axis] for axis in batch), *spec]),
     )
+
+
+def _full_rank_rows(
+    direction: optax.GradientTransformation, matrices: PyTree
+) -> Iterator[_ledger.PlanRow]:
+    """One row for the matrices of each role, with the bytes that they add to the state."""
+    leaves, treedef = jax.tree.flatten(matrices)
+    for group in find_groups(matrices, by_role):
+        # The tree with nothing but this group, and the tree with nothing.
+        alone = [leaf if i in group.leaves else None for i, leaf in enumerate(leaves)]
+        trees = treedef.unflatten(alone), treedef.unflatten([None] * len(leaves))
+        yield _ledger.PlanRow(
+            name=group.name,
+            treatment="uncompressed",
+            why="full rank",
+            count=group.count,
+            shape=group.shape[-2:],
+            rank=None,
+            slots=None,
+            bytes=_ledger.bytes_beyond(direction.init, *trees),
+            adamw_bytes=2 * group.count * group.m * group.n * group.dtype.itemsize,
+        )
 
 
 def _fallback_rows(

@@ -78,8 +78,8 @@ def memory_plan(tx: optax.GradientTransformation, params: PyTree) -> MemoryPlan:
 
     Args:
       tx: any ``optax.GradientTransformation``.
-      params: real arrays, ``jax.ShapeDtypeStruct``s, or a Flax NNX model (also from
-        ``nnx.eval_shape``), of which the ``nnx.Param``s count.
+      params: real arrays, ``jax.ShapeDtypeStruct`` in their place, or a Flax NNX model (also
+        from ``nnx.eval_shape``), of which every ``nnx.Param`` counts.
 
     Returns:
       A `MemoryPlan` whose ``total_bytes`` equals, to the byte, what ``tx.init(params)`` allocates.
@@ -119,7 +119,7 @@ def memory_plan(tx: optax.GradientTransformation, params: PyTree) -> MemoryPlan:
 
 
 def _pure(params: PyTree) -> PyTree:
-    """The ``nnx.Param``s of an NNX model; anything else is a tree of arrays already."""
+    """Every ``nnx.Param`` of an NNX model; anything else is a tree of arrays already."""
     nnx = sys.modules.get("flax.nnx")  # A model can only come from a Flax that is loaded.
     if nnx is not None and isinstance(params, nnx.Module):
         return nnx.state(params, nnx.Param)

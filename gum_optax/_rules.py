@@ -43,7 +43,7 @@ def default(params: PyTree) -> PyTree:
     as in Equinox.
 
     Args:
-      params: arrays or ``jax.ShapeDtypeStruct``s.
+      params: arrays, or ``jax.ShapeDtypeStruct`` in their place.
 
     Returns:
       A tree like ``params`` of ``MuonDimensionNumbers`` or None.
@@ -73,7 +73,7 @@ def scanned_layers(params: PyTree, *, layer_axis: int = 0) -> PyTree:
     knows attention kernels, too. 2-D leaves, and tables, heads and vectors, follow `default`.
 
     Args:
-      params: arrays or ``jax.ShapeDtypeStruct``s.
+      params: arrays, or ``jax.ShapeDtypeStruct`` in their place.
       layer_axis: the axis over layers: ``[L, ..., m, n]``, or with 1 ``[m, L, n]``.
 
     Returns:
@@ -103,7 +103,7 @@ def convolutions(params: PyTree) -> PyTree:
     `flax` finds those that are called convolutions. Other leaves follow `default`.
 
     Args:
-      params: arrays or ``jax.ShapeDtypeStruct``s.
+      params: arrays, or ``jax.ShapeDtypeStruct`` in their place.
 
     Returns:
       A tree like ``params`` of ``MuonDimensionNumbers`` or None.
@@ -138,7 +138,7 @@ def flax(params: PyTree, *, layer_axis: int | None = None) -> PyTree:
     `default`.
 
     Args:
-      params: arrays or ``jax.ShapeDtypeStruct``s.
+      params: arrays, or ``jax.ShapeDtypeStruct`` in their place.
       layer_axis: the axis over scanned layers; by default the one of the first two whose sizes are
         alike in all leaves that have an axis too many.
 
@@ -165,7 +165,7 @@ def maxtext(params: PyTree) -> PyTree:
     passed as ``weight_dimension_numbers`` itself; this rule needs no MaxText.
 
     Args:
-      params: arrays or ``jax.ShapeDtypeStruct``s.
+      params: arrays, or ``jax.ShapeDtypeStruct`` in their place.
 
     Returns:
       A tree like ``params`` of ``MuonDimensionNumbers`` or None.
@@ -189,7 +189,7 @@ def gemma(params: PyTree) -> PyTree:
     the ``linear`` beside it. Other leaves follow `flax`.
 
     Args:
-      params: arrays or ``jax.ShapeDtypeStruct``s.
+      params: arrays, or ``jax.ShapeDtypeStruct`` in their place.
 
     Returns:
       A tree like ``params`` of ``MuonDimensionNumbers`` or None.
@@ -226,7 +226,7 @@ def equinox_stacked(params: PyTree) -> PyTree:
     which their norms show: ``[L, d]``.
 
     Args:
-      params: arrays or ``jax.ShapeDtypeStruct``s.
+      params: arrays, or ``jax.ShapeDtypeStruct`` in their place.
 
     Returns:
       A tree like ``params`` of ``MuonDimensionNumbers`` or None.

@@ -27,10 +27,10 @@ def state_shardings(
 
     Args:
       tx: an ``optax.GradientTransformation``.
-      params: the parameters: arrays, ``ShapeDtypeStruct``s, Flax variables or boxes of them.
+      params: the parameters: arrays or ``ShapeDtypeStruct``, Flax variables or boxes of them.
       param_shardings: a tree or prefix tree of ``jax.sharding.NamedSharding`` like ``params``, or
         of ``PartitionSpec`` with ``mesh``. None is replicated.
-      mesh: the mesh that ``PartitionSpec``s are meant for; by default that of ``jax.set_mesh``.
+      mesh: the mesh of the partition specs; by default the one of ``jax.set_mesh``.
 
     Returns:
       A tree like ``tx.init(params)`` of ``NamedSharding``.

@@ -6,7 +6,7 @@ data-parallel devices exchange take r/m of the memory, and the product that make
 arithmetic of training, nearly vanishes.
 
 The model is not changed. The loss is traced, every weight that an optimizer compresses is followed
-to the products that use it, and those get a backward pass of their own. A training step is:
+to the products that use it, and those get a backward pass of their own. A training step is::
 
     refresh = backward.refresh(loss, tx)
     value_and_grad = backward.value_and_grad(loss, tx)
@@ -188,7 +188,7 @@ def explain(
     Args:
       loss: as of `value_and_grad`.
       tx: as of `value_and_grad`.
-      params: parameters, or ``jax.ShapeDtypeStruct``s of them.
+      params: parameters, or their ``jax.ShapeDtypeStruct`` descriptions.
       *args: further arguments of the loss, or descriptions of them.
       has_aux: as of `value_and_grad`.
       **kwargs: likewise.

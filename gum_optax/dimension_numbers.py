@@ -82,7 +82,7 @@ def resolve(
     """Returns the dimension numbers of each leaf, in the order of ``jax.tree.leaves``.
 
     Args:
-      params: arrays or ``jax.ShapeDtypeStruct``s.
+      params: arrays, or ``jax.ShapeDtypeStruct`` in their place.
       dimension_numbers: a tree or prefix tree, a function that returns one, or None for `default`.
         See `is_function` for trees that can be called.
 
@@ -146,7 +146,7 @@ def explain(params: PyTree, numbers: Sequence[MuonDimensionNumbers | None]) -> l
     - ``as given``: `default` takes the leaf as a matrix, and the numbers say None.
 
     Args:
-      params: arrays or ``jax.ShapeDtypeStruct``s.
+      params: arrays, or ``jax.ShapeDtypeStruct`` in their place.
       numbers: what `resolve` returns for them.
 
     Returns:

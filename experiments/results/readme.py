@@ -1,23 +1,27 @@
-"""The README's tables of measured facts: `python -m experiments.results.readme` prints them.
+"""Tables of measured facts in README and docs: `python -m experiments.results.readme` renews them.
 
-They are made from the result files. A test compares them with the README, so that the two cannot
+They are made from the result files. A test compares them with the pages, so that the two cannot
 drift apart.
 """
 
+import functools
 import json
+import re
 import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from experiments import reporting
-from experiments.benchmarks import step
+from experiments.benchmarks import communication, step
 from experiments.benchmarks import training as whole_steps
+from experiments.results import overview
 from experiments.studies import finetuning as answers
 from experiments.studies import pretraining as comparison
 from experiments.trainer.cli import flag
 
 RESULTS = Path(__file__).parent
+ROOT = Path(__file__).parents[2]
 COMPILED = "benchmarks/compiled.json"
 _NAMES = {"adamw": "AdamW", "optax muon": "Muon", "galore": "GaLore", "gum": "GUM"} | {
     "optax galore": "optax GaLore"
@@ -83,8 +87,7 @@ def pretraining() -> str:
 
 def finetuning() -> str:
     """Each optimizer at its best learning rate, on answers of all seeds."""
-    entries = _read("studies/finetuning.json")
-    rows = answers.compare(answers.finals_of(entries))
+    rows = _finetuned()
     head = ["optimizer", "learning rate", "state", "right answers, by seed", "95 % interval"]
     head += ["loss of answers, by seed", "95 % interval of the last", "time per step"]
     lines = []
@@ -114,6 +117,135 @@ def plans() -> str:
         words = each["state"]["GUM"]["embedding_and_head_bytes"] / 2**30
         lines.append([name, *cells, f"{words:.1f} GiB"])
     return reporting.markdown(head, lines)
+
+
+def tpu() -> str:
+    """Memory of whole training steps by the TPU's compiler, GiB, one chip."""
+    rows = [row for row in _read("tpu.json")["rows"] if row["kind"] == "v5p"]
+    found: dict[str, dict[str, str]] = {}
+    for row in rows:
+        model = f"{row['model']}, {row['batch']}"
+        found.setdefault(model, {})[row["step"]] = _gibibytes(row)
+    return reporting.markdown(
+        ("training step", *found),
+        ((name, *(of.get(step, "") for of in found.values())) for step, name in _STEPS.items()),
+    )
+
+
+# Steps of `experiments.benchmarks.tpu`, in the words of the documentation.
+_STEPS = {
+    "8-bit AdamW": "AdamW, moments in 8 bits",
+    "AdamW": "AdamW",
+    "Muon": "`optax.contrib.muon`",
+    "GUM": "GUM",
+    "GUM, projected": "GUM, compressed gradients",
+    "lean GUM, projected": "the same, momenta in 8 bits, `fallbacks.factored()`",
+    "lean low-rank Muon, projected": "the same without drawn layers",
+}
+
+
+def _gibibytes(row: dict[str, Any]) -> str:
+    return f"{row['peak_bytes'] / 2**30:.1f} GiB"
+
+
+def collectives() -> str:
+    """What an update sends on each mesh on which anything is sent."""
+    rows = _read("sharding.json")["rows"]
+    return communication.table([row for row in rows if row["mesh"] != "data=8"])
+
+
+def headline() -> str:
+    """What was measured, a line for each question."""
+    return reporting.markdown(
+        ("question", "measured", "command"),
+        ((question, answer, f"`{command}`") for question, answer, command in _answers()),
+    )
+
+
+def _answers() -> Iterator[tuple[str, str, str]]:
+    peaks = {
+        row["step"]: _gibibytes(row)
+        for row in _read("tpu.json")["rows"]
+        if row["model"] == "Llama-3-8B"
+    }
+    yield (
+        "Memory of a training step of Llama-3-8B, bfloat16, 1 x 2,048 tokens, by the compiler of a "
+        "TPU v5p (15.0 GiB are weights)",
+        f"AdamW {peaks['AdamW']}, GUM {peaks['GUM']}, GUM with compressed gradients "
+        f"{peaks['GUM, projected']}, with 8-bit momenta and no AdamW "
+        f"{peaks['lean GUM, projected']}",
+        "python -m experiments.benchmarks.tpu",
+    )
+    state = _read("plans.json")["models"]["Llama-3-8B"]["state"]
+    yield (
+        "Optimizer state of Llama-3-8B in bfloat16, counted",
+        ", ".join(
+            f"{name} {state[key]['bytes'] / 2**30:.1f} GiB"
+            for key, name in (
+                ("AdamW", "AdamW"),
+                ("GaLore", "GaLore"),
+                ("8-bit Muon, lean", "8-bit Muon without AdamW"),
+                ("8-bit GUM, lean", "8-bit GUM without AdamW"),
+            )
+        ),
+        "python -m experiments.benchmarks.large_models",
+    )
+    gaps = {
+        name: [of[name].above for of in overview.points().values()]
+        for name in ("muon_rows8", "adamw", "gum", "galore_muon")
+    }
+    pairs = zip(*gaps["gum"], *gaps["galore_muon"], strict=True)
+    ahead = all(a < c and b < d for a, b, c, d in pairs)
+    assert ahead  # "in every seed", below
+    words = {"muon_rows8": "8-bit Muon", "adamw": "AdamW", "gum": "GUM"} | {
+        "galore_muon": "GaLore-Muon"
+    }
+    yield (
+        "Pretraining, 4,000 steps, two corpora: validation loss above Muon's, nats",
+        ", ".join(
+            f"{words[name]} " + " and ".join(f"{abs(statistics.mean(g)):.2f}" for g in pair)
+            for name, pair in gaps.items()
+        )
+        + "; GUM is below GaLore-Muon in every seed",
+        "python -m experiments.studies.frontier",
+    )
+    rows = {row["optimizer"]: row for row in _finetuned()}
+    losses = [row["loss"] for row in rows.values()]
+    yield (
+        "Fine-tuning SmolLM2-135M, 2 seeds: five optimizers",
+        f"level, mean losses within {max(losses) - min(losses):.3f}; state: GUM "
+        f"{rows['gum']['state_bytes'] / 2**20:.0f} MiB, Muon "
+        f"{rows['muon']['state_bytes'] / 2**20:.0f}, AdamW "
+        f"{rows['adamw']['state_bytes'] / 2**20:.0f}",
+        "python -m experiments.studies.finetuning",
+    )
+    costs = _read("benchmarks/variants/60m.json")["ratios"]
+    yield (
+        "Time of an update of 60M parameters over GaLore-Muon's, 2 CPU cores",
+        ", ".join(
+            f"{name} {costs[key]['of_medians']:.1f}"
+            for key, name in (
+                ("Muon", "Muon"),
+                ("Muon, 8 bits", "8-bit Muon"),
+                ("GUM", "GUM"),
+                ("SCALE", "SCALE"),
+                ("AdamW", "AdamW"),
+            )
+        ),
+        "python -m experiments.benchmarks --studies variants --presets 60m --repeats 7",
+    )
+    gaps_left = _read("counterexample.json")["final_relative_gap"]
+    yield (
+        "The paper's counterexample: gap left, median of 10 seeds",
+        ", ".join(f"{name} {_power(statistics.median(v))}" for name, v in gaps_left.items()),
+        "python -m experiments.studies.counterexample",
+    )
+
+
+@functools.cache
+def _finetuned() -> list[dict[str, Any]]:
+    # Intervals by resampling take a second.
+    return answers.compare(answers.finals_of(_read("studies/finetuning.json")))
 
 
 def _cells(pairs: list[dict[str, Any]], preset: str, layout: str) -> Iterator[str]:
@@ -295,7 +427,28 @@ FACTS: tuple[Callable[[], Iterator[tuple[str, str, str]]], ...] = (
 )
 
 
-TABLES: tuple[Callable[[], str], ...] = (table, performance, pretraining, finetuning, plans)
+# Page to its tables.
+TABLES: dict[str, tuple[Callable[[], str], ...]] = {
+    "README.md": (overview.table, headline),
+    "docs/choosing.md": (overview.table,),
+    "docs/little_memory.md": (tpu,),
+    "docs/finetuning.md": (finetuning, plans),
+    "docs/results.md": (table, performance, pretraining, collectives),
+}
+
+
+def renew(page: Path, tables: tuple[Callable[[], str], ...]) -> None:
+    """Puts each table in the place of the one that has the same head."""
+    text = page.read_text()
+    for each in tables:
+        new = each()
+        head = re.escape(new.partition("\n")[0])
+        text, found = re.subn(
+            rf"^{head}\n(\|.*(\n|$))*", lambda _, new=new: f"{new}\n", text, flags=re.M
+        )
+        if not found:
+            raise ValueError(f"{page}: no table with the head {new.partition(chr(10))[0]}")
+    page.write_text(text)
 
 
 def best_of_grid() -> dict[str, dict]:
@@ -325,4 +478,5 @@ def _power(value: float) -> str:
 
 
 if __name__ == "__main__":
-    print(*(each() for each in TABLES), sep="\n\n")
+    for name, tables in TABLES.items():
+        renew(ROOT / name, tables)

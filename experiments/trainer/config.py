@@ -140,6 +140,17 @@ class Config(Training):
 
 
 @dataclasses.dataclass(frozen=True)
+class Sitting(Checked):
+    """How a set of runs is worked through: options that all studies have."""
+
+    jobs: int = option(2, at_least(1))
+    """Runs that train at a time, each on its share of the cores."""
+    budget_minutes: float | None = option(None, positive)
+    """When to stop: runs are saved, the exit code is 75, and the same command goes on. None: at the
+    end."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Launch:
     """How the processes of one run find each other; what is not given, JAX detects."""
 

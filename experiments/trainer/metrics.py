@@ -24,9 +24,9 @@ _BAR = "{desc} |{bar:24}| {n_fmt}/{total_fmt} steps{postfix} [{elapsed}, {remain
 class Report:
     """Collects metrics on the device and writes them every `log_every` steps.
 
-    Reading a metric waits for the device, so nothing is read in between. `seconds_per_step` is the
-    mean over all steps but those up to the first write, which include compilation; validation and
-    checkpoints are not counted.
+    Reading a metric waits for the device, so nothing is read in between, save after the first step,
+    which compiles: rates and `seconds_per_step` are of the steps after it, without validation and
+    checkpoints. A run of one step has no others, and counts that one.
     """
 
     def __init__(self, config: Training, *, start: int, tokens_per_step: int, show: bool):
@@ -40,7 +40,10 @@ class Report:
         )  # fmt: skip
         self._lines: list[str] = []
         self._pending: list[tuple[int, Any]] = []
+        # Steps, and their seconds, without those that compiled; and when the first was over.
         self._timed: list[tuple[int, float]] = []
+        self._compiled_at: float | None = None
+        self._first, self._whole = True, float("nan")
         self._loss = float("nan")
         self.restart_clock()
 
@@ -57,6 +60,9 @@ class Report:
     def step(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Takes the metrics of a step, still on the device."""
         self._pending.append((step, metrics))
+        if self._first:
+            jax.block_until_ready(metrics)
+            self._compiled_at, self._first = time.perf_counter(), False
         if step % self._config.log_every == 0:
             self.flush()
 
@@ -65,15 +71,20 @@ class Report:
         if not self._pending:
             return
         records = [(step, jax.device_get(metrics)) for step, metrics in self._pending]
-        seconds = time.perf_counter() - self._mark
-        self._timed.append((len(records), seconds))
-        self._elapsed += seconds
+        now = time.perf_counter()
+        self._elapsed += now - self._mark
+        timed = len(records), now - self._mark
+        if self._compiled_at is not None:
+            # What remains of the steps that compiled: the ones after them.
+            timed = len(records) - 1, now - self._compiled_at
+            self._whole, self._compiled_at = self._elapsed, None
+        self._timed.append(timed)
         for step, metrics in records[:-1]:
             self._note(step, metrics)
         step, metrics = records[-1]
         self._note(step, metrics, seconds=round(self._elapsed, 3), tokens=step * self._tokens)
         self._loss = float(records[-1][1]["loss"])
-        self._progress(len(records), seconds)
+        self._progress(len(records), *timed)
         self._pending.clear()
         self._write()
         self.restart_clock()
@@ -82,19 +93,22 @@ class Report:
         """Records a validation loss and prints a line; call `flush` before computing it."""
         self._note(step, {"validation_loss": loss})
         self._write()
-        rate = self._tokens / max(self.seconds_per_step, 1e-9)
-        self.say(
+        line = (
             f"  step {step:>5}/{self._config.steps}  loss {self._loss:.4f}  "
-            f"validation loss {loss:.4f}  {rate:,.0f} tokens/s"
+            f"validation loss {loss:.4f}"
         )
+        if any(steps for steps, _ in self._timed):
+            line += f"  {self._tokens / max(self.seconds_per_step, 1e-9):,.0f} tokens/s"
+        self.say(line)
         self.restart_clock()
 
     @property
     def seconds_per_step(self) -> float:
         """Mean time of a step; NaN before the first write."""
-        timed = self._timed[1:] or self._timed
-        steps = sum(count for count, _ in timed)
-        return sum(seconds for _, seconds in timed) / steps if steps else float("nan")
+        if not self._timed:
+            return float("nan")
+        steps = sum(count for count, _ in self._timed)
+        return sum(seconds for _, seconds in self._timed) / steps if steps else self._whole
 
     def close(self) -> None:
         """Writes what is left and closes the files."""
@@ -116,9 +130,9 @@ class Report:
         self._lines.clear()
         self._board.flush()
 
-    def _progress(self, steps: int, seconds: float) -> None:
-        rate = steps * self._tokens / seconds
-        self._bar.set_postfix_str(f"loss {self._loss:.3f}, {rate:,.0f} tokens/s", refresh=False)
+    def _progress(self, steps: int, timed: int, seconds: float) -> None:
+        rate = f", {timed * self._tokens / seconds:,.0f} tokens/s" if timed else ""
+        self._bar.set_postfix_str(f"loss {self._loss:.3f}{rate}", refresh=False)
         self._bar.update(steps)
 
 

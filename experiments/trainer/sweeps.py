@@ -26,10 +26,10 @@ from tqdm import tqdm
 
 from experiments.trainer import checkpoints
 from experiments.trainer.config import FREE_ON_RESUME, Training, in_record, record
+from experiments.trainer.config import Sitting as Sitting
 from experiments.trainer.files import write_whole
 from experiments.trainer.loop import Result
 from experiments.trainer.metrics import metrics_path
-from experiments.trainer.options import Checked, at_least, option, positive
 from experiments.trainer.pretraining import train
 
 Entry = dict[str, Any]
@@ -37,17 +37,6 @@ _Run = TypeVar("_Run", bound=Training)
 # Runs a configuration, `(config, show=...)`; returns the result, and what else the entry keeps.
 # Defined in a module, for other processes.
 Trainer = Callable[..., tuple[Result, dict[str, Any]]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Sitting(Checked):
-    """How a set of runs is worked through: options that all studies have."""
-
-    jobs: int = option(2, at_least(1))
-    """Runs that train at a time, each on its share of the cores."""
-    budget_minutes: float | None = option(None, positive)
-    """When to stop: runs are saved, the exit code is 75, and the same command goes on. None: at the
-    end."""
 
 
 class Stopped(KeyboardInterrupt):

@@ -1,43 +1,160 @@
 """What the documents say runs, and agrees with the result files."""
 
+import contextlib
 import importlib
 import importlib.util
+import inspect
+import io
 import json
 import re
 import shlex
+import warnings
 from pathlib import Path
 
+import optax
 import pytest
 
+import gum_optax
 from experiments import demo
-from experiments.benchmarks import communication
-from experiments.results import readme
+from experiments.results import overview, readme
 from experiments.trainer import cli
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "experiments" / "README.md"]
+DOCS = ROOT / "docs"
+SITE = sorted(path for path in DOCS.rglob("*.md") if "_build" not in path.parts)
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "experiments" / "README.md",
+    *SITE,
+]
 
 
-@pytest.mark.parametrize("source", BLOCKS, ids=range(len(BLOCKS)))
-def test_readme_code_runs(source):
-    exec(compile(source, "README.md", "exec"), {})
+def name_of(page):
+    return str(page.relative_to(ROOT))
 
 
-def test_readme_has_code():
-    assert len(BLOCKS) >= 2
+each_page = pytest.mark.parametrize("page", PAGES, ids=name_of)
+
+# Code ------------------------------------------------------------------------------------------
+
+# A fence, its language, and its text up to the closing fence.
+FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+# Pages whose code compiles next to nothing. The others take seconds each and are left to the slow.
+QUICK = {"README.md", "docs/choosing.md", "docs/quantized.md", "docs/quickstart.md"}
 
 
-@pytest.mark.parametrize("table", readme.TABLES, ids=lambda table: table.__name__)
-def test_readme_tables_are_those_of_the_result_files(table):
-    assert table() in README, "paste the output of `python -m experiments.results.readme`"
+def fences(page, *languages):
+    """The text of every fence in one of the languages, in order."""
+    found = FENCE.findall(page.read_text())
+    return [text for language, text in found if language in languages]
 
 
-def test_readme_collectives_are_those_of_the_result_file():
+def run(page):
+    """Runs the code of a page, block after block in one namespace; returns it and what it printed.
+
+    Pages about other programs show code for their environments: it is skipped where they are not.
+    """
+    names, printed = {"__name__": name_of(page)}, []
+    for source in fences(page, "python"):
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            try:
+                exec(compile(source, name_of(page), "exec"), names)
+            except ModuleNotFoundError as missing:
+                pytest.skip(f"{missing.name} is not installed")
+        printed.append(out.getvalue())
+    return names, printed
+
+
+CODE = [page for page in [ROOT / "README.md", *SITE] if fences(page, "python")]
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=[] if name_of(page) in QUICK else pytest.mark.slow)
+        for page in CODE
+        if page != DOCS / "quickstart.md"
+    ],
+    ids=name_of,
+)
+def test_code_runs(page):
+    run(page)
+
+
+def test_the_quickstart_shows_what_is_printed():
+    page = DOCS / "quickstart.md"
+    names, printed = run(page)
+    plans = [text for text in printed if text.startswith("group")]
+    # Losses depend on versions and machines; plans are counted.
+    shown = fences(page, "text")
+    assert len(plans) == 2
+    assert set(plans) < set(shown)
+    # A statement, and the error or warning below it, which may be broken into lines.
+    for session in fences(page, "pycon"):
+        for line in session.strip().split(">>> ")[1:]:
+            statement, _, expected = line.partition("\n")
+            assert said_by(statement, names) == " ".join(expected.split())
+
+
+def said_by(statement, names):
+    """The error or the warnings of a statement, in one line."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        try:
+            exec(statement, names)
+        except Exception as error:
+            return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return " ".join(f"{w.category.__name__}: {' '.join(str(w.message).split())}" for w in told)
+
+
+def test_pages_have_code():
+    assert len(CODE) >= 7
+
+
+# Tables and numbers ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("page", "table"),
+    [(page, table) for page, tables in readme.TABLES.items() for table in tables],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_tables_are_those_of_the_result_files(page, table):
+    text = (ROOT / page).read_text()
+    assert f"{table()}\n" in text, "renew it by `python -m experiments.results.readme`"
+
+
+def test_a_data_mesh_sends_nothing():
     rows = json.loads((ROOT / "experiments/results/sharding.json").read_text())["rows"]
-    assert communication.table([row for row in rows if row["mesh"] != "data=8"]) in README
     assert not any(row["collectives"] for row in rows if row["mesh"] == "data=8")
+
+
+def test_the_memory_of_the_first_pages_is_that_of_the_result_file():
+    rows = json.loads((ROOT / "experiments/results/tpu.json").read_text())["rows"]
+    of = {row["step"]: row for row in rows if row["model"] == "Llama-3-8B"}
+    adamw, lean = (of[step]["peak_bytes"] / 2**30 for step in ("AdamW", "lean GUM, projected"))
+    weights = of["AdamW"]["parameter_bytes"] / 2**30
+    index = " ".join((DOCS / "index.md").read_text().split())
+    assert f"takes {adamw:.1f} GiB with AdamW and {lean:.1f} GiB with" in index
+    assert f"of which {weights:.1f} GiB are the weights" in index
+    memory = " ".join((DOCS / "little_memory.md").read_text().split())
+    assert f"Of Llama-3-8B's {lean:.1f} GiB, {weights:.1f} are weights" in memory
+
+
+def test_the_losses_in_the_text_are_those_of_the_study():
+    first, second = overview.points().values()
+    above = {
+        key: [sum(of[key].above) / len(of[key].above) for of in (first, second)] for key in first
+    }
+    results = " ".join((DOCS / "results.md").read_text().split())
+    assert "ends {:.2f} and {:.2f} above it".format(*above["columns_rotate"]) in results
+    assert "and {:.2f} and {:.2f} above Muon".format(*above["gum"]) in results
+    lead = [g - m for g, m in zip(above["galore_muon"], above["gum"], strict=True)]
+    assert all(round(each, 2) in (0.04, 0.05) for each in lead)
+    for of in (first, second):
+        pairs = zip(of["gum"].above, of["galore_muon"].above, strict=True)
+        assert all(gum < biased for gum, biased in pairs)
 
 
 def test_the_demo_uses_the_best_learning_rates_of_the_grid():
@@ -45,12 +162,66 @@ def test_the_demo_uses_the_best_learning_rates_of_the_grid():
         assert readme.best_of_grid()[optimizer]["learning_rate"] == rate
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_to_files(page):
-    targets = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text())
-    missing = [target for target in targets if not (page.parent / target).exists()]
+# Links and names ---------------------------------------------------------------------------------
+
+LINK = re.compile(r"\]\((?!https?:|mailto:)([^)\s]+)\)")
+HEADING = re.compile(r"^#+ (.+)$|^\((\w+)\)=$", re.MULTILINE)
+
+
+def anchors(page):
+    """The anchors of a page's headings, as GitHub and MyST make them, and its own labels."""
+    found = set()
+    for heading, label in HEADING.findall(page.read_text()):
+        plain = re.sub(r"[^\w\- ]", "", heading.lower().replace("`", ""))
+        found.add(label or plain.strip().replace(" ", "-"))
+    return found
+
+
+@each_page
+def test_links_lead_to_files_and_headings(page):
+    missing = []
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    for target in LINK.findall(text):
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        if not file.exists() or (anchor and file.suffix == ".md" and anchor not in anchors(file)):
+            missing.append(target)
+    # Figures of the site are named in directives.
+    for figure in re.findall(r"^```\{figure\} (\S+)$", page.read_text(), re.MULTILINE):
+        if not (page.parent / figure).exists():
+            missing.append(figure)
     assert not missing
 
+
+def test_every_public_name_is_in_the_reference():
+    text = "\n".join(page.read_text() for page in (DOCS / "api").glob("*.md"))
+    public = [name for name in vars(gum_optax) if not name.startswith("_")]
+    missing = [name for name in public if not re.search(rf"(:: |gum_optax\.){name}\b", text)]
+    assert not missing, "give them a place in docs/api"
+
+
+@pytest.mark.parametrize(
+    ("heading", "function"),
+    [
+        ("`optax.adamw`", optax.adamw),
+        ("`optax.contrib.muon`", optax.contrib.muon),
+        ("`optax.contrib.galore`", optax.contrib.galore),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_every_parameter_of_another_optimizer_has_its_row(heading, function):
+    text = (DOCS / "moving.md").read_text()
+    [section] = re.findall(rf"^## From {heading}\n(.*?)(?=^## |\Z)", text, re.M | re.S)
+    firsts = re.findall(r"^\| (.*?) \|", section, re.M)
+    named = set(re.findall(r"`(\w+)`", " ".join(firsts)))
+    assert set(inspect.signature(function).parameters) <= named
+
+
+def test_the_readme_is_a_first_page():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 140
+
+
+# Commands ----------------------------------------------------------------------------------------
 
 # Commands in the text stand between backquotes, others on lines of their own.
 COMMAND = re.compile(
@@ -75,7 +246,11 @@ def test_commands_of_the_documents_are_understood(command, monkeypatch):
     found = importlib.util.find_spec(f"{name}.__main__" if name.endswith("benchmarks") else name)
     assert found, name
     main = getattr(importlib.import_module(found.name), "main", None)
-    if main is None or "--help" in arguments or name.endswith(("readme", "flax_nnx", "flax_linen")):
+    if (
+        main is None
+        or "--help" in arguments
+        or name.endswith(("readme", "overview", "flax_nnx", "flax_linen"))
+    ):
         return
     parse = cli.parse
 

@@ -21,9 +21,20 @@ TINY = {
     "TOKENIZER_CHARS": 100_000,
 }
 BUDGETS = {
-    "01_quickstart.ipynb": TINY | {"SIZES": ("60m", "130m")},
+    "01_quickstart.ipynb": TINY | {"BATCH": 2},
     "02_why_unbiased.ipynb": TINY | {"COUNTEREXAMPLE_STEPS": 100},
+    "03_finetuning.ipynb": {
+        # The same architecture with random weights: loading the real ones takes half a minute.
+        "MODEL": str(ROOT / "tests/data/parity/smollm2"),
+        "STEPS": 2,
+        "BATCH": 1,
+        "SEQ_LEN": 128,
+        "RANK": 4,
+        "HELD_OUT": 2,
+    },
 }
+# A kernel imports and compiles for twenty seconds and more: `make test` runs one of them.
+QUICK = "01_quickstart.ipynb"
 NOTEBOOKS = {p.name: nbformat.read(p, as_version=4) for p in sorted(DIRECTORY.glob("*.ipynb"))}
 LIMIT = 1_000_000  # bytes of one notebook
 
@@ -88,7 +99,10 @@ def test_every_notebook_has_a_budget():
     assert set(BUDGETS) == set(NOTEBOOKS)
 
 
-@each
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name == QUICK else pytest.mark.slow) for name in NOTEBOOKS],
+)
 def test_runs_from_a_clean_kernel(name, home, isolated):
     kept = NOTEBOOKS[name]
     found = execute(DIRECTORY / name, BUDGETS[name], cwd=str(home))

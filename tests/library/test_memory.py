@@ -356,6 +356,8 @@ def assert_plan_equals_init(tx, params, pure):
     assert plan.adamw_bytes == helpers.state_bytes(jax.eval_shape(ADAMW.init, pure))
 
     groups = [row for row in plan.rows if row.treatment not in ("fallback", "shared")]
+    # Without `low_rank` there is no state that has the names of groups.
+    groups = [row for row in groups if row.why != "full rank"]
     claimed = collections.Counter()
     for row in groups:
         claimed[row.name] += row.bytes
@@ -576,3 +578,16 @@ def test_slots_take_no_memory_while_gradients_are_computed():
     # Measured: 3 kB; with loops that start from zeros, the slots twice.
     beyond = temporaries(gum_optax.scale_by_gum(LowRank(8))) - temporaries(optax.adam(1.0))
     assert beyond < slots / 4
+
+
+def test_full_rank_matrices_have_rows_of_their_own():
+    params = {"layers": [{"up": jax.ShapeDtypeStruct((64, 176), jnp.float32)} for _ in range(8)]}
+    momentum = 64 * 176 + 4 * 64  # 8-bit codes, and a float32 scale for each row
+    [row, shared] = gum_optax.memory_plan(gum_optax.muon(0.1), params).rows
+    assert (row.treatment, row.why, row.count) == ("uncompressed", "full rank", 8)
+    assert (row.bytes, row.adamw_bytes) == (8 * momentum, 8 * 2 * 4 * 64 * 176)
+    assert shared.bytes == 4  # the step count of the fallback, which has no leaves
+    [row, _] = gum_optax.memory_plan(
+        gum_optax.for_matrices(gum_optax.normalize_columns(), 0.1), params
+    ).rows
+    assert (row.why, row.bytes) == ("full rank", 0)

