@@ -4,6 +4,8 @@ import hashlib
 import json
 from pathlib import Path
 
+from experiments.trainer.files import check_regular, parse_json, read_text
+
 _SEAL = "seal.json"
 
 
@@ -15,7 +17,7 @@ def seal(directory: Path) -> None:
 def is_intact(directory: Path) -> bool:
     """Whether a directory has a seal, and exactly the files that were sealed."""
     try:
-        return json.loads((directory / _SEAL).read_text()) == _hashes(directory)
+        return parse_json(read_text(directory / _SEAL)) == _hashes(directory)
     except (OSError, ValueError):
         return False
 
@@ -26,5 +28,6 @@ def _hashes(directory: Path) -> dict[str, str]:
 
 
 def _hash(path: Path) -> str:
+    check_regular(path)
     with open(path, "rb") as file:
         return hashlib.file_digest(file, hashlib.blake2b).hexdigest()[:32]

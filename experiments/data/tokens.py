@@ -23,7 +23,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from experiments.data import cache
 from experiments.data import text as corpora
 from experiments.trainer.config import Config
-from experiments.trainer.options import ConfigError, make_directory
+from experiments.trainer.files import MOST_BYTES, check_regular
+from experiments.trainer.options import ConfigError, is_fault, make_directory, reason
 
 END = "<|endoftext|>"
 _FORMAT = 2  # raise when the content of the token files changes meaning
@@ -74,7 +75,7 @@ def prepare(config: Config, vocab_size: int) -> Data:
       ConfigError: the corpus or the tokenizer cannot be read, or there is too little text.
     """
     sources = corpora.find(config.corpus)
-    tokenizer = _load_tokenizer(config.tokenizer) if config.tokenizer else None
+    tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else None
     spec = [
         _FORMAT,
         [corpora.fingerprint(source) for source in sources],
@@ -135,15 +136,27 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def _load_tokenizer(path: str) -> Tokenizer:
+def load_tokenizer(path: str) -> Tokenizer:
+    """The tokenizer in a tokenizer.json, with the token that ends a document.
+
+    Raises:
+      ConfigError: there is no such file, it holds no tokenizer, or a token has no row in a model.
+    """
     if not Path(path).is_file():
         raise ConfigError(f"`tokenizer`: there is no file {path}")
     try:
+        check_regular(Path(path), MOST_BYTES)
         tokenizer = Tokenizer.from_file(path)
-    except Exception as error:  # the library raises bare `Exception`
-        raise ConfigError(f"`tokenizer`: {path} is no tokenizer.json: {error}") from error
+    except BaseException as error:  # the library raises bare `Exception`, or less
+        if not is_fault(error):
+            raise
+        raise ConfigError(f"`tokenizer`: {path} is no tokenizer.json: {reason(error)}") from error
     if tokenizer.token_to_id(END) is None:
         tokenizer.add_special_tokens([END])
+    # A model has a row for each token; one beyond the end would silently be the last.
+    size, last = tokenizer.get_vocab_size(), max(tokenizer.get_vocab().values(), default=0)
+    if last >= size:
+        raise ConfigError(f"`tokenizer`: {path} has {size} tokens, and one with number {last}")
     return tokenizer
 
 

@@ -90,6 +90,14 @@ def reason(error: BaseException) -> str:
     return one_line(error) or type(error).__name__
 
 
+def is_fault(error: BaseException) -> bool:
+    """Whether an error of another library means: this cannot be read.
+
+    What libraries written in Rust raise where they stop is no `Exception`.
+    """
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
 def one_line(content: object, most: int = 300) -> str:
     """At most so many characters of a text, without what a terminal would take for a command."""
     words = " ".join(str(content).split())
