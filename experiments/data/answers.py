@@ -12,17 +12,14 @@ import grain
 import numpy as np
 from grain.experimental import BestFitPackIterDataset, ThreadPrefetchIterDataset
 
+from experiments.data import templates
 from experiments.tasks.base import Example
-from experiments.trainer.options import ConfigError
+from experiments.trainer.options import ConfigError, reason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 Batch = dict[str, np.ndarray]
-
-# LLaMA 3.1 and 3.2 tell the model a date: by default the first one this, the second today's, with
-# which no run could be resumed on another day.
-_DATE = "26 Jul 2024"
 
 # Batches packed at once in training: on GSM8K, with 8 windows of 512, 8 % of the tokens are padding
 # with 4, 11 % with 1 and 7 % with 16.
@@ -57,9 +54,11 @@ def encode(
     return encoded
 
 
-def prompt_ids(example: Example, tokenizer: "PreTrainedTokenizerFast") -> list[int]:
-    """The tokens after which the model is to generate an answer."""
-    return _ids([example], tokenizer)[0]
+def prompt_ids(
+    examples: Sequence[Example], tokenizer: "PreTrainedTokenizerFast"
+) -> list[list[int]]:
+    """For each example, the tokens after which the model is to generate an answer."""
+    return _ids(examples, tokenizer)
 
 
 def stop_tokens(tokenizer: "PreTrainedTokenizerFast") -> set[int]:
@@ -134,16 +133,20 @@ def _plain(examples: Sequence[Example], answered: bool) -> list[str]:
 
 def _render(
     tokenizer: "PreTrainedTokenizerFast", examples: Sequence[Example], answered: bool
-) -> Any:
+) -> list[str]:
     turns = [
         [{"role": "user", "content": e.prompt}, {"role": "assistant", "content": e.answer}]
         for e in examples
     ]
-    return tokenizer.apply_chat_template(
+    try:
+        template = tokenizer.get_chat_template()
+    except Exception as error:  # several templates, and none of them is the default
+        raise ConfigError(f"`model`: its tokenizer's chat template: {reason(error)}") from error
+    return templates.render(
+        template,
         turns if answered else [both[:1] for both in turns],
-        tokenize=False,
-        add_generation_prompt=not answered,
-        date_string=_DATE,
+        dict(tokenizer.special_tokens_map),
+        generate=not answered,
     )
 
 

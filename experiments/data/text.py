@@ -1,10 +1,12 @@
 """Documents: where the text comes from, and which documents are held out.
 
 A source is the standard library, local files, or a streamed Hugging Face data set; each becomes
-an iterator of strings. Structured local files take the same path through `datasets` as the hub.
+an iterator of strings. Local Parquet and Arrow files take the same path through `datasets` as the
+hub.
 """
 
 import hashlib
+import itertools
 import os
 import re
 import sysconfig
@@ -12,7 +14,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from experiments.trainer.options import ConfigError, reason
+from experiments.data import rows
+from experiments.trainer.files import check_regular
+from experiments.trainer.options import ConfigError, one_line, reason
 
 _READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
 _TEXT = {".txt", ".md", ".rst", ".py"}
@@ -116,13 +120,16 @@ def _columns(source: Source, field: str) -> Iterator[str]:
     """The text column of a `datasets` source, as a stream."""
     where = source.name or source.files[0]
     try:
+        for file in source.files:
+            check_regular(file)
         for row in _load(source):
-            if not isinstance(row.get(field), str):
+            if not isinstance(text := row.get(field), str):
                 raise ConfigError(
                     f"`text_field`: {where} has no text column {field!r}; "
-                    f"its columns are {', '.join(row)}"
+                    f"its columns are {one_line(', '.join(map(str, row)))}"
                 )
-            yield row[field]
+            # JSON can spell half of a character, which no tokenizer reads.
+            yield text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
     except ConfigError:
         raise
     except Exception as error:  # `datasets` raises many types; each means: cannot be read
@@ -130,6 +137,10 @@ def _columns(source: Source, field: str) -> Iterator[str]:
 
 
 def _load(source: Source) -> Iterable[dict]:
+    if source.reader == "json":
+        return itertools.chain.from_iterable(
+            rows.read(file, "corpus", kept=False) for file in source.files
+        )
     import datasets  # slow to import, and needed for these sources only
 
     # What goes wrong is raised as well; it is reported once.

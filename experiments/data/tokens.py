@@ -20,10 +20,11 @@ import grain
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from experiments.data import cache
 from experiments.data import text as corpora
+from experiments.trainer import locks, seals
 from experiments.trainer.config import Config
-from experiments.trainer.options import ConfigError, make_directory
+from experiments.trainer.files import MOST_BYTES, check_regular
+from experiments.trainer.options import ConfigError, is_fault, make_directory, reason
 
 END = "<|endoftext|>"
 _FORMAT = 2  # raise when the content of the token files changes meaning
@@ -74,7 +75,7 @@ def prepare(config: Config, vocab_size: int) -> Data:
       ConfigError: the corpus or the tokenizer cannot be read, or there is too little text.
     """
     sources = corpora.find(config.corpus)
-    tokenizer = _load_tokenizer(config.tokenizer) if config.tokenizer else None
+    tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else None
     spec = [
         _FORMAT,
         [corpora.fingerprint(source) for source in sources],
@@ -85,9 +86,12 @@ def prepare(config: Config, vocab_size: int) -> Data:
     ]
     name = hashlib.blake2b(json.dumps(spec).encode(), digest_size=12).hexdigest()
     directory = cache_directory(config) / name
-    if not cache.is_intact(directory):
-        with _writing(directory):
-            _build(directory, config, sources, tokenizer, vocab_size)
+    if not seals.is_intact(directory):
+        make_directory("cache_dir", directory.parent)
+        # Of several jobs that need the same tokens one makes them, and the others wait.
+        with _writing(directory), locks.held(directory.with_name(f"{name}.lock"), wait=True):
+            if not seals.is_intact(directory):
+                _build(directory, config, sources, tokenizer, vocab_size)
     return _open(directory)
 
 
@@ -115,9 +119,18 @@ def validation_batches(
 
 
 def cache_directory(config: Config) -> Path:
-    """Where token files are kept."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(config.cache_dir or Path(base) / "gum_optax").expanduser()
+    """Where token files are kept.
+
+    Raises:
+      ConfigError: there is no home directory, as in a container whose user has none.
+    """
+    try:
+        if config.cache_dir:
+            return Path(config.cache_dir).expanduser()
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        return Path(base, "gum_optax").expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"`cache_dir`: {error} Name a directory for the tokens") from error
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
@@ -135,15 +148,27 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def _load_tokenizer(path: str) -> Tokenizer:
+def load_tokenizer(path: str) -> Tokenizer:
+    """The tokenizer in a tokenizer.json, with the token that ends a document.
+
+    Raises:
+      ConfigError: there is no such file, it holds no tokenizer, or a token has no row in a model.
+    """
     if not Path(path).is_file():
         raise ConfigError(f"`tokenizer`: there is no file {path}")
     try:
+        check_regular(Path(path), MOST_BYTES)
         tokenizer = Tokenizer.from_file(path)
-    except Exception as error:  # the library raises bare `Exception`
-        raise ConfigError(f"`tokenizer`: {path} is no tokenizer.json: {error}") from error
+    except BaseException as error:  # the library raises bare `Exception`, or less
+        if not is_fault(error):
+            raise
+        raise ConfigError(f"`tokenizer`: {path} is no tokenizer.json: {reason(error)}") from error
     if tokenizer.token_to_id(END) is None:
         tokenizer.add_special_tokens([END])
+    # A model has a row for each token; one beyond the end would silently be the last.
+    size, last = tokenizer.get_vocab_size(), max(tokenizer.get_vocab().values(), default=0)
+    if last >= size:
+        raise ConfigError(f"`tokenizer`: {path} has {size} tokens, and one with number {last}")
     return tokenizer
 
 
@@ -182,8 +207,11 @@ def _build(
     vocab_size: int,
 ) -> None:
     """Writes the token files under a temporary name, then renames: all of them or none."""
-    make_directory("cache_dir", directory.parent)
-    scratch = Path(tempfile.mkdtemp(dir=directory.parent, prefix="making-"))
+    prefix = f"making-{directory.name}-"
+    # The lock is ours: whatever began to make these tokens before was killed.
+    for left in directory.parent.glob(f"{prefix}*"):
+        shutil.rmtree(left)
+    scratch = Path(tempfile.mkdtemp(dir=directory.parent, prefix=prefix))
     try:
         if tokenizer is None:
             texts = (text for text, held_out in _documents(sources, config) if not held_out)
@@ -191,7 +219,7 @@ def _build(
         (scratch / "tokenizer.json").write_text(tokenizer.to_str(pretty=True))
         digest = _tokenize(_documents(sources, config), tokenizer, config.max_tokens, scratch)
         (scratch / "digest").write_text(digest)
-        cache.seal(scratch)
+        seals.write(scratch)
         _publish(scratch, directory)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -202,17 +230,19 @@ def _writing(directory: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ConfigError(f"`cache_dir`: cannot write {directory}: {error.strerror}") from error
+        why = error.strerror or reason(error)
+        raise ConfigError(f"`cache_dir`: cannot write {directory}: {why}") from error
 
 
 def _publish(scratch: Path, directory: Path) -> None:
-    if directory.exists() and not cache.is_intact(directory):
+    if directory.exists() and not seals.is_intact(directory):
         print(f"the tokens in {directory} were damaged and are made again", file=sys.stderr)
         shutil.rmtree(directory)
     try:
         os.rename(scratch, directory)
     except OSError:
-        if not directory.exists():  # otherwise another process was faster: the same files
+        # Where file systems know no locks, another process may have been faster: the same files.
+        if not directory.exists():
             raise
 
 

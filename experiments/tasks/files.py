@@ -1,14 +1,13 @@
 """A task of one's own: .jsonl files, a directory of them, or a data set on the Hugging Face hub."""
 
 import itertools
-import json
-import lzma
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from experiments.data import rows
 from experiments.tasks.base import (
     Example,
     Items,
@@ -19,7 +18,7 @@ from experiments.tasks.base import (
     same_result,
     sample,
 )
-from experiments.trainer.options import ConfigError, reason
+from experiments.trainer.options import ConfigError, one_line, reason
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 _SPLITS = ("test", "validation")  # the first there is holds the held-out items
@@ -77,21 +76,25 @@ def _of_row(row: Mapping[str, Any], name: str, fields: tuple[str, str]) -> Examp
 def _text(row: Mapping[str, Any], name: str, column: str, field: str) -> str:
     if column not in row:
         raise ConfigError(
-            f"`{field}`: {name} has no column {column!r}; its columns are {', '.join(row)}"
+            f"`{field}`: {name} has no column {column!r}; its columns are "
+            f"{one_line(', '.join(map(str, row)))}"
         )
     value = row[column]
     if isinstance(value, str) and value.strip():
         return value
     if isinstance(value, int | float):
         return str(value)
-    raise ConfigError(f"`{field}`: column {column!r} of {name} has {value!r} where text should be")
+    raise ConfigError(
+        f"`{field}`: column {column!r} of {name} has {one_line(repr(value), 80)} where text "
+        "should be"
+    )
 
 
 def _splits(name: str) -> Mapping[str, Iterable[Mapping[str, Any]]]:
     """The rows of a source by split; one file is all for training, to be divided."""
     path = Path(name).expanduser()
     if path.is_file():
-        return {"train": _rows(path)}
+        return {"train": rows.read(path, "task", kept=True)}
     if path.is_dir():
         return _directory(path)
     if not name.endswith(_SUFFIXES) and _HUB_NAME.fullmatch(name):
@@ -108,29 +111,7 @@ def _directory(path: Path) -> dict[str, Iterator[dict[str, Any]]]:
     }
     if "train" not in files:
         raise ConfigError(f"`task`: {path} has no train.jsonl or train.jsonl.xz")
-    return {split: _rows(file) for split, file in files.items()}
-
-
-def _rows(file: Path) -> Iterator[dict[str, Any]]:
-    """The objects in a `.jsonl` file, which may be compressed by xz."""
-    read = lzma.open if file.suffix == ".xz" else open
-    try:
-        with read(file, "rt", encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield _object(line, f"line {number} of {file}")
-    except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:
-        raise ConfigError(f"`task`: cannot read {file}: {error}") from error
-
-
-def _object(line: str, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise ConfigError(f"`task`: {where} is no JSON: {error}") from error
-    if not isinstance(row, dict):
-        raise ConfigError(f"`task`: {where} is no JSON object, but {line.strip()[:80]}")
-    return row
+    return {split: rows.read(file, "task", kept=True) for split, file in files.items()}
 
 
 def _hub(name: str) -> Mapping[str, Iterable[Mapping[str, Any]]]:

@@ -16,13 +16,18 @@ import jax
 import orbax.checkpoint as ocp
 
 import gum_optax
-from experiments.trainer import compatibility
+from experiments.trainer import compatibility, processes, seals
 from experiments.trainer.config import Training, record
+from experiments.trainer.files import check_regular, parse_json, read_text, write_whole
 from experiments.trainer.options import ConfigError, make_directory
 
 # Devices that hold the same array would each write a part of it, and each cut compiles a program,
 # which is half of the time to save a small model. One device writes what is below a megabyte.
 _ARRAYS = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20)
+
+# Larger files have only their size in the seal of a checkpoint: they hold arrays, which have
+# checksums of their own.
+_HASHED = 64 * 2**20
 
 
 class StorageError(ConfigError):
@@ -41,8 +46,11 @@ class Checkpoints:
             max_to_keep=config.keep_checkpoints,
             cleanup_tmp_directories=True,
             enable_async_checkpointing=False,
+            # Damaged metadata of a checkpoint are refused where it is restored, with its name.
+            lightweight_initialize=True,
         )
         self._config, self._directory = config, _directory(config).absolute()
+        self._note = self._directory.with_name("unsealed")
         # Known from the start, so that a new process can look into an old checkpoint.
         registry = ocp.type_handlers.create_type_handler_registry((jax.Array, _ARRAYS))
         handlers = {
@@ -71,7 +79,9 @@ class Checkpoints:
         description = compatibility.describe(self._config, state)
         try:
             with _told_once():
+                self._note_unsealed(step)
                 self._manager.save(step, args=arguments, custom_metadata=description)
+                self._seal(step)
         except Exception as error:  # from the file system, TensorStore or Orbax
             raise StorageError(
                 f"`run_dir`: cannot write checkpoint {step} to {self._directory}: "
@@ -92,11 +102,14 @@ class Checkpoints:
             data=ocp.args.JsonRestore(),
         )
         with self._damage_named(step):
+            self._check_files(step)
             description = self.description(step)
             compatibility.check_description(description, self._config)
             compatibility.check_arrays(self._manager.item_metadata(step)["state"].tree, shapes)
             restored = self._manager.restore(step, args=arguments)
             compatibility.check_content(description, restored["state"])
+        if self._unsealed() == step:
+            self._seal(step)
         return restored["state"], restored["data"]
 
     def description(self, step: int) -> dict:
@@ -106,6 +119,48 @@ class Checkpoints:
             raise ValueError("it does not say what run it is of")
         return description
 
+    def _note_unsealed(self, step: int) -> None:
+        """Notes that a checkpoint of this step is complete before its files have a seal."""
+        if processes.is_first():
+            write_whole(self._note, str(step))
+
+    def _seal(self, step: int) -> None:
+        """Notes the hashes of a checkpoint's files, once all processes have written theirs."""
+        if processes.is_first():
+            seals.write(self._directory / str(step), _HASHED)
+            self._note.unlink(missing_ok=True)
+
+    def _unsealed(self) -> int | None:
+        """The step of a checkpoint that a kill may have left without a seal."""
+        try:
+            return int(read_text(self._note))
+        except (OSError, ValueError):
+            return None
+
+    def _check_files(self, step: int) -> None:
+        """Raises `ValueError` unless the files of a checkpoint are those that were written."""
+        directory = self._directory / str(step)
+        if (fault := seals.fault(directory, _HASHED)) is None:
+            return
+        if seals.exists(directory):
+            raise ValueError(fault)
+        # Older checkpoints have no seal, and neither has one after whose writing the run was
+        # killed at once. The checksums of their arrays are checked in any case.
+        for file in directory.rglob("*"):
+            if not file.is_dir():
+                check_regular(file)
+        if self._unsealed() != step and self.description(step).get(compatibility.SEALED):
+            raise ValueError(fault)
+
+    def _is_good(self, step: int) -> bool:
+        """Whether nothing is seen at the files of a checkpoint."""
+        try:
+            with _told_once():
+                self._check_files(step)
+        except Exception:  # of many types, from JSON, TensorStore or Orbax
+            return False
+        return True
+
     @contextlib.contextmanager
     def _damage_named(self, step: int) -> Iterator[None]:
         try:
@@ -114,8 +169,16 @@ class Checkpoints:
         except ConfigError:
             raise
         except Exception as error:  # of many types, from JSON, TensorStore or Orbax
-            earlier = [other for other in self._manager.all_steps() if other < step]
-            instead = f"remove it to continue from step {max(earlier)}" if earlier else "no other"
+            earlier = sorted(other for other in self._manager.all_steps() if other < step)
+            good = next(filter(self._is_good, reversed(earlier)), None)
+            instead = "there is no earlier one that is good"
+            if good is not None:
+                later = [str(other) for other in earlier if other > good]
+                named = f"it and {', '.join(later)}" if later else "it"
+                instead = (
+                    f"the last good checkpoint is step {good}; remove {named} to continue from "
+                    f"step {good}"
+                )
             raise ConfigError(
                 f"`resume`: the checkpoint {self._directory / str(step)} is damaged: "
                 f"{_reason(error)}; {instead}"
@@ -219,10 +282,16 @@ def _told_once() -> Iterator[None]:
 
 
 def _load(config: Training) -> dict:
+    """What a run was when it began."""
     try:
-        return json.loads(_description(config).read_text())
+        content = parse_json(read_text(_description(config)))
+        if not isinstance(content, dict) or not {"config", "data_digest"} <= content.keys():
+            raise ValueError("it does not describe a run")
+        return content
     except (OSError, ValueError) as error:
-        raise ConfigError(f"`resume`: cannot read {_description(config)}: {error}") from error
+        raise ConfigError(
+            f"`resume`: cannot read {_description(config)}: {_reason(error)}"
+        ) from error
 
 
 def _directory(config: Training) -> Path:

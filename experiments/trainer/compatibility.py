@@ -23,6 +23,9 @@ from experiments.trainer.options import ConfigError
 # recognized by it, called it a layout.
 STATE_VERSION = "state_layout"
 
+SEALED = "sealed"
+"""In descriptions of checkpoints whose files have a seal; those of older ones have none."""
+
 _SEAL = "seal"
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers", "numpy")
@@ -45,6 +48,7 @@ def describe(config: Training, state: Any) -> dict:
         "config": record(config),
         "versions": versions(),
         "checksums": checksums(state),
+        SEALED: True,
     }
     return description | {_SEAL: _seal(description)}
 

@@ -88,7 +88,7 @@ def measure(
       title: of the progress bar.
       show: whether there is one.
     """
-    prompts = [answers.prompt_ids(item, tokenizer) for item in task.held_out]
+    prompts = answers.prompt_ids(task.held_out, tokenizer)
     visible = show and processes.is_first()
     with tqdm(
         desc=title, total=len(prompts), bar_format=_BAR, disable=not visible, file=sys.stderr

@@ -18,10 +18,10 @@ from experiments.models import llama
 from experiments.models.weights import load as pretrained
 from experiments.models.weights.load import Pretrained
 from experiments.tasks.base import Task
-from experiments.trainer import checkpoints, evaluation, loop, losses, processes
+from experiments.trainer import checkpoints, evaluation, locks, loop, losses, processes
 from experiments.trainer import mesh as meshes
 from experiments.trainer.evaluation import Accuracy, Loss
-from experiments.trainer.files import write_whole
+from experiments.trainer.files import parse_json, read_text, write_whole
 from experiments.trainer.finetuning_options import Config as Config
 from experiments.trainer.loop import Result, State
 from experiments.trainer.options import ConfigError, make_directory, reason
@@ -52,7 +52,7 @@ def finetune(config: Config, *, show: bool = True) -> Outcome:
       ConfigError: an option cannot work; the message is one line.
     """
     mesh = meshes.build(config.mesh)
-    with meshes.use(mesh):
+    with meshes.use(mesh), locks.of_run(config):
         return _finetune(config, mesh, show)
 
 
@@ -199,12 +199,20 @@ def _before(config: Config, answer: Any, state: State) -> dict[str, Any] | None:
     """The answers before training; a resumed run finds them where it left them."""
     path = accuracy_path(config)
     if config.resume and path.exists():
-        return json.loads(path.read_text())["before"]
+        return _answers_before(path)
     if not config.baseline:
         return None
     before = answer(params=state.params, title="answers before training").summary()
     if processes.is_first():
         _write(config, {"before": before})
+    return before
+
+
+def _answers_before(path: Path) -> dict[str, Any] | None:
+    try:
+        before = parse_json(read_text(path))["before"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"`resume`: {path} is damaged: {reason(error)}; remove it") from error
     return before
 
 

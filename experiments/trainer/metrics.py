@@ -15,7 +15,8 @@ from tensorboardX.proto import event_pb2
 from tqdm import tqdm
 
 from experiments.trainer.config import Training
-from experiments.trainer.files import write_whole
+from experiments.trainer.files import parse_json, write_whole
+from experiments.trainer.options import ConfigError
 
 _events: Any = event_pb2  # generated code, whose names a type checker does not see
 _BAR = "{desc} |{bar:24}| {n_fmt}/{total_fmt} steps{postfix} [{elapsed}, {remaining} left]"
@@ -184,16 +185,29 @@ def metrics_path(config: Training) -> Path:
 def read_metrics(path: Path) -> list[dict]:
     """The records of a metrics file; a last line cut short by a crash is left out."""
     records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text("utf-8", "replace").splitlines() if path.exists() else []:
         try:
-            records.append(json.loads(line))
+            record = parse_json(line)
         except ValueError:
             break
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            break
+        records.append(record)
     return records
 
 
 def _keep_until(path: Path, step: int) -> float:
-    """Drops the records after `step`, which will be made again; returns the time spent so far."""
+    """Drops the records after `step`, which will be made again; returns the time spent so far.
+
+    Raises:
+      ConfigError: a line before the last is no record, so that what follows would be lost.
+    """
+    lines = path.read_text("utf-8", "replace").splitlines() if path.exists() else []
+    if len(read := read_metrics(path)) < len(lines) - 1:
+        raise ConfigError(
+            f"`run_dir`: line {len(read) + 1} of {path} is damaged; restore the file, or remove "
+            "the line"
+        )
     kept = [record for record in read_metrics(path) if record["step"] <= step]
     write_whole(path, "".join(json.dumps(record) + "\n" for record in kept))
     return max((record.get("seconds", 0.0) for record in kept), default=0.0)

@@ -85,9 +85,23 @@ def choose(field: str, value: str, names: Iterable[str]) -> str:
     raise ConfigError(f"`{field}`: there is no {value!r}; {hint}")
 
 
-def reason(error: Exception) -> str:
+def reason(error: BaseException) -> str:
     """What another library says went wrong, in one line."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return one_line(error) or type(error).__name__
+
+
+def is_fault(error: BaseException) -> bool:
+    """Whether an error of another library means: this cannot be read.
+
+    What libraries written in Rust raise where they stop is no `Exception`.
+    """
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def one_line(content: object, most: int = 300) -> str:
+    """At most so many characters of a text, without what a terminal would take for a command."""
+    words = " ".join(str(content).split())
+    return "".join(letter if letter.isprintable() else "?" for letter in words[:most])
 
 
 def make_directory(field: str, path: Path) -> None:

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from experiments.data import tokens as data
 from experiments.models import llama
 from experiments.models.presets import PRESETS, Architecture
-from experiments.trainer import checkpoints, loop, losses, processes
+from experiments.trainer import checkpoints, locks, loop, losses, processes
 from experiments.trainer import mesh as meshes
 from experiments.trainer.config import Config
 from experiments.trainer.loop import Result, State
@@ -32,7 +32,7 @@ def train(config: Config, *, show: bool = True) -> Result:
       ConfigError: an option cannot work; the message is one line.
     """
     mesh = meshes.build(config.mesh)
-    with meshes.use(mesh):
+    with meshes.use(mesh), locks.of_run(config):
         return _train(config, mesh, show)
 
 

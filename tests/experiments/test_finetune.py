@@ -389,6 +389,6 @@ def test_prompts_end_where_answers_begin(home):
     base = pretrained.load(str(home / "model"))
     task = finetuning._task(options(home, home / "none"))
     (encoded,) = answers.encode(task.held_out[:1], base.tokenizer, 64)
-    prompt = answers.prompt_ids(task.held_out[0], base.tokenizer)
+    (prompt,) = answers.prompt_ids(task.held_out[:1], base.tokenizer)
     assert encoded.tokens[: len(prompt)].tolist() == prompt
     assert int(np.argmax(encoded.answer)) == len(prompt)

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from experiments.models.weights import huggingface
-from experiments.trainer.options import ConfigError, reason
+from experiments.models.weights import gguf_header, huggingface
+from experiments.trainer.files import check_regular
+from experiments.trainer.options import ConfigError, is_fault, one_line, reason
 
 if TYPE_CHECKING:
-    from gguf import GGUFReader, ReaderTensor
+    from gguf import ReaderTensor
     from transformers import PreTrainedTokenizerFast
 
 _SPECIAL, _USER_DEFINED = 3, 4  # types of tokens that are never split
@@ -39,16 +40,19 @@ def read(file: Path) -> Contents:
     Raises:
       ConfigError: it is no GGUF file, not a LLaMA, or has settings or a tokenizer not supported.
     """
-    reader = _open(file)
-    metadata = {name: field.contents() for name, field in reader.fields.items()}
+    metadata, tensors = _open(file)
     if (family := metadata.get("general.architecture")) != "llama":
-        raise ConfigError(f"`model`: {file} holds the architecture {family!r}; only llama is read")
-    by_name = {tensor.name: tensor for tensor in reader.tensors}
+        raise ConfigError(
+            f"`model`: {file} holds the architecture {one_line(repr(family), 80)}; only llama is "
+            "read"
+        )
+    by_name = {tensor.name: tensor for tensor in tensors}
     config = _config(metadata, tied="output.weight" not in by_name)
-    return Contents(config, _tensors(by_name, config), _tokenizer(metadata))
+    return Contents(config, _tensors(by_name, config), _tokenizer(metadata, file))
 
 
-def _open(file: Path) -> "GGUFReader":
+def _open(file: Path) -> tuple[dict[str, Any], list["ReaderTensor"]]:
+    """The metadata and the tensors of a file, the latter still on the disk."""
     from gguf import GGUFReader
 
     class Reader(GGUFReader):
@@ -59,9 +63,17 @@ def _open(file: Path) -> "GGUFReader":
             return super()._build_fields(offs, count)
 
     try:
-        return Reader(file)
-    except (OSError, ValueError, IndexError, OverflowError) as error:
+        check_regular(file)
+        gguf_header.check(file)
+        with np.errstate(all="raise"):  # products of lengths that do not fit 64 bits
+            reader = Reader(file)
+        # Each tensor lies in the file, but many of them may claim the same place.
+        if sum(tensor.n_bytes for tensor in reader.tensors) > file.stat().st_size:
+            raise ValueError("its tensors are larger than the file")
+        metadata = {name: field.contents() for name, field in reader.fields.items()}
+    except Exception as error:  # of many types; each means: not as the format wants it
         raise ConfigError(f"`model`: cannot read {file} as GGUF: {reason(error)}") from error
+    return metadata, reader.tensors
 
 
 def _config(metadata: dict[str, Any], tied: bool) -> dict:
@@ -71,8 +83,15 @@ def _config(metadata: dict[str, Any], tied: bool) -> dict:
         return metadata.get(f"llama.{name}", default)
 
     if (scaling := get("rope.scaling.type", "none")) != "none":
-        raise ConfigError(f"`model`: not supported: llama.rope.scaling.type is {scaling!r}")
+        raise ConfigError(
+            f"`model`: not supported: llama.rope.scaling.type is {one_line(repr(scaling), 80)}"
+        )
     heads, width = get("attention.head_count"), get("embedding_length")
+    if not huggingface.is_size(heads) or not huggingface.is_size(width):
+        raise ConfigError(
+            "`model`: the GGUF file's llama.attention.head_count and llama.embedding_length are "
+            f"{one_line([heads, width], 80)}; they must be positive"
+        )
     tokens = metadata.get("tokenizer.ggml.tokens", ())
     config = {
         "architectures": ["LlamaForCausalLM"],
@@ -83,8 +102,8 @@ def _config(metadata: dict[str, Any], tied: bool) -> dict:
         "num_hidden_layers": get("block_count"),
         "num_attention_heads": heads,
         "num_key_value_heads": get("attention.head_count_kv", heads),
-        "head_dim": get("attention.key_length") or (width and heads and width // heads),
-        "vocab_size": get("vocab_size", len(tokens)),
+        "head_dim": get("attention.key_length") or width // heads,
+        "vocab_size": get("vocab_size", len(tokens) if isinstance(tokens, list) else None),
         "max_position_embeddings": get("context_length"),
         "rms_norm_eps": _decimal(get("attention.layer_norm_rms_epsilon")),
         "rope_theta": _decimal(get("rope.freq_base", 10_000.0)),
@@ -99,16 +118,18 @@ def _config(metadata: dict[str, Any], tied: bool) -> dict:
     return config
 
 
-def _decimal(value: float | None) -> float | None:
+def _decimal(value: Any) -> Any:
     """The number that was meant by a float32 one: 1e-05, not 9.999999747378752e-06."""
-    return None if value is None else float(str(np.float32(value)))
+    return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
 def _tensors(by_name: dict[str, "ReaderTensor"], config: dict) -> huggingface.Tensors:
     from gguf import MODEL_ARCH, get_tensor_name_map
 
-    names = get_tensor_name_map(MODEL_ARCH.LLAMA, config["num_hidden_layers"])
-    wanted = huggingface.expected_shapes(huggingface.architecture(config))
+    arch = huggingface.architecture(config)
+    huggingface.check_layers(arch, len(by_name))
+    names = get_tensor_name_map(MODEL_ARCH.LLAMA, arch.layers)
+    wanted = huggingface.expected_shapes(arch)
     renamed = {names.get_name(name, (".weight",)): name for name in wanted}
     # A tensor that is not wanted keeps its own name, for the error that names it.
     tensors = {renamed.get(name, name): tensor for name, tensor in by_name.items()}
@@ -146,15 +167,28 @@ def _unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
     return pairs.swapaxes(1, 2).reshape(weight.shape)
 
 
-def _tokenizer(metadata: dict[str, Any]) -> "PreTrainedTokenizerFast":
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+def _tokenizer(metadata: dict[str, Any], file: Path) -> "PreTrainedTokenizerFast":
+    """The tokenizer that the metadata describe."""
 
     def get(name: str, default: Any = None) -> Any:
         return metadata.get(f"tokenizer.ggml.{name}", default)
 
     _check_tokenizer(get("model"), get("pre", "gpt-2"), get("add_bos_token", False))
+    try:
+        return _assembled(get, metadata)
+    except BaseException as error:  # missing and odd values, and whatever `tokenizers` raises
+        if not is_fault(error):
+            raise
+        raise ConfigError(f"`model`: the tokenizer in {file}: {reason(error)}") from error
+
+
+def _assembled(get: Callable[..., Any], metadata: dict[str, Any]) -> "PreTrainedTokenizerFast":
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     texts = get("tokens")
+    if len(set(texts)) < len(texts):
+        raise ValueError("a token is there twice")
     merges = [tuple(merge.split(" ", 1)) for merge in get("merges")]
     backend = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(texts)}, merges=merges))
     steps = _PRE_TOKENIZERS[get("pre", "gpt-2")](pre_tokenizers)
@@ -177,10 +211,10 @@ def _tokenizer(metadata: dict[str, Any]) -> "PreTrainedTokenizerFast":
 
 
 def _check_tokenizer(kind: Any, pre: Any, adds_start: bool) -> None:
-    if kind != "gpt2" or pre not in _PRE_TOKENIZERS:
+    if kind != "gpt2" or pre not in list(_PRE_TOKENIZERS):
         raise ConfigError(
-            f"`model`: the GGUF file's tokenizer is {kind!r} with the words of {pre!r}; "
-            f"read are 'gpt2' with those of {', '.join(_PRE_TOKENIZERS)}"
+            f"`model`: the GGUF file's tokenizer is {one_line(repr(kind), 80)} with the words of "
+            f"{one_line(repr(pre), 80)}; read are 'gpt2' with those of {', '.join(_PRE_TOKENIZERS)}"
         )
     if adds_start:
         raise ConfigError("`model`: not supported: tokenizer.ggml.add_bos_token is true")

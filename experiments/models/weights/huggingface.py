@@ -4,8 +4,11 @@ A tensor's name is its parameter's path, word by word; a matrix is stored as `[o
 transpose of ours. That is the whole difference, for loading and for saving.
 """
 
+import dataclasses
 import functools
 import json
+import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.models import llama, presets
-from experiments.trainer.options import ConfigError, reason
+from experiments.trainer.files import check_regular, parse_json, read_text
+from experiments.trainer.options import ConfigError, one_line, reason
 
 SHARD_BYTES = 5_000_000_000
 """A larger checkpoint is written as several files."""
@@ -23,6 +27,10 @@ SHARD_BYTES = 5_000_000_000
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _FAMILIES = ("llama", "qwen2")
 _FLOATS = ("F64", "F32", "F16", "BF16")
+_SHARD = re.compile(r"[\w-][\w.-]*\.safetensors")
+_MOST = 2**24  # the length of an axis, and the number of layers
+_MOST_TOLD = 50  # problems in one message
+_QUICKLY_TRACED = 100  # layers
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 _WORDS = {
@@ -63,9 +71,9 @@ def architecture(config: dict) -> presets.Architecture:
     """
     parsed = _parse(config)
     rope = parsed.rope_parameters
-    if bad := [f"{name} is {value!r}" for name, value in _unsupported(parsed)]:
+    if bad := [f"{name} is {one_line(repr(value), 80)}" for name, value in _unsupported(parsed)]:
         raise ConfigError(f"`model`: not supported in its config.json: {', '.join(bad)}")
-    return presets.Architecture(
+    arch = presets.Architecture(
         width=parsed.hidden_size,
         hidden=parsed.intermediate_size,
         layers=parsed.num_hidden_layers,
@@ -80,6 +88,24 @@ def architecture(config: dict) -> presets.Architecture:
         norm_eps=parsed.rms_norm_eps,
         rope_scaling=_rope_scaling(rope),
     )
+    _check_possible(arch)
+    return arch
+
+
+def is_size(value: Any) -> bool:
+    """Whether a value can be the length of an axis."""
+    return type(value) is int and 0 < value <= _MOST
+
+
+def check_layers(arch: presets.Architecture, tensors: int) -> None:
+    """Raises `ConfigError` if there are many more layers than tensors.
+
+    It comes before the model is traced: a million layers would take hours and all memory.
+    """
+    if arch.layers > max(tensors, _QUICKLY_TRACED):
+        raise ConfigError(
+            f"`model`: its config has {arch.layers} layers, but there are {tensors} tensors"
+        )
 
 
 def tensor_name(path: jax.tree_util.KeyPath) -> str:
@@ -100,6 +126,7 @@ def assemble(arch: presets.Architecture, tensors: Tensors, dtype: str) -> llama.
     Raises:
       ConfigError: tensors are missing, not known or of another shape; all of them are named.
     """
+    check_layers(arch, len(tensors.shapes))
     _check_shapes(expected_shapes(arch), tensors.shapes, arch.tied)
     if arch.tied and _HEAD in tensors.shapes:
         _check_tied(tensors)
@@ -122,11 +149,15 @@ def open_safetensors(directory: Path) -> Tensors:
         opened = _open(file)
         for name in opened.keys():  # noqa: SIM118 (it is no mapping)
             if name in owners:
-                raise ConfigError(f"`model`: {name} is in more than one file of {directory}")
+                raise ConfigError(
+                    f"`model`: {one_line(name, 80)} is in more than one file of {directory}"
+                )
             owners[name] = opened
     slices = {name: opened.get_slice(name) for name, opened in owners.items()}
     if bad := [f"{n} {s.get_dtype()}" for n, s in slices.items() if s.get_dtype() not in _FLOATS]:
-        raise ConfigError(f"`model`: {directory} holds tensors of no float: {', '.join(bad)}")
+        raise ConfigError(
+            f"`model`: {directory} holds tensors of no float: {one_line(', '.join(bad))}"
+        )
     shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
     return Tensors(shapes, lambda name: owners[name].get_tensor(name))
 
@@ -159,7 +190,7 @@ def write_safetensors(directory: Path, params: llama.Params) -> None:
 def read_json(file: Path) -> dict:
     """The JSON object in `file`."""
     try:
-        content = json.loads(file.read_text("utf-8"))
+        content = parse_json(read_text(file))
     except FileNotFoundError as error:
         raise ConfigError(f"`model`: there is no {file.name} in {file.parent}") from error
     except (OSError, ValueError) as error:
@@ -181,19 +212,19 @@ def with_dtype(config: dict, dtype: str) -> dict:
 
 
 def _parse(config: dict) -> Any:
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     family = config.get("model_type")
-    if family not in _FAMILIES:
+    if family not in list(_FAMILIES):
         raise ConfigError(
-            f"`model`: its model_type is {family!r}; supported are {', '.join(_FAMILIES)}"
+            f"`model`: its model_type is {one_line(repr(family), 80)}; supported are "
+            f"{', '.join(_FAMILIES)}"
         )
     try:
         parsed = AutoConfig.for_model(**config)
         float(parsed.rope_parameters["rope_theta"])  # the only number that is not checked there
         return parsed
-    except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
+    except Exception as error:  # of many types; each means: not as a config is
         raise ConfigError(f"`model`: its config.json: {reason(error)}") from error
 
 
@@ -211,6 +242,37 @@ def _unsupported(parsed: Any) -> Iterator[tuple[str, Any]]:
         ("quantization_config", get("quantization_config", None), (None,)),
     ]
     return ((name, value) for name, value, supported in settings if value not in supported)
+
+
+def _check_possible(arch: presets.Architecture) -> None:
+    """Raises `ConfigError` if no model can have these sizes."""
+    heads = arch.heads, arch.kv_heads
+    sizes = {
+        "hidden_size": arch.width,
+        "intermediate_size": arch.hidden,
+        "num_hidden_layers": arch.layers,
+        "num_attention_heads": arch.heads,
+        "num_key_value_heads": arch.kv_heads,
+        "vocab_size": arch.vocab_size,
+        "max_position_embeddings": arch.seq_len,
+    }
+    numbers: dict[str, Any] = {"rope_theta": arch.rope_theta, "rms_norm_eps": arch.norm_eps}
+    numbers |= dataclasses.asdict(arch.rope_scaling) if arch.rope_scaling else {}
+    bad = [f"{name} is {one_line(repr(n), 80)}" for name, n in sizes.items() if not is_size(n)]
+    bad += [
+        f"{name} is {one_line(repr(number), 80)}"
+        for name, number in numbers.items()
+        if not isinstance(number, int | float) or not 0 < number < math.inf
+    ]
+    if not bad and arch.heads % arch.kv_heads:
+        bad = [f"of {heads[0]} heads, {heads[1]} cannot have the keys and values"]
+    if not bad and arch.head_dim is None and arch.width % arch.heads:
+        bad = [f"hidden_size {arch.width} is not divided by {arch.heads} heads"]
+    # Rotary positions turn pairs of channels.
+    if not bad and (not is_size(head := arch.head_dim or arch.width // arch.heads) or head % 2):
+        bad = [f"head_dim is {one_line(repr(head), 80)}, which is not positive and even"]
+    if bad:
+        raise ConfigError(f"`model`: impossible in its config.json: {', '.join(bad)}")
 
 
 def _rope_scaling(rope: dict) -> presets.RopeScaling | None:
@@ -255,9 +317,10 @@ def _check_shapes(
         *(f"{n} is {list(found[n])} instead of {list(expected[n])}" for n in reshaped),
     ]
     if problems:
-        raise ConfigError(
-            f"`model`: the tensors are not those of the config: {'; '.join(sorted(problems))}"
-        )
+        told = [one_line(problem) for problem in sorted(problems)[:_MOST_TOLD]]
+        if len(problems) > _MOST_TOLD:
+            told.append(f"and {len(problems) - _MOST_TOLD} more")
+        raise ConfigError(f"`model`: the tensors are not those of the config: {'; '.join(told)}")
 
 
 def _is_redundant(name: str, tied: bool) -> bool:
@@ -278,15 +341,23 @@ def _shards(directory: Path) -> list[Path]:
     if not (directory / _INDEX).is_file():
         raise ConfigError(f"`model`: there is neither {_WEIGHTS} nor {_INDEX} in {directory}")
     names = read_json(directory / _INDEX).get("weight_map")
-    if not isinstance(names, dict):
+    if not isinstance(names, dict) or not names:
         raise ConfigError(f"`model`: {directory / _INDEX} has no weight_map")
-    return [directory / str(name) for name in sorted(set(names.values()))]
+    shards = {str(name) for name in names.values()}
+    # A name with a directory in it could lead anywhere.
+    if bad := [name for name in sorted(shards) if not _SHARD.fullmatch(name)]:
+        raise ConfigError(
+            f"`model`: {directory / _INDEX} names {one_line(repr(bad[0]), 80)}, "
+            "which is no .safetensors file beside it"
+        )
+    return [directory / name for name in sorted(shards)]
 
 
 def _open(file: Path) -> Any:
     from safetensors import SafetensorError, safe_open
 
     try:
+        check_regular(file)
         return safe_open(file, "numpy")
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"`model`: cannot read {file}: {reason(error)}") from error

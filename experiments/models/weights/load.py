@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from experiments.models.llama import Params
 from experiments.models.presets import Architecture
 from experiments.models.weights import gguf, huggingface
-from experiments.trainer.options import ConfigError, reason
+from experiments.trainer.files import MOST_BYTES, check_regular
+from experiments.trainer.options import ConfigError, is_fault, reason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -25,6 +26,9 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 # Some repositories hold the weights a second time in other layouts; these files are enough.
 _HUB_FILES = ["config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer*",
               "special_tokens_map.json", "chat_template*"]  # fmt: skip
+# Whatever transformers may open to make a tokenizer.
+_TOKENIZER_FILES = ["config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
+                    "chat_template*", "additional_chat_templates/*"]  # fmt: skip
 
 
 class Pretrained(NamedTuple):
@@ -52,6 +56,12 @@ def load(name: str, *, dtype: str = "float32") -> Pretrained:
     if (ids := len(contents.tokenizer)) > arch.vocab_size:
         raise ConfigError(
             f"`model`: the tokenizer of {name} has {ids} tokens, but its vocab_size is "
+            f"{arch.vocab_size}"
+        )
+    # Numbers need not be consecutive, and XLA takes the last row for one beyond the end.
+    if (last := max(contents.tokenizer.get_vocab().values(), default=0)) >= arch.vocab_size:
+        raise ConfigError(
+            f"`model`: the tokenizer of {name} has a token {last}, but its vocab_size is "
             f"{arch.vocab_size}"
         )
     params = huggingface.assemble(arch, contents.tensors, dtype)
@@ -139,9 +149,17 @@ def _tokenizer(directory: Path) -> "PreTrainedTokenizerFast":
     """The tokenizer exactly as its tokenizer.json says, whatever class the config names."""
     from transformers import PreTrainedTokenizerFast
 
-    if not (directory / "tokenizer.json").is_file():
+    if not (file := directory / "tokenizer.json").is_file():
         raise ConfigError(f"`model`: there is no tokenizer.json in {directory}")
     try:
-        return PreTrainedTokenizerFast.from_pretrained(directory)
-    except Exception as error:  # `tokenizers` raises bare `Exception`
+        for name in _TOKENIZER_FILES:
+            for read in directory.glob(name):
+                check_regular(read, MOST_BYTES)
+        # The file is named here, as tokenizer_config.json may name another one, anywhere.
+        return PreTrainedTokenizerFast.from_pretrained(
+            directory, tokenizer_file=str(file), vocab_file=None, local_files_only=True
+        )
+    except BaseException as error:  # `tokenizers` raises bare `Exception`, or less
+        if not is_fault(error):
+            raise
         raise ConfigError(f"`model`: the tokenizer in {directory}: {reason(error)}") from error

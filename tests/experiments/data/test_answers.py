@@ -116,10 +116,9 @@ def test_the_mask_covers_the_answer_and_the_token_that_ends_it(name):
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_generation_starts_from_the_tokens_before_the_answer(name):
     tokenizer = tokenizer_of(TEMPLATES[name][0])
-    for example, encoded in zip(
-        examples(), answers.encode(examples(), tokenizer, 128), strict=True
-    ):
-        assert answers.prompt_ids(example, tokenizer) == encoded.tokens[~encoded.answer].tolist()
+    encoded = answers.encode(examples(), tokenizer, 128)
+    prompts = [example.tokens[~example.answer].tolist() for example in encoded]
+    assert answers.prompt_ids(examples(), tokenizer) == prompts
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

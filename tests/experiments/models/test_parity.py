@@ -89,12 +89,11 @@ def smollm2():
 def test_smollm2s_own_template_and_tokens(smollm2):
     tokenizer = smollm2.tokenizer
     task = tasks.load("gsm_symbolic", train_examples=50, eval_examples=1, seed=0)
-    for example, encoded in zip(
-        task.train, answers.encode(task.train, tokenizer, 512), strict=True
-    ):
-        answer = tokenizer.decode(encoded.tokens[encoded.answer])
-        assert answer == f"{example.answer}<|im_end|>"
-        assert answers.prompt_ids(example, tokenizer) == encoded.tokens[~encoded.answer].tolist()
+    encoded = answers.encode(task.train, tokenizer, 512)
+    prompts = answers.prompt_ids(task.train, tokenizer)
+    for example, prompt, (tokens, is_answer) in zip(task.train, prompts, encoded, strict=True):
+        assert tokenizer.decode(tokens[is_answer]) == f"{example.answer}<|im_end|>"
+        assert prompt == tokens[~is_answer].tolist()
     assert answers.stop_tokens(tokenizer) == {tokenizer.convert_tokens_to_ids("<|im_end|>")}
 
 

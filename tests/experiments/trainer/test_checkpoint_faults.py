@@ -6,6 +6,8 @@ import os
 import resource
 import shutil
 import signal
+import socket
+import subprocess
 import sys
 import threading
 import time
@@ -23,7 +25,7 @@ import pytest
 import gum_optax
 from experiments.data import tokens
 from experiments.reliability import kills
-from experiments.trainer import compatibility
+from experiments.trainer import compatibility, locks
 from experiments.trainer.checkpoints import Checkpoints, StorageError, check_run_directory
 from experiments.trainer.config import Config, change
 from experiments.trainer.metrics import Report
@@ -236,24 +238,138 @@ def flip(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [cut, flip, os.remove], ids=["cut", "flipped", "gone"])
-def test_a_damaged_checkpoint_is_loaded_right_or_not_at_all(written, damage):
-    """Every file in turn. A flipped bit in the largest, the arrays, is what Orbax does not see."""
+def test_a_checkpoint_with_one_damaged_file_is_refused(written, damage):
+    """Every file in turn, the seal too. Orbax does not see a bit that flips in an array."""
     files = [file for file in (written / "checkpoints" / "2").rglob("*") if file.is_file()]
-    largest = max(files, key=lambda file: file.stat().st_size)
-    refused = []
-    for file in files:
-        content = file.read_bytes()
-        damage(file)
-        try:
-            state, _ = restore(written)
-            jax.tree.map(np.testing.assert_array_equal, state, STATE)
-        except ConfigError as error:
-            assert "damaged" in str(error) and "continue from step 1" in str(error)
-            assert "\n" not in str(error)
-            refused.append(file)
-        file.write_bytes(content)
-    assert largest in refused
+    with checkpoints(written) as opened:
+        for file in files:
+            content = file.read_bytes()
+            damage(file)
+            with pytest.raises(ConfigError, match="is damaged") as caught:
+                opened.restore(2, STATE)
+            assert "the last good checkpoint is step 1; remove it to con" in str(caught.value)
+            assert "\n" not in str(caught.value)
+            file.write_bytes(content)
     restore(written)
+
+
+def test_a_damaged_position_of_the_data_is_refused(written):
+    """Any number is JSON: nothing but the seal tells that it is another one."""
+    position = written / "checkpoints" / "2" / "data" / "metadata"
+    position.write_text('{"position": 3}')
+    with pytest.raises(ConfigError, match="data/metadata is not as it was written; the last good"):
+        restore(written)
+
+
+def test_the_last_good_checkpoint_is_one_that_is_good(written):
+    with checkpoints(written, keep_checkpoints=3) as opened:
+        opened.save(3, STATE, {})
+        for step in (2, 3):
+            flip(written / "checkpoints" / str(step) / "data" / "metadata")
+        with pytest.raises(ConfigError) as caught:
+            opened.restore(3, STATE)
+        assert str(caught.value).endswith(
+            "the last good checkpoint is step 1; remove it and 2 to continue from step 1"
+        )
+        flip(written / "checkpoints" / "1" / "data" / "metadata")
+        with pytest.raises(ConfigError, match="no earlier one that is good"):
+            opened.restore(3, STATE)
+
+
+def test_a_kill_between_a_checkpoint_and_its_seal_loses_nothing(written):
+    """As the run noted that the checkpoint has no seal yet, it is restored, and then sealed."""
+    seal = written / "checkpoints" / "2" / "seal.json"
+    sealed = seal.read_text()
+    seal.unlink()
+    with pytest.raises(ConfigError, match=r"seal\.json: No such file"):
+        restore(written)
+    (written / "unsealed").write_text("2")
+    restore(written)
+    assert (seal.read_text(), (written / "unsealed").exists()) == (sealed, False)
+
+
+def test_a_checkpoint_from_before_seals_is_restored(tmp_path, monkeypatch):
+    monkeypatch.setattr(compatibility, "SEALED", "another name")
+    with checkpoints(tmp_path) as opened:
+        opened.save(2, STATE, {"position": 2})
+    monkeypatch.undo()
+    (tmp_path / "checkpoints" / "2" / "seal.json").unlink()
+    assert restore(tmp_path)[1] == {"position": 2}
+
+
+def test_a_description_of_a_run_that_is_damaged_is_named(written):
+    config = Config(run_dir=str(written), optimizer=Gum(rank=8), resume=True)
+    for content in ("", "[" * 10**5, "[1]", "{}", "\xff"):
+        (written / "config.json").write_text(content, "latin-1")
+        with pytest.raises(ConfigError, match=r"`resume`: cannot read .*config\.json") as caught:
+            check_run_directory(config)
+        assert "\n" not in str(caught.value)
+
+
+def test_metrics_that_are_damaged_before_their_end_are_not_dropped(tmp_path):
+    config = Config(run_dir=str(tmp_path))
+    file = tmp_path / "metrics.jsonl"
+    lines = [f'{{"step": {step}, "loss": 2.0}}\n' for step in range(1, 6)]
+    file.write_text("".join([*lines[:2], '{"step": 3, "l\n', *lines[3:]]))
+    before = file.read_bytes()
+    with pytest.raises(ConfigError, match=r"line 3 of .*metrics\.jsonl is damaged"):
+        Report(config, start=5, tokens_per_step=1, show=False)
+    assert file.read_bytes() == before
+
+
+# Locks --------------------------------------------------------------------------------------------
+
+
+def test_two_runs_in_one_directory_are_refused(tmp_path):
+    """And the directory is free again after the first."""
+    config = Config(run_dir=str(tmp_path / "run"))
+    with locks.of_run(config):
+        with pytest.raises(ConfigError) as caught, locks.of_run(config):
+            pass
+        assert str(caught.value) == (
+            f"`run_dir`: process {os.getpid()} on {socket.gethostname()} is training in "
+            f"{config.run_dir}; wait for its end, or choose another directory"
+        )
+    with locks.of_run(config):
+        pass
+    assert not Path(config.run_dir).exists(), "a run that wrote nothing leaves nothing"
+
+
+_HOLDS = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, 2); print(1, flush=True)"
+
+
+def test_a_killed_process_leaves_no_lock(tmp_path):
+    path = tmp_path / "lock"
+    program = [sys.executable, "-I", "-c", f"{_HOLDS}; sys.stdin.read()", str(path)]
+    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(program, **pipes) as process:
+        assert process.stdout and process.stdout.readline() == b"1\n"
+        with pytest.raises(locks.LockedError), locks.held(path, wait=False):
+            pass
+        process.kill()
+    assert path.exists()
+    with locks.held(path, wait=False):
+        pass
+    assert not path.exists()
+
+
+def test_whoever_waits_for_a_lock_gets_it_when_it_is_released(tmp_path):
+    """Also where the file that it waits for is removed, and another process makes it anew."""
+    order, path = [], tmp_path / "lock"
+
+    def hold(name: int) -> None:
+        with locks.held(path, wait=True):
+            order.append((name, "has it"))
+            time.sleep(0.01)
+            order.append((name, "gives it up"))
+
+    threads = [threading.Thread(target=hold, args=(name,)) for name in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    names = [name for name, _ in order]
+    assert names[::2] == names[1::2] and sorted(names[::2]) == list(range(8))
 
 
 # Disks --------------------------------------------------------------------------------------------
@@ -335,6 +451,29 @@ def test_a_cache_on_a_full_disk_is_one_clear_error(tmp_path):
         tokens.prepare(config, 300)
     assert list((tmp_path / "cache").iterdir()) == []
     tokens.prepare(config, 300)
+
+
+def test_no_home_directory_is_one_clear_error(monkeypatch):
+    """As in a container whose user has no entry among the users."""
+
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    with pytest.raises(ConfigError, match="`cache_dir`: Could not determine home directory"):
+        tokens.cache_directory(Config())
+    assert tokens.cache_directory(Config(cache_dir="here")) == Path("here")
+
+
+def test_what_a_killed_job_left_of_a_cache_is_cleared_away(tmp_path):
+    config = data_config(tmp_path, kills.write_corpus(tmp_path / "corpus"))
+    first = tokens.prepare(config, 300)
+    flip(first.directory / "train.npy")
+    (left := first.directory.with_name(f"making-{first.directory.name}-x")).mkdir()
+    (left / "train.npy").write_bytes(b"half")
+    assert tokens.prepare(config, 300).digest == first.digest
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [first.directory.name]
 
 
 def write_parquet(path: Path, table: pa.Table) -> None:

@@ -1,0 +1,88 @@
+"""Chat templates, which are programs of strangers: rendered in another process, with limits."""
+
+import functools
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from experiments.data import rendering
+from experiments.trainer.options import ConfigError, one_line
+
+Conversation = list[dict[str, str]]
+
+# LLaMA 3.1 and 3.2 tell the model a date: by default the first one this, the second today's, with
+# which no run could be resumed on another day.
+_DATE = "26 Jul 2024"
+
+# Ten thousand short conversations take a second.
+_SECONDS, _EACH = 5, 1000
+_MEMORY = 2**29
+# To a conversation a template adds a system prompt and the marks of turns.
+_MOST_ADDED = 100_000
+
+
+def render(
+    template: str,
+    conversations: Sequence[Conversation],
+    variables: dict[str, Any],
+    *,
+    generate: bool,
+) -> list[str]:
+    """The text of each conversation.
+
+    Args:
+      template: a Jinja template, as Hugging Face's tokenizers have it.
+      conversations: each a list of messages with `role` and `content`.
+      variables: further names that a template may use, such as the texts of special tokens.
+      generate: whether a text ends so that the assistant's turn comes next.
+
+    Raises:
+      ConfigError: the template fails, or takes more time or memory than any template needs.
+    """
+    return list(_render(json.dumps({
+        "template": template,
+        "conversations": list(conversations),
+        "variables": {
+            **variables,
+            "date_string": _DATE, "add_generation_prompt": generate, "tools": None,
+            "documents": None,
+        },
+        "date": _DATE,
+        "memory": _MEMORY + 100 * sum(map(_length, conversations)),
+        "seconds": _SECONDS + len(conversations) // _EACH,
+        "most": _MOST_ADDED + 10 * max(map(_length, conversations), default=0),
+    })))  # fmt: skip
+
+
+@functools.lru_cache(maxsize=4)  # the same short conversation shows how each text ends
+def _render(request: str) -> tuple[str, ...]:
+    # 1. `-I`: neither the directory nor the environment adds to what Python imports.
+    command = [sys.executable, "-I", rendering.__file__]
+    # 2. Processor time is limited inside; the clock ends a process that waits or is starved.
+    patience = 10 * json.loads(request)["seconds"]
+    try:
+        done = subprocess.run(
+            command, input=request.encode(), capture_output=True, env={}, timeout=patience
+        )
+    except subprocess.TimeoutExpired as error:
+        raise _refusal(f"it has not ended after {patience} s") from error
+    # 3. A process that a limit has ended answers nothing.
+    if done.returncode < 0:
+        raise _refusal("it does not end, or takes too much memory, and was stopped")
+    try:
+        answer = json.loads(done.stdout)
+    except ValueError as error:
+        raise _refusal(one_line(done.stderr.decode("utf-8", "replace")[-200:])) from error
+    if isinstance(answer, str):
+        raise _refusal(one_line(answer))
+    return tuple(answer)
+
+
+def _refusal(why: str) -> ConfigError:
+    return ConfigError(f"`model`: its chat template cannot be rendered: {why}")
+
+
+def _length(conversation: Conversation) -> int:
+    return sum(len(message["content"]) for message in conversation)
