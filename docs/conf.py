@@ -80,18 +80,6 @@ def _lead_to_the_repository(app, docname, source):
     source[0] = _LINK.sub(absolute, source[0])
 
 
-# Pages of the table of contents that are written apart from the others.
-_APART = ("pods", "methods", "frameworks/index")
-
-
-def _leave_out_missing_pages(app, docname, source):
-    """Takes pages that are not there yet out of the table of contents."""
-    if docname == "index":
-        for page in _APART:
-            if page not in app.env.found_docs:
-                source[0] = source[0].replace(f"\n{page}\n", "\n")
-
-
 def _name_defaults(app, what, name, obj, options, signature, return_annotation):
     """Shows the call behind a private constant that is the default of a parameter."""
     if signature:
@@ -103,4 +91,3 @@ def setup(app):
     """Registers what this file adds to Sphinx."""
     app.connect("source-read", _lead_to_the_repository)
     app.connect("autodoc-process-signature", _name_defaults)
-    app.connect("source-read", _leave_out_missing_pages)

@@ -25,7 +25,7 @@ def by_band(layers: int, bands: int = 4) -> GroupBy:
       bands: how many groups each role has, at most ``layers``.
 
     Returns:
-      A ``group_by``, whose groups are named ``layers/*/q@1/4``: the band counts from 0.
+      A ``group_by``, with roles such as ``layers/*/q@1/4``: the band counts from 0.
 
     Raises:
       TypeError, ValueError: if an argument is no int >= 1, or ``bands`` exceeds ``layers``.
@@ -83,7 +83,7 @@ def rank_by_depth(mean: int, slope: float) -> Callable[[Group], int]:
     mean = _checks.positive_int("mean", mean)
 
     def rank(group: Group) -> int:
-        found = re.search(r"@(\d+)/(\d+)", group.name)
+        found = re.search(r"@(\d+)/(\d+)", group.role)
         if found is None:
             return mean
         band, bands = map(int, found.groups())

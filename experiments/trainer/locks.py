@@ -48,6 +48,8 @@ def of_run(config: Training) -> Iterator[None]:
     """
     directory = Path(config.run_dir)
     with contextlib.ExitStack() as stack:
+        # Called last, after the lock's file is gone; it fails unless the run could not start.
+        stack.callback(_remove_empty, directory)
 
         def acquire() -> None:
             if not processes.is_first():
@@ -67,8 +69,11 @@ def of_run(config: Training) -> Iterator[None]:
 
         processes.in_turn(acquire)
         yield
+
+
+def _remove_empty(directory: Path) -> None:
     if processes.is_first():
-        with contextlib.suppress(OSError):  # it is not empty, unless the run could not start
+        with contextlib.suppress(OSError):
             directory.rmdir()
 
 

@@ -249,7 +249,9 @@ def test_commands_of_the_documents_are_understood(command, monkeypatch):
     if (
         main is None
         or "--help" in arguments
-        or name.endswith(("readme", "overview", "flax_nnx", "flax_linen"))
+        or name.endswith(
+            ("readme", "overview", "flax_nnx", "flax_linen", "checkpoints", "particles")
+        )
     ):
         return
     parse = cli.parse

@@ -25,6 +25,11 @@ from experiments.trainer.finetuning import Config
 from experiments.trainer.optimizers import Gum
 from experiments.trainer.options import ConfigError
 
+# Models as small as these have matrices of which rank 16 makes no smaller ones.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*run through the inner transformation uncompressed:UserWarning"
+)
+
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{{ message['content'] }}<|im_end|>\n{% endfor %}"

@@ -138,7 +138,7 @@ def test_ranks_by_depth_keep_their_mean(slope):
     params = {"layers": [{"w": jax.ShapeDtypeStruct((64, 96), jnp.float32)} for _ in range(8)]}
     compression = LowRank(rank=gum_optax.rank_by_depth(16, slope), group_by=gum_optax.by_band(8, 4))
     groups = compression.groups(params)
-    assert [group.name for group in groups] == [f"layers/*/w@{i}/4" for i in range(4)]
+    assert [group.role for group in groups] == [f"layers/*/w@{i}/4" for i in range(4)]
     assert [group.rank for group in groups] == [16 + 1.5 * slope - slope * i for i in range(4)]
     assert sum(group.rank * group.count for group in groups) == 16 * 8
 

@@ -167,7 +167,7 @@ def test_an_empty_slot_holds_zero():
     tx = gum_optax.low_rank(optax.trace(BETA), compression)
     tree = helpers.pack("separate", np.ones((3, 6, 10), np.float32))
     [(_, state)] = helpers.run(tx, [tree])
-    drawn, empty = state.inner.trace["layers/*/w"].residual
+    drawn, empty = state.inner.trace["layers.*.w"].residual
     assert np.any(drawn) and not np.any(empty)
 
 
@@ -191,10 +191,10 @@ def test_several_stacks_are_one_group(leaves, experts, gamma, form):
         for t, (update, state) in enumerate(helpers.run(tx, trees)):
             updates.append(helpers.unpack(update))
             if t % case.K == 0:
-                basis = np.asarray(state.basis["layers/*/w"])
+                basis = np.asarray(state.basis["layers.*.w"])
                 assert basis.shape[:2] == (leaves, experts)
                 bases.append(basis.reshape(case.N, *basis.shape[2:]))
-                draws.append(helpers.drawn(state.slots["layers/*/w"], case.N))
+                draws.append(helpers.drawn(state.slots["layers.*.w"], case.N))
     # Some period draws from more than one leaf, and not from its first matrices alone.
     assert any(len({i // experts for i in draw}) > 1 and max(draw) >= 2 for draw in draws)
     options = {"rank": case.rank, "K": case.K, "bases": bases, "form": form}

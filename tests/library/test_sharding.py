@@ -148,7 +148,7 @@ def gradients(count: int, step: int) -> dict[str, np.ndarray]:
 
 def by_role(slots: dict[str, Any]) -> dict[str, list[int]]:
     """Slots by the names that separate and stacked layers have in common, as draws have them."""
-    return {name.replace("*/", ""): np.asarray(drawn).tolist() for name, drawn in slots.items()}
+    return {name.replace("*.", ""): np.asarray(drawn).tolist() for name, drawn in slots.items()}
 
 
 @functools.cache

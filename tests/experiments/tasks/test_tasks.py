@@ -250,7 +250,7 @@ ERRORS = {
     ),
     "no object": (
         lambda path: load(write(path / "a.jsonl", [*rows(2), [1]])),
-        "`task`: line 3 of .*a.jsonl is no JSON object",
+        "`task`: cannot read .*a.jsonl: line 3 is no JSON object",
     ),
 }  # fmt: skip
 
@@ -265,7 +265,7 @@ def test_errors_name_the_option_and_what_is_wrong(tmp_path, case):
 @pytest.mark.parametrize(
     ("content", "name", "message"),
     [
-        (b'{"prompt": ', "a.jsonl", "`task`: line 1 of .*a.jsonl is no JSON"),
+        (b'{"prompt": ', "a.jsonl", "`task`: cannot read .*a.jsonl: line 1 is no JSON"),
         (b"\xff\xfe", "a.jsonl", "`task`: cannot read .*a.jsonl"),
         (b"no xz", "a.jsonl.xz", "`task`: cannot read .*a.jsonl.xz"),
         (lzma.compress(b"{}" * 99)[:-9], "a.jsonl.xz", "`task`: cannot read .*a.jsonl.xz"),
