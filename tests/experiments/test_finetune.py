@@ -275,7 +275,7 @@ def test_the_loss_is_of_answers_alone(home):
     np.testing.assert_allclose(total, expected, rtol=2e-6)
 
 
-@pytest.mark.parametrize("weights", ["float32", "bfloat16"])
+@pytest.mark.parametrize("weights", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_accumulated_gradients_are_those_of_the_whole_batch(home, weights):
     """Parts have unequal numbers of answer tokens: a mean of means would be wrong."""
     config, static, params, batch = batch_and_model(home, weights=weights)

@@ -273,6 +273,7 @@ def test_microbatches_sum_to_the_batch():
     _assert_close(summed, whole, 1e-14)
 
 
+@pytest.mark.slow
 def test_multi_steps_accumulate_projections():
     """With accumulators like the gradients; bases come from the first mini-step alone.
 
@@ -545,7 +546,7 @@ def _regression_step(tx):
     [
         pytest.param("data parallel", "Auto", marks=pytest.mark.slow),
         pytest.param("data parallel", "Explicit", marks=pytest.mark.slow),
-        ("fsdp", "Auto"),
+        pytest.param("fsdp", "Auto", marks=pytest.mark.slow),
     ],
 )
 def test_equals_the_unsharded_run(name, mode):

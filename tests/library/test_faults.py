@@ -144,7 +144,13 @@ def test_a_guarded_step_is_as_if_it_had_not_been():
     assert int(guarded.total_notfinite) == 2 * len(BAD_STEPS)
 
 
-@pytest.mark.parametrize("projector", PROJECTORS)
+@pytest.mark.parametrize(
+    "projector",
+    [
+        pytest.param(p, marks=[] if p in ("svd", "subspace_iteration") else [pytest.mark.slow])
+        for p in PROJECTORS
+    ],
+)
 def test_an_expert_unused_for_two_periods_then_learns(projector):
     unused = 2 * PERIOD + 1  # until after a refresh: the first gradient meets a basis of nothing
     trees = [gradients(step) for step in range(4 * PERIOD)]

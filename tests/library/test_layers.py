@@ -77,6 +77,7 @@ def test_equals_separate_layers(name):
     assert update._cache_size() == 1
 
 
+@pytest.mark.slow
 def test_adamw_is_that_of_stacked_leaves():
     params = tree(0)
     plain, own = optax.adamw(0.1), layer_by_layer(optax.adamw(0.1), AXES)

@@ -316,6 +316,7 @@ def test_subspace_iteration_on_recorded_gradients(recorded):
                 assert _energy(previous, gradient) > 0.99 * best, case  # measured: 0.9930 and more
 
 
+@pytest.mark.slow
 def test_low_rank_on_recorded_gradients(recorded):
     """Refreshing at every recorded step, one optimizer sees them all and stays finite."""
     names = ["q", "o"]

@@ -97,7 +97,7 @@ CASES = {
 EXPLICIT = ("fsdp x tensor", "layers x fsdp", "experts x fsdp", "separate layers of experts")
 # What runs in Explicit mode by `make test` runs in Auto mode by `make slow`.
 # And each axis alone, of those that the cases of two axes have as well.
-SLOW = (*EXPLICIT, "fsdp, columns", "tensor", "layers", "data x fsdp, one axis entry")
+SLOW = (*EXPLICIT, "fsdp, rows", "fsdp, columns", "tensor", "layers", "data x fsdp, one axis entry")
 RUNS = [
     pytest.param(name, "Auto", marks=[pytest.mark.slow] if name in SLOW else []) for name in CASES
 ]

@@ -154,7 +154,7 @@ def test_bfloat16_weights_and_float32_ones_computed_in_bfloat16_answer_alike():
 @pytest.mark.parametrize(
     ("case", "text"),
     [
-        ("as pretrained", "data=8"),
+        pytest.param("as pretrained", "data=8", marks=pytest.mark.slow),
         ("no shared heads", "data=2,fsdp=2,tensor=2"),
         ("every option", "data=2,fsdp=2,tensor=2"),
     ],
