@@ -33,8 +33,6 @@ BUDGETS = {
         "HELD_OUT": 2,
     },
 }
-# A kernel imports and compiles for twenty seconds and more: `make test` runs one of them.
-QUICK = "01_quickstart.ipynb"
 NOTEBOOKS = {p.name: nbformat.read(p, as_version=4) for p in sorted(DIRECTORY.glob("*.ipynb"))}
 LIMIT = 1_000_000  # bytes of one notebook
 
@@ -99,10 +97,8 @@ def test_every_notebook_has_a_budget():
     assert set(BUDGETS) == set(NOTEBOOKS)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=[] if name == QUICK else pytest.mark.slow) for name in NOTEBOOKS],
-)
+@pytest.mark.slow
+@each
 def test_runs_from_a_clean_kernel(name, home, isolated):
     kept = NOTEBOOKS[name]
     found = execute(DIRECTORY / name, BUDGETS[name], cwd=str(home))

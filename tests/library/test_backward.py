@@ -147,7 +147,7 @@ def _assert_close(actual, expected, atol=TOLERANCE):
 # By `make slow`; each differs from one of the others in a part that has tests of its own.
 SLOW = (
     *("additive adamw", "adamw in 8 bits", "columns", "undrawn through columns", "apollo"),
-    *("an SVD's subspace, rotated", "two of them"),
+    *("an SVD's subspace, rotated", "two of them", "clipped, scheduled, injected"),
 )
 
 

@@ -101,7 +101,10 @@ SLOW = (*EXPLICIT, "fsdp, rows", "fsdp, columns", "tensor", "layers", "data x fs
 RUNS = [
     pytest.param(name, "Auto", marks=[pytest.mark.slow] if name in SLOW else []) for name in CASES
 ]
-RUNS += [(name, "Explicit") for name in EXPLICIT]
+RUNS += [
+    pytest.param(name, "Explicit", marks=[pytest.mark.slow] if "experts" in name else [])
+    for name in EXPLICIT
+]
 
 every_run = pytest.mark.parametrize(("name", "mode"), RUNS)
 

@@ -157,6 +157,7 @@ def test_training(config):
     assert set(result["runs"]) == set(training.CONTENDERS)
 
 
+@pytest.mark.slow
 def test_a_training_worker():
     worker = training.Worker(optimizer="adamw", preset="tiny", batch_size=1, seq_len=8, steps=4)
     measured = training.measure(worker)

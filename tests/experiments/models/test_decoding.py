@@ -64,7 +64,13 @@ def without_cache(static, params, prompt, stop=(), new=NEW):
     return tokens[len(prompt) :]
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=pytest.mark.slow if name == "no shared heads" else [])
+        for name in ARCHITECTURES
+    ],
+)
 def case(request):
     """A model, prompts, and their answers of NEW tokens."""
     static, params = create(ARCHITECTURES[request.param])

@@ -195,6 +195,7 @@ def test_packed_segments_are_read_as_if_alone(options):
     assert np.abs(unpacked(window[0]) - packed)[:, 5:].max() > 1e-3
 
 
+@pytest.mark.slow
 def test_remat_changes_memory_alone():
     arch = dataclasses.replace(TINY, layers=4, seq_len=128)
     size = (4, arch.seq_len + 1)

@@ -152,6 +152,7 @@ def test_rows_of_a_comparison():
     assert adamw["steps_to_adamw"] is None  # not by all of its seeds
 
 
+@pytest.mark.slow
 def test_ablations_change_one_thing_at_a_time(trained, tuned, tmp_path):
     out = tmp_path / "ablations.json"
     assert ablations.main(["--pretraining", str(tuned), "--out", str(out)]) == 0
@@ -230,6 +231,7 @@ def answered(config):
     return kept | {"before": before, "after": after, "loss": loss}
 
 
+@pytest.mark.slow
 def test_finetuning_tunes_each_on_one_grid_and_repeats_the_best(monkeypatch, tmp_path, capsys):
     asked = []
 
