@@ -65,7 +65,7 @@ def add(weight: jax.Array, direction: Direction, size: jax.Array) -> jax.Array:
 
     Args:
       weight: the leaf.
-      direction: z.
+      direction: the direction z.
       size: ``eps`` or ``-eps``.
     """
     dtype = compute_dtype(weight)
@@ -98,7 +98,7 @@ def as_factors(weight: jax.Array, direction: Direction, size: jax.Array) -> Any:
 
     Args:
       weight: the leaf.
-      direction: z.
+      direction: the direction z.
       size: ``eps`` or ``-eps``.
 
     Example:
