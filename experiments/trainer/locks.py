@@ -84,8 +84,7 @@ def _acquire(path: Path, wait: bool) -> int:
             _lock(file, path, wait)
             # Another process may have removed the file between opening and locking it.
             if _is(file, path):
-                os.ftruncate(file, 0)
-                os.write(file, f"process {os.getpid()} on {socket.gethostname()}".encode())
+                _sign(file, path)
                 return file
         except BaseException:
             os.close(file)
@@ -103,6 +102,16 @@ def _lock(file: int, path: Path, wait: bool) -> None:
         if error.errno not in (errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL):
             raise
         print(f"{path}: no locks on this file system: start one run at a time", file=sys.stderr)
+
+
+def _sign(file: int, path: Path) -> None:
+    """Writes who holds a lock; where there is no room for it, nothing is left of the lock."""
+    try:
+        os.ftruncate(file, 0)
+        os.write(file, f"process {os.getpid()} on {socket.gethostname()}".encode())
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
 
 
 def _is(file: int, path: Path) -> bool:
