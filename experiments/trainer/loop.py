@@ -128,12 +128,16 @@ def run(
         state, position = checkpoints.restore(step, state)
         batches.set_state(position)
     reporter = Report if processes.is_first() else Silence
-    report = reporter(config, start=step, tokens_per_step=material.tokens, show=show)
-    report.say(introduction)
-    if config.resume and (note := compatibility.other_versions(checkpoints.description(step))):
-        report.say(note)
-    closing, saved = contextlib.closing, time.monotonic()
-    with closing(report), closing(checkpoints), processes.signals(step) as stop:
+    with contextlib.ExitStack() as stack:
+        # From here on a signal ends the run with a checkpoint, also while the first step compiles.
+        stop = stack.enter_context(processes.signals(step))
+        stack.enter_context(contextlib.closing(checkpoints))
+        report = reporter(config, start=step, tokens_per_step=material.tokens, show=show)
+        stack.enter_context(contextlib.closing(report))
+        report.say(introduction)
+        if config.resume and (note := compatibility.other_versions(checkpoints.description(step))):
+            report.say(note)
+        saved = time.monotonic()
         while step < config.steps and stop.signal is None:
             state, metrics = step_fn(state, put(next(batches)))
             step += 1
