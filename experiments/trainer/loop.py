@@ -138,7 +138,9 @@ def run(
         if config.resume and (note := compatibility.other_versions(checkpoints.description(step))):
             report.say(note)
         saved = time.monotonic()
-        while step < config.steps and stop.signal is None:
+        # At least one step is taken, so that a run that is stopped has something to go on from.
+        begun = step
+        while step < config.steps and (stop.signal is None or step == begun):
             state, metrics = step_fn(state, put(next(batches)))
             step += 1
             report.step(step, metrics)
