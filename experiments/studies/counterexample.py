@@ -183,7 +183,8 @@ def plot(gaps: dict[str, np.ndarray], config: Config, path: Path) -> None:
         ylim=(1e-9, 3),
     )
     axes.set_title(
-        f"GaLore stays where it started, GUM converges\nmedian and range over {config.seeds} seeds",
+        "GaLore-Muon stays where it started, GUM converges\n"
+        f"median and range over {config.seeds} seeds",
         fontsize=11,
     )
     axes.legend(frameon=False)
