@@ -185,8 +185,7 @@ def extrapolation(value_and_grad: ValueAndGrad, rate: float | jax.Array) -> Disp
     _checks.hyperparameter("rate", rate)
 
     def displacement(params: PyTree, *args: Any, **kwargs: Any) -> PyTree:
-        gradient = value_and_grad(params, *args, **kwargs)[1]
-        return jax.tree.map(lambda g: -jnp.asarray(rate, _wide(g).dtype) * _wide(g), gradient)
+        return _downhill(rate, value_and_grad(params, *args, **kwargs)[1])
 
     return displacement
 
@@ -225,9 +224,14 @@ def along_previous(rate: float | jax.Array) -> Displacement:
 
     def displacement(params: PyTree, *args: Any, previous: PyTree) -> PyTree:
         del params, args
-        return jax.tree.map(lambda g: -jnp.asarray(rate, _wide(g).dtype) * _wide(g), previous)
+        return _downhill(rate, previous)
 
     return displacement
+
+
+def _downhill(rate: float | jax.Array, gradient: PyTree) -> PyTree:
+    """``-rate * g`` of every leaf, in float32 or wider."""
+    return jax.tree.map(lambda g: -jnp.asarray(rate, g.dtype) * g, jax.tree.map(_wide, gradient))
 
 
 def _wide(x: Any) -> jax.Array:

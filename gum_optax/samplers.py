@@ -175,7 +175,8 @@ def unequal(gamma: int, weights: Callable[[int], Any]) -> Sampler:
             raise ValueError(
                 f"`weights` must return {count} positive numbers for {count} matrices, got {sizes}."
             )
-        q = _filled(sizes, fixed.slots)
+        # In proportion: what water-filling would cut off at one is refused.
+        q = fixed.slots * sizes / sizes.sum()
         if np.max(q) >= 1:
             raise ValueError(
                 f"`weights` {sizes} are so unequal that some of {count} matrices would be drawn in "
@@ -214,16 +215,6 @@ def by_depth(slope: float) -> Callable[[int], np.ndarray]:
     if not -1 < slope < 1:
         raise ValueError(f"`slope` must lie in (-1, 1), got {slope!r}.")
     return lambda count: np.linspace(1 - slope, 1 + slope, count)
-
-
-def _filled(sizes: np.ndarray, total: int) -> np.ndarray:
-    """`water_filling` for NumPy, outside of any program: draws are fixed before it is traced."""
-    q = total * sizes / sizes.sum()
-    # As long as one exceeds 1, those that do are filled and the others share what is left.
-    while np.any(q > 1):
-        full = q >= 1
-        q = np.where(full, 1.0, (total - full.sum()) * sizes / sizes[~full].sum())
-    return q
 
 
 def none(count: int) -> Sampling:

@@ -140,6 +140,11 @@ def test_the_memory_of_the_first_pages_is_that_of_the_result_file():
     assert f"of which {weights:.1f} GiB are the weights" in index
     memory = " ".join((DOCS / "little_memory.md").read_text().split())
     assert f"Of Llama-3-8B's {lean:.1f} GiB, {weights:.1f} are weights" in memory
+    names = ("8-bit AdamW, layer by layer", "8-bit AdamW", "AdamW")
+    in_turn, stacked, plain = (of[name]["peak_bytes"] / 2**30 for name in names)
+    quantized = " ".join((DOCS / "quantized.md").read_text().split())
+    assert f"takes {in_turn:.1f} GiB with it and {stacked:.1f} without" in quantized
+    assert f"AdamW in bfloat16 takes {plain:.1f}" in quantized
 
 
 def test_the_losses_in_the_text_are_those_of_the_study():
