@@ -33,7 +33,7 @@ class Watched(checkpoints.Checkpoints):
 
     def __init__(self, config):
         super().__init__(config)
-        self._directory = Path(config.run_dir)
+        self._beside = Path(config.run_dir)
 
     def save(self, step, state, data):
         super().save(step, state, data)
@@ -41,7 +41,7 @@ class Watched(checkpoints.Checkpoints):
         views: Any = {"key": view(seen.key)}
         views |= {f"slots {name}": view(slots) for name, slots in seen.slots.items()}
         views |= {f"basis {name}": view(basis) for name, basis in seen.basis.items()}
-        np.savez(self._directory / f"step{step}-process{jax.process_index()}.npz", **views)
+        np.savez(self._beside / f"step{step}-process{jax.process_index()}.npz", **views)
 
 
 if __name__ == "__main__":

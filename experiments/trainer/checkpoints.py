@@ -42,13 +42,6 @@ class Checkpoints:
     """
 
     def __init__(self, config: Training):
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=config.keep_checkpoints,
-            cleanup_tmp_directories=True,
-            enable_async_checkpointing=False,
-            # Damaged metadata of a checkpoint are refused where it is restored, with its name.
-            lightweight_initialize=True,
-        )
         self._config, self._directory = config, _directory(config).absolute()
         self._note = self._directory.with_name("unsealed")
         # Known from the start, so that a new process can look into an old checkpoint.
@@ -57,9 +50,24 @@ class Checkpoints:
             "state": ocp.PyTreeCheckpointHandler(type_handler_registry=registry),
             "data": ocp.JsonCheckpointHandler(),
         }
-        self._manager = ocp.CheckpointManager(
-            self._directory, options=options, item_handlers=handlers
-        )
+
+        def manager(lightweight: bool) -> ocp.CheckpointManager:
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=config.keep_checkpoints,
+                cleanup_tmp_directories=True,
+                enable_async_checkpointing=False,
+                lightweight_initialize=lightweight,
+            )
+            return ocp.CheckpointManager(self._directory, options=options, item_handlers=handlers)
+
+        try:
+            with _told_once():
+                self._manager = manager(lightweight=False)
+        except Exception:  # of many types, from JSON or Orbax
+            # The metadata of a checkpoint are damaged. Unread, they are refused where the
+            # checkpoint is restored, with its name. Only then: without their times, Orbax fails
+            # where it saves for a preemption.
+            self._manager = manager(lightweight=True)
 
     def latest(self) -> int | None:
         """The step of the newest complete checkpoint."""

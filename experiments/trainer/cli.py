@@ -6,6 +6,7 @@ default is meant: `--optimizer.rank 64` is GUM's.
 """
 
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -44,7 +45,10 @@ def run(main: Callable[[Sequence[str]], int], program: str) -> int:
     An interruption is 130, or the `code` that it has.
     """
     try:
-        return main(sys.argv[1:])
+        with warnings.catch_warnings():
+            # A run prints it with its memory plan, once and not in every process.
+            warnings.filterwarnings("ignore", ".*run through the inner transformation uncompressed")
+            return main(sys.argv[1:])
     except ConfigError as error:
         print(f"{program}: error: {error}", file=sys.stderr)
         return 2

@@ -24,11 +24,9 @@ from experiments.trainer.evaluation import Accuracy, Answer
 from experiments.trainer.finetuning import Config
 from experiments.trainer.optimizers import Gum
 from experiments.trainer.options import ConfigError
+from tests.helpers import MOSTLY_UNCOMPRESSED
 
-# Models as small as these have matrices of which rank 16 makes no smaller ones.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*run through the inner transformation uncompressed:UserWarning"
-)
+pytestmark = MOSTLY_UNCOMPRESSED
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"

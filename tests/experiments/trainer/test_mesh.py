@@ -19,13 +19,10 @@ from experiments.trainer import mesh as meshes
 from experiments.trainer.config import Config
 from experiments.trainer.optimizers import Gum
 from experiments.trainer.options import ConfigError
-from tests.helpers import low_rank_state
+from tests.helpers import MOSTLY_UNCOMPRESSED, low_rank_state
 from tests.watched_pretrain import SMALL
 
-# Models as small as these have matrices of which rank 16 makes no smaller ones.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*run through the inner transformation uncompressed:UserWarning"
-)
+pytestmark = MOSTLY_UNCOMPRESSED
 
 STEPS, BATCH = 9, 8  # of a run of 12, whose step is that of test_multi_process.py
 # All three axes at once are in `make test`; the mesh of one axis is another compilation.

@@ -22,7 +22,10 @@ from experiments.trainer import checkpoints, cli, finetuning
 from experiments.trainer.config import Config
 from experiments.trainer.pretraining import train
 from tests.experiments import test_finetune
+from tests.helpers import MOSTLY_UNCOMPRESSED
 from tests.watched_pretrain import SMALL, Watched
+
+pytestmark = [pytest.mark.slow, MOSTLY_UNCOMPRESSED]
 
 DEVICES, STEPS, EVERY = 8, 12, 6
 OPTIONS = {
@@ -35,7 +38,6 @@ PATIENCE = 300  # seconds
 
 # A job of two takes forty seconds of two cores. By `make test`, test_processes.py holds updates to
 # the same law in real processes, and test_mesh.py whole training steps on a mesh.
-pytestmark = pytest.mark.slow
 
 # Processes add up what devices contribute in another order (float32); Newton-Schulz amplifies that
 # where a gradient is nearly singular, and where neighbouring singular values are close, rounding

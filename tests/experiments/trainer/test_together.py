@@ -19,7 +19,10 @@ from experiments.trainer.config import Config, change
 from experiments.trainer.optimizers import Gum
 from experiments.trainer.options import ConfigError
 from experiments.trainer.pretraining import train
+from tests.helpers import MOSTLY_UNCOMPRESSED
 from tests.watched_pretrain import SMALL
+
+pytestmark = MOSTLY_UNCOMPRESSED
 
 
 @pytest.fixture(scope="module")
