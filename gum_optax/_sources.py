@@ -32,7 +32,7 @@ class Source:
       names: the names of the leaves of that tree, in order.
       compression: its `LowRank`.
       renewed: ``(state, basis, slots) -> state``: the state in a new period.
-      state: the state that its ``init`` made.
+      state: the state that its ``init`` made; what `find` returns has the shapes of its arrays.
       place: the position of that state among all states of `low_rank` in the optimizer's.
     """
 
@@ -110,6 +110,11 @@ def find(
         for source in notes.sources:
             own = _identity(source.state)
             places.append(known.index(own) if own in known else None)
+        # Only their shapes leave the trace: traced arrays would leak from it.
+        notes.sources[:] = [
+            dataclasses.replace(source, state=jax.tree.map(_described, source.state))
+            for source in notes.sources
+        ]
         return state
 
     with opened(notes), warnings.catch_warnings():
@@ -126,6 +131,10 @@ def find(
         for source, place in zip(notes.sources, places, strict=True)
         if place is not None
     ], notes.numbers
+
+
+def _described(array: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype)
 
 
 def _identity(state: Any) -> list[int]:
