@@ -12,6 +12,9 @@ ARGS ?=
 # Of glibc, on Linux: large arrays in huge pages. A training step on CPUs makes and frees hundreds of
 # megabytes, page by page, and takes three quarters of the time with these.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
+# Compiled modules are kept, wherever the shell says otherwise: tests start many programs, and each
+# would compile two hundred modules again.
+unexport PYTHONDONTWRITEBYTECODE
 
 BIN := $(VENV)/bin
 SOURCES := gum_optax experiments tests $(wildcard notebooks) docs

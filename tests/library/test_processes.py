@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from tests import one_of_several
 
@@ -16,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 PROCESSES, DEVICES = 2, 2
 
 
+@pytest.mark.slow
 def test_two_processes_update_as_one(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))

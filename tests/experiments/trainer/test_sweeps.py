@@ -72,6 +72,7 @@ def test_a_set_is_completed_once_whoever_runs_it(completed):
     assert alone[1]["validation_loss"] == pytest.approx(together[1]["validation_loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_from_its_checkpoint(base, tmp_path, monkeypatch):
     """By SIGTERM after step 3, between two validations; nothing of it is lost or run again."""
     [config] = configurations(base, tmp_path / "stopped", checkpoint_every=100)[1:]
