@@ -62,6 +62,8 @@ class Checkpoints:
 
         try:
             with _told_once():
+                for step in _complete(config):
+                    self._check_regular(step)  # Orbax would read a pipe forever
                 self._manager = manager(lightweight=False)
         except Exception:  # of many types, from JSON or Orbax
             # The metadata of a checkpoint are damaged. Unread, they are refused where the
@@ -154,11 +156,15 @@ class Checkpoints:
             raise ValueError(fault)
         # Older checkpoints have no seal, and neither has one after whose writing the run was
         # killed at once. The checksums of their arrays are checked in any case.
-        for file in directory.rglob("*"):
-            if not file.is_dir():
-                check_regular(file)
+        self._check_regular(step)
         if self._unsealed() != step and self.description(step).get(compatibility.SEALED):
             raise ValueError(fault)
+
+    def _check_regular(self, step: int) -> None:
+        """Raises `OSError` if something in a checkpoint is neither a file nor a directory."""
+        for file in (self._directory / str(step)).rglob("*"):
+            if not file.is_dir():
+                check_regular(file)
 
     def _is_good(self, step: int) -> bool:
         """Whether nothing is seen at the files of a checkpoint."""
