@@ -160,8 +160,7 @@ def assemble(arch: presets.Architecture, tensors: Tensors, dtype: str) -> llama.
 
 
 def open_safetensors(directory: Path) -> Tensors:
-    """Opens `model.safetensors` or the shards that its index names; tensors are read when asked
-    for.
+    """Opens `model.safetensors`, or the shards that its index names, without reading tensors.
 
     Raises:
       ConfigError: a file is missing, truncated, or holds a tensor that is not floating-point.
@@ -363,7 +362,7 @@ def _check_shapes(
 
 
 def _is_redundant(name: str, tied: bool) -> bool:
-    """Whether a tensor follows from others or, as old files' rotary frequencies, from the config."""
+    """Whether a tensor follows from others, or from the config as rotary frequencies do."""
     return name.endswith("rotary_emb.inv_freq") or (tied and name == _HEAD)
 
 
