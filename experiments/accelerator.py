@@ -155,7 +155,7 @@ def main(arguments: Sequence[str]) -> int:
         failed |= any("error" in row or row.get("agrees") is False for row in found)
     print(f"\nresults: {config.out}")
     if unfinished:
-        print(f"the time was up in: {', '.join(unfinished)}")
+        print(f"out of time in: {', '.join(unfinished)}")
     return 1 if failed else UNFINISHED if unfinished else 0
 
 

@@ -186,8 +186,8 @@ def _check_begins(examples: Sequence[Example], prompts: list, wholes: list) -> N
     for example, prompt, whole in zip(examples, prompts, wholes, strict=True):
         if whole[: len(prompt)] != prompt:
             raise ConfigError(
-                "`model`: with its tokenizer and template a prompt with an answer does not begin "
-                "as the prompt alone does: generation would differ from training; the first is "
+                "`model`: with its tokenizer and template, a prompt with its answer does not begin "
+                "as the prompt alone, so generation would differ from training; the first is "
                 f"{example.prompt[:80]!r}"
             )
 
@@ -199,7 +199,7 @@ def _check_lengths(encoded: Sequence[Encoded], seq_len: int) -> None:
     if too_long:
         raise ConfigError(
             f"`seq_len` is {seq_len}; {too_long} of {len(lengths)} examples are longer than a "
-            f"window; {max(lengths) - 1} would do"
+            f"window; {max(lengths) - 1} would suffice"
         )
 
 

@@ -72,7 +72,7 @@ def _render(request: str) -> tuple[str, ...]:
             command, input=request.encode(), capture_output=True, env={}, timeout=patience
         )
     except subprocess.TimeoutExpired as error:
-        raise _refusal(f"it has not ended after {patience} s") from error
+        raise _refusal(f"it did not end within {patience} s") from error
     # 3. A process that was ended by a limit writes no answer.
     if done.returncode < 0:
         raise _refusal("it does not end, or takes too much memory, and was stopped")

@@ -218,7 +218,7 @@ def load_tokenizer(path: str) -> Tokenizer:
     # A model has a row for each token; an id beyond the end would silently read the last row.
     size, last = tokenizer.get_vocab_size(), max(tokenizer.get_vocab().values(), default=0)
     if last >= size:
-        raise ConfigError(f"`tokenizer`: {path} has {size} tokens, and one with number {last}")
+        raise ConfigError(f"`tokenizer`: {path} has {size} tokens, but one has the id {last}")
     return tokenizer
 
 

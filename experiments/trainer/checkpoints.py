@@ -155,7 +155,7 @@ class Checkpoints:
         """Returns the description in a checkpoint, see `compatibility.describe`."""
         description: Any = self._manager.metadata(step).custom_metadata
         if not description:
-            raise ValueError("it does not say what run it is of")
+            raise ValueError("it has no description of its run")
         return description
 
     def _note_unsealed(self, step: int) -> None:
@@ -215,7 +215,7 @@ class Checkpoints:
             # one, so that the latest one, from which a run resumes, is good.
             earlier = sorted(other for other in self._manager.all_steps() if other < step)
             good = next(filter(self._is_good, reversed(earlier)), None)
-            instead = "there is no earlier one that is good"
+            instead = "there is no good earlier one"
             if good is not None:
                 later = [str(other) for other in earlier if other > good]
                 named = f"it and {', '.join(later)}" if later else "it"

@@ -82,7 +82,7 @@ def check_description(description: dict, config: Training) -> None:
     """
     # Descriptions of older checkpoints have no checksum of their own, and pass.
     if description.get(_SEAL, _seal(description)) != _seal(description):
-        raise ValueError("its description is not the one that was saved")
+        raise ValueError("its description differs from the saved one")
     version, written_by = description[STATE_VERSION], description["versions"]["gum_optax"]
     if version != gum_optax.STATE_VERSION:
         raise ConfigError(
@@ -109,7 +109,7 @@ def check_arrays(stored: Any, wanted: Any) -> None:
 def check_content(description: dict, state: Any) -> None:
     """Raises `ValueError` unless the restored arrays have the checksums of the saved ones."""
     if checksums(state) != description["checksums"]:
-        raise ValueError("its arrays are not those that were saved")
+        raise ValueError("its arrays differ from the saved ones")
 
 
 def other_versions(description: dict) -> str | None:

@@ -18,7 +18,7 @@ def check_regular(path: Path, most: int | None = None) -> None:
     """
     found = os.stat(path)
     if not stat.S_ISREG(found.st_mode):
-        raise OSError(0, "it is no regular file", str(path))
+        raise OSError(0, "it is not a regular file", str(path))
     if most is not None and found.st_size > most:
         raise OSError(0, f"it has {found.st_size} bytes, more than {most}", str(path))
 

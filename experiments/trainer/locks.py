@@ -64,7 +64,7 @@ def of_run(config: Training) -> Iterator[None]:
                 stack.enter_context(held(directory / "lock", wait=False))
             except LockedError as error:
                 raise ConfigError(
-                    f"`run_dir`: {error} is training in {config.run_dir}; wait for its end, or "
+                    f"`run_dir`: {error} is training in {config.run_dir}; wait until it ends, or "
                     "choose another directory"
                 ) from error
             except OSError as error:

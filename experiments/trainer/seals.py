@@ -36,9 +36,9 @@ def fault(directory: Path, most: float = math.inf) -> str | None:
     except OSError as error:
         return f"cannot read {error.filename}: {error.strerror}"
     except ValueError:
-        return f"its {_SEAL} is no JSON"
+        return f"its {_SEAL} is not JSON"
     if not isinstance(sealed, dict):
-        return f"its {_SEAL} holds no object"
+        return f"its {_SEAL} is not a JSON object"
     # All names of both sides: files that are missing, changed or added.
     for name in sorted(sealed.keys() | found.keys()):
         if name not in found:

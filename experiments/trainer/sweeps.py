@@ -107,8 +107,8 @@ def complete(
             sys.stdout.flush()
     except OutOfTime:
         raise OutOfTime(
-            f"the time is up: {done} of {len(left)} runs are done, those that were training are "
-            "saved; the same command goes on"
+            f"the time is up: {done} of {len(left)} runs are done, and those that were training "
+            "are saved; the same command continues"
         ) from None
     return select(entries, configs)
 

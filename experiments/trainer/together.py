@@ -84,7 +84,7 @@ def train(configs: Sequence[Config], deadline: float | None = None) -> list[swee
         if _program(config) != _program(first):
             raise ConfigError(f"runs of one program may differ in {', '.join(NUMBERS)} alone")
     if first.mesh or first.weights != "float32" or first.accumulate > 1:
-        raise ConfigError("`mesh`, `weights` and `accumulate`: not for runs of one program")
+        raise ConfigError("`mesh`, `weights`, `accumulate`: not supported for runs of one program")
     # 2. Data, model and state. Every array of the state has a leading axis over runs, except counts
     #    of steps (see `_start`).
     arch, texts = _read(configs)
@@ -134,7 +134,7 @@ def train(configs: Sequence[Config], deadline: float | None = None) -> list[swee
             if over:
                 saver.close()
                 raise sweeps.OutOfTime(
-                    f"the time is up: step {done} is saved; the same command goes on"
+                    f"the time is up: step {done} is saved; the same command continues"
                 )
     saver.close()
     shutil.rmtree(home.run_dir, ignore_errors=True)

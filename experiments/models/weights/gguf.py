@@ -50,8 +50,8 @@ def read(file: Path) -> Contents:
     metadata, tensors = _open(file)
     if (family := metadata.get("general.architecture")) != "llama":
         raise ConfigError(
-            f"`model`: {file} holds the architecture {one_line(repr(family), 80)}; only llama is "
-            "read"
+            f"`model`: {file} has the architecture {one_line(repr(family), 80)}; only llama is "
+            "supported"
         )
     by_name = {tensor.name: tensor for tensor in tensors}
     # A file without a head has it tied to the embedding.
@@ -169,7 +169,7 @@ def _dequantize(tensor: "ReaderTensor") -> np.ndarray:
         return dequantize(tensor.data, tensor.tensor_type)
     except NotImplementedError as error:
         raise ConfigError(
-            f"`model`: {tensor.name} is quantized as {tensor.tensor_type.name}, which is not read"
+            f"`model`: {tensor.name} is quantized as {tensor.tensor_type.name}; it is not supported"
         ) from error
 
 
@@ -207,7 +207,7 @@ def _assembled(get: Callable[..., Any], metadata: dict[str, Any]) -> "PreTrained
     # 1. Vocabulary and merges. Two tokens of one text would share an id.
     texts = get("tokens")
     if len(set(texts)) < len(texts):
-        raise ValueError("a token is there twice")
+        raise ValueError("it has a token twice")
     merges = [tuple(merge.split(" ", 1)) for merge in get("merges")]
     backend = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(texts)}, merges=merges))
     # 2. Cutting into words, and back from bytes to text.
@@ -236,8 +236,8 @@ def _check_tokenizer(kind: Any, pre: Any, adds_start: bool) -> None:
     """Raises `ConfigError` unless `_assembled` would give the tokenizer that the file means."""
     if kind != "gpt2" or pre not in list(_PRE_TOKENIZERS):
         raise ConfigError(
-            f"`model`: the GGUF file's tokenizer is {one_line(repr(kind), 80)} with the words of "
-            f"{one_line(repr(pre), 80)}; read are 'gpt2' with those of {', '.join(_PRE_TOKENIZERS)}"
+            f"`model`: the GGUF file's tokenizer is {one_line(repr(kind), 80)} with pre-tokenizer "
+            f"{one_line(repr(pre), 80)}; supported is 'gpt2' with {', '.join(_PRE_TOKENIZERS)}"
         )
     if adds_start:
         raise ConfigError("`model`: not supported: tokenizer.ggml.add_bos_token is true")

@@ -106,4 +106,4 @@ def _size(kind: int) -> int:
 
 def _at_most(count: int, most: int, what: str) -> None:
     if count > most:
-        raise ValueError(f"its header tells of {count} {what}; more than {most} are not read")
+        raise ValueError(f"its header has {count} {what}; at most {most} are supported")

@@ -179,7 +179,7 @@ def open_safetensors(directory: Path) -> Tensors:
     slices = {name: opened.get_slice(name) for name, opened in owners.items()}
     if bad := [f"{n} {s.get_dtype()}" for n, s in slices.items() if s.get_dtype() not in _FLOATS]:
         raise ConfigError(
-            f"`model`: {directory} holds tensors of no float: {one_line(', '.join(bad))}"
+            f"`model`: {directory} has tensors that are not floats: {one_line(', '.join(bad))}"
         )
     shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
     return Tensors(shapes, lambda name: owners[name].get_tensor(name))
@@ -299,9 +299,9 @@ def _check_possible(arch: presets.Architecture) -> None:
     ]
     # 2. Divisions, each checked only if the numbers before are valid.
     if not bad and arch.heads % arch.kv_heads:
-        bad = [f"of {heads[0]} heads, {heads[1]} cannot have the keys and values"]
+        bad = [f"{heads[0]} heads are not divisible by {heads[1]} key/value heads"]
     if not bad and arch.head_dim is None and arch.width % arch.heads:
-        bad = [f"hidden_size {arch.width} is not divided by {arch.heads} heads"]
+        bad = [f"hidden_size {arch.width} is not divisible by {arch.heads} heads"]
     # Rotary positions turn pairs of channels.
     if not bad and (not is_size(head := arch.head_dim or arch.width // arch.heads) or head % 2):
         bad = [f"head_dim is {one_line(repr(head), 80)}, which is not positive and even"]
@@ -351,14 +351,14 @@ def _check_shapes(
     reshaped = {n for n in expected.keys() & found.keys() if expected[n] != found[n]}
     problems = [
         *(f"{n} {list(expected[n])} is missing" for n in missing),
-        *(f"{n} {list(found[n])} is not known" for n in unknown),
+        *(f"{n} {list(found[n])} is unknown" for n in unknown),
         *(f"{n} is {list(found[n])} instead of {list(expected[n])}" for n in reshaped),
     ]
     if problems:
         told = [one_line(problem) for problem in sorted(problems)[:_MOST_TOLD]]
         if len(problems) > _MOST_TOLD:
             told.append(f"and {len(problems) - _MOST_TOLD} more")
-        raise ConfigError(f"`model`: the tensors are not those of the config: {'; '.join(told)}")
+        raise ConfigError(f"`model`: the tensors do not match the config: {'; '.join(told)}")
 
 
 def _is_redundant(name: str, tied: bool) -> bool:
