@@ -143,8 +143,7 @@ def main(arguments: Sequence[str]) -> int:
     clock, failed, unfinished = Clock(config.minutes), False, []
     for part in config.parts:
         found: list[dict[str, Any]] = []
-        # A part that ran out of time keeps its rows; later parts may still hold cheaper
-        # measurements.
+        # A part that runs out of time keeps its rows.
         try:
             for row in PARTS[part](config, clock):
                 found.append(row)

@@ -12,8 +12,8 @@ from experiments.trainer.options import ConfigError, one_line
 
 Conversation = list[dict[str, str]]
 
-# Templates of LLaMA 3.1 and 3.2 tell the model a date. By default that of 3.1 tells this one, and
-# that of 3.2 today's, with which no run could be resumed on another day.
+# Templates of LLaMA 3.1 and 3.2 tell the model a date: by default 3.1 this one, and 3.2 today's,
+# with which no run could be resumed on another day.
 _DATE = "26 Jul 2024"
 
 # Processor time: 5 seconds, and one more for each 1000 conversations; ten thousand short ones take

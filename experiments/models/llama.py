@@ -215,7 +215,7 @@ class Block(nnx.Module):
         mask_BxLxS: jax.Array | None = None,
         cache: Cache | None = None,
     ) -> tuple[jax.Array, Cache]:
-        """The residual stream after this block, and what its attention has seen."""
+        """Returns the residual stream after this block and the cache of its attention."""
         y_BxLxD, seen = self.attn(self.attn_norm(x_BxLxD), positions_BxL, mask_BxLxS, cache)
         x_BxLxD = x_BxLxD + y_BxLxD
         return x_BxLxD + self.mlp(self.mlp_norm(x_BxLxD)), seen

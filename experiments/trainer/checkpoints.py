@@ -99,7 +99,7 @@ class Checkpoints:
         """
         if self.latest() == step:
             return
-        # 1. Describe the state.
+        # 1. Describe the state; this reads every array once, for its checksum.
         arguments = ocp.args.Composite(
             state=ocp.args.PyTreeSave(state), data=ocp.args.JsonSave(data)
         )
@@ -128,8 +128,8 @@ class Checkpoints:
         Raises:
           ConfigError: the checkpoint is of another run, or damaged.
         """
-        # 1. The mesh of this run may differ from that of the run that saved: the shardings are
-        #    those of `state`.
+        # 1. Shapes, dtypes and shardings come from `state`: this run may have another mesh than the
+        #    one that saved.
         shapes = jax.tree.map(_shape, state)
         arguments = ocp.args.Composite(
             state=ocp.args.PyTreeRestore(
@@ -137,8 +137,8 @@ class Checkpoints:
             ),
             data=ocp.args.JsonRestore(),
         )
-        # 2. From the cheapest check to the dearest: files, description, shapes, and the content of
-        #    the arrays last, once they are read.
+        # 2. Checks in order of cost: files, description, shapes, and the contents of arrays last,
+        #    once they are read.
         with self._damage_named(step):
             self._check_files(step)
             description = self.description(step)
@@ -146,7 +146,7 @@ class Checkpoints:
             compatibility.check_arrays(self._manager.item_metadata(step)["state"].tree, shapes)
             restored = self._manager.restore(step, args=arguments)
             compatibility.check_content(description, restored["state"])
-        # 3. A kill left this one unsealed. Its arrays and description have just been checked.
+        # 3. If a kill left it unsealed, seal it now: arrays and description have just been checked.
         if self._unsealed() == step:
             self._seal(step)
         return restored["state"], restored["data"]

@@ -95,7 +95,8 @@ def check_description(description: dict, config: Training) -> None:
 
 def check_arrays(stored: Any, wanted: Any) -> None:
     """Raises `ConfigError` unless both trees have the same paths, shapes and dtypes."""
-    # Path -> "dtype[shape]" on both sides; the first difference is told, those of the run first.
+    # Path -> "dtype[shape]" on both sides. Paths of this run come first in the search for a
+    # difference.
     there, here = _arrays(stored), _arrays(wanted)
     for path in [*here, *there]:
         if there.get(path) != here.get(path):

@@ -3,7 +3,7 @@
 Defaults live here and in the dataclasses of optimizers, nowhere else. The docstring of a field is
 its help text on the command line.
 
-A *record* is the JSON form of options, flat: those of the optimizer stand beside those of the run.
+A *record* is the JSON form of options, flat: an optimizer's options stand beside those of the run.
 Result files and checkpoints keep records. Old records remain readable: options that they lack have
 their defaults (`in_record`).
 """

@@ -1,8 +1,8 @@
 """Fine-tuning: `finetune(config)` loads a model and a task, answers, trains, and answers again.
 
 A *held-out item* is a question that no run trains on. The model answers all of them by greedy
-generation before and after training; the losses in between are those of the held-out answers'
-tokens.
+generation before and after training; validation in between measures the loss of the tokens of their
+answers.
 """
 
 import hashlib

@@ -220,7 +220,7 @@ def begin(config: Training, digest: str, what: str) -> None:
 
 
 def state_bytes(opt_state: optax.OptState) -> int:
-    """Returns the bytes of all arrays, or of their shapes and dtypes, in an optimizer state."""
+    """Returns the bytes of an optimizer state, given as arrays or as their shapes and dtypes."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(opt_state))
 
 

@@ -5,7 +5,7 @@ its losses, seconds and bytes. The file is rewritten after each run, one entry a
 was stopped resumes from its last checkpoint, so that a study may be stopped at any time and
 continued by the same command. Several runs may train at a time, each on cores of its own.
 
-The way of a run through this module: `complete` finds the configurations without an entry, `_run`
+How a run passes through this module: `complete` finds the configurations without an entry, `_run`
 hands them to this process or to several, `_entry` trains and makes the entry.
 """
 
@@ -136,7 +136,7 @@ def identity(config: Training) -> dict[str, Any]:
 
 
 def _is_of(entry: Entry, config: Training) -> bool:
-    """Whether an entry, perhaps of an older version, is that of a configuration."""
+    """Whether an entry, perhaps from an older version, belongs to a configuration."""
     old = entry["config"]
     if (old["optimizer"], old["seed"]) != (config.optimizer.name, config.seed):
         return False  # a cheap test that tells most entries apart
@@ -316,7 +316,7 @@ def _use_cores(cores: Any) -> None:
 def _entry(
     config: Training, trainer: Trainer, deadline: float | None = None, show: bool = False
 ) -> Entry:
-    """Trains, from the last checkpoint if there is one; returns the entry of the run."""
+    """Trains from the last checkpoint, if there is one, and returns the entry of the run."""
     if show:
         named = config.optimizer.name
         print(f"\n== {named}, learning rate {config.learning_rate:g}, seed {config.seed}")
@@ -330,7 +330,7 @@ def _entry(
         result, more = trainer(dataclasses.replace(config, resume=saved), show=show)
     if result.stopped_by:
         raise OutOfTime if is_over(deadline) else Stopped
-    # 3. Make the entry; then the directory, with its checkpoints, has served.
+    # 3. Make the entry. The directory with its checkpoints is no longer needed.
     described = json.loads((Path(config.run_dir) / "config.json").read_text())
     held_out = [record for record in result.metrics if "validation_loss" in record]
     shutil.rmtree(config.run_dir)

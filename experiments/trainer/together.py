@@ -138,8 +138,8 @@ def train(configs: Sequence[Config], deadline: float | None = None) -> list[swee
                 )
     saver.close()
     shutil.rmtree(home.run_dir, ignore_errors=True)
-    # 5. The entries. Bytes and numbers of weights are those of one run, from shapes without the
-    #    axis over runs.
+    # 5. The entries. Bytes and numbers of weights are of one run, from shapes without the axis over
+    #    runs.
     alone = jax.eval_shape(lambda state: jax.tree.map(lambda leaf: leaf[0], state.params), state)
     opt_state = jax.eval_shape(optimizers.build(first, arch.layers).init, alone)
     return [
