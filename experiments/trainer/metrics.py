@@ -109,6 +109,7 @@ class Report:
 
     def validation(self, step: int, loss: float) -> None:
         """Records a validation loss in nats per token and prints a line.
+
         Call `flush` before the loss is computed, or its time counts as time of steps.
         """
         self._note(step, {"validation_loss": loss})
