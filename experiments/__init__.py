@@ -1,4 +1,4 @@
-"""Experiments with gum_optax: the commands a person types, and a room for each kind of work."""
+"""Experiments with gum_optax: commands to run with `python -m`, and packages for their parts."""
 
 import os
 import sys
@@ -7,16 +7,17 @@ _TUNABLE = "GLIBC_TUNABLES"
 
 
 def _with_huge_pages() -> None:
-    """Starts a command again with large arrays in huge pages, where the system has them.
+    """Restarts a command with large arrays in huge pages, on systems that have them.
 
-    A training step on CPUs makes and frees hundreds of megabytes. Page by page, that is 45,000 page
-    faults a step of the nano model, and with huge pages a twentieth of them; no number changes.
-    glibc reads the setting only when a process starts, so it cannot be set later. The process keeps
-    its id, and its signals and files are the same.
+    A training step on CPUs allocates and frees hundreds of megabytes. In ordinary pages that takes
+    45,000 page faults a step of the nano model; huge pages need a twentieth of them. No number
+    changes. glibc reads the setting only when a process starts, so it cannot be set later. The
+    process keeps its id, signals and files.
 
-    Only a command started as `python -m experiments.x` is, not what imports this package: while
-    `-m` looks for its module, that is all that stands in `sys.argv[0]`.
+    Only commands started as `python -m experiments.x` restart, not programs that import this
+    package: while `-m` looks for its module, `sys.argv[0]` is "-m".
     """
+    # A user's own setting of the variable also prevents a second restart.
     if sys.platform == "linux" and sys.argv[:1] == ["-m"] and _TUNABLE not in os.environ:
         environment = os.environ | {_TUNABLE: "glibc.malloc.hugetlb=1"}
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)

@@ -1,14 +1,15 @@
-"""What the device at hand is worth to GUM, in so many minutes: `python -m experiments.accelerator`.
+"""Measures GUM on a GPU or TPU within a given time: `python -m experiments.accelerator`.
 
-In order of value, until the time is up:
+Parts, in order of value, until the time is up:
 
-1. correctness: are updates on this device those of the CPU?
-2. update: seconds and bytes of GUM's update beside AdamW's, Muon's and GaLore's, of large models;
+1. correctness: do updates on this device agree with those on the CPU?
+2. update: seconds and bytes of GUM's update beside AdamW's, Muon's and GaLore's, on large models;
 3. training: tokens per second and peak memory of whole training steps;
 4. pretraining: a short comparison on text.
 
-Each part has a file of results, which is rewritten after every measurement: what is done when the
-time is up, or the machine is taken away, is kept. Every measurement is a process of its own.
+Each part has a result file, which is rewritten after every measurement: results are kept when the
+time is up or the machine is taken away. Every measurement is a *job*, a process of its own: its
+peak memory is not another's, and one that fails or hangs ends alone.
 """
 
 import dataclasses
@@ -26,14 +27,14 @@ from experiments.trainer.options import Checked, at_least, option, positive
 
 PROGRAM = "experiments.accelerator"
 ROOT = Path(__file__).parents[1]
-# Newton-Schulz enlarges what products round: float32 on two CPUs differs by 1e-4, and a GPU's
-# products of fewer digits (TF32) by a per cent.
+# Newton-Schulz amplifies rounding errors of products: float32 on two CPUs differs by 1e-4, and a
+# GPU's products of fewer digits (TF32) by a per cent.
 AGREES = 0.03
-UNFINISHED = 75  # exit code, EX_TEMPFAIL of sysexits.h: not all was reached
-_LEAST = 20.0  # seconds: a measurement that could have less is not begun
+UNFINISHED = 75  # exit code, EX_TEMPFAIL of sysexits.h: some parts were not finished
+_LEAST = 20.0  # seconds that must be left to begin a measurement
 
 Part = Literal["correctness", "update", "training", "pretraining"]
-# What is compared on text: options of a run at rates that suit a model of 60 million parameters.
+# The runs of the comparison on text, at learning rates that suit a model of 60 million parameters.
 RUNS: dict[str, dict[str, Any]] = {
     "AdamW": {"optimizer": "adamw", "learning_rate": 1e-3},
     "Muon": {"optimizer": "muon", "learning_rate": 1.5e-3},
@@ -51,14 +52,14 @@ RUNS: dict[str, dict[str, Any]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Config(Checked):
-    """Check, time and train on whatever device there is, for so many minutes."""
+    """Check, time and train on the present device for a given time."""
 
     minutes: float = option(25.0, positive)
-    """When to stop: no measurement begins then, and the one that runs is ended."""
+    """Minutes after which no measurement begins, and the running one is ended."""
     parts: tuple[Part, ...] = ("correctness", "update", "training", "pretraining")
-    """What to do, in this order."""
+    """Parts to run, in this order."""
     out: Path = Path("experiments/results/accelerator")
-    """Directory of the results, one file for each part."""
+    """Directory of the result files, one for each part."""
 
     optimizers: tuple[str, ...] = ("gum", "muon", "adamw", "galore", "joint_muon", "apollo")
     """correctness: optimizers, by their names in experiments.pretrain."""
@@ -72,38 +73,44 @@ class Config(Checked):
     rank: int = option(256, at_least(1))
     """update, training, pretraining: rank of the projection."""
     full_rank_layers: int = option(2, at_least(0))
-    """update: gamma, full-rank layers of each role in a period."""
+    """update: gamma, number of full-rank layers of each role in a period."""
     period: int = option(200, at_least(1))
-    """update: steps over which the cost of a refresh is spread."""
+    """update: period, over which the cost of a refresh is averaged."""
     repeats: int = option(20, at_least(1))
-    """update: how often a plain step and a refresh are timed, at most."""
+    """update: number of timings of an ordinary step and of a refresh, at most."""
 
     training_presets: tuple[str, ...] = ("60m", "130m")
-    """training: models."""
+    """training: presets of experiments.models.presets to train."""
     training_optimizers: tuple[str, ...] = ("gum", "adamw", "muon")
     """training: optimizers, by their names in experiments.pretrain."""
     batch_size: int = option(32, at_least(1))
     """training, pretraining: windows of 256 tokens in one step."""
     training_steps: int = option(20, at_least(5))
-    """training: steps; every fourth is a refresh, the first two are not counted."""
+    """training: steps; every fourth is a refresh, and the first two are not counted."""
 
     preset: str = "60m"
-    """pretraining: the model."""
+    """pretraining: preset of the model."""
     runs: tuple[str, ...] = tuple(RUNS)
-    """pretraining: what is compared, by the names in this module."""
+    """pretraining: runs to compare, by their names in this module."""
     steps: int | None = option(None, at_least(1))
-    """pretraining: steps of each run. None: as many as the time allows, 2000 at most, by the
-    seconds that the first 20 take."""
+    """pretraining: steps of each run. None: as many as the time allows, estimated from the first 20
+    steps, and 2000 at most."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """pretraining: type of the forward and backward pass."""
+    """pretraining: data type of the forward and backward pass."""
     corpus: tuple[str, ...] = ("stdlib",)
-    """pretraining: what to read, as in experiments.pretrain."""
+    """pretraining: text to train on, as in experiments.pretrain."""
     cache_dir: str | None = None
-    """pretraining: where tokens are kept, as in experiments.pretrain."""
+    """pretraining: directory of token files, as in experiments.pretrain."""
 
 
 class Job(NamedTuple):
-    """One measurement: a kind of `experiments.benchmarks.device`, what it is of, its options."""
+    """One measurement.
+
+    Attributes:
+      kind: its name in `experiments.benchmarks.device`.
+      of: the fields that identify it in a row of results.
+      options: its options.
+    """
 
     kind: str
     of: dict[str, Any]
@@ -111,31 +118,32 @@ class Job(NamedTuple):
 
 
 class OutOfTime(Exception):
-    """The minutes are over."""
+    """The time of the program is up."""
 
 
 class Clock:
-    """The seconds that are left."""
+    """The time left to the program, from its start on."""
 
     def __init__(self, minutes: float):
         self._end = time.monotonic() + 60 * minutes
 
     def left(self) -> float:
-        """Seconds until the time is up; negative after it."""
+        """Returns the seconds until the time is up; negative after it."""
         return self._end - time.monotonic()
 
     def demand(self) -> None:
-        """Raises `OutOfTime` unless there is time for one more measurement."""
+        """Raises `OutOfTime` unless there is time for another measurement."""
         if self.left() < _LEAST:
             raise OutOfTime
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs the parts; returns 0, 1 if something failed, or 75 if the time was too short."""
+    """Runs the parts; returns 0, or 1 if a measurement failed, or else 75 if time was too short."""
     config = cli.parse(Config, PROGRAM, arguments)
     clock, failed, unfinished = Clock(config.minutes), False, []
     for part in config.parts:
         found: list[dict[str, Any]] = []
+        # A part that runs out of time keeps its rows.
         try:
             for row in PARTS[part](config, clock):
                 found.append(row)
@@ -146,12 +154,12 @@ def main(arguments: Sequence[str]) -> int:
         failed |= any("error" in row or row.get("agrees") is False for row in found)
     print(f"\nresults: {config.out}")
     if unfinished:
-        print(f"the time was up in: {', '.join(unfinished)}")
+        print(f"out of time in: {', '.join(unfinished)}")
     return 1 if failed else UNFINISHED if unfinished else 0
 
 
 def correctness(config: Config, clock: Clock) -> Iterator[dict[str, Any]]:
-    """How far updates are from the CPU's."""
+    """Yields the difference between an update on the device and on the CPU, by optimizer."""
     for optimizer in config.optimizers:
         row = measure(Job("correctness", {"optimizer": optimizer}, {"optimizer": optimizer}), clock)
         if "error" not in row:
@@ -160,7 +168,7 @@ def correctness(config: Config, clock: Clock) -> Iterator[dict[str, Any]]:
 
 
 def update(config: Config, clock: Clock) -> Iterator[dict[str, Any]]:
-    """Seconds and bytes of updates."""
+    """Yields the seconds and bytes of an update, by model and contender."""
     shared = ("rank", "full_rank_layers", "period", "repeats")
     options = {name: getattr(config, name) for name in shared}
     for preset in config.update_presets:
@@ -170,7 +178,7 @@ def update(config: Config, clock: Clock) -> Iterator[dict[str, Any]]:
 
 
 def training(config: Config, clock: Clock) -> Iterator[dict[str, Any]]:
-    """Tokens per second and bytes of training steps."""
+    """Yields the tokens per second and bytes of training steps, by model and optimizer."""
     for preset in config.training_presets:
         for optimizer in config.training_optimizers:
             of = {"preset": preset, "optimizer": optimizer}
@@ -183,7 +191,7 @@ def training(config: Config, clock: Clock) -> Iterator[dict[str, Any]]:
 
 
 def pretraining(config: Config, clock: Clock) -> Iterator[dict[str, Any]]:
-    """Losses after equally many steps on the same text."""
+    """Yields the losses of the runs after equally many steps on the same text."""
 
     def job(name: str, steps: int) -> Job:
         shared = ("preset", "batch_size", "rank", "dtype", "corpus", "cache_dir")
@@ -191,22 +199,24 @@ def pretraining(config: Config, clock: Clock) -> Iterator[dict[str, Any]]:
         of = {"run": name, "steps": steps}
         return Job("pretrain", of, {"options": RUNS[name], "steps": steps} | options)
 
+    # 1. The number of steps: time left for a run, without its start, divided by the time of a step.
     steps = config.steps
     if steps is None:
-        # Trying prepares the text too, and the wall time of a second try has no such part; GUM's
-        # step is among the slowest.
+        # The first try also prepares the text, so the overhead of a run is taken from a second
+        # one. Both are of GUM, whose steps are among the slowest.
         first = measure(job("GUM", 20), clock)
         if "error" in first:
             yield first
             return
         begun = time.monotonic()
         tried = measure(job("GUM", 20), clock)
-        each = 0.8 * clock.left() / len(config.runs)  # a fifth is left for what varies
+        each = 0.8 * clock.left() / len(config.runs)  # a fifth is reserve: times vary
         overhead = time.monotonic() - begun
         steps = int(max(each - overhead, 0) / tried.get("seconds_per_step", float("inf")))
         if steps < 50:
-            raise OutOfTime  # too few to tell methods apart
+            raise OutOfTime  # too few steps to tell methods apart
         steps = min(steps, 2000)
+    # 2. The runs.
     for name in config.runs:
         yield measure(job(name, steps), clock)
 
@@ -220,10 +230,10 @@ PARTS: dict[str, Callable[[Config, Clock], Iterator[dict[str, Any]]]] = {
 
 
 def measure(job: Job, clock: Clock) -> dict[str, Any]:
-    """Runs a job in a process of its own; what it found, or why it found nothing.
+    """Runs a job in a process of its own; returns a row with its results, or with its error.
 
     Raises:
-      OutOfTime: the time is up, before it or while it ran.
+      OutOfTime: the time is up, before the job or during it.
     """
     clock.demand()
     command = [sys.executable, "-m", "experiments.benchmarks.device"]
@@ -237,19 +247,20 @@ def measure(job: Job, clock: Clock) -> dict[str, Any]:
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         return job.of | {"error": lines[-1][:500]}
+    # Other lines may come from libraries; the last one is the answer.
     answer = json.loads(done.stdout.splitlines()[-1])
     return job.of | answer["found"] | {"device": answer["device"]}
 
 
 def _write(config: Config, part: str, found: Sequence[dict[str, Any]]) -> None:
-    """The rows of a part, beside the device that they are of."""
+    """Writes the rows of a part, with the device that they were measured on."""
     device = next((row["device"] for row in found if "device" in row), {"platform": "unknown"})
     rows = [{name: value for name, value in row.items() if name != "device"} for row in found]
     reporting.write(config.out / f"{part}.json", config, device=device, rows=rows)
 
 
 def _line(row: dict[str, Any]) -> str:
-    """A measurement on one line, without its curve."""
+    """Formats a measurement on one line, without its curve."""
     hidden = {"device", "curve"}
     cells = (f"{name} {reporting.cell(v)}" for name, v in row.items() if name not in hidden)
     return ", ".join(cells)

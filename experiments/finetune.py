@@ -1,4 +1,8 @@
-"""Fine-tune a pretrained language model on a task: `python -m experiments.finetune --help`."""
+"""Fine-tunes a pretrained language model on a task: `python -m experiments.finetune --help`.
+
+The exit code is 0 after the last step, 2 for an option that cannot work, and 128 plus the number of
+the signal that stopped the run.
+"""
 
 import dataclasses
 import shlex
@@ -29,12 +33,13 @@ class Command:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs or resumes fine-tuning; returns the exit code."""
+    """Runs or resumes a fine-tuning run; returns the exit code."""
     command = cli.parse(Command, PROGRAM, arguments)
-    # These import models, data and checkpoints, which takes seconds; `--help` needs none.
+    # Imported here because models, data and checkpoints take seconds; `--help` needs none.
     from experiments.trainer import checkpoints, processes
     from experiments.trainer.finetuning import finetune
 
+    # Before anything touches a device.
     processes.join(command.launch)
     with checkpoints.storage_faults(command.config):
         outcome = finetune(command.config)
@@ -45,8 +50,8 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _conclude(config: Config, outcome: "Outcome", arguments: Sequence[str]) -> None:
-    """Draws the loss curve and says how the run ended."""
-    # Matplotlib takes a second to import, and other processes than the first do not draw.
+    """Draws the loss curve and prints how the run ended."""
+    # Matplotlib takes a second to import, and only the first process draws.
     from experiments import reporting
     from experiments.trainer import evaluation
     from experiments.trainer.finetuning import accuracy_path, share
@@ -57,12 +62,14 @@ def _conclude(config: Config, outcome: "Outcome", arguments: Sequence[str]) -> N
     path = Path(config.run_dir) / "loss.png"
     picture = reporting.loss_curves({label: result.metrics}, path, title)
     if outcome.after is None:
+        # The command that resumes this run: its own arguments, with `--resume`.
         again = [*arguments, *([] if config.resume else ["--resume"])]
         print(
             f"stopped by {signal.Signals(result.stopped_by or 0).name} after step {result.step}, "
             f"which is saved; continue with:\n  python -m {PROGRAM} {shlex.join(again)}"
         )
         return
+    # Some answers, the share of right ones before and after, and the loss.
     print(
         f"\nanswers of the trained model:\n"
         f"{evaluation.examples(outcome.after.answers[: config.shown])}\n\n"

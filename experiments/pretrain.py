@@ -1,4 +1,8 @@
-"""Pretrain a language model: `python -m experiments.pretrain --help`."""
+"""Pretrains a language model: `python -m experiments.pretrain --help`.
+
+The exit code is 0 after the last step, 2 for an option that cannot work, and 128 plus the number of
+the signal that stopped the run.
+"""
 
 import dataclasses
 import shlex
@@ -32,10 +36,11 @@ class Command:
 def main(arguments: Sequence[str]) -> int:
     """Runs or resumes a training run; returns the exit code."""
     command = parse(arguments)
-    # These import the network, data and checkpoints, which takes seconds; `--help` needs none.
+    # Imported here because the model, data and checkpoints take seconds; `--help` needs none.
     from experiments.trainer import checkpoints, processes
     from experiments.trainer.pretraining import train
 
+    # Before anything touches a device.
     processes.join(command.launch)
     with checkpoints.storage_faults(command.config):
         result = train(command.config)
@@ -45,7 +50,8 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def parse(arguments: Sequence[str]) -> Command:
-    """The options of a run; what is not given has the defaults of the recipe, if there is one."""
+    """Parses the options of a run; a recipe, if there is one, gives the defaults of all others."""
+    # Parsed twice: the first time for the name of the recipe, the second with its defaults.
     command = cli.parse(Command, PROGRAM, arguments)
     if not (recipe := command.config.recipe):
         return command
@@ -55,8 +61,8 @@ def parse(arguments: Sequence[str]) -> Command:
 
 
 def _conclude(config: Config, result: "Result", arguments: Sequence[str]) -> None:
-    """Draws the loss curve and says how the run ended."""
-    # Matplotlib takes a second to import, and other processes than the first do not draw.
+    """Draws the loss curve and prints how the run ended."""
+    # Matplotlib takes a second to import, and only the first process draws.
     from experiments import reporting
 
     label = f"{config.optimizer.name}, {config.learning_rate:g}"
@@ -64,6 +70,7 @@ def _conclude(config: Config, result: "Result", arguments: Sequence[str]) -> Non
     path = Path(config.run_dir) / "loss.png"
     picture = reporting.loss_curves({label: result.metrics}, path, title)
     if result.stopped_by:
+        # The command that resumes this run: its own arguments, with `--resume`.
         again = [*arguments, *([] if config.resume else ["--resume"])]
         name = signal.Signals(result.stopped_by).name
         print(

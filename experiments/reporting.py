@@ -1,7 +1,7 @@
-"""What a command leaves: result files, tables for the terminal, and figures.
+"""Result files, tables for the terminal and figures of all commands.
 
-A result file says what it rests on: configuration, versions, device and commit. A figure lies
-beside its result file.
+A result file records its origin: configuration, versions, device and commit. A figure lies beside
+its result file, under the same name.
 """
 
 import json
@@ -20,7 +20,8 @@ from experiments.trainer.options import make_directory
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Figures are files. Matplotlib, which takes a second to import, is where one is drawn.
+# Figures are only written to files, never shown. Matplotlib takes a second to import, so functions
+# that draw import it.
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 # Okabe and Ito's palette: distinct under the common kinds of colour blindness.
@@ -29,13 +30,14 @@ MARKERS = "os^Dv*P"
 
 
 class Style(NamedTuple):
-    """How an optimizer is called and drawn, in all figures."""
+    """The name, colour and marker of an optimizer in all figures."""
 
     name: str
     colour: str
     marker: str
 
 
+# By the names in `trainer.optimizers.OPTIMIZERS`. Where two share a colour, their markers differ.
 STYLES = {
     "gum": Style("GUM", COLOURS[0], "o"),
     "adamw": Style("AdamW", COLOURS[1], "s"),
@@ -53,17 +55,18 @@ STYLES = {
     "joint_muon": Style("joint Muon", COLOURS[2], "X"),
 }
 
-# Corpora as titles of figures call them, by the last part of their names.
+# Names of corpora in the titles of figures, by the last part of their paths.
 CORPORA = {"stdlib": "Python's standard library", "sotu": "speeches"}
 
 
 def write(path: Path, config: Any, **results: Any) -> dict[str, Any]:
-    """Writes `results` under a description of what made them; returns all that was written.
+    """Writes a result file; returns its content.
 
     Args:
-      path: the JSON file; its directory is made.
-      config: a dataclass.
-      **results: what JSON can hold; with `device`, where another process found that.
+      path: the JSON file; its directory is made if needed.
+      config: the options, a dataclass.
+      **results: further fields, of types that JSON has. `device` describes the device of another
+        process; by default this process describes its own.
 
     Raises:
       ConfigError: the directory cannot be made.
@@ -81,7 +84,7 @@ def write(path: Path, config: Any, **results: Any) -> dict[str, Any]:
 
 
 def device() -> dict[str, Any]:
-    """The devices that JAX uses, and the CPU that drives them."""
+    """Describes the devices that JAX uses, and the CPU of this machine."""
     first = jax.devices()[0]
     described = {
         "platform": first.platform,
@@ -95,9 +98,9 @@ def device() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The commit that is checked out, with "+" if files differ from it; None outside a clone.
+    """Returns the checked-out commit, with "+" if files differ from it; None outside a clone.
 
-    Results do not count: those of one study are written before the next one runs.
+    Changed result files do not count: one study writes its results before the next one runs.
     """
     here = Path(__file__).parent
     try:
@@ -109,13 +112,14 @@ def commit() -> str | None:
 
 
 def table(title: str, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Prints rows under a title; None is a dash, and numbers have four digits."""
+    """Prints a table under a title; its cells are formatted by `cell`."""
     print(f"\n{title}\n{aligned(head, rows)}")
 
 
 def aligned(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Rows under their heads, in columns for a terminal."""
+    """Formats rows under their heads, in aligned columns for a terminal."""
     cells = [list(head), *([cell(value) for value in row] for row in rows)]
+    # Each column is as wide as its longest cell; two spaces between columns.
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
@@ -124,17 +128,17 @@ def aligned(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def size(count: int) -> str:
-    """Bytes in the one unit that all tables and messages have."""
+    """Formats a number of bytes in MiB, the unit of all tables and messages."""
     return f"{count / 2**20:,.1f} MiB"
 
 
 def title(*names: str) -> str:
-    """Names in the title of a figure; of a path, the last part alone."""
+    """Joins names for the title of a figure; a path is shortened to its last part."""
     return " ".join(Path(name).name or name for name in names)
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Rows under their heads, in Markdown."""
+    """Formats rows under their heads as a Markdown table."""
     lines = ["| " + " | ".join(row) + " |" for row in (head, *rows)]
     return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
 
@@ -143,16 +147,21 @@ def loss_curves(runs: dict[str, list[dict]], path: Path, title: str) -> Path:
     """Draws training loss (thin) and validation loss (marked) of each run over the steps.
 
     Args:
-      runs: label to the records of a metrics file; the name of an optimizer has its colour.
-      path: the PNG to write.
-      title: what the picture shows.
+      runs: records of a metrics file by label; the name of an optimizer gets its style.
+      path: the PNG to write; an SVG goes beside it.
+      title: title of the figure.
+
+    Returns:
+      The path of the PNG.
     """
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for i, (label, records) in enumerate(runs.items()):
+        # Any other label has a style by its place.
         others = Style(label, COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)])
         name, colour, marker = STYLES.get(label, others)
+        # Training losses are noisy: thin and pale, without an entry in the legend.
         axes.plot(*_series(records, "loss"), color=colour, alpha=0.35, linewidth=0.8)
         held_out = _series(records, "validation_loss")
         axes.plot(*held_out, color=colour, marker=marker, label=f"{name}, validation")
@@ -163,12 +172,12 @@ def loss_curves(runs: dict[str, list[dict]], path: Path, title: str) -> Path:
 
 
 def save(figure: "Figure", results: Path) -> Path:
-    """Writes a figure beside a result file, as PNG and SVG, and frees it; returns the PNG."""
+    """Writes a figure beside a result file as PNG and SVG, frees it, and returns the PNG's path."""
     import matplotlib.pyplot as plt
 
     path = results.with_suffix(".png")
     figure.savefig(path, dpi=150)
-    # Neither names by chance nor a date: the same figure is the same file.
+    # Without random ids and a date, the same figure is the same file.
     with plt.rc_context({"svg.hashsalt": path.stem}):
         figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
     plt.close(figure)
@@ -176,13 +185,14 @@ def save(figure: "Figure", results: Path) -> Path:
 
 
 def _settings(config: Any) -> dict[str, Any]:
-    """The options but `out`: where a result lies decides nothing, and may be a private path."""
+    """Returns the record of all options except `out`, which may be a private path."""
     fields = record(config)
     fields.pop("out", None)
     return fields
 
 
 def _cpu_model() -> str | None:
+    """Returns the name of the CPU; None on systems other than Linux."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -191,18 +201,20 @@ def _cpu_model() -> str | None:
 
 
 def _git(*arguments: str, cwd: Path) -> str:
+    """Returns the output of a git command; raises if it fails."""
     command = ["git", *arguments]
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=True)
     return done.stdout.strip()
 
 
 def cell(value: Any) -> str:
-    """A value in a table: None is a dash, a number has four digits."""
+    """Formats a value in a table: None as a dash, a float with four digits."""
     if value is None:
         return "-"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _series(records: list[dict], name: str) -> tuple[list[int], list[float]]:
+    """Returns the steps and values of a metric, from the records that have it."""
     points = [(record["step"], record[name]) for record in records if name in record]
     return [step for step, _ in points], [value for _, value in points]

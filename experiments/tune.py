@@ -1,8 +1,9 @@
-"""Grids of optimizer, learning rate and seed on one model: `python -m experiments.tune --help`.
+"""Trains grids of optimizer, learning rate and seed: `python -m experiments.tune --help`.
 
-With `--trials`, a Bayesian search takes the place of the grid: over the learning rate, and over
-that of the fallback as a multiple of it. The result file is rewritten after each run, and runs that
-it already holds are not repeated: both may be stopped at any time, and the same command goes on.
+With `--trials`, a Bayesian search replaces the grid. It searches over the learning rate and over
+the ratio of the fallback's learning rate to it. The result file is rewritten after each run, and
+runs that it already holds are not repeated: both may be stopped at any time, and the same command
+continues.
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ class Grid(Sitting):
     """Train with every combination of optimizers, learning rates and seeds."""
 
     jobs: int = option(1, at_least(1))
-    """Runs that train at a time, each on its share of the cores."""
+    """Runs to train at a time, each on its share of the cores."""
     optimizers: tuple[Name, ...] = ("gum", "adamw")
     """Optimizers to compare."""
     learning_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
@@ -32,20 +33,22 @@ class Grid(Sitting):
     seeds: tuple[int, ...] = (0,)
     """Seeds of weights, data order and draws."""
     trials: int | None = option(None, at_least(1))
-    """Runs of a Bayesian search for each optimizer and seed, between the least and the largest of
-    the learning rates, with the fallback's up to ten times smaller or larger. None: the grid."""
+    """Runs of a Bayesian search for each optimizer and seed, between the smallest and the largest
+    of the learning rates, with the fallback's between a tenth and ten times of each. None: a
+    grid."""
     out: str = "experiments/results/demo_grid.json"
-    """The JSON file to write or add to."""
+    """JSON file to write, or to add runs to."""
+    # No checkpoints by steps: those by minutes suffice to resume.
     base: Config = dataclasses.field(
         default_factory=lambda: Config(run_dir="runs/tune", checkpoint_every=1_000_000)
     )
-    """All other options of a run, as in experiments.pretrain."""
+    """All other options of the runs, as in experiments.pretrain."""
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs what is missing from the grid and prints a table; returns the exit code."""
+    """Trains the missing runs of the grid or search and prints a table; returns the exit code."""
     grid = cli.parse(Grid, PROGRAM, arguments)
-    # They import data, checkpoints and the network, which takes seconds; `--help` needs none.
+    # Imported here because data, checkpoints and the model take seconds; `--help` needs none.
     from experiments.trainer import sweeps
 
     complete = sweeps.runner(grid, Path(grid.out))
@@ -55,9 +58,10 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def configurations(grid: Grid) -> list[Config]:
-    """One configuration for each point of the grid."""
+    """Returns one configuration for each point of the grid, with a directory of its own."""
     from experiments.trainer import sweeps
 
+    # Seeds outermost: a grid that is stopped is complete for the first ones.
     points = [
         change(grid.base, optimizer=optimizer, learning_rate=rate, seed=seed)
         for seed in grid.seeds
@@ -69,7 +73,7 @@ def configurations(grid: Grid) -> list[Config]:
 
 
 def searched(grid: Grid, complete: Callable[..., list[dict]]) -> list[dict]:
-    """The runs of a search for each optimizer and seed, in which one run follows another."""
+    """Returns the entries of a search for each optimizer and seed; its runs follow one another."""
     from experiments.trainer import search, sweeps
 
     entries = []
@@ -77,16 +81,20 @@ def searched(grid: Grid, complete: Callable[..., list[dict]]) -> list[dict]:
         for optimizer in grid.optimizers:
             base = change(grid.base, optimizer=optimizer, seed=seed)
 
+            # 1. The loss at a point: a run like those of a grid, so that the result file keeps it.
             def loss(point: dict[str, float], base: Config = base) -> float:
                 run = search.at_size(base, point["size"])
                 run = change(
                     run, fallback_learning_rate=float(f"{run.learning_rate * point['ratio']:.3g}")
                 )
                 home = sweeps.directory(grid.base.run_dir, run)
+                # A run that the file holds already is not repeated: its loss comes from there.
                 [entry] = complete([dataclasses.replace(run, run_dir=home)])
                 entries.append(entry)
                 return entry["validation_loss"]
 
+            # 2. The coordinates: the size of updates, which covers the grid's learning rates, and
+            #    the ratio of the fallback's learning rate to the matrices'.
             scale = search.scale(base)
             rates = min(grid.learning_rates) * scale, max(grid.learning_rates) * scale
             ranges = {"size": rates, "ratio": (0.1, 10.0)}
@@ -96,7 +104,7 @@ def searched(grid: Grid, complete: Callable[..., list[dict]]) -> list[dict]:
 
 
 def table(entries: list[dict]) -> str:
-    """The runs, each optimizer's best first."""
+    """Formats the runs as a table, ordered by optimizer and then by loss."""
     best = sorted(entries, key=lambda e: (e["config"]["optimizer"], e["validation_loss"]))
     return reporting.aligned(
         ("optimizer", "learning rate", "seed", "validation loss", "optimizer state", "s per step"),

@@ -1,1 +1,1 @@
-"""From text to tokens to batches, and from questions to answers to learn."""
+"""Data: text to tokens to batches for pretraining, examples to batches for fine-tuning."""

@@ -1,8 +1,9 @@
 """Renders chat templates, as a program with limits that only `templates` starts.
 
-A chat template is a program of whoever made the model. Here it runs in Jinja's sandbox, in a
-process that has no environment, may not write files, and has bounds on memory, time and output.
-Only Jinja is imported: the process starts in a tenth of a second, and holds nothing worth reaching.
+A chat template is a program written by the author of the model, and untrusted. Here it runs in
+Jinja's sandbox, in a process without environment variables that cannot write files and has bounds
+on memory, time and output. The process imports no package but Jinja: it starts in a tenth of a
+second, and holds nothing that a template could steal.
 """
 
 import contextlib
@@ -28,7 +29,7 @@ class Generation(jinja2.ext.Extension):
 
 
 class Namespace(utils.Namespace):
-    """Jinja's, without names that begin with an underscore, by which Python's internals go."""
+    """Jinja's namespace without names that begin with an underscore, as Python's internals do."""
 
     def __init__(self, *pairs: Any, **values: Any) -> None:
         super().__init__()
@@ -42,7 +43,12 @@ class Namespace(utils.Namespace):
 
 
 def compiled(template: str, date: str) -> jinja2.Template:
-    """The template, with the filters and functions that chat templates expect."""
+    """Compiles a template, with the filters and functions that chat templates expect.
+
+    Args:
+      template: a Jinja template.
+      date: the text that `strftime_now` returns, whatever the format.
+    """
 
     def to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, **options)
@@ -50,11 +56,12 @@ def compiled(template: str, date: str) -> jinja2.Template:
     def fail(message: str) -> None:
         raise jinja2.exceptions.TemplateError(message)
 
+    # The settings, extensions and names of transformers, for which templates are written.
     environment = sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = to_json
-    # A template that asks for today's date gets the same one on every day.
+    # A template that asks for today's date gets the same date every day, so that runs can resume.
     environment.globals |= {
         "raise_exception": fail,
         "strftime_now": lambda _format: date,
@@ -64,7 +71,7 @@ def compiled(template: str, date: str) -> jinja2.Template:
 
 
 def bounded(parts: Iterator[str], most: int) -> str:
-    """Joins the parts of a text; stops where it gets longer than `most` characters."""
+    """Joins the parts of a text; raises `ValueError` as soon as it exceeds `most` characters."""
     text = ""
     for part in parts:
         text += part
@@ -74,13 +81,15 @@ def bounded(parts: Iterator[str], most: int) -> str:
 
 
 def main() -> None:
-    """Reads a request from stdin, and writes the texts or the reason why there are none."""
+    """Reads a request from stdin; writes the texts, or else the reason of a failure, to stdout."""
     request = json.load(sys.stdin)
+    # 1. Limits, before the template is even parsed.
     memory, seconds = request["memory"], request["seconds"]
     with contextlib.suppress(ValueError):  # macOS knows no limit on memory
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # the answer goes into a pipe
+    # 2. A list of texts, or a text that says what went wrong.
     try:
         template = compiled(request["template"], request["date"])
         answer: Any = [

@@ -1,4 +1,4 @@
-"""Chat templates, which are programs of strangers: rendered in another process, with limits."""
+"""Chat templates: untrusted programs, so they are rendered in another process with limits."""
 
 import functools
 import json
@@ -12,14 +12,15 @@ from experiments.trainer.options import ConfigError, one_line
 
 Conversation = list[dict[str, str]]
 
-# LLaMA 3.1 and 3.2 tell the model a date: by default the first one this, the second today's, with
-# which no run could be resumed on another day.
+# Templates of LLaMA 3.1 and 3.2 tell the model a date: by default 3.1 this one, and 3.2 today's,
+# with which no run could be resumed on another day.
 _DATE = "26 Jul 2024"
 
-# Ten thousand short conversations take a second.
+# Processor time: 5 seconds, and one more for each 1000 conversations; ten thousand short ones take
+# a second.
 _SECONDS, _EACH = 5, 1000
 _MEMORY = 2**29
-# To a conversation a template adds a system prompt and the marks of turns.
+# Characters that a template may add to a conversation: a system prompt, and the marks of turns.
 _MOST_ADDED = 100_000
 
 
@@ -30,13 +31,16 @@ def render(
     *,
     generate: bool,
 ) -> list[str]:
-    """The text of each conversation.
+    """Renders conversations as texts.
 
     Args:
-      template: a Jinja template, as Hugging Face's tokenizers have it.
-      conversations: each a list of messages with `role` and `content`.
+      template: a Jinja template from a Hugging Face tokenizer.
+      conversations: lists of messages with `role` and `content`.
       variables: further names that a template may use, such as the texts of special tokens.
-      generate: whether a text ends so that the assistant's turn comes next.
+      generate: whether a text ends with the start of the assistant's turn.
+
+    Returns:
+      One text for each conversation.
 
     Raises:
       ConfigError: the template fails, or takes more time or memory than any template needs.
@@ -58,23 +62,25 @@ def render(
 
 @functools.lru_cache(maxsize=4)  # the same short conversation shows how each text ends
 def _render(request: str) -> tuple[str, ...]:
+    """Renders a request in a process of its own; see `rendering`."""
     # 1. `-I`: neither the directory nor the environment adds to what Python imports.
     command = [sys.executable, "-I", rendering.__file__]
-    # 2. Processor time is limited inside; the clock ends a process that waits or is starved.
+    # 2. The process limits its own processor time; this timeout ends one that waits or is starved.
     patience = 10 * json.loads(request)["seconds"]
     try:
         done = subprocess.run(
             command, input=request.encode(), capture_output=True, env={}, timeout=patience
         )
     except subprocess.TimeoutExpired as error:
-        raise _refusal(f"it has not ended after {patience} s") from error
-    # 3. A process that a limit has ended answers nothing.
+        raise _refusal(f"it did not end within {patience} s") from error
+    # 3. A process that was ended by a limit writes no answer.
     if done.returncode < 0:
         raise _refusal("it does not end, or takes too much memory, and was stopped")
     try:
         answer = json.loads(done.stdout)
     except ValueError as error:
         raise _refusal(one_line(done.stderr.decode("utf-8", "replace")[-200:])) from error
+    # 4. A list of texts is the answer; a text alone is the reason of a failure.
     if isinstance(answer, str):
         raise _refusal(one_line(answer))
     return tuple(answer)

@@ -1,7 +1,10 @@
-"""Text to batches: documents, a byte-level BPE, a flat token file on disk, shuffled windows.
+"""Text to batches: documents, a byte-level BPE, flat token files on disk, shuffled windows.
 
-The token files are made once and kept in a cache directory under a name that is a hash of all
-they depend on. Training reads them through `grain`, whose iterator state goes into checkpoints.
+1. `prepare` makes the token files of a corpus once: it trains a tokenizer, or loads one, and writes
+   all documents end to end, each followed by the token `END`. They stay in a cache directory, under
+   a name that is a hash of everything that they depend on.
+2. `training_batches` and `validation_batches` cut them into windows of `seq_len + 1` tokens, which
+   `grain` shuffles and batches. The state of its iterator goes into checkpoints.
 """
 
 import contextlib
@@ -31,7 +34,15 @@ _FORMAT = 2  # raise when the content of the token files changes meaning
 
 
 class Data(NamedTuple):
-    """Token files as memory maps, with the tokenizer that made them."""
+    """The token files of a corpus.
+
+    Attributes:
+      tokenizer: the tokenizer that made them.
+      train: tokens to train on, a memory map uint16 or uint32 `[tokens]`.
+      validation: held-out tokens, the same.
+      digest: hash of both.
+      directory: their place in the cache.
+    """
 
     tokenizer: Tokenizer
     train: np.ndarray
@@ -41,7 +52,11 @@ class Data(NamedTuple):
 
 
 class Windows:
-    """Windows of `seq_len + 1` tokens that cover a token file; neighbours share one token."""
+    """Windows of `seq_len + 1` tokens that cover a token file, as a sequence of int32 arrays.
+
+    Neighbours share one token, the target at the end of one and the first input of the next, so
+    that each token but the first is a target once. A remainder at the end is left out.
+    """
 
     def __init__(self, tokens: np.ndarray, seq_len: int):
         self._tokens, self._seq_len = tokens, seq_len
@@ -55,7 +70,10 @@ class Windows:
 
 
 class Rows:
-    """Windows in order, but of each `batch_size` of them only those at `rows`."""
+    """Windows in order, but only those at `rows` in each batch of `batch_size`.
+
+    A process reads the rows that its devices hold, and not the others.
+    """
 
     def __init__(self, order: grain.MapDataset, batch_size: int, rows: Sequence[int]):
         self._order, self._batch_size, self._rows = order, batch_size, rows
@@ -64,16 +82,18 @@ class Rows:
         return len(self._order) // self._batch_size * len(self._rows)
 
     def __getitem__(self, index) -> np.ndarray:
+        # Window index -> (batch, number of the row within `rows`) -> place in the whole order.
         batch, row = divmod(int(index), len(self._rows))
         return np.asarray(self._order[batch * self._batch_size + self._rows[row]])
 
 
 def prepare(config: Config, vocab_size: int) -> Data:
-    """The token files of `config`, made now or found in the cache.
+    """Makes the token files of `config`, or finds them in the cache.
 
     Raises:
       ConfigError: the corpus or the tokenizer cannot be read, or there is too little text.
     """
+    # 1. The name: a hash of everything that decides the tokens.
     sources = corpora.find(config.corpus)
     tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else None
     spec = [
@@ -86,9 +106,11 @@ def prepare(config: Config, vocab_size: int) -> Data:
     ]
     name = hashlib.blake2b(json.dumps(spec).encode(), digest_size=12).hexdigest()
     directory = cache_directory(config) / name
+    # 2. Make the files if they are missing or damaged.
     if not seals.is_intact(directory):
         make_directory("cache_dir", directory.parent)
-        # Of several jobs that need the same tokens one makes them, and the others wait.
+        # Of several jobs that need the same tokens, one makes them and the others wait for it: they
+        # look again once they have the lock.
         with _writing(directory), locks.held(directory.with_name(f"{name}.lock"), wait=True):
             if not seals.is_intact(directory):
                 _build(directory, config, sources, tokenizer, vocab_size)
@@ -98,10 +120,20 @@ def prepare(config: Config, vocab_size: int) -> Data:
 def training_batches(
     data: Data, seq_len: int, batch_size: int, seed: int, rows: Sequence[int] | None = None
 ):
-    """An endless iterator of int32 `[len(rows), seq_len + 1]`, shuffled anew in each epoch.
+    """Returns an endless iterator of int32 `[len(rows), seq_len + 1]`, reshuffled in each epoch.
 
-    Its `get_state()` and `set_state()` resume it exactly; the state is the number of batches read,
-    whatever the rows: a process that reads some of them goes on where one that read all stopped.
+    Its `get_state()` and `set_state()` resume it exactly. The state is the number of batches read,
+    whatever the rows: a process that reads some rows can resume a run of one that read all.
+
+    Args:
+      data: the token files.
+      seq_len: tokens in a window; a row has one more, for the last target.
+      batch_size: windows in a batch of all processes.
+      seed: seed of the order.
+      rows: the rows of each batch that this process reads. None: all.
+
+    Raises:
+      ConfigError: there are fewer windows than one batch has.
     """
     windows = _windows(data.train, seq_len, batch_size, "training")
     order = grain.MapDataset.source(windows).shuffle(seed).repeat()
@@ -112,14 +144,26 @@ def training_batches(
 def validation_batches(
     data: Data, seq_len: int, batch_size: int, limit: int, rows: Sequence[int] | None = None
 ) -> list[np.ndarray]:
-    """At most `limit` batches of held-out windows, the same at every call."""
+    """Returns at most `limit` batches of held-out windows, the same in every call.
+
+    Args:
+      data: the token files.
+      seq_len: tokens in a window.
+      batch_size: windows in a batch of all processes.
+      limit: number of batches, at most.
+      rows: the rows of each batch that this process reads. None: all.
+
+    Raises:
+      ConfigError: there are fewer windows than one batch has.
+    """
+    # A fixed shuffle, so that a few batches are a sample of all documents.
     windows = _windows(data.validation, seq_len, batch_size, "held-out")
     batches = _batches(grain.MapDataset.source(windows).shuffle(0), batch_size, rows)
     return [np.asarray(batches[i]) for i in range(min(limit, len(batches)))]
 
 
 def cache_directory(config: Config) -> Path:
-    """Where token files are kept.
+    """Returns the directory of token files.
 
     Raises:
       ConfigError: there is no home directory, as in a container whose user has none.
@@ -134,13 +178,19 @@ def cache_directory(config: Config) -> Path:
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE: any text can be encoded and decoded without loss."""
+    """Trains a byte-level BPE, which encodes and decodes any text without loss.
+
+    Args:
+      texts: the documents to train on.
+      vocab_size: number of tokens; little text gives fewer.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[END],
+        # All 256 bytes, also those that the training text lacks.
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -149,30 +199,31 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
 
 
 def load_tokenizer(path: str) -> Tokenizer:
-    """The tokenizer in a tokenizer.json, with the token that ends a document.
+    """Loads a tokenizer.json, and adds the token `END` if it is missing.
 
     Raises:
-      ConfigError: there is no such file, it holds no tokenizer, or a token has no row in a model.
+      ConfigError: there is no such file, it holds no tokenizer, or an id is beyond the vocabulary.
     """
     if not Path(path).is_file():
         raise ConfigError(f"`tokenizer`: there is no file {path}")
     try:
         check_regular(Path(path), MOST_BYTES)
         tokenizer = Tokenizer.from_file(path)
-    except BaseException as error:  # the library raises bare `Exception`, or less
+    except BaseException as error:  # the library raises bare `Exception`, or `PanicException`
         if not is_fault(error):
             raise
         raise ConfigError(f"`tokenizer`: {path} is no tokenizer.json: {reason(error)}") from error
     if tokenizer.token_to_id(END) is None:
         tokenizer.add_special_tokens([END])
-    # A model has a row for each token; one beyond the end would silently be the last.
+    # A model has a row for each token; an id beyond the end would silently read the last row.
     size, last = tokenizer.get_vocab_size(), max(tokenizer.get_vocab().values(), default=0)
     if last >= size:
-        raise ConfigError(f"`tokenizer`: {path} has {size} tokens, and one with number {last}")
+        raise ConfigError(f"`tokenizer`: {path} has {size} tokens, but one has the id {last}")
     return tokenizer
 
 
 def _windows(tokens: np.ndarray, seq_len: int, batch_size: int, kind: str) -> Windows:
+    """Returns the windows of a token file; raises `ConfigError` if they do not fill a batch."""
     windows = Windows(tokens, seq_len)
     if len(windows) < batch_size:
         raise ConfigError(
@@ -186,14 +237,14 @@ def _windows(tokens: np.ndarray, seq_len: int, batch_size: int, kind: str) -> Wi
 def _batches(
     order: grain.MapDataset, batch_size: int, rows: Sequence[int] | None
 ) -> grain.MapDataset:
-    """The given rows of each full batch; all of them if none are given."""
+    """Returns a data set of full batches, or of their given rows."""
     if rows is None or len(rows) == batch_size:
         return order.batch(batch_size, drop_remainder=True)
     return grain.MapDataset.source(Rows(order, batch_size, rows)).batch(len(rows))
 
 
 def _documents(sources: list[corpora.Source], config: Config) -> Iterator[tuple[str, bool]]:
-    """Each document with whether it is held out."""
+    """Yields each document with whether it is held out."""
     for source in sources:
         for text in corpora.documents(source, config.text_field):
             yield text, corpora.held_out(text, config.validation_fraction)
@@ -206,19 +257,22 @@ def _build(
     tokenizer: Tokenizer | None,
     vocab_size: int,
 ) -> None:
-    """Writes the token files under a temporary name, then renames: all of them or none."""
+    """Writes the token files under a temporary name, then renames the directory: all or none."""
     prefix = f"making-{directory.name}-"
-    # The lock is ours: whatever began to make these tokens before was killed.
+    # 1. Under the lock nobody else is at work, so scratch directories of killed processes can go.
     for left in directory.parent.glob(f"{prefix}*"):
         shutil.rmtree(left)
     scratch = Path(tempfile.mkdtemp(dir=directory.parent, prefix=prefix))
     try:
+        # 2. The tokenizer, from training documents alone.
         if tokenizer is None:
             texts = (text for text, held_out in _documents(sources, config) if not held_out)
             tokenizer = train_tokenizer(_take(texts, config.tokenizer_chars), vocab_size)
         (scratch / "tokenizer.json").write_text(tokenizer.to_str(pretty=True))
+        # 3. A second pass over the documents, which sources give in the same order.
         digest = _tokenize(_documents(sources, config), tokenizer, config.max_tokens, scratch)
         (scratch / "digest").write_text(digest)
+        # 4. Seal, and publish.
         seals.write(scratch)
         _publish(scratch, directory)
     finally:
@@ -227,6 +281,7 @@ def _build(
 
 @contextlib.contextmanager
 def _writing(directory: Path) -> Iterator[None]:
+    """Turns an `OSError` of writing, as on a full disk, into a `ConfigError`."""
     try:
         yield
     except OSError as error:
@@ -235,18 +290,21 @@ def _writing(directory: Path) -> Iterator[None]:
 
 
 def _publish(scratch: Path, directory: Path) -> None:
+    """Gives the directory its final name, in place of a damaged one."""
     if directory.exists() and not seals.is_intact(directory):
         print(f"the tokens in {directory} were damaged and are made again", file=sys.stderr)
         shutil.rmtree(directory)
     try:
         os.rename(scratch, directory)
     except OSError:
-        # Where file systems know no locks, another process may have been faster: the same files.
+        # On file systems without locks another process may have been faster, with equal files.
         if not directory.exists():
             raise
 
 
 def _open(directory: Path) -> Data:
+    """Opens token files as memory maps: a corpus may be larger than memory."""
+
     def tokens(split: str) -> np.ndarray:
         return np.load(directory / f"{split}.npy", mmap_mode="r")
 
@@ -256,7 +314,7 @@ def _open(directory: Path) -> Data:
 
 
 def _take(texts: Iterator[str], characters: int) -> Iterator[str]:
-    """Texts until `characters` of them are taken."""
+    """Yields texts until they have `characters` in all; the last one is cut."""
     for text in texts:
         yield text[:characters]
         characters -= len(text)
@@ -265,7 +323,10 @@ def _take(texts: Iterator[str], characters: int) -> Iterator[str]:
 
 
 class _TokenFile:
-    """A `.npy` vector that grows: NumPy leaves room in the header to write its length last."""
+    """A `.npy` file of a vector that grows.
+
+    NumPy pads its headers, so that the final one, with the length, fits over the first, with zero.
+    """
 
     def __init__(self, file: BinaryIO, dtype: np.dtype):
         self._file, self._dtype, self._hash = file, dtype, hashlib.blake2b()
@@ -273,6 +334,7 @@ class _TokenFile:
         self._header()
 
     def append(self, ids: list[int]) -> None:
+        """Appends tokens to the file and to the hash."""
         content = np.asarray(ids, self._dtype).tobytes()
         self._file.write(content)
         self._hash.update(content)
@@ -294,6 +356,7 @@ def _tokenize(
     documents: Iterator[tuple[str, bool]], tokenizer: Tokenizer, max_tokens: int, directory: Path
 ) -> str:
     """Writes `train.npy` (at most `max_tokens`) and `validation.npy`; returns their digest."""
+    # Two bytes a token suffice for vocabularies up to 65,536.
     dtype = np.dtype(np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32)
     with (
         open(directory / "train.npy", "wb") as train_file,
@@ -311,8 +374,10 @@ def _encode(
     train: _TokenFile,
     validation: _TokenFile,
 ) -> None:
-    """Appends each document, and the token that ends it, to the file of its split."""
+    """Appends each document, followed by `END`, to the file of its split."""
     end = tokenizer.encode(END, add_special_tokens=False).ids
+    # 64 documents at a time: `encode_batch` uses several threads. Documents after the last training
+    # token are not read, so that validation ends there too.
     while train.length < max_tokens and (chunk := list(itertools.islice(documents, 64))):
         encoded = tokenizer.encode_batch([text for text, _ in chunk], add_special_tokens=False)
         for encoding, (_, held_out) in zip(encoded, chunk, strict=True):

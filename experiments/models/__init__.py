@@ -1,1 +1,1 @@
-"""The network, its presets and its decoding; weights in the formats of others."""
+"""The model, its presets and its decoding; `weights` reads the formats of other programs."""

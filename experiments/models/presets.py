@@ -1,15 +1,15 @@
-"""The shapes of LLaMAs, and those that have a name."""
+"""`Architecture`, the shape of a LLaMA, and the presets that have a name."""
 
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """Slower rotary positions for longer windows, as LLaMA 3.1 has them (`rope_type: llama3`).
+    """Slower rotary positions for longer windows, as in LLaMA 3.1 (`rope_type: llama3`).
 
-    A channel that turns fewer than `low_freq_factor` times in `original_length` tokens turns
-    `factor` times slower, one that turns more than `high_freq_factor` times is left as it is, and
-    in between the two are interpolated.
+    A pair of channels that turns fewer than `low_freq_factor` times in `original_length` tokens
+    turns `factor` times slower. One that turns more than `high_freq_factor` times is unchanged. In
+    between, frequencies are interpolated. See `llama.frequencies`.
     """
 
     factor: float
@@ -20,7 +20,20 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """The shape of a LLaMA; `tied` shares the embedding with the head."""
+    """The shape of a LLaMA.
+
+    Attributes:
+      width: D, width of the residual stream.
+      hidden: width of the gated network (SwiGLU).
+      layers: number of blocks.
+      heads: H, number of query heads.
+      kv_heads: K, number of key/value heads; it divides `heads`.
+      vocab_size: V, rows of the embedding.
+      seq_len: tokens in a training window; in a pretrained model, its context.
+      tied: whether the head is the transposed embedding.
+      rope_theta: base of the rotary frequencies.
+      rope_scaling: slower rotary positions, if any.
+    """
 
     width: int
     hidden: int
@@ -35,11 +48,13 @@ class Architecture:
     head_dim: int | None = None
     """Width of a head. None: `width // heads`."""
     qkv_bias: bool = False
-    """Biases of queries, keys and values, as Qwen2.5 has them."""
+    """Whether queries, keys and values have biases, as in Qwen2.5."""
     norm_eps: float = 1e-6
+    """Added to the mean square in RMSNorm."""
 
 
-# From 60m on these are the configurations of GaLore's C4 experiments (arXiv 2403.03507).
+# width, hidden, layers, heads, kv_heads. From 60m on these are the configurations of GaLore's C4
+# experiments (arXiv 2403.03507).
 PRESETS = {
     "tiny": Architecture(32, 88, 2, 4, 2, vocab_size=320, seq_len=32),
     "nano": Architecture(128, 352, 8, 4, 2, vocab_size=2048, seq_len=128),

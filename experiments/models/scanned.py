@@ -1,9 +1,13 @@
 """The LLaMA of `llama` with its layers in one loop, for models whose layers fill a device.
 
-The weights of one role lie in one leaf `[layers, ...]`, so that the program has one block however
-many layers there are. Every block is recomputed in the backward pass, and nothing that grows with
-the square of the tokens or with the vocabulary exists for all tokens at once. Shapes in names are
-those of `llama`; C is a chunk of tokens.
+The weights of one role are one leaf `[layers, ...]`, so that the program has one block however many
+layers there are. Memory is bounded in three places:
+
+1. Every block is recomputed in the backward pass.
+2. Attention takes `QUERIES` queries at a time: no L x L scores.
+3. The loss takes `TOKENS` tokens at a time: no L x V logits.
+
+Names have the shapes of `llama`; C is a chunk of tokens and N the number of chunks.
 """
 
 from collections.abc import Callable
@@ -20,28 +24,30 @@ from experiments.models.llama import Llama, Params
 from experiments.models.presets import Architecture
 
 QUERIES = 512
-"""Queries whose scores against all keys exist at once."""
+"""Number of queries whose scores against all keys exist at a time."""
 TOKENS = 512
-"""Tokens whose logits exist at once."""
+"""Number of tokens, over all windows, whose logits exist at a time."""
 
 
 class Static(NamedTuple):
-    """What is no array: of one block, and of what lies around the blocks."""
+    """The static parts of one block, and of the modules around the blocks."""
 
     block: Any
     around: Any
 
 
 def describe(arch: Architecture, dtype: str = "bfloat16") -> tuple[Static, Params]:
-    """The model, and the shapes of its weights; no array is made.
+    """Returns the static parts of the model and the shapes of its weights; no array is made.
 
     Args:
       arch: the shape of the model.
-      dtype: of the weights and of the computation.
+      dtype: dtype of the weights and of the computation.
     """
     static = None
 
+    # 1. Split the first block off the model. All blocks have its static part; the others go.
     def create() -> Params:
+        # Static parts are no arrays, so `eval_shape` cannot return them.
         nonlocal static
         model = Llama(arch, jnp.dtype(dtype), nnx.Rngs(0), remat=False)
         first = model.layers[0]
@@ -55,6 +61,7 @@ def describe(arch: Architecture, dtype: str = "bfloat16") -> tuple[Static, Param
     params = jax.eval_shape(create)
     assert static is not None
 
+    # 2. Stack the block's shapes: [...] -> [layers, ...].
     def leaf(like: jax.ShapeDtypeStruct, *lead: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((*lead, *like.shape), jnp.dtype(dtype))
 
@@ -68,29 +75,33 @@ def loss(
     windows_BxL: jax.Array,
     place: Callable[[jax.Array], jax.Array] = lambda x_BxLxD: x_BxLxD,
 ) -> jax.Array:
-    """Mean cross-entropy of each token of a window given those before it.
+    """Returns the mean cross-entropy of each token given those before it, in nats.
 
     Args:
-      static: what is no array.
+      static: static parts of the model, from `describe`.
       params: the weights.
-      windows_BxL: tokens.
-      place: constrains activations to their places on a mesh.
+      windows_BxL: token ids, `[B, L + 1]`.
+      place: constrains the sharding of activations on a mesh.
     """
     around = nnx.merge(static.around, {k: v for k, v in params.items() if k != "layers"})
 
+    # 1. One layer. The backward pass keeps its input alone.
     @jax.checkpoint
     def layer(x_BxLxD: jax.Array, weights: Params) -> jax.Array:
         weights = jax.tree.map(_in_row_major_order, weights)
         return place(nnx.merge(static.block, weights)(x_BxLxD)[0])
 
+    # 2. All layers, in a loop over the leading axis of their weights.
     x_BxLxD = place(around.embed(windows_BxL[:, :-1]))
     x_BxLxD, _ = jax.lax.scan(lambda x, w: (layer(x, w), None), x_BxLxD, params["layers"])
 
+    # 3. The summed loss of C tokens of each window; the logits are recomputed.
     @jax.checkpoint
     def of_chunk(x_BxCxD: jax.Array, targets_BxC: jax.Array) -> jax.Array:
         logits_BxCxV = around.logits(x_BxCxD)
         return optax.softmax_cross_entropy_with_integer_labels(logits_BxCxV, targets_BxC).sum()
 
+    # 4. The loop over chunks, so many that all windows together have TOKENS tokens in one.
     targets_BxL = windows_BxL[:, 1:]
     chunks = jax.tree.map(partial(_chunks, size=TOKENS // len(windows_BxL)), (x_BxLxD, targets_BxL))
     total, _ = jax.lax.scan(lambda sum, c: (sum + of_chunk(*c), None), jnp.zeros(()), chunks)
@@ -98,10 +109,10 @@ def loss(
 
 
 def _in_row_major_order(weight: jax.Array) -> jax.Array:
-    """The weight, of one layer, as it lies in the stack.
+    """Constrains the weight of one layer to the memory layout that it has in the stack.
 
-    For queries, keys and values the TPU's compiler prefers the other order, and would copy the
-    stacks of all layers: a gigabyte and a half of Llama-3-8B.
+    For queries, keys and values the TPU's compiler prefers the other order of axes, and would copy
+    the stacks of all layers into it: a gigabyte and a half for Llama-3-8B.
     """
     return with_layout_constraint(weight, Layout(tuple(range(weight.ndim))))
 
@@ -113,13 +124,17 @@ def attend_by_chunks(
     mask: jax.Array | None = None,
     is_causal: bool = True,
 ) -> jax.Array:
-    """`jax.nn.dot_product_attention` for some queries at a time; causal, without a mask."""
+    """Computes causal `jax.nn.dot_product_attention` for `QUERIES` queries at a time.
+
+    The length must be a multiple of `QUERIES`, or below it. A mask is not supported.
+    """
     assert is_causal and mask is None
     length = q_BxLxHxE.shape[1]
     chunk = min(QUERIES, length)
 
     @jax.checkpoint
     def some(q_BxCxHxE: jax.Array, start: jax.Array) -> jax.Array:
+        # Query start + i attends to the keys up to its own.
         seen_CxL = start + jnp.arange(chunk)[:, None] >= jnp.arange(length)
         mask = seen_CxL[None, None]
         return jax.nn.dot_product_attention(q_BxCxHxE, k_BxLxKxE, v_BxLxKxE, mask=mask)
@@ -130,6 +145,6 @@ def attend_by_chunks(
 
 
 def _chunks(array_BxL: jax.Array, size: int) -> jax.Array:
-    """Parts of the length, `[N, B, C, ...]`; windows that are on several devices stay there."""
+    """Cuts `[B, L, ...]` along L into `[N, B, C, ...]`; the sharding of the axis B is kept."""
     B, L, *rest = array_BxL.shape
     return array_BxL.reshape(B, -1, min(size, L), *rest).swapaxes(0, 1)

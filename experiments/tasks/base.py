@@ -1,7 +1,11 @@
-"""What tasks share: items, what counts as a right answer, and which items are held out.
+"""Parts that tasks share: items, judges of answers, and the choice of held-out items.
 
-An item is never both for training and held out: where the source does not say which it is, a hash
-of its prompt decides, so that equal prompts are on one side.
+An *item* (`Example`) is a prompt with the answer to learn. No item is both for training and held
+out: if its source does not have splits, a hash of its prompt decides, so that equal prompts are on
+the same side.
+
+An answer may be a chain of thought that ends with `####` and a *result*, as in GSM8K; the result
+alone is judged.
 """
 
 import dataclasses
@@ -16,23 +20,25 @@ import numpy as np
 from experiments.data import text as corpus
 from experiments.trainer.options import ConfigError
 
-HELD_OUT_SHARE = 0.2  # of the prompts, where the source has no held-out items of its own
+HELD_OUT_SHARE = 0.2  # of the prompts of a source without splits
 
 _MARK = "####"
+# A minus sign, unless it follows a digit or a point as in 5-3; a dollar sign; digits with commas;
+# decimals.
 _NUMBER = re.compile(r"(?:(?<![\d.])-)?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
-_ANNOTATION = re.compile("<<[^<>]*>>")  # GSM8K's calls of a calculator, as in <<48/2=24>>
+_ANNOTATION = re.compile("<<[^<>]*>>")  # GSM8K's calculator calls, such as <<48/2=24>>
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """An item: what is asked, and all the text to be learned, chain of thought included."""
+    """An item: a prompt, and the whole text to learn, chain of thought included."""
 
     prompt: str
     answer: str
 
 
 class Task(NamedTuple):
-    """Items to train on, items held out, and how a generated answer to one is judged."""
+    """Items to train on, held-out items, and `correct(text, item)`, the judge of an answer."""
 
     name: str
     train: Sequence[Example]
@@ -41,16 +47,16 @@ class Task(NamedTuple):
 
 
 class Items(NamedTuple):
-    """All items of a source."""
+    """Items of a source by their use."""
 
     train: Sequence[Example]
     held_out: Sequence[Example]
 
 
 class Sizes(NamedTuple):
-    """How many items are wanted, and the seed of those to train on and of their order.
+    """Numbers of items, and the seed of those to train on and of their order.
 
-    The held-out items are the same for every seed, so that runs can be compared item by item.
+    Held-out items are the same for every seed, so that runs can be compared item by item.
     """
 
     train_examples: int
@@ -59,11 +65,16 @@ class Sizes(NamedTuple):
 
 
 def same_result(text: str, example: Example) -> bool:
-    """Whether a text comes to the example's result, as GSM8K's evaluation judges it.
+    """Whether a text comes to the example's result, judged as in GSM8K's evaluation.
 
-    The result of an answer is what follows its last `####`. If that is a number, the text is right
-    when the number it gives there, or else its last number, is equal; `$`, commas and a full stop
-    do not count. Any other result, or an answer without `####`, must be repeated exactly.
+    The result of an answer is the text after its last `####`. If the result is a number, a text is
+    right if the number after its own last `####`, or else its last number, is equal; `$`, commas
+    and a full stop are ignored. Any other result, or an answer without `####`, must be repeated
+    exactly.
+
+    Args:
+      text: the generated answer.
+      example: the item with the expected answer.
     """
     expected = _result(example.answer)
     if _MARK in example.answer and _NUMBER.fullmatch(expected):
@@ -72,40 +83,43 @@ def same_result(text: str, example: Example) -> bool:
 
 
 def stated_number(text: str) -> Decimal | None:
-    """The number after the last `####`, without one the last number in the text, if any."""
+    """Returns the first number after the last `####`, or else the last number in the text."""
     numbers = _NUMBER.findall(_result(text))
     if not numbers:
         return None
+    # Decimal: 18 and 18.00 are equal, and no decimal is rounded.
     return Decimal(re.sub("[$,]", "", numbers[0 if _MARK in text else -1]))
 
 
 def same_number(text: str, example: Example) -> bool:
-    """Whether the number that a text states, alone or last in a sentence, is the answer."""
+    """Whether the number that a text states, alone or last in a sentence, equals the answer."""
     return stated_number(text) == Decimal(example.answer)
 
 
 def example(prompt: str, answer: str) -> Example:
-    """White space around an answer is left out, and GSM8K's annotations are."""
+    """Makes an item, without white space around the answer and without GSM8K's annotations."""
     answer = answer.strip()
     return Example(prompt, _ANNOTATION.sub("", answer) if _MARK in answer else answer)
 
 
 def is_held_out(example: Example) -> bool:
-    """Whether an item is held out where its source does not say, by a hash of its prompt."""
+    """Whether an item of a source without splits is held out, by a hash of its prompt."""
     return corpus.held_out(example.prompt, HELD_OUT_SHARE)
 
 
 def generate(
     name: str, answer: Callable[[dict[str, Any]], str], sizes: Sizes, **options: int
 ) -> Items:
-    """Items of a data set of reasoning-gym, as many as are wanted.
+    """Generates items of a data set of reasoning-gym, as many as asked for.
 
     Args:
       name: the data set.
-      answer: from a generated item to the text that is to be learned.
-      sizes: how many items, and their seed.
-      **options: of the data set.
+      answer: from a generated item to the text to learn.
+      sizes: numbers of items, and their seed.
+      **options: options of the data set.
     """
+    # Two streams: held-out items from seed 0 in every run, training items from any other. The same
+    # prompt may come in both, so each stream keeps the prompts of its side only.
     train, held_out = (_stream(name, answer, seed, options) for seed in (sizes.seed + 1, 0))
     return Items(
         list(itertools.islice(itertools.filterfalse(is_held_out, train), sizes.train_examples)),
@@ -114,10 +128,15 @@ def generate(
 
 
 def sample(items: Items, name: str, sizes: Sizes) -> Items:
-    """Draws as many items as are wanted from all those of a source.
+    """Draws as many items as asked for from all items of a source.
+
+    Args:
+      items: all items of the source.
+      name: its name, for messages.
+      sizes: numbers of items, and their seed.
 
     Raises:
-      ConfigError: there are fewer.
+      ConfigError: the source has fewer.
     """
     train, held_out = len(items.train), len(items.held_out)
     wanted = {
@@ -130,6 +149,7 @@ def sample(items: Items, name: str, sizes: Sizes) -> Items:
                 f"`{field}` is {asked}; {name} has {train} items to train on "
                 f"and {held_out} held out"
             )
+    # Held-out items with the fixed seed 0: the same in every run.
     return Items(
         _draw(items.train, sizes.train_examples, sizes.seed),
         _draw(items.held_out, sizes.eval_examples, 0),
@@ -137,19 +157,21 @@ def sample(items: Items, name: str, sizes: Sizes) -> Items:
 
 
 def _result(text: str) -> str:
+    """Returns the text after the last `####`; all of it if there is none."""
     return text.rpartition(_MARK)[2].strip()
 
 
 def _stream(
     name: str, answer: Callable[[dict[str, Any]], str], seed: int, options: dict[str, int]
 ) -> Iterator[Example]:
-    """Generated items without end.
+    """Yields generated items without end.
 
     A data set of reasoning-gym draws item `i` from its seed plus `i`, so that neighbouring seeds
-    share nearly all items. Seeds here are 2^32 items apart.
+    share nearly all items. Streams of different seeds are 2^32 items apart.
     """
     import reasoning_gym  # slow to import
 
+    # reasoning-gym has data sets of a fixed size: one after the other makes a stream.
     size = 1024
     for start in itertools.count(seed * 2**32, size):
         for item in reasoning_gym.create_dataset(name, size=size, seed=start, **options):
@@ -157,5 +179,6 @@ def _stream(
 
 
 def _draw(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
+    """Returns `count` examples in random order."""
     order = np.random.default_rng(seed).permutation(len(examples))
     return [examples[i] for i in order[:count]]

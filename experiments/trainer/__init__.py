@@ -1,1 +1,1 @@
-"""One training run: options, loop, optimizers, checkpoints, metrics; and many side by side."""
+"""Training: options, optimizers, loop, checkpoints and metrics of one run; sets of many runs."""

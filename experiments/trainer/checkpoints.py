@@ -1,4 +1,14 @@
-"""A run directory: what may be resumed, and the checkpoints to resume from."""
+"""Checkpoints of a run: writing, sealing, restoring, and the checks of a run directory.
+
+A run directory holds config.json (the *description* of the run) and `checkpoints`, with one
+directory for each saved step. A checkpoint has the training state, the position in the data and a
+description of its own. Its *seal* holds a hash of each of its files, so that a flipped bit anywhere
+is noticed; its arrays have checksums besides (`compatibility.checksums`).
+
+Orbax writes a checkpoint under a temporary name and renames it. A kill can therefore leave no
+incomplete checkpoint, but it can leave a complete one without a seal: the file `unsealed` names the
+step that is being written, so that `restore` accepts this one and seals it.
+"""
 
 import contextlib
 import json
@@ -21,30 +31,33 @@ from experiments.trainer.config import Training, record
 from experiments.trainer.files import check_regular, parse_json, read_text, write_whole
 from experiments.trainer.options import ConfigError, make_directory
 
-# Devices that hold the same array would each write a part of it, and each cut compiles a program,
-# which is half of the time to save a small model. One device writes what is below a megabyte.
+# By default, devices that hold the same array each write a slice of it, and each slicing compiles a
+# program: half of the time to save a small model. One device writes an array below a megabyte.
 _ARRAYS = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20)
 
-# Larger files have only their size in the seal of a checkpoint: they hold arrays, which have
-# checksums of their own.
+# The seal hashes files up to 64 MiB and notes only the size of larger ones: those hold arrays,
+# which have checksums of their own.
 _HASHED = 64 * 2**20
 
 
 class StorageError(ConfigError):
-    """The disk failed the run; its text is one line that names the last good checkpoint."""
+    """Writing failed; the text is one line that names the last good checkpoint."""
 
 
 class Checkpoints:
-    """Saves and restores training state and the position in the data, together.
+    """Saves and restores the training state together with the position in the data.
 
     Saving is synchronous: the training step donates its buffers, so a copy in the background
     could read memory that the next step already writes.
+
+    Args:
+      config: the run; its `run_dir` and `keep_checkpoints` are used here.
     """
 
     def __init__(self, config: Training):
         self._config, self._directory = config, _directory(config).absolute()
         self._note = self._directory.with_name("unsealed")
-        # Known from the start, so that a new process can look into an old checkpoint.
+        # Registered here rather than at the first save: a new process restores before it saves.
         registry = ocp.type_handlers.create_type_handler_registry((jax.Array, _ARRAYS))
         handlers = {
             "state": ocp.PyTreeCheckpointHandler(type_handler_registry=registry),
@@ -66,27 +79,35 @@ class Checkpoints:
                     self._check_regular(step)  # Orbax would read a pipe forever
                 self._manager = manager(lightweight=False)
         except Exception:  # of many types, from JSON or Orbax
-            # The metadata of a checkpoint are damaged. Unread, they are refused where the
-            # checkpoint is restored, with its name. Only then: without their times, Orbax fails
-            # where it saves for a preemption.
+            # The metadata of some checkpoint are damaged. A lightweight manager does not read them
+            # now, and `restore` then refuses that checkpoint by name. It is no default: without
+            # the times of older checkpoints, Orbax fails to save for a preemption.
             self._manager = manager(lightweight=True)
 
     def latest(self) -> int | None:
-        """The step of the newest complete checkpoint."""
+        """Returns the step of the newest complete checkpoint; None if there is none."""
         return self._manager.latest_step()
 
     def save(self, step: int, state: Any, data: dict) -> None:
         """Writes a checkpoint, which appears under its name only when complete.
 
+        Args:
+          step: steps done.
+          state: the training state, a tree of arrays.
+          data: the position in the data, as JSON.
+
         Raises:
-          StorageError: it could not be written; earlier ones are as they were.
+          StorageError: it could not be written; earlier checkpoints are untouched.
         """
         if self.latest() == step:
             return
+        # 1. Describe the state; this reads every array once, for its checksum.
         arguments = ocp.args.Composite(
             state=ocp.args.PyTreeSave(state), data=ocp.args.JsonSave(data)
         )
         description = compatibility.describe(self._config, state)
+        # 2. Write it. The note comes first and goes with the seal: after a kill it tells a
+        #    checkpoint that has no seal yet from one that has lost its seal.
         try:
             with _told_once():
                 self._note_unsealed(step)
@@ -99,11 +120,18 @@ class Checkpoints:
             ) from error
 
     def restore(self, step: int, state: Any) -> tuple[Any, dict]:
-        """The training state (of the structure of `state`) and data position saved at `step`.
+        """Returns the training state and the data position saved at `step`.
+
+        Args:
+          step: one of the saved steps.
+          state: a tree with the shapes, dtypes and shardings to restore to. Its buffers may be
+            deleted.
 
         Raises:
           ConfigError: the checkpoint is of another run, or damaged.
         """
+        # 1. Shapes, dtypes and shardings come from `state`: this run may have another mesh than the
+        #    one that saved.
         shapes = jax.tree.map(_shape, state)
         arguments = ocp.args.Composite(
             state=ocp.args.PyTreeRestore(
@@ -111,6 +139,8 @@ class Checkpoints:
             ),
             data=ocp.args.JsonRestore(),
         )
+        # 2. Checks in order of cost: files, description, shapes, and the contents of arrays last,
+        #    once they are read.
         with self._damage_named(step):
             self._check_files(step)
             description = self.description(step)
@@ -118,45 +148,48 @@ class Checkpoints:
             compatibility.check_arrays(self._manager.item_metadata(step)["state"].tree, shapes)
             restored = self._manager.restore(step, args=arguments)
             compatibility.check_content(description, restored["state"])
+        # 3. If a kill left it unsealed, seal it now: arrays and description have just been checked.
         if self._unsealed() == step:
             self._seal(step)
         return restored["state"], restored["data"]
 
     def description(self, step: int) -> dict:
-        """What a checkpoint says about itself, see `compatibility.describe`."""
+        """Returns the description in a checkpoint, see `compatibility.describe`."""
         description: Any = self._manager.metadata(step).custom_metadata
         if not description:
-            raise ValueError("it does not say what run it is of")
+            raise ValueError("it has no description of its run")
         return description
 
     def _note_unsealed(self, step: int) -> None:
-        """Notes that a checkpoint of this step is complete before its files have a seal."""
+        """Notes that the checkpoint of this step may be complete before it has a seal."""
         if processes.is_first():
             write_whole(self._note, str(step))
 
     def _seal(self, step: int) -> None:
-        """Notes the hashes of a checkpoint's files, once all processes have written theirs."""
+        """Writes the seal of a checkpoint, once all processes have written their files."""
         if processes.is_first():
             seals.write(self._directory / str(step), _HASHED)
             self._note.unlink(missing_ok=True)
 
     def _unsealed(self) -> int | None:
-        """The step of a checkpoint that a kill may have left without a seal."""
+        """Returns the step of the checkpoint that a kill may have left without a seal, if any."""
         try:
             return int(read_text(self._note))
         except (OSError, ValueError):
             return None
 
     def _check_files(self, step: int) -> None:
-        """Raises `ValueError` unless the files of a checkpoint are those that were written."""
+        """Raises `ValueError` if a file of a checkpoint differs from its seal."""
         directory = self._directory / str(step)
         if (fault := seals.fault(directory, _HASHED)) is None:
             return
         if seals.exists(directory):
             raise ValueError(fault)
-        # Older checkpoints have no seal, and neither has one after whose writing the run was
-        # killed at once. The checksums of their arrays are checked in any case.
+        # Two kinds of checkpoints rightly have no seal: those of older versions, and one whose run
+        # was killed between writing and sealing. Their arrays are checked by checksums in any case,
+        # so that here only pipes and devices, which have no end, are kept from being read.
         self._check_regular(step)
+        # Any other checkpoint had a seal and has lost it.
         if self._unsealed() != step and self.description(step).get(compatibility.SEALED):
             raise ValueError(fault)
 
@@ -167,7 +200,7 @@ class Checkpoints:
                 check_regular(file)
 
     def _is_good(self, step: int) -> bool:
-        """Whether nothing is seen at the files of a checkpoint."""
+        """Whether the files of a checkpoint pass their checks; its arrays are not read."""
         try:
             with _told_once():
                 self._check_files(step)
@@ -177,15 +210,18 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _damage_named(self, step: int) -> Iterator[None]:
+        """Turns any error in reading a checkpoint into a `ConfigError` that names a remedy."""
         try:
             with _told_once():
                 yield
         except ConfigError:
             raise
         except Exception as error:  # of many types, from JSON, TensorStore or Orbax
+            # The remedy: remove this checkpoint and those that lie between it and the last good
+            # one, so that the latest one, from which a run resumes, is good.
             earlier = sorted(other for other in self._manager.all_steps() if other < step)
             good = next(filter(self._is_good, reversed(earlier)), None)
-            instead = "there is no earlier one that is good"
+            instead = "there is no good earlier one"
             if good is not None:
                 later = [str(other) for other in earlier if other > good]
                 named = f"it and {', '.join(later)}" if later else "it"
@@ -199,12 +235,12 @@ class Checkpoints:
             ) from error
 
     def close(self) -> None:
-        """Waits for the manager's threads."""
+        """Waits for the threads of Orbax's manager, and closes it."""
         self._manager.close()
 
 
 def check_run_directory(config: Training) -> None:
-    """Raises `ConfigError` if this run may not start, or not resume, in its directory."""
+    """Raises `ConfigError` if this run must not start, or cannot resume, in its directory."""
     saved = _complete(config)
     if saved and not config.resume:
         raise ConfigError(
@@ -218,13 +254,13 @@ def check_run_directory(config: Training) -> None:
 
 
 def check_same_data(config: Training, digest: str, what: str) -> None:
-    """Raises `ConfigError` if the run began on other tokens than the ones prepared now."""
+    """Raises `ConfigError` if the run began on data with another digest; `what` names the data."""
     if _load(config)["data_digest"] != digest:
         raise ConfigError(f"`resume`: {what} has changed since this run began")
 
 
 def describe(config: Training, digest: str) -> dict:
-    """What identifies a run: its configuration, its data, the versions and the machine."""
+    """Returns the description of a run: configuration, data, versions and machine."""
     return {
         "config": record(config),
         "data_digest": digest,
@@ -236,19 +272,19 @@ def describe(config: Training, digest: str) -> dict:
 
 
 def write_description(config: Training, digest: str) -> None:
-    """Writes `config.json` into the run directory, which is made if needed."""
+    """Writes config.json, the description, into the run directory, which is made if needed."""
     make_directory("run_dir", Path(config.run_dir))
     text = json.dumps(describe(config, digest), indent=2)
     _description(config).write_text(text + "\n")
 
 
 def newest(config: Training) -> int | None:
-    """The step of the newest complete checkpoint, without opening it; None if there is none."""
+    """Returns the step of the newest complete checkpoint, unopened; None if there is none."""
     return max(_complete(config), default=None)
 
 
 def last_good(config: Training) -> str:
-    """A phrase that names the newest complete checkpoint."""
+    """Returns a phrase for error messages that names the newest complete checkpoint."""
     step = newest(config)
     return (
         "there is no checkpoint yet" if step is None else f"the last good checkpoint is step {step}"
@@ -257,7 +293,7 @@ def last_good(config: Training) -> str:
 
 @contextlib.contextmanager
 def storage_faults(config: Training) -> Iterator[None]:
-    """Turns an `OSError` of a run, such as that of a full disk, into a `StorageError`."""
+    """Turns an `OSError` of a run, as on a full disk, into a `StorageError`."""
     try:
         yield
     except OSError as error:
@@ -268,12 +304,12 @@ def storage_faults(config: Training) -> Iterator[None]:
 
 
 def _complete(config: Training) -> list[int]:
-    """The steps of complete checkpoints: only these have a bare number for a name."""
+    """Returns the steps of complete checkpoints: only these have a bare number for a name."""
     return [int(path.name) for path in _directory(config).glob("*") if path.name.isdigit()]
 
 
 def _reason(error: Exception) -> str:
-    """What went wrong, in a few words."""
+    """Returns the cause of an error in a few words."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = " ".join(str(error).split())
@@ -283,9 +319,10 @@ def _reason(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _told_once() -> Iterator[None]:
-    """Keeps Orbax's threads and tasks from reporting an error that is raised here too.
+    """Keeps Orbax's threads and tasks from printing an error that is raised here too.
 
-    After an error they stay silent: what they gave up goes on failing for a while.
+    After an error they stay silent, as threads that are still at work go on failing for a while:
+    the restoring line is not in a `finally`.
     """
     before = logging.root.manager.disable, threading.excepthook, sys.unraisablehook
     logging.disable(logging.CRITICAL)
@@ -296,7 +333,7 @@ def _told_once() -> Iterator[None]:
 
 
 def _load(config: Training) -> dict:
-    """What a run was when it began."""
+    """Reads config.json, the description of a run when it began."""
     try:
         content = parse_json(read_text(_description(config)))
         if not isinstance(content, dict) or not {"config", "data_digest"} <= content.keys():

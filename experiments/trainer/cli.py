@@ -1,8 +1,8 @@
-"""Command lines made from dataclasses: field docstrings are the help, tyro words its errors.
+"""Command lines made from dataclasses by tyro: the docstring of a field is its help text.
 
-Where an option is a union of dataclasses, such as the optimizer of a run, the command line first
-names one of them, `optimizer:adamw`, and then has the options of that one alone. Without a name the
-default is meant: `--optimizer.rank 64` is GUM's.
+An option may be a union of dataclasses, such as the optimizer of a run. The command line then names
+one of them, `optimizer:adamw`, and offers its options alone. Without a name the default one is
+used: `--optimizer.rank 64` is GUM's.
 """
 
 import sys
@@ -18,35 +18,41 @@ T = TypeVar("T")
 
 
 def parse(kind: type[T], program: str, arguments: Sequence[str], default: T | None = None) -> T:
-    """Reads `arguments` into the dataclass `kind`.
+    """Parses `arguments` into the dataclass `kind`.
 
     Args:
       kind: the dataclass.
-      program: the module, for messages.
+      program: name of the module, for messages.
       arguments: the command line.
-      default: what options have that are not given; None: the defaults of the fields.
+      default: values of options that are not given; None: the defaults of the fields.
+
+    Returns:
+      An instance of `kind`.
 
     Raises:
-      SystemExit: an option or a value is not known, and tyro has said so; or it has shown the help.
+      SystemExit: an option or value is unknown and tyro has printed an error, or it has printed the
+        help.
+      ConfigError: a value fails a check of its field.
     """
     return tyro.cli(
         kind,
         prog=f"python -m {program}",
         args=arguments,
         default=tyro.MISSING_NONPROP if default is None else default,
-        # Options of the run may stand before and after the name of an optimizer.
+        # Options of the run may stand before or after the name of an optimizer.
         config=(tyro.conf.CascadeSubcommandArgs,),
     )
 
 
 def run(main: Callable[[Sequence[str]], int], program: str) -> int:
-    """Calls `main` with the command line; returns its exit code, or 2 for a `ConfigError`.
+    """Calls `main` with the command line; returns its exit code.
 
-    An interruption is 130, or the `code` that it has.
+    A `ConfigError` is printed on one line and gives 2; an interruption gives 130 or its own `code`,
+    such as 75 when the time of a set of runs is up.
     """
     try:
         with warnings.catch_warnings():
-            # A run prints it with its memory plan, once and not in every process.
+            # A run prints this note with its memory plan: once, and not in every process.
             warnings.filterwarnings("ignore", ".*run through the inner transformation uncompressed")
             return main(sys.argv[1:])
     except ConfigError as error:
@@ -58,5 +64,5 @@ def run(main: Callable[[Sequence[str]], int], program: str) -> int:
 
 
 def flag(name: str) -> str:
-    """The spelling of an option on the command line, for programs that start others."""
+    """Returns the spelling of an option on the command line, for programs that start others."""
     return "--" + name.replace("_", "-")

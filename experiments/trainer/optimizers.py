@@ -1,8 +1,17 @@
 """The optimizers of the experiments: one dataclass each, with its options and `build`.
 
 An optimizer joins `OPTIMIZERS` by one entry, from which command lines, studies and tests take it.
-All of them share the schedule, the clipping and, for whatever is no hidden matrix, the same
-fallback; these are options of the run, so that runs differ in one thing.
+Schedule, clipping and fallback are options of the run and the same under every optimizer, so that
+two runs differ in one thing. Options that several optimizers share sit in base classes:
+
+    Optimizer > Refreshed (period, draws) > Projecting (rank) > BySvd      as published
+                                                              > Switching  random bases, late
+                                                              > Carrying   a choice of carries
+                                                                  > Unbiased  a residual rule
+    Scaled (consistent_rms) is mixed in where updates are orthogonal matrices.
+
+The docstring of a field is its help text on the command line; the first line of a class docstring
+describes the optimizer there.
 """
 
 import contextlib
@@ -39,6 +48,7 @@ Projector = Literal["subspace_iteration", "svd", "randomized_svd", "random_ortho
 Momentum = Literal["float32", "int8", "int4", "rows8", "rows4"]
 Restart = Literal["everything", "slots", "rotate"]
 
+# The values of the option `restart`, as carries of the library.
 CARRIES: dict[str, gum_optax.carries.Carry] = {
     "everything": gum_optax.carries.restart,
     "slots": gum_optax.carries.keep,
@@ -48,15 +58,21 @@ CARRIES: dict[str, gum_optax.carries.Carry] = {
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer(Checked):
-    """How the hidden matrices are trained."""
+    """An optimizer of the hidden matrices, with its options."""
 
     @property
     def name(self) -> str:
-        """Its name in `OPTIMIZERS`, on the command line and in records."""
+        """The name in `OPTIMIZERS`, on the command line and in records."""
         return next(name for name, each in OPTIMIZERS.items() if type(each) is type(self))
 
     def build(self, run: "Training", rate: optax.Schedule, layers: int) -> Transformation:
-        """The optimizer of a run on `layers` blocks, without clipping."""
+        """Returns the optimizer of a whole model, fallback included, without clipping.
+
+        Args:
+          run: the options that all optimizers share.
+          rate: learning rate of the hidden matrices.
+          layers: number of blocks of the model, and so of matrices of one role.
+        """
         raise NotImplementedError
 
 
@@ -65,18 +81,20 @@ class Optimizer(Checked):
 
 @dataclasses.dataclass(frozen=True)
 class Refreshed(Optimizer):
-    """An optimizer whose random numbers are drawn anew in every period."""
+    """An optimizer with a refresh: new bases, or new random draws, in every period."""
 
     period: int = option(100, at_least(1))
-    """Steps between two refreshes of the projection, and of the draw of full-rank layers."""
+    """Steps between two refreshes of the bases and of the draw of full-rank layers (GaLore's
+    update_proj_gap)."""
     draw_seed: int | None = option(None, not_negative)
-    """Seed of the optimizer's draws alone. None: that of the run."""
+    """Seed of the optimizer's draws alone. None: the run's seed."""
     gradients: Literal["full", "compressed"] = "full"
-    """How gradients leave the backward pass: whole, or already projected, which takes less memory
-    and, with many tokens, less time. The norm that is clipped is then that of the projections."""
+    """Form in which gradients leave the backward pass: full, or compressed (projected there), which
+    takes less memory and, with many tokens, less time. Clipping then uses the norm of the
+    projections."""
 
     def common(self, run: "Training") -> dict[str, Any]:
-        """What every compression is given."""
+        """Returns the arguments that every compression of this kind takes."""
         key = run.seed if self.draw_seed is None else self.draw_seed
         return {"period": self.period, "key": key}
 
@@ -94,10 +112,10 @@ class Projecting(Refreshed):
 
 @dataclasses.dataclass(frozen=True)
 class BySvd(Projecting):
-    """A low-rank optimizer as published, with exact singular subspaces."""
+    """A low-rank optimizer as published, with bases from an exact SVD."""
 
     projector: Projector = "svd"
-    """How bases come from gradients."""
+    """Method that computes bases from gradients."""
 
     def common(self, run: "Training") -> dict[str, Any]:
         return super().common(run) | {"projector": getattr(projectors, self.projector)}
@@ -105,12 +123,13 @@ class BySvd(Projecting):
 
 @dataclasses.dataclass(frozen=True)
 class Carrying(Projecting):
-    """A low-rank optimizer of this library: its own projector, and a choice at refreshes."""
+    """A low-rank optimizer of this library, with its own projector and a choice of carries."""
 
     projector: Projector = "subspace_iteration"
-    """How bases come from gradients."""
+    """Method that computes bases from gradients."""
     restart: Restart = "everything"
-    """What restarts at a refresh: slots carries low-rank momentum over as it is, rotate turns it
+    """Momentum that a refresh sets to zero: everything, or only the slots of full-rank layers
+    (slots, rotate). The low-rank momentum that is kept stays as it is under slots; rotate turns it
     into the new basis."""
     residual_scale: float = option(1.0, positive)
     """Factor of a residual that is added without momentum."""
@@ -124,17 +143,18 @@ class Carrying(Projecting):
 
 @dataclasses.dataclass(frozen=True)
 class Unbiased(Carrying):
-    """A low-rank optimizer that does something about the residual."""
+    """A low-rank optimizer with a rule for the residual, which GaLore drops."""
 
     full_rank_layers: int = option(2, not_negative)
-    """Gamma: layers of each role drawn in a period, whose residual is kept at full rank."""
+    """Gamma: number of layers of each role that a period draws to train at full rank."""
     residual: Literal["drop", "sampled", "additive", "columns", "rows", "sign", "plain"] = "sampled"
-    """What becomes of the part of a gradient that its basis leaves out. It is dropped; or
-    full_rank_layers keep it (sampled instead of their projection, additive beside it); or it is
-    added without momentum, its columns, rows, signs or the whole (plain) brought to the size of an
-    orthogonal matrix, and full_rank_layers keep it beside that."""
+    """Rule for the residual, the part of a gradient that its basis leaves out. drop: it is lost.
+    sampled, additive: the drawn layers keep it, in place of their projection or beside it. columns,
+    rows, sign, plain: it is added without momentum, with its columns, rows or entries normalized or
+    as it is (plain), at the size of an orthogonal matrix; drawn layers keep it as under additive
+    instead."""
     residual_decay: float = option(0.0, not_negative)
-    """Power of the learning rate, as a share of its peak, by which residual_scale shrinks too."""
+    """Exponent e: residual_scale is multiplied by (learning rate / peak learning rate)^e."""
 
     def rule(
         self,
@@ -142,7 +162,15 @@ class Unbiased(Carrying):
         full_rank: int | gum_optax.samplers.Sampler,
         also: Callable[[], Transformation] = optax.identity,
     ) -> residuals.Residual:
-        """The rule for the residual; `also` brings one without momentum to its update's size."""
+        """Returns the residual rule that the options name.
+
+        Args:
+          run: for the schedule that `residual_decay` follows.
+          full_rank: number of drawn layers, or a sampler of them.
+          also: makes the transformation that brings a residual without momentum, of the size of
+            an orthogonal matrix, to the size of the update that it joins.
+        """
+        # 1. Rules without a direction for the layers that are not drawn.
         match self.residual:
             case "drop":
                 return residuals.drop()
@@ -150,11 +178,14 @@ class Unbiased(Carrying):
                 return residuals.sampled(full_rank)
             case "additive":
                 return residuals.sampled(full_rank, form="additive")
+        # 2. A residual E without momentum: residual_scale * share^residual_decay * direction(E).
+        #    The learning rate multiplies it later, as it does the rest of the update.
         direct = optax.chain(DIRECTIONS[self.residual](), also(), optax.scale(self.residual_scale))
         if self.residual_decay:
             share = share_of_peak(run)
             power = optax.scale_by_schedule(lambda step: share(step) ** self.residual_decay)
             direct = optax.chain(direct, power)
+        # 3. Undrawn layers get this update; drawn ones, if any, keep E in their slot.
         if full_rank == 0:
             return residuals.through(direct)
         return residuals.sampled(full_rank, form="additive", undrawn=direct)
@@ -162,19 +193,20 @@ class Unbiased(Carrying):
 
 @dataclasses.dataclass(frozen=True)
 class Scaled(Optimizer):
-    """An optimizer whose updates are orthogonal matrices, brought to a size."""
+    """An optimizer whose updates are scaled orthogonal matrices."""
 
     consistent_rms: float | None = option(0.2, positive)
-    """Updates are scaled by this times sqrt(max(m, n)), so that their size is AdamW's. None: by
-    sqrt(max(1, n / m)) as in Muon, which wants a larger learning rate."""
+    """Root mean square of an update: an orthogonal m x n matrix is multiplied by this times
+    sqrt(max(m, n)); at 0.2 updates have the size of AdamW's. None: it is multiplied by
+    sqrt(max(1, n / m)) as in Muon, which needs a larger learning rate."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Switching(Projecting):
-    """A low-rank optimizer that turns to random projections late in the run."""
+    """A low-rank optimizer that switches to random projections late in the run."""
 
     golore_switch: float = option(0.5, share)
-    """Share of the steps after which it projects at random instead of by SVD."""
+    """Share of the steps after which bases are random instead of from an SVD."""
 
     def common(self, run: "Training") -> dict[str, Any]:
         return super().common(run) | {"switch_step": round(self.golore_switch * run.steps)}
@@ -188,13 +220,15 @@ class Gum(Unbiased, Scaled):
     """Unbiased low-rank Muon: the paper's method, and the library's subject."""
 
     sampler: Literal["fixed_size", "bernoulli"] = "fixed_size"
-    """Draws full_rank_layers of each role, or each layer by itself, as many on average."""
+    """Draw of full-rank layers: exactly full_rank_layers of each role, or each layer independently
+    with the probability that gives this number on average."""
     momentum: Momentum = "float32"
-    """How momentum rests between two steps; rows8 and rows4 are the plainest codes of 8 and 4 bits,
-    with one scale for each row."""
+    """Storage of momentum between two steps; rows8 and rows4 are the plainest codes of 8 and 4
+    bits, with one scale for each row."""
 
     def build(self, run: "Training", rate: optax.Schedule, layers: int) -> Transformation:
         full_rank: Any = self.full_rank_layers
+        # Probability gamma / layers for each matrix of a role: gamma draws on average.
         if self.sampler == "bernoulli":
             full_rank = gum_optax.samplers.bernoulli(full_rank / layers)
         compression = gum_optax.LowRank(
@@ -207,10 +241,11 @@ class Gum(Unbiased, Scaled):
 
 @dataclasses.dataclass(frozen=True)
 class AdamW(Optimizer):
-    """AdamW on everything; hidden matrices and the rest may have learning rates of their own."""
+    """AdamW on all weights; the fallback may have a learning rate of its own."""
 
     def build(self, run: "Training", rate: optax.Schedule, layers: int) -> Transformation:
         plain = optax.adamw(rate, b2=run.b2, weight_decay=run.weight_decay, mask=rest.decayed)
+        # If the fallback is the same AdamW, no partition is needed.
         if run.fallback_learning_rate is None and run.fallback == "adamw":
             return plain
         return optax.partition({"matrix": plain, "rest": rest.build(run)}, rest.matrix_or_rest)
@@ -221,9 +256,11 @@ class Muon(Scaled):
     """Full-rank Muon on the hidden matrices."""
 
     momentum: Momentum = "float32"
-    """How momentum rests between two steps."""
+    """Storage of momentum between two steps."""
 
     def build(self, run: "Training", rate: optax.Schedule, layers: int) -> Transformation:
+        # optax's Muon is the independent baseline. It stores momentum in float32 and trains all
+        # other leaves by Adam; any other choice takes the library's.
         if (self.momentum, run.fallback) != ("float32", "adamw"):
             return gum_optax.muon(
                 rate,
@@ -246,7 +283,7 @@ class Muon(Scaled):
 
 @dataclasses.dataclass(frozen=True)
 class GaLore(BySvd):
-    """Adam on projected gradients, biased."""
+    """Adam on gradients projected to low rank; biased."""
 
     def build(self, run: "Training", rate: optax.Schedule, layers: int) -> Transformation:
         return _low_rank_adamw(run, rate, gum_optax.galore(**self.common(run)))
@@ -254,17 +291,17 @@ class GaLore(BySvd):
 
 @dataclasses.dataclass(frozen=True)
 class GaLoreMuon(BySvd, Scaled):
-    """Biased low-rank Muon: no layer is ever full-rank."""
+    """Low-rank Muon without full-rank layers; biased."""
 
     def build(self, run: "Training", rate: optax.Schedule, layers: int) -> Transformation:
-        # The moments of GaLore's Adam continue over a refresh; this momentum restarts, as GUM's.
+        # GaLore's Adam keeps its moments over a refresh. Momentum restarts here, as GUM's does.
         compression = gum_optax.galore(carry=gum_optax.carries.restart, **self.common(run))
         return _low_rank_muon(self, run, rate, compression)
 
 
 @dataclasses.dataclass(frozen=True)
 class GoLore(Switching):
-    """GaLore that turns to random projections late in the run."""
+    """GaLore that switches to random projections late in the run."""
 
     def build(self, run: "Training", rate: optax.Schedule, layers: int) -> Transformation:
         return _low_rank_adamw(run, rate, gum_optax.golore(**self.common(run)))
@@ -272,9 +309,10 @@ class GoLore(Switching):
 
 @dataclasses.dataclass(frozen=True)
 class GoLoreMuon(Switching, Scaled):
-    """Biased low-rank Muon that turns to random projections late in the run."""
+    """Low-rank Muon that switches to random projections late in the run; biased."""
 
     def build(self, run: "Training", rate: optax.Schedule, layers: int) -> Transformation:
+        # Momentum restarts at a refresh, as in `GaLoreMuon`.
         compression = gum_optax.golore(carry=gum_optax.carries.restart, **self.common(run))
         return _low_rank_muon(self, run, rate, compression)
 
@@ -284,16 +322,17 @@ class UnbiasedAdamW(Unbiased):
     """Adam on unbiased compressed gradients."""
 
     def build(self, run: "Training", rate: optax.Schedule, layers: int) -> Transformation:
-        # An entry of Adam's update is about 0.2; an orthogonal matrix's are smaller by sqrt(n).
+        # Entries of Adam's update are about 0.2; those of an orthogonal matrix about 1 / sqrt(n).
         rule = self.rule(run, self.full_rank_layers, as_adam)
         return _low_rank_adamw(run, rate, gum_optax.LowRank(residual=rule, **self.common(run)))
 
 
 @dataclasses.dataclass(frozen=True)
 class Scale(Optimizer):
-    """SCALE on the hidden matrices: columns of the gradient are normalized, and nothing is kept.
+    """SCALE on the hidden matrices: gradients with normalized columns, and no state.
 
-    Its head, which SCALE gives momentum, has AdamW here as under every other optimizer.
+    SCALE trains the head with momentum. Here the run's fallback trains it, as under every other
+    optimizer.
     """
 
     def build(self, run: "Training", rate: optax.Schedule, layers: int) -> Transformation:
@@ -302,7 +341,7 @@ class Scale(Optimizer):
 
 @dataclasses.dataclass(frozen=True)
 class Fira(BySvd):
-    """GaLore, and the residual at the gain of its Adam."""
+    """GaLore plus the residual, scaled by the gain of GaLore's Adam."""
 
     def build(self, run: "Training", rate: optax.Schedule, layers: int) -> Transformation:
         return _low_rank_adamw(run, rate, gum_optax.fira(**self.common(run)))
@@ -310,7 +349,7 @@ class Fira(BySvd):
 
 @dataclasses.dataclass(frozen=True)
 class Frugal(BySvd):
-    """GaLore, and the signs of the residual."""
+    """GaLore plus the signs of the residual."""
 
     def build(self, run: "Training", rate: optax.Schedule, layers: int) -> Transformation:
         return _low_rank_adamw(run, rate, gum_optax.frugal(**self.common(run)))
@@ -318,7 +357,7 @@ class Frugal(BySvd):
 
 @dataclasses.dataclass(frozen=True)
 class Apollo(Projecting):
-    """Gradients whose columns have the gain of an Adam on random projections."""
+    """Gradients with each column scaled by the gain of an Adam on random projections."""
 
     def build(self, run: "Training", rate: optax.Schedule, layers: int) -> Transformation:
         return _low_rank_adamw(run, rate, gum_optax.apollo(**self.common(run)))
@@ -326,7 +365,7 @@ class Apollo(Projecting):
 
 @dataclasses.dataclass(frozen=True)
 class ApolloMini(Refreshed):
-    """Gradients with the gain of an Adam on one random direction."""
+    """Gradients scaled by the gain of an Adam on one random direction."""
 
     def build(self, run: "Training", rate: optax.Schedule, layers: int) -> Transformation:
         return _low_rank_adamw(run, rate, gum_optax.apollo_mini(**self.common(run)))
@@ -334,12 +373,13 @@ class ApolloMini(Refreshed):
 
 @dataclasses.dataclass(frozen=True)
 class JointMuon(Carrying):
-    """Muon on momentum in the bases and, outside of them, the gradient of this step alone.
+    """Muon on the sum of low-rank momentum and the residual of the current step.
 
     The two are orthogonalized together, so a step costs as much as full-rank Muon's.
     """
 
     def build(self, run: "Training", rate: optax.Schedule, layers: int) -> Transformation:
+        # polar(P M + residual_scale * (G - P P'G)), with momentum M of P'G at Muon's decay of 0.95.
         rule = residuals.through(optax.scale(self.residual_scale))
         compression = gum_optax.LowRank(residual=rule, **self.common(run))
         momentum = gum_optax.low_rank(optax.trace(0.95), compression)
@@ -347,6 +387,7 @@ class JointMuon(Carrying):
         return _for_matrices(run, rate, direction)
 
 
+# In this order help texts list them.
 OPTIMIZERS: dict[str, Optimizer] = {
     "gum": Gum(),
     "adamw": AdamW(),
@@ -374,7 +415,10 @@ else:
 
 
 def named(name: str, like: Optimizer | None = None) -> Optimizer:
-    """The optimizer of a name, with what was given to `like` wherever it has the same option.
+    """Returns the optimizer of a name, with the options of `like` where it has the same ones.
+
+    Only options that differ from the defaults of `like`'s own optimizer are taken over: the default
+    of one optimizer says nothing about another.
 
     Raises:
       ConfigError: there is no such optimizer.
@@ -388,7 +432,7 @@ def named(name: str, like: Optimizer | None = None) -> Optimizer:
 
 
 def replace(optimizer: Optimizer, **options: Any) -> Optimizer:
-    """The same optimizer with other options.
+    """Returns the same optimizer with other options.
 
     Raises:
       ConfigError: it has no such option.
@@ -400,19 +444,21 @@ def replace(optimizer: Optimizer, **options: Any) -> Optimizer:
 
 
 def _given(optimizer: Optimizer) -> dict[str, Any]:
-    """The options whose values are not the defaults."""
+    """Returns the options whose values differ from the defaults."""
     default = OPTIMIZERS[optimizer.name]
     names = (field.name for field in dataclasses.fields(optimizer))
     values = {name: getattr(optimizer, name) for name in names}
     return {name: value for name, value in values.items() if value != getattr(default, name)}
 
 
+# The optimizer that `subcommands` takes defaults from. tyro calls `subcommands` without arguments
+# while it parses, so the optimizer cannot be passed in.
 _like: contextvars.ContextVar[Optimizer | None] = contextvars.ContextVar("like", default=None)
 
 
 @contextlib.contextmanager
 def defaults_like(optimizer: Optimizer) -> Iterator[None]:
-    """Within it, command lines offer all optimizers with the options that `optimizer` was given."""
+    """A context in which command lines give all optimizers the options of `optimizer`."""
     before = _like.set(optimizer)
     try:
         yield
@@ -421,7 +467,7 @@ def defaults_like(optimizer: Optimizer) -> Iterator[None]:
 
 
 def subcommands(like: Optimizer | None = None) -> Any:
-    """The union of all optimizers, as a command line offers them: `optimizer:adamw`."""
+    """Returns the union of all optimizers for tyro: on the command line `optimizer:adamw`."""
     chosen = _like.get() or like
     return tyro.extras.subcommand_type_from_defaults(
         {name: named(name, chosen) for name in OPTIMIZERS},
@@ -434,17 +480,28 @@ def subcommands(like: Optimizer | None = None) -> Any:
 
 
 def build(run: "Training", layers: int) -> Transformation:
-    """The optimizer of a run on `layers` blocks: clipping, then the run's own, then rounding."""
+    """Returns the optimizer of a run: clipping, the run's optimizer and, last, rounding.
+
+    Args:
+      run: the options.
+      layers: number of blocks of the model.
+    """
     clip = optax.clip_by_global_norm(run.clip_norm) if run.clip_norm else optax.identity()
     optimizer = optax.chain(clip, run.optimizer.build(run, schedule(run), layers))
+    # Outermost, as nothing may change the updates after it: they make the rounded sum exact.
     if run.weights == "bfloat16":
         return gum_optax.stochastic_rounding(optimizer, run.seed)
     return optimizer
 
 
+# Recipes of the library with the options of a run: Muon, Adam or any direction of a matrix, and the
+# fallback for all other weights.
+
+
 def _low_rank_muon(
     scaled: Scaled, run: "Training", rate: optax.Schedule, compression: gum_optax.LowRank
 ) -> Transformation:
+    # The compression makes the difference between GUM, GaLore-Muon and GoLore-Muon.
     return gum_optax.gum(
         rate,
         compression,

@@ -1,14 +1,14 @@
-"""Options with their checks beside them, and the one kind of error that a person causes.
+"""Dataclasses of options with their checks, and `ConfigError`, the error for a user's mistake.
 
-A dataclass of options derives from `Checked`, and a field that not every value of its type suits is
-made by `option`:
+A dataclass of options derives from `Checked`. A field with values of its type that are not allowed
+is made by `option`, with a default and checks:
 
     @dataclasses.dataclass(frozen=True)
     class Walk(Checked):
         steps: int = option(600, at_least(1))
 
-`Walk(steps=0)` then raises "`steps` is 0; it must be at least 1", from Python and from the command
-line alike. None stands for "not given" and passes every check.
+`Walk(steps=0)` then raises "`steps` is 0; it must be at least 1", in Python and on the command
+line. None stands for "not given" and passes every check.
 """
 
 import dataclasses
@@ -20,27 +20,28 @@ from typing import Any, NamedTuple
 
 
 class ConfigError(ValueError):
-    """A mistake of the person who started a run; its text is one line and names the option."""
+    """A mistake of the user who started a run; the text is one line and names the option."""
 
 
 class Check(NamedTuple):
-    """What a value must be, as a test and in words that follow "it must be"."""
+    """A condition on a value: a predicate, and its wording after "it must be"."""
 
     holds: Callable[[Any], bool]
     reason: str
 
 
 def at_least(least: int) -> Check:
-    """A whole number that is not smaller than `least`."""
+    """Requires a number that is not smaller than `least`."""
     return Check(lambda value: value >= least, f"at least {least}")
 
 
 def one_of(names: Iterable[str]) -> Check:
-    """One of the names of a table."""
+    """Requires one of `names`."""
     names = list(names)
     return Check(lambda value: value in names, f"one of {', '.join(names)}")
 
 
+# NaN compares false, so it passes none of these.
 positive = Check(lambda value: 0 < value < math.inf, "positive and finite")
 not_negative = Check(lambda value: 0 <= value < math.inf, "zero or more, and finite")
 share = Check(lambda value: 0 <= value <= 1, "between 0 and 1")
@@ -49,34 +50,36 @@ decay = Check(lambda value: 0 <= value < 1, "at least 0 and below 1")
 
 
 def option(default: Any, *checks: Check) -> Any:
-    """A field with a default, and what its value must be; of a tuple, what each entry must be."""
+    """Makes a field with a default and the checks of its value, or of each entry of a tuple."""
     return dataclasses.field(default=default, metadata={"checks": checks})
 
 
 @dataclasses.dataclass(frozen=True)
 class Checked:
-    """Options that are checked where they are made.
+    """Options that are checked when they are made.
 
     Raises:
-      ConfigError: a value is not what its field asks for.
+      ConfigError: a value fails a check of its field.
     """
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             for check in field.metadata.get("checks", ()):
+                # A tuple is checked entry by entry.
                 for each in value if isinstance(value, tuple) else (value,):
                     _demand(field.name, each, check)
 
 
 def _demand(name: str, value: Any, check: Check) -> None:
-    # Numbers that a program is traced with are arrays, which no one can have mistyped.
+    # Traced values (`together` maps a program over learning rates) cannot be compared, and were
+    # checked as numbers before.
     if isinstance(value, int | float | str) and not check.holds(value):
         raise ConfigError(f"`{name}` is {value}; it must be {check.reason}")
 
 
 def choose(field: str, value: str, names: Iterable[str]) -> str:
-    """Returns `value` if it is one of `names`; raises `ConfigError` with a suggestion if not."""
+    """Returns `value` if it is one of `names`; raises a `ConfigError` with a suggestion if not."""
     names = list(names)
     if value in names:
         return value
@@ -86,26 +89,31 @@ def choose(field: str, value: str, names: Iterable[str]) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """What another library says went wrong, in one line."""
+    """Returns the message of another library's error on one line, or else the error's type."""
     return one_line(error) or type(error).__name__
 
 
 def is_fault(error: BaseException) -> bool:
-    """Whether an error of another library means: this cannot be read.
+    """Whether an error of another library means that a file cannot be read.
 
-    What libraries written in Rust raise where they stop is no `Exception`.
+    Libraries written in Rust (`tokenizers`) raise a `PanicException` when they fail. It derives
+    from `BaseException`, as KeyboardInterrupt does, so it is recognized by its name.
     """
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def one_line(content: object, most: int = 300) -> str:
-    """At most so many characters of a text, without what a terminal would take for a command."""
+    """Returns at most so many characters of a text on one line, printable ones only.
+
+    Texts from files may hold control sequences, which a terminal would obey.
+    """
+    # Line breaks and runs of spaces become one space.
     words = " ".join(str(content).split())
     return "".join(letter if letter.isprintable() else "?" for letter in words[:most])
 
 
 def make_directory(field: str, path: Path) -> None:
-    """Makes a directory with its parents; raises `ConfigError` if that cannot be done."""
+    """Makes a directory with its parents; raises a `ConfigError` about `field` if that fails."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

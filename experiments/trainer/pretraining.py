@@ -1,4 +1,8 @@
-"""Pretraining: `train(config)` prepares text and model, and hands them to the loop."""
+"""Pretraining: `train(config)` prepares text and model, and hands them to the loop.
+
+The parts are public, since studies and benchmarks put them together in other ways: `prepare` makes
+the tokens, `architecture` the shape of the model, `start` the first state and the compiled step.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -20,13 +24,13 @@ from experiments.trainer.options import choose
 
 
 def train(config: Config, *, show: bool = True) -> Result:
-    """Trains from the start or, with `config.resume`, from the last checkpoint.
+    """Trains from scratch or, with `config.resume`, from the last checkpoint.
 
     SIGINT and SIGTERM end the run after the current step, with a checkpoint.
 
     Args:
-      config: everything about the run.
-      show: whether to print a progress bar and what happens.
+      config: all options of the run.
+      show: whether to print a progress bar and messages.
 
     Raises:
       ConfigError: an option cannot work; the message is one line.
@@ -37,8 +41,10 @@ def train(config: Config, *, show: bool = True) -> Result:
 
 
 def _train(config: Config, mesh: Mesh | None, show: bool) -> Result:
+    # 1. Refuse a batch or a directory that cannot be used before any text is prepared.
     rows = meshes.rows(mesh, config.batch_size, config.accumulate)
     checkpoints.check_run_directory(config)
+    # 2. Tokens, and batches of them. This process reads the rows that its devices hold.
     arch, tokens = prepare(config)
     material = loop.Material(
         batches=data.training_batches(
@@ -50,6 +56,7 @@ def _train(config: Config, mesh: Mesh | None, show: bool) -> Result:
         tokens=config.batch_size * arch.seq_len,
         digest=tokens.digest,
     )  # fmt: skip
+    # 3. Note the run, or check the one that is resumed; then make the model and train.
     loop.begin(config, tokens.digest, f"the text of {' '.join(config.corpus)}")
     static, state, step_fn = start(config, arch, mesh)
     return loop.run(
@@ -65,7 +72,7 @@ def _train(config: Config, mesh: Mesh | None, show: bool) -> Result:
 
 
 def architecture(config: Config) -> Architecture:
-    """The preset of `config`, with its vocabulary and window length where they are given."""
+    """Returns the preset of `config`, with the vocabulary and window length that it gives."""
     preset = PRESETS[choose("preset", config.preset, PRESETS)]
     return dataclasses.replace(
         preset,
@@ -75,7 +82,11 @@ def architecture(config: Config) -> Architecture:
 
 
 def prepare(config: Config) -> tuple[Architecture, data.Data]:
-    """The tokens of a run, and the shape of its model, which has their vocabulary."""
+    """Returns the shape of the model and the tokens of a run.
+
+    The vocabulary of the model is the tokenizer's, which may be smaller than was asked for if there
+    is little text.
+    """
     arch = architecture(config)
     tokens = processes.in_turn(lambda: data.prepare(config, arch.vocab_size))
     return dataclasses.replace(arch, vocab_size=tokens.tokenizer.get_vocab_size()), tokens
@@ -84,7 +95,17 @@ def prepare(config: Config) -> tuple[Architecture, data.Data]:
 def start(
     config: Config, arch: Architecture, mesh: Mesh | None = None
 ) -> tuple[Any, State, Callable]:
-    """The static model, the first state, and the compiled `(state, batch) -> (state, metrics)`."""
+    """Returns the static model, the first state and the compiled step.
+
+    Args:
+      config: the run.
+      arch: the shape of the model, from `prepare`.
+      mesh: the devices, if there are several.
+
+    Returns:
+      The static part of the model, the first state, and `(state, batch) -> (state, metrics)` for
+      batches `int32[B, L + 1]`.
+    """
 
     def create() -> tuple[Any, llama.Params]:
         static, params = llama.create(
@@ -96,9 +117,10 @@ def start(
     def place(shardings: Any) -> llama.Params:
         if shardings is None:
             return create()[1]
+        # Compiled with output shardings: each device makes its part, and none holds all weights.
         return jax.jit(lambda: create()[1], out_shardings=shardings)()
 
-    static, shapes = jax.eval_shape(create)
+    static, shapes = jax.eval_shape(create)  # no array is made
     loss = partial(losses.of_windows, static)
     return static, *loop.start(config, loss, shapes, place, mesh, arch.layers)
 
@@ -106,6 +128,7 @@ def start(
 def _introduction(
     config: Config, arch: Architecture, tokens: data.Data, state: State, mesh: Mesh | None
 ) -> str:
+    # A window of L + 1 tokens shares one with the next, so that it reads L new ones.
     epochs = config.steps * config.batch_size * arch.seq_len / len(tokens.train)
     return (
         f"{config.preset}: {llama.parameter_count(state.params):,} parameters, "

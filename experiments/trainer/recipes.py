@@ -1,10 +1,10 @@
-"""The settings of GaLore's C4 experiments, by the name of the model: the option `recipe`.
+"""Settings of GaLore's C4 experiments by the name of the model: the values of the option `recipe`.
 
-Models, ranks, tokens, batches of 512 x 256 and the warm-up are those of Zhao et al., arXiv
-2403.03507; period and full-rank layers are GUM's (arXiv 2510.17802). They pad documents, here
-windows are full, so that the same tokens make fewer steps. Their tokenizer is T5's; a BPE of the
-same size is trained here unless the option `tokenizer` names one. Options beside a recipe go
-before it.
+Models, ranks, numbers of tokens, batches of 512 x 256 and warm-up are from Zhao et al., arXiv
+2403.03507; period and full-rank layers are from GUM, Pan et al., arXiv 2510.17802. Two things
+differ. GaLore pads documents; windows here are full, so that the same tokens make fewer steps.
+GaLore uses T5's tokenizer; here a BPE of the same size is trained unless the option `tokenizer`
+names one. Options that are given beside a recipe override it.
 """
 
 from experiments.trainer.config import Config, Recipe
@@ -12,6 +12,7 @@ from experiments.trainer.optimizers import Gum
 
 
 def _c4(preset: Recipe, rank: int, tokens: float) -> Config:
+    """Returns the configuration for a model, trained on so many tokens of C4."""
     batch_size, seq_len = 512, 256
     return Config(
         run_dir=f"runs/{preset}",

@@ -1,4 +1,4 @@
-"""What trains embedding, head and norms, by the name that the option `fallback` has for it."""
+"""Fallbacks, the optimizers of embedding, head and norms: the values of the option `fallback`."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
@@ -28,17 +28,17 @@ else:
 
 
 def build(run: "Training") -> optax.GradientTransformation:
-    """The fallback that a run asks for."""
+    """Returns the fallback of a run, with its learning rate and weight decay."""
     rate = schedule(run, run.fallback_learning_rate)
     return FALLBACKS[run.fallback](run).make(rate, run.weight_decay, decayed)
 
 
 def matrix_or_rest(params: optax.Params) -> optax.Params:
-    """A tree like `params`: "matrix" for hidden matrices, "rest" for what the fallback gets."""
+    """Returns a tree like `params` of labels: hidden matrices "matrix", all else "rest"."""
     numbers = gum_optax.dimension_numbers.default(params)
     return jax.tree.map(lambda _, number: "rest" if number is None else "matrix", params, numbers)
 
 
 def decayed(params: optax.Params) -> optax.Params:
-    """A tree like `params`: whether a leaf is decayed, as all but norms and biases are."""
+    """Returns a tree like `params` of bools: weight decay applies to all but norms and biases."""
     return jax.tree.map(lambda leaf: leaf.ndim > 1, params)

@@ -1,4 +1,4 @@
-"""The learning rate along a run: linear warm-up, then cosine decay."""
+"""Learning rate schedule of a run: linear warm-up, then cosine decay."""
 
 from typing import TYPE_CHECKING
 
@@ -9,14 +9,18 @@ if TYPE_CHECKING:
 
 
 def schedule(run: "Training", peak: float | None = None) -> optax.Schedule:
-    """Linear warm-up to the peak learning rate, then cosine decay."""
+    """Returns the schedule with the given peak; None: the run's learning rate."""
     peak = run.learning_rate if peak is None else peak
     share = share_of_peak(run)
     return lambda step: peak * share(step)
 
 
 def share_of_peak(run: "Training") -> optax.Schedule:
-    """The learning rate as a share of its peak: the same for all rates of a run."""
+    """Returns the learning rate as a share of its peak, the same for all rates of a run.
+
+    With w warm-up steps it is ``1 / (w + 1)`` at step 0, so that the first step moves the weights,
+    1 at step w, and `final_learning_rate` at the end.
+    """
     warmup = round(run.warmup * run.steps)
     return optax.warmup_cosine_decay_schedule(
         init_value=1 / (warmup + 1),

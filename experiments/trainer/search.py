@@ -1,11 +1,11 @@
-"""Bayesian search of positive numbers, in coordinates that leave known invariances out.
+"""Bayesian search over positive numbers, in coordinates without known invariances.
 
-A *coordinate* is positive and searched by its logarithm: training answers to the ratio of two
-learning rates, not to their difference. What a change of one option undoes in another is no
-coordinate: updates of a scale-free direction (a polar factor, a sign) are as long as learning rate
-times scale, so that the *size* of an update is searched, and the scale stays as it is.
+A *coordinate* is positive and searched by its logarithm, as training depends on ratios of learning
+rates rather than on their differences. Two options of which one can undo the other share a single
+coordinate: an update along a scale-free direction (a polar factor, a sign) has the length learning
+rate times scale, so this product, the *size* of the update, is searched at a fixed scale.
 
-Optuna's tree-structured Parzen estimator chooses the points, `pip install gum-optax[tuning]`.
+Optuna's tree-structured Parzen estimator chooses the points: `pip install gum-optax[tuning]`.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -30,13 +30,15 @@ def search(
     trials: int,
     seed: int = 0,
 ) -> Iterator[Trial]:
-    """Yields trials, each chosen after those before it. Equal losses give equal points again.
+    """Yields trials, each chosen from the results of those before it.
+
+    Equal losses and seeds give equal points.
 
     Args:
       ranges: the least and the largest value of each coordinate, both positive.
-      loss: what is to be made small; a run that diverged may give NaN or infinity.
-      trials: how many.
-      seed: of the choices.
+      loss: the function to minimize; NaN or infinity for a run that diverged.
+      trials: number of trials.
+      seed: seed of Optuna's choices.
 
     Raises:
       ConfigError: Optuna is not installed.
@@ -48,13 +50,15 @@ def search(
             "`trials`: a search needs Optuna; pip install gum-optax[tuning], or run the grid"
         ) from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    # A third of the trials at random, and at least four: below that there is nothing to model.
+    # 1. A third of the trials at random, and at least four: below that there is nothing to model.
     sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=max(4, trials // 3))
     study = optuna.create_study(sampler=sampler)
+    # 2. Ask for a point, run it, tell its loss. A trial that diverged is told as failed: the
+    #    estimator takes no infinite losses.
     for _ in range(trials):
         trial = study.ask()
         point = {
-            # Three digits, so that a result file finds a run again.
+            # Rounded to three digits: a repeated search then finds its runs in the result file.
             name: float(f"{trial.suggest_float(name, low, high, log=True):.3g}")
             for name, (low, high) in ranges.items()
         }
@@ -70,10 +74,10 @@ def _state(optuna: Any, diverged: bool) -> Any:
 
 
 def scale(base: Training) -> float:
-    """The factor between a learning rate and the size of updates: 1 unless directions have one."""
+    """Returns the ratio of the size of updates to the learning rate, 1 without `consistent_rms`."""
     return getattr(base.optimizer, "consistent_rms", None) or 1.0
 
 
 def at_size(base: Training, size: float, **options: Any) -> Training:
-    """The run whose updates have a size, whatever their scale: rate = size / scale."""
+    """Returns the run whose updates have a size: learning rate = size / scale."""
     return change(base, learning_rate=float(f"{size / scale(base):.3g}"), **options)

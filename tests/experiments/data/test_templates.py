@@ -83,5 +83,5 @@ def test_a_template_that_does_harm_is_refused_in_one_line(attack, monkeypatch):
 def test_a_template_that_waits_is_stopped_by_the_clock(monkeypatch):
     """Here, as on a machine so busy that the process does not run."""
     monkeypatch.setattr(templates, "_SECONDS", 0.01)
-    with pytest.raises(ConfigError, match=r"it has not ended after 0\.1 s"):
+    with pytest.raises(ConfigError, match=r"it did not end within 0\.1 s"):
         templates.render("patience", CHAT, {}, generate=True)

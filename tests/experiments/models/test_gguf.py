@@ -110,12 +110,12 @@ def test_the_tokenizer_splits_digits_merges_and_keeps_special_tokens(tmp_path):
 
 
 @pytest.mark.parametrize("options, text", [
-    ({"kind": "qwen2"}, "holds the architecture 'qwen2'; only llama is read"),
+    ({"kind": "qwen2"}, "has the architecture 'qwen2'; only llama is supported"),
     ({"tokenizer": "llama"}, "tokenizer is 'llama'"),
-    ({"pre": "llama-bpe"}, "words of 'llama-bpe'"),
+    ({"pre": "llama-bpe"}, "pre-tokenizer 'llama-bpe'"),
     ({"llama__rope__scaling__type": "yarn"}, "llama.rope.scaling.type is 'yarn'"),
     ({"tokenizer__ggml__add_bos_token": True}, "add_bos_token is true"),
-    ({"tensors": {"rope_freqs.weight": np.ones(3)}}, "rope_freqs.weight [3] is not known"),
+    ({"tensors": {"rope_freqs.weight": np.ones(3)}}, "rope_freqs.weight [3] is unknown"),
     ({"tensors": {"rope_freqs.weight": np.ones(3)}}, "model.norm.weight [24] is missing"),
 ])  # fmt: skip
 def test_what_is_not_supported_is_named(options, text, tmp_path):

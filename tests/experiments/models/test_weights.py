@@ -184,9 +184,9 @@ def test_every_tensor_that_does_not_fit_is_named(tmp_path):
     assert message.split(": ", 2)[2].split("; ") == [
         "lm_head.weight [96, 24] is missing",
         "model.layers.0.mlp.up_proj.weight [32, 24] is missing",
-        "model.layers.1.self_attn.q_proj.bias [24] is not known",
+        "model.layers.1.self_attn.q_proj.bias [24] is unknown",
         "model.layers.1.self_attn.q_proj.weight is [24, 12] instead of [24, 24]",
-        "model.layers.2.mlp.up_proj.weight [32, 24] is not known",
+        "model.layers.2.mlp.up_proj.weight [32, 24] is unknown",
         "model.norm.weight is [23] instead of [24]",
     ]
 

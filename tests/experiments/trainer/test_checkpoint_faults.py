@@ -272,7 +272,7 @@ def test_the_last_good_checkpoint_is_one_that_is_good(written):
             "the last good checkpoint is step 1; remove it and 2 to continue from step 1"
         )
         flip(written / "checkpoints" / "1" / "data" / "metadata")
-        with pytest.raises(ConfigError, match="no earlier one that is good"):
+        with pytest.raises(ConfigError, match="no good earlier one"):
             opened.restore(3, STATE)
 
 
@@ -328,7 +328,7 @@ def test_two_runs_in_one_directory_are_refused(tmp_path):
             pass
         assert str(caught.value) == (
             f"`run_dir`: process {os.getpid()} on {socket.gethostname()} is training in "
-            f"{config.run_dir}; wait for its end, or choose another directory"
+            f"{config.run_dir}; wait until it ends, or choose another directory"
         )
     with locks.of_run(config):
         pass
