@@ -1,4 +1,4 @@
-"""The communication of an update on eight devices: `python -m experiments.benchmarks.communication`
+"""Communication of an update on eight devices: `python -m experiments.benchmarks.communication`.
 
 Collectives are counted in the compiled programs of GUM's plain and refresh steps, Muon's and
 AdamW's; nothing runs. The devices are eight virtual CPU devices, for which XLA partitions a program

@@ -30,8 +30,8 @@ from experiments.trainer.sweeps import identity, write
 from gum_optax import displaced, displacements
 
 PROGRAM = "experiments.studies.displaced"
-# Variant -> gradients per step. The past gradient's displacement reuses the gradient of the step
-# before; the other two compute a second one at the displaced weights.
+# Variant -> gradients per step. SAM and extragradient compute a second one at displaced weights;
+# the displacement along the past gradient reuses the gradient of the step before.
 GRADIENTS = {"plain": 1, "sam": 2, "extragradient": 2, "past gradient": 1}
 BASE = dataclasses.replace(
     change(Run(), optimizer="muon"), steps=30, batch_size=32, learning_rate=1e-2,

@@ -1,4 +1,4 @@
-"""Errors of momentum in few bits, and of its polar factor: `python -m experiments.studies.few_bits`
+"""Errors of momentum in few bits, and of NS(momentum): `python -m experiments.studies.few_bits`.
 
 The gradients are from a run of GUM. Beside the run, every storage keeps two momenta of its own, a
 full-rank one and one of the projected gradients, both rounded at every step as in training:

@@ -400,7 +400,7 @@ def _style(config: Config, key: str) -> Style:
         for shift in range(len(filled))
         for i, colour in enumerate(COLOURS)
     ]
-    # Go through the palette before a marker repeats: neighbours in the legend differ in both.
+    # Go through the palette before a marker repeats: neighbours differ in colour and in marker.
     free = [each for each in free if each not in taken]
     place = [each for each in config.contenders if each not in STYLES].index(key)
     return Style(CONTENDERS[key].name, *free[place % len(free)])

@@ -114,7 +114,7 @@ def measured(config: Config) -> Iterator[dict[str, Any]]:
 
     momentum = jax.tree.map(jnp.zeros_like, state.params)
     for number in range(run.steps):
-        # 1. The step of the run. What is measured belongs to the weights and momentum before it.
+        # 1. The step of the run. Gains are measured at the weights before it.
         old, before = state, momentum
         state, grads, momentum, low, updates = step(state, momentum, next(batches))
         if number % config.every:

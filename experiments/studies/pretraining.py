@@ -138,8 +138,8 @@ def steps_to(curve: Sequence[Sequence[float]], loss: float) -> float | None:
       curve: pairs (step, validation loss), interpolated linearly between steps.
       loss: the goal.
     """
-    # Before the first validation the loss counts as infinite, so a goal that is reached there is
-    # reached at that step.
+    # The loss before the first validation counts as infinite: a goal that the first validation
+    # meets is reached at its step.
     for (step, value), (later, next_value) in zip([[0, np.inf], *curve], curve, strict=False):
         if next_value <= loss:
             # The fraction of the interval at which the line through both points meets `loss`.

@@ -32,8 +32,8 @@ from experiments.trainer.options import ConfigError
 from experiments.trainer.pretraining import architecture
 
 PROGRAM = "experiments.studies.variance"
-# Bounds of a probability. They keep the weights 1/q and 1/(1-q) at most 20, so that norms which
-# change after the choice cannot make the variance explode.
+# Bounds of a probability. They keep the weights 1/q and 1/(1-q) of norms that change after the
+# choice at most 20.
 LEAST, MOST = 0.05, 0.95
 # Norms that a rule may use, as slices of the offsets: of the refresh, from the batch that also made
 # the bases; of the next recorded step, from another batch; or of each later step itself, which no
