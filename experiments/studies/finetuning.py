@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 
 from experiments import reporting
 from experiments.reporting import COLOURS, STYLES, Style, save
-from experiments.studies.pretraining import best_rates
+from experiments.studies.pretraining import best_rates, rate_of
 from experiments.trainer import cli, sweeps
 from experiments.trainer.config import change
 from experiments.trainer.evaluation import wilson
@@ -123,7 +123,7 @@ def _neighbours(rates: Sequence[float], rate: float) -> Sequence[float]:
 def finals(config: Config, best: dict[str, float]) -> list[Run]:
     """Returns the runs of all optimizers at their best learning rates, with all seeds."""
     return [
-        point(config, optimizer, best[optimizer], seed)
+        point(config, optimizer, rate_of(optimizer, best), seed)
         for seed in config.seeds
         for optimizer in config.optimizers
     ]
@@ -152,7 +152,7 @@ def finals_of(entries: Sequence[sweeps.Entry]) -> list[sweeps.Entry]:
     varied = {"optimizer", "learning_rate", "seed", "projector"}
     alike = [e for e in entries if all(e["config"][k] == first[k] for k in first.keys() - varied)]
     best = best_rates(e for e in alike if e["config"]["seed"] == first["seed"])
-    return [e for e in alike if e["config"]["learning_rate"] == best[e["config"]["optimizer"]]]
+    return [e for e in alike if e["config"]["learning_rate"] == best.get(e["config"]["optimizer"])]
 
 
 def compare(entries: Sequence[sweeps.Entry]) -> list[dict[str, Any]]:

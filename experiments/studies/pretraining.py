@@ -71,7 +71,7 @@ def grid(config: Config) -> list[Run]:
 def finals(config: Config, best: dict[str, float], corpus: str) -> list[Run]:
     """Returns the runs of all optimizers at their best learning rates, seed by seed."""
     return [
-        point(config, optimizer, best[optimizer], seed, corpus)
+        point(config, optimizer, rate_of(optimizer, best), seed, corpus)
         for seed in config.seeds
         for optimizer in config.optimizers
     ]
@@ -106,6 +106,19 @@ def best_rates(entries: Iterable[sweeps.Entry]) -> dict[str, float]:
     return {e["config"]["optimizer"]: e["config"]["learning_rate"] for e in ordered}
 
 
+def rate_of(optimizer: str, best: dict[str, float]) -> float:
+    """Returns an optimizer's rate of `best_rates`.
+
+    Raises:
+      ConfigError: all runs of the optimizer diverged.
+    """
+    if optimizer not in best:
+        raise ConfigError(
+            f"`learning_rates`: no run of {optimizer} ended with a finite loss; add smaller rates"
+        )
+    return best[optimizer]
+
+
 def stored(path: Path, option: str) -> tuple[dict[str, float], dict[str, list[sweeps.Entry]]]:
     """Reads the result file: the best rate of each optimizer, and by corpus the runs at it.
 
@@ -126,7 +139,7 @@ def stored(path: Path, option: str) -> tuple[dict[str, float], dict[str, list[sw
     finals: dict[str, list[sweeps.Entry]] = {}
     for entry in entries:
         config = entry["config"]
-        if config["learning_rate"] == best[config["optimizer"]]:
+        if config["learning_rate"] == best.get(config["optimizer"]):
             finals.setdefault(" ".join(config["corpus"]), []).append(entry)
     return best, finals
 
