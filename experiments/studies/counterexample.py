@@ -223,10 +223,10 @@ def figure(config: Config) -> None:
         learning_rate=config.learning_rate,
         final_relative_gap={name: values[:, -1].tolist() for name, values in gaps.items()},
     )
-    print(f"{'method':<12}  final gap / gap at the start: median [least, largest]")
+    print(f"{'method':<12}  final gap / gap at the start: median (min to max)")
     for name, values in gaps.items():
         last = values[:, -1]
-        print(f"{name:<12}  {np.median(last):.2e} [{last.min():.2e}, {last.max():.2e}]")
+        print(f"{name:<12}  {np.median(last):.2e} ({last.min():.2e} to {last.max():.2e})")
     print(
         f"{config.seeds} seeds in {time.perf_counter() - start:.0f} s; "
         f"figure: {config.out / 'counterexample.png'}"

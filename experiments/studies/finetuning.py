@@ -243,11 +243,11 @@ def draw(config: Config, found: Sequence[sweeps.Entry], asked: float) -> Path:
     )  # fmt: skip
     left.set_xticks([step for step, _ in found[0]["curve"]])
     left.set(xlabel="step", ylabel="loss of held-out answers (nats per token)", ylim=(0, None))
-    left.set_title("mean of the seeds", fontsize="medium")
+    left.set_title("mean over seeds", fontsize="medium")
     left.legend(frameon=False, fontsize="small")
     right.legend(frameon=False, fontsize="small")
     right.set(xlabel="optimizer state (MiB)", ylabel="right answers", ylim=(0, 1))
-    right.set_title("and 95 % limits for the choice of items", fontsize="medium")
+    right.set_title("mean over seeds, 95 % interval", fontsize="medium")
     for axes in (left, right):
         axes.grid(alpha=0.3)
     return save(figure, config.out)

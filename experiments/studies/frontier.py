@@ -236,7 +236,10 @@ def _next(losses: dict[int, float], first: int) -> list[int]:
         return [first - 1, first, first + 1]
     best = min(losses, key=losses.__getitem__)
     if losses[best] == math.inf and len(losses) > _HOPELESS:
-        raise ConfigError(f"`contenders`: no run of {len(losses)} learning rates ended finite")
+        raise ConfigError(
+            f"`contenders`: one has no finite loss at any of {len(losses)} learning rates; "
+            "a lower `first` begins the search at smaller ones"
+        )
     return [i for i in (best - 1, best + 1) if i not in losses]
 
 

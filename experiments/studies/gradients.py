@@ -82,7 +82,10 @@ def period(run: Config) -> int:
       ConfigError: its optimizer has no bases to refresh.
     """
     if not isinstance(run.optimizer, Refreshed):
-        raise ConfigError(f"`optimizer` is {run.optimizer.name}, which projects no gradients")
+        raise ConfigError(
+            f"`optimizer` is {run.optimizer.name}, which has no bases to refresh; choose one that "
+            "has, such as gum"
+        )
     return run.optimizer.period
 
 
@@ -99,7 +102,10 @@ def since_refresh(config: Config, offsets: Sequence[int]) -> list[int]:
             f"below the period of {period(config)}"
         )
     if refreshes[-1] + offsets[-1] >= config.steps:
-        raise ConfigError(f"`steps` is {config.steps}; the last period lacks some `offsets`")
+        raise ConfigError(
+            f"`steps` is {config.steps}, which ends before the last of `offsets` in the last "
+            "period; a multiple of the period has them all"
+        )
     return [refresh + offset for refresh in refreshes for offset in offsets]
 
 

@@ -81,7 +81,10 @@ def measured(config: Config) -> Values:
       ConfigError: the steps do not fit into the run, or there are too few batches.
     """
     if config.others < 2:
-        raise ConfigError(f"`others` is {config.others}; noise is what differs between two or more")
+        raise ConfigError(
+            f"`others` is {config.others}; it must be at least 2, since the noise of batches is "
+            "estimated from their differences"
+        )
     steps = gradients.since_refresh(config.base, config.offsets)
     svd: ByKind = {}
     found: list[Values] = []

@@ -101,11 +101,16 @@ def check(config: Config) -> None:
     layers = architecture(config.base).layers
     for gamma in config.gammas:
         if not 1 <= gamma < layers:
-            raise ConfigError(f"`gammas`: {gamma} is not between 1 and {layers - 1}, of {layers}")
+            raise ConfigError(
+                f"`gammas`: {gamma} is not between 1 and {layers - 1}, below {layers} layers"
+            )
     if config.shown not in config.gammas:
         raise ConfigError(f"`shown` is {config.shown}; it must be one of `gammas`")
     if len(config.offsets) < 3:
-        raise ConfigError(f"`offsets` has {len(config.offsets)}; the third is the first to compare")
+        raise ConfigError(
+            f"`offsets` has {len(config.offsets)} values; it needs three or more, since rules are "
+            "compared from the third on"
+        )
 
 
 def squares(moment: Moment) -> Norms:
