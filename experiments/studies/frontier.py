@@ -124,7 +124,6 @@ CONTENDERS = {
         ("rows", "low-rank Muon + rows", 3e-3, _muon("rows")),
         ("plain", "low-rank Muon + residual", 3e-3, _muon("plain")),
         ("galore", "GaLore", 1e-3, _adam("galore")),
-
         # Question 2: how many layers to draw?
         ("gum_1", "GUM, 1 layer drawn", 3e-3, _muon("sampled", 1)),
         ("gum_4", "GUM, half of the layers drawn", 3e-3, _muon("sampled", 4)),

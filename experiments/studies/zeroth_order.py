@@ -217,17 +217,19 @@ def run(config: Config, name: str, rate: float, seed: int, setting: Setting) -> 
         whole = _with_blocks(setting.params, trained) if name == "adamw, last blocks" else trained
         return mean_loss(evaluate, whole, setting.held_out)
 
-    # Equal forward passes, not equal steps. Compilation is over, so the time is of steps alone.
+    # Equal forward passes, not equal steps. The time is of steps alone: compilation is over, and
+    # the held-out loss comes after it.
     steps = config.passes // PASSES[name]
     before, values, started = held_out(trained), [], time.process_time()
     for t in range(steps):
         trained, state, value = compiled(trained, state, others, batch, t, seed)
         values.append(float(value))
         batch = next(batches)
+    seconds = time.process_time() - started
     return {
         "method": name, "rate": rate, "seed": seed, "steps": steps, **settings(config),
         "before": before, "after": held_out(trained), "losses": values,
-        "processor_seconds_per_step": (time.process_time() - started) / steps,
+        "processor_seconds_per_step": seconds / steps,
         "temporary_bytes": found.temp_size_in_bytes,
         "argument_bytes": found.argument_size_in_bytes,
     }  # fmt: skip
