@@ -129,8 +129,8 @@ def measure(board: str, layout: str, program: str) -> dict[str, Any]:
     by_window = NamedSharding(mesh, P("fsdp"))
     state = jax.eval_shape(tx.init, params)
 
-    # 2. The program, whose number of the step is a constant: without it a plain step would be
-    # compiled with the branch of a refresh in it.
+    # 2. The program. The number of its step is a constant; otherwise every step would be compiled
+    # with the branch of a refresh, whose collectives would be counted.
     def loss(params: Any, windows: Any) -> jax.Array:
         # Activations stay sharded along the windows, whatever the weights' sharding suggests.
         return scanned.loss(

@@ -143,6 +143,7 @@ def train() -> None:
         built = optimizer(config.num_train_steps)
         with Trainer(config, built, loss) as trainer:
             state = trainer.initial_state(jax.random.PRNGKey(1), model_init=create)
+            # One batch for all steps: the loss must fall.
             batch = example(tokens())
             values, saved, halfway = [], None, 6
             for step in range(12):
@@ -161,6 +162,7 @@ def train() -> None:
             arrays = eqx.filter(state.trainable_model, eqx.is_array)
             where = jax.tree.map(lambda x: x.sharding, arrays)
             expected = gum_optax.state_shardings(built, arrays, where)
+            # Put there to count bytes; training goes on with the trainer's own sharding.
             wanted = jax.tree.map(jax.device_put, state.opt_state, expected)
             each, ours, whole = (
                 bytes_per_device(state.opt_state),

@@ -65,6 +65,7 @@ def main(arguments: Sequence[str]) -> int:
         gamma: [e["validation_loss"] for e in entries[i * config.draws : (i + 1) * config.draws]]
         for i, gamma in enumerate(config.gammas)
     }
+    # 3. The deviation over draws, to be compared with the deviation over seeds of whole runs.
     reporting.table(
         f"Validation loss over {config.draws} draws, the same weights and data",
         ("gamma", "mean", "deviation", "min", "max"),
