@@ -1,1 +1,1 @@
-"""What GUM costs beside other optimizers: `python -m experiments.benchmarks`."""
+"""Time and memory of GUM beside other optimizers: `python -m experiments.benchmarks`."""

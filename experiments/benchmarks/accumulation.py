@@ -1,8 +1,8 @@
-"""What accumulating gradients costs: `python -m experiments.benchmarks.accumulation`.
+"""The cost of accumulating gradients: `python -m experiments.benchmarks.accumulation`.
 
-`optax.MultiSteps` calls the update at every mini-step and keeps the last. Beside it the mini-steps'
-gradients are summed first, as `optax.microbatching` does, and the update is called once. Both are
-timed by turns in one process, on random gradients, without the backward pass.
+`optax.MultiSteps` calls the update at every mini-step and discards all but the last result. The
+alternative sums the gradients of the mini-steps first, as `optax.microbatching` does, and calls the
+update once. Both are timed by turns in one process, on random gradients, without a backward pass.
 """
 
 import dataclasses
@@ -23,16 +23,16 @@ from experiments.trainer import cli
 
 PROGRAM = "experiments.benchmarks.accumulation"
 
-# The period of each kind of step: every step refreshes, or none after the first.
+# Kind of step -> GUM's period: with 1 every step refreshes, with a million none after the first.
 PERIODS = {"refresh": 1, "ordinary": 1_000_000}
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Seconds of a real step of GUM's update by two ways of accumulating gradients."""
+    """Time GUM's update under two ways of accumulating gradients."""
 
     layers: int = 8
-    """Matrices of the one group."""
+    """Number of matrices, which form one group."""
     rows: int = 256
     """Rows of each matrix."""
     columns: int = 704
@@ -40,9 +40,9 @@ class Config:
     rank: int = 32
     """Rank of GUM."""
     mini_steps: int = 8
-    """Mini-steps of a real step."""
+    """Mini-steps whose gradients one step accumulates."""
     repeats: int = 9
-    """Real steps that are timed; the median is kept."""
+    """Timed repetitions of a step; the median is reported."""
     seed: int = 0
     """Seed of the gradients."""
     out: Path = Path("experiments/results/accumulation.json")
@@ -50,7 +50,7 @@ class Config:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Prints the seconds and their ratios and writes them."""
+    """Times both ways for both kinds of step; prints and writes the seconds and their ratios."""
     config = cli.parse(Config, PROGRAM, arguments)
     seconds = {step: _compare(config, period) for step, period in PERIODS.items()}
     ratios = {step: times["MultiSteps"] / times["sum first"] for step, times in seconds.items()}
@@ -62,7 +62,8 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _compare(config: Config, period: int) -> dict[str, float]:
-    """Median seconds of a real step, both ways by turns."""
+    """Returns the median seconds of a step for both ways, timed by turns."""
+    # Every mini-step has the same gradients: a list of [rows, columns] arrays.
     shape = (config.layers, config.rows, config.columns)
     gradients = list(jax.random.normal(jax.random.key(config.seed), shape))
     optimizer = gum_optax.scale_by_gum(gum_optax.LowRank(config.rank, period))
@@ -72,7 +73,8 @@ def _compare(config: Config, period: int) -> dict[str, float]:
     }
     times: dict[str, list[float]] = {name: [] for name in ways}
     for step in ways.values():
-        step()  # Compiles, and takes the refresh of the first step.
+        step()  # compiles, and has the refresh of the first step, which is not timed
+    # By turns, so that a machine that slows down affects both ways alike.
     for _ in range(config.repeats):
         for name, step in ways.items():
             start = time.perf_counter()
@@ -82,7 +84,7 @@ def _compare(config: Config, period: int) -> dict[str, float]:
 
 
 def multi_steps(optimizer: Any, gradients: Any, mini_steps: int) -> Callable[[], Any]:
-    """A real step of `optax.MultiSteps`: as many updates as mini-steps."""
+    """Returns a step of `optax.MultiSteps`, which computes one update per mini-step."""
     multi = optax.MultiSteps(optimizer, mini_steps)
     update = jax.jit(multi.update, donate_argnums=1)
     state = multi.init(gradients)
@@ -98,16 +100,18 @@ def multi_steps(optimizer: Any, gradients: Any, mini_steps: int) -> Callable[[],
 
 
 def sum_first(optimizer: Any, gradients: Any, mini_steps: int) -> Callable[[], Any]:
-    """A real step that sums the gradients of the mini-steps and updates once."""
+    """Returns a step that sums the gradients of its mini-steps and updates once."""
     add = jax.jit(optax.tree.add, donate_argnums=0)
     update = jax.jit(optimizer.update, donate_argnums=1)
     state = optimizer.init(gradients)
 
     def step() -> None:
+        # 1. Sum the gradients of the mini-steps, in place.
         nonlocal state
         total = jax.tree.map(jnp.zeros_like, gradients)
         for _ in range(mini_steps):
             total = add(total, gradients)
+        # 2. One update, of their mean.
         updates, state = update(jax.tree.map(lambda g: g / mini_steps, total), state)
         jax.block_until_ready((updates, state))
 

@@ -1,8 +1,8 @@
-"""How much of the gradient GUM's bases catch during a real run.
+"""The energy of gradients that GUM's bases capture during a real run.
 
-Each refresh starts from the basis of the one before, so what the projector does is seen only along
-a run: at each refresh the energy that the new basis catches is divided by that of the best subspace
-of the same rank.
+Each refresh starts from the previous basis, so a projector can only be judged along a run. At each
+refresh, the energy ``||P'G||^2`` under the new basis is divided by the energy under the best
+subspace of the same rank.
 """
 
 from collections.abc import Iterator
@@ -17,12 +17,13 @@ from experiments.studies.gradients import Moment
 from experiments.trainer.config import Config as Run
 from experiments.trainer.optimizers import Gum
 
-Captured = dict[str, np.ndarray]
+Captured = dict[str, np.ndarray]  # kind -> the share of each matrix, [N]
 
 
 def run(config: Config) -> None:
-    """Trains, writes `projectors.json`, prints a table."""
+    """Trains, writes `projectors.json` and prints a table."""
     found = dict(refreshes(config))
+    # Two summaries of every refresh: of each kind of matrix, and of all matrices together.
     rows = [
         {"step": step, "matrix": kind} | _summary(values)
         for step, kinds in found.items()
@@ -35,13 +36,13 @@ def run(config: Config) -> None:
     reporting.write(config.out / "projectors.json", config, by_step=together, by_matrix=rows)
     reporting.table(
         "Captured energy over that of the best subspace",
-        ("step", "least", "median", "matrices"),
+        ("step", "min", "median", "matrices"),
         ((row["step"], row["min"], row["median"], row["matrices"]) for row in together),
     )
 
 
 def refreshes(config: Config) -> Iterator[tuple[int, Captured]]:
-    """Trains; yields the step and, by kind, each matrix's share at every refresh."""
+    """Trains, and yields at every refresh the step and each matrix's share by kind."""
     settings = run_of(config)
     steps = range(0, settings.steps + 1, gradients.period(settings))
     for moment in gradients.along(settings, steps):
@@ -49,7 +50,7 @@ def refreshes(config: Config) -> Iterator[tuple[int, Captured]]:
 
 
 def run_of(config: Config) -> Run:
-    """The run of GUM that is looked at."""
+    """Returns the configuration of the run of GUM."""
     preset: Any = config.projector_preset
     return Run(
         preset=preset, steps=config.projector_steps, seed=config.seed,
@@ -61,7 +62,7 @@ def run_of(config: Config) -> Run:
 
 
 def captured(moment: Moment) -> Captured:
-    """By kind, ||P'G||^2 of each matrix over that of the best subspace of its rank."""
+    """Returns by kind ``||P'G||^2`` of each matrix over the best subspace's of the same rank."""
     return {
         kind: np.array([share(G, P) for G, P in zip(moment.gradients[kind], basis, strict=True)])
         for kind, basis in moment.bases.items()
@@ -69,8 +70,9 @@ def captured(moment: Moment) -> Captured:
 
 
 def share(gradient: Any, basis: Any) -> float:
-    """||P'G||^2 over the sum of the largest eigenvalues of G G', in float64."""
-    G, P = gradients.wide(gradient), np.asarray(basis, np.float64)
+    """Returns ``||P'G||^2`` over the sum of the r largest eigenvalues of ``G G'``, in float64."""
+    G, P = gradients.wide(gradient), np.asarray(basis, np.float64)  # [m, n] and [m, r]
+    # `eigvalsh` sorts in ascending order: the last r.
     best = np.linalg.eigvalsh(G @ G.T)[-P.shape[1] :].sum()
     return float(np.sum((P.T @ G) ** 2) / best)
 

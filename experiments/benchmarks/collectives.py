@@ -1,24 +1,37 @@
-"""Counts what a compiled program sends between devices, from the text of its HLO."""
+"""Counts the bytes that a compiled program sends between devices, from the text of its HLO.
+
+An HLO module is a list of computations, each a list of instructions, one a line. Loops, branches
+and calls name the computations that they run, so counting is a walk from the entry computation.
+"""
 
 import math
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
+# Bytes of an element, by HLO's names of dtypes.
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "f64": 8}
+# An array's shape, as in `f32[8,128]`.
 _SHAPE = re.compile(rf"\b({'|'.join(_BYTES)})\[([\d,]*)\]")
 _KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|collective-broadcast"
+# `%name = RESULT KIND(...)`. An asynchronous collective is a pair of -start and -done: count one.
 _COLLECTIVE = re.compile(rf"= (.*?) ({_KINDS})(?:-start)?\(")
+# A loop whose number of trips XLA has written into its backend configuration.
 _LOOP = re.compile(r" while\(.*body=%?([\w.-]+).*\"known_trip_count\":\{\"n\":\"(\d+)\"\}")
 _CONDITIONAL = re.compile(r" conditional\(%?([\w.-]+).*branch_computations=\{(.*?)\}")
+# The condition `counter < end` of a loop.
 _BELOW = re.compile(r"ROOT .* compare\(%?[\w.-]+, %?([\w.-]+)\), direction=LT")
 _CALL = re.compile(r" call\(.*to_apply=%?([\w.-]+)")
 
 
 class Collective(NamedTuple):
-    """A collective operation that runs `times` times in a step.
+    """A collective operation.
 
-    `shapes` are those of its result on one device; XLA combines several arrays into one operation.
+    Attributes:
+      kind: its name in HLO, such as "all-gather".
+      shapes: of its results on one device; XLA combines several arrays into one operation.
+      bytes: of all its results, on one device.
+      times: how often it runs in a step.
     """
 
     kind: str
@@ -28,24 +41,30 @@ class Collective(NamedTuple):
 
 
 def collectives(hlo: str) -> list[Collective]:
-    """The collectives of a step. Loop bodies count by their trips, of a conditional one branch.
+    """Returns the collectives of a step, from the text of its compiled program.
 
-    It is the branch that is taken if XLA knows, else the one that sends the most. A loop that sends
-    data and whose length XLA does not know is an error.
+    A loop's body counts as often as it runs. Of a conditional one branch counts: the branch taken
+    where the program says so by a constant, else the one that sends most. Counts under such a
+    conditional are an upper bound.
+
+    Raises:
+      ValueError: a loop that sends data has a length that cannot be read.
     """
     computations, entry = _computations(hlo)
     return list(_follow(computations, entry, 1))
 
 
 def total_bytes(found: list[Collective]) -> int:
-    """Bytes of all results, on one device."""
+    """Returns the bytes of all results in a step, on one device."""
     return sum(each.bytes * each.times for each in found)
 
 
 def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
+    """Splits a module: the lines of each computation by its name, and the name of the entry."""
     computations: dict[str, list[str]] = {}
     name = entry = ""
     for line in hlo.splitlines():
+        # A computation begins with an unindented line that ends in a brace.
         if line and not line[0].isspace() and line.rstrip().endswith("{"):
             words = line.split()
             name = words[words[0] == "ENTRY"].lstrip("%")
@@ -57,12 +76,15 @@ def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _follow(computations: dict[str, list[str]], name: str, times: int) -> Iterator[Collective]:
+    """Yields the collectives of a computation that runs `times` times, and of those it calls."""
     for line in computations[name]:
         if match := _COLLECTIVE.search(line):
             yield _collective(match[2], match[1], times)
         elif match := _LOOP.search(line):
             yield from _follow(computations, match[1], times * int(match[2]))
         elif " while(" in line:
+            # A loop without written trips: look for them in its condition. If the body has no
+            # collective, their number does not matter.
             body = re.search(r"body=%?([\w.-]+)", line)
             sent = list(_follow(computations, body[1], times)) if body else []
             trips = _trips(computations, line)
@@ -70,6 +92,7 @@ def _follow(computations: dict[str, list[str]], name: str, times: int) -> Iterat
                 raise ValueError(f"a loop of unknown length sends data: {line.strip()[:200]}")
             yield from (each._replace(times=each.times * (trips or 0)) for each in sent)
         elif match := _CONDITIONAL.search(line):
+            # The branch's index is a constant if the step's number is (`communication.at_step`).
             branches = [branch.strip().lstrip("%") for branch in match[2].split(",")]
             taken = _constant(computations[name], match[1])
             branches = branches if taken is None else [branches[taken]]
@@ -80,9 +103,10 @@ def _follow(computations: dict[str, list[str]], name: str, times: int) -> Iterat
 
 
 def _trips(computations: dict[str, list[str]], line: str) -> int | None:
-    """The trips of a loop of JAX's, which counts up from zero, where XLA does not write them down.
+    """Reads the trips of a JAX loop, which counts up from zero, from the end in its condition.
 
-    The TPU's compiler does not.
+    Needed where XLA does not write the trips down, as the TPU's compiler does not. None if the
+    condition has another form.
     """
     condition = re.search(r"condition=%?([\w.-]+)", line)
     lines = computations.get(condition[1], []) if condition else []
@@ -91,13 +115,16 @@ def _trips(computations: dict[str, list[str]], line: str) -> int | None:
 
 
 def _constant(computation: list[str], name: str) -> int | None:
-    """The value of an integer constant of a computation, if the name is one's."""
+    """Returns the value of an integer constant of a computation; None if `name` is none."""
+    # Loops of JAX count in int32, loops that the TPU's compiler makes of gathered products in
+    # uint32.
     definition = re.compile(rf"%?{re.escape(name)} = [su]32\[\]\S* constant\((\d+)\)")
     values = [int(match[1]) for line in computation if (match := definition.search(line))]
     return values[0] if values else None
 
 
 def _collective(kind: str, result: str, times: int) -> Collective:
+    """Reads dtypes and shapes from the text of a result, an array or a tuple of arrays."""
     found = _SHAPE.findall(result)
     shapes = tuple(tuple(int(size) for size in sizes.split(",") if size) for _, sizes in found)
     item_bytes = [_BYTES[dtype] for dtype, _ in found]

@@ -1,7 +1,7 @@
-"""What updates hold and need, and what compiling them costs: nothing is allocated or run.
+"""Memory of updates and time of compiling them; nothing is allocated or run.
 
-State bytes are exact and come from shapes alone. Temporary bytes are XLA's own analysis of the
-compiled update (gradients in, parameters and state donated) on this device.
+State bytes are exact and follow from shapes alone. Temporary bytes are XLA's own analysis of the
+compiled update on this device, with gradients as arguments and parameters and state donated.
 """
 
 import time
@@ -15,13 +15,16 @@ from experiments.benchmarks import contenders, parameters
 from experiments.benchmarks.settings import Config
 from experiments.benchmarks.step import jitted
 
-_GROWING = ("gum", "adamw", "optax muon")
+_GROWING = ("gum", "adamw", "optax muon")  # contenders whose time of compiling is measured
 
+# Preset -> layout -> "parameters" or a contender -> bytes
 Bytes = dict[str, dict[str, dict[str, int]]]
 
 
 def run(config: Config) -> None:
     """Writes `compiled.json` and prints its tables."""
+    # 1. State, of models of any size.  2. Temporaries: large models are compiled with GUM alone.
+    # 3. Seconds of tracing and compiling, by depth.
     state = {preset: _by_layout(config, preset, state_bytes) for preset in config.state}
     of_gum = set(config.compiled_gum) - set(config.compiled)
     needed = {preset: _by_layout(config, preset, temporary_bytes) for preset in config.compiled}
@@ -48,7 +51,7 @@ def run(config: Config) -> None:
 
 
 def state_bytes(tree: Any, optimizers: dict[str, contenders.Optimizer]) -> dict[str, int]:
-    """Bytes of parameters and of each optimizer's state."""
+    """Returns the bytes of parameters and of each optimizer's state."""
     sizes = {
         name: parameters.size(jax.eval_shape(tx.init, tree)) for name, tx in optimizers.items()
     }
@@ -56,12 +59,12 @@ def state_bytes(tree: Any, optimizers: dict[str, contenders.Optimizer]) -> dict[
 
 
 def temporary_bytes(tree: Any, optimizers: dict[str, contenders.Optimizer]) -> dict[str, int]:
-    """Bytes of temporaries of each optimizer's compiled update."""
+    """Returns the bytes of temporaries of each optimizer's compiled update."""
     return {name: _temporaries(tx, tree) for name, tx in optimizers.items()}
 
 
 def growth(config: Config) -> Iterator[dict[str, Any]]:
-    """Seconds of tracing and compiling and the program's length, by number of layers."""
+    """Yields the seconds of tracing and compiling and the program's length, by number of layers."""
     for layout in config.layouts:
         for name, tx in _optimizers(config, layout, _GROWING).items():
             for layers in config.depths:
@@ -73,13 +76,15 @@ def growth(config: Config) -> Iterator[dict[str, Any]]:
 
 
 def _compilation(tx: contenders.Optimizer, tree: Any) -> dict[str, Any]:
-    jax.clear_caches()  # As in a new process: what others traced would be found again.
+    # As in a new process: functions that another contender has traced would not be traced again.
+    jax.clear_caches()
     state = jax.eval_shape(tx.init, tree)
     start = time.perf_counter()
     traced = jitted(tx).trace(tree, state, tree)
     after_trace = time.perf_counter()
     lowered = traced.lower()
     lowered.compile()
+    # Lowering to HLO counts as compiling. The HLO is the program before XLA's passes.
     return {
         "trace_seconds": after_trace - start,
         "compile_seconds": time.perf_counter() - after_trace,
@@ -107,13 +112,14 @@ def _by_layout(
 def _optimizers(
     config: Config, layout: str, names: Iterable[str]
 ) -> dict[str, contenders.Optimizer]:
-    """The contenders that can take the layout."""
+    """Makes the contenders that support the layout."""
     arguments = (config.rank, config.full_rank_layers, config.period, layout)
     made = {name: contenders.TABLE[name](*arguments) for name in names}
     return {name: tx for name, tx in made.items() if tx is not None}
 
 
 def _show_bytes(title: str, sizes: Bytes) -> None:
+    # A preset may lack contenders, whose cells stay empty.
     names = ("parameters", *contenders.TABLE)
     reporting.table(
         title,

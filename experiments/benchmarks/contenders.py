@@ -1,7 +1,8 @@
-"""The optimizers that are compared: a table from a name to a function that makes one.
+"""The optimizers of the benchmarks, in tables from a name to a function that makes one.
 
-Each is `(rank, full_rank_layers, period, layout) -> transformation`, at one learning rate; all give
-embeddings, heads and norms to AdamW. None stands for an optimizer that cannot take the layout.
+Each function is `(rank, full_rank_layers, period, layout) -> transformation`, and returns None if
+the optimizer does not support the layout. All have one learning rate, which does not affect time or
+memory, and leave embedding, head and norms to AdamW.
 """
 
 from collections.abc import Callable
@@ -14,8 +15,9 @@ import gum_optax
 from gum_optax import dimension_numbers, projectors, residuals, storages
 
 LEARNING_RATE = 1e-3
+# Layout -> which axes form matrices: whole leaves [m, n], or leaves [L, m, n] of stacked layers.
 NUMBERS = {"separate": dimension_numbers.default, "stacked": dimension_numbers.scanned_layers}
-NOT_STACKED = "projects 2-D leaves only"
+NOT_STACKED = "projects 2-D leaves only"  # a result's note in place of times
 
 Optimizer = optax.GradientTransformation
 Contender = Callable[[int, int, int, str], Optimizer | None]
@@ -28,7 +30,7 @@ def gum(
     layout: str,
     projector: projectors.Projector = projectors.subspace_iteration,
 ) -> Optimizer:
-    """The library's subject."""
+    """GUM, by default with power iteration as its projector."""
     compression = gum_optax.LowRank(
         rank,
         period,
@@ -39,20 +41,21 @@ def gum(
 
 
 def adamw(rank: int, full_rank_layers: int, period: int, layout: str) -> Optimizer:
-    """Two moments of everything."""
+    """AdamW for all parameters."""
     del rank, full_rank_layers, period, layout
     return optax.adamw(LEARNING_RATE)
 
 
 def muon(rank: int, full_rank_layers: int, period: int, layout: str) -> Optimizer:
-    """Newton-Schulz on every hidden matrix, at full rank."""
+    """optax's Muon: Newton-Schulz on every hidden matrix, at full rank."""
     del rank, full_rank_layers, period
     return optax.contrib.muon(LEARNING_RATE, muon_weight_dimension_numbers=NUMBERS[layout])
 
 
 def optax_galore(rank: int, full_rank_layers: int, period: int, layout: str) -> Optimizer | None:
-    """optax's GaLore, which by itself would project embeddings and heads too."""
+    """optax's GaLore for hidden matrices alone."""
     del full_rank_layers
+    # Without the partition it would project embedding and head as well.
     if layout == "stacked":
         return None
     projected = optax.contrib.galore(LEARNING_RATE, rank, period)
@@ -87,6 +90,7 @@ def _low_rank_muon(
 
 
 # The methods of `experiments.studies.frontier`: (rank, full_rank_layers, period) -> transformation.
+# Without a period it is 200, so that no step of a benchmark but the first is a refresh.
 VARIANTS: dict[str, Callable[..., Optimizer]] = {
     "GaLore-Muon": lambda rank, _, *period: _low_rank_muon(residuals.drop(), rank, *period),
     "columns of the residual": lambda rank, _, *period: _low_rank_muon(
@@ -103,7 +107,8 @@ VARIANTS: dict[str, Callable[..., Optimizer]] = {
 
 gum_svd = partial(gum, projector=projectors.svd)
 
-REFRESHING = frozenset({"gum", "gum, svd", "optax galore", "galore"})  # the others have no period
+# The contenders with a period. All steps of the others are plain.
+REFRESHING = frozenset({"gum", "gum, svd", "optax galore", "galore"})
 
 
 def _matrix_or_rest(params: optax.Params) -> optax.Params:

@@ -1,8 +1,8 @@
-"""What one process measures on whatever device it finds, for `experiments.accelerator`.
+"""The measurements of one process, on any device, for `experiments.accelerator`.
 
-`python -m experiments.benchmarks.device KIND JSON` runs the job KIND with the options that the JSON
-object holds, and prints what it found, with a description of the device, as the last line. Each job
-has a process of its own: the peak of memory is then its own, and a crash ends no other job.
+`python -m experiments.benchmarks.device KIND JSON` runs the job KIND with the options in the JSON
+object, and prints its results with a description of the device as the last line. Each job has a
+process of its own, so that the peak of memory is its own and a crash does not end other jobs.
 """
 
 import functools
@@ -25,26 +25,37 @@ from experiments.trainer import loop, optimizers, pretraining
 from experiments.trainer.config import Config, change
 from experiments.trainer.optimizers import Gum
 
-_STEPS = 5  # of the comparison with the CPU: with a period of 3, two refreshes among them
-_PERIOD = 2  # of timed updates: every even step is a refresh, every odd one plain
+_STEPS = 5  # steps of the comparison with the CPU; at a period of 3, steps 0 and 3 are refreshes
+_PERIOD = 2  # period of timed updates: even steps are refreshes, odd ones plain
 
 
 def correctness(optimizer: str, layers: int = 4, rank: int = 16, seed: int = 0) -> dict[str, Any]:
-    """How far an optimizer's updates on this device are from those on the CPU.
+    """Compares an optimizer's updates on this device with the same updates on the CPU.
 
-    Both take the same five gradients, over two refreshes. The distance is |U - U'| / |U'| of the
-    last updates, the largest over the leaves.
+    Both devices take the same five gradients, over two refreshes.
+
+    Args:
+      optimizer: its name in `experiments.trainer.optimizers`.
+      layers: the number of layers of nano's parameters.
+      rank: of the projection.
+      seed: of parameters, gradients and draws.
+
+    Returns:
+      ``relative_difference``: ``|U - U'| / |U'|`` of the last updates, U' on the CPU, the maximum
+      over leaves.
     """
     chosen = optimizers.named(optimizer, Gum(rank=rank, period=3))
     tx = optimizers.build(Config(optimizer=chosen, steps=100, seed=seed), layers)
     tree = parameters.depth(layers, "nano")
     generator = np.random.default_rng(seed)
 
+    # 1. Parameters and gradients are made on the host, the same bits for both devices.
     def draw() -> Any:
         return jax.tree.map(lambda leaf: generator.standard_normal(leaf.shape, np.float32), tree)
 
     params, gradients = draw(), [draw() for _ in range(_STEPS)]
 
+    # 2. All steps on one device.
     def updates_on(device: Any) -> Any:
         with jax.default_device(device):
             held = jax.device_put(params, device)
@@ -54,6 +65,7 @@ def correctness(optimizer: str, layers: int = 4, rank: int = 16, seed: int = 0) 
                 updates, state = update(jax.device_put(each, device), state, held)
             return jax.device_get(updates)
 
+    # 3. Compare leaf by leaf. The floor of the norm is for updates that are zero on both.
     ours, theirs = updates_on(jax.devices()[0]), updates_on(jax.devices("cpu")[0])
     apart = jax.tree.map(
         lambda a, b: float(np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-30)), ours, theirs
@@ -71,7 +83,7 @@ def update(
     seconds: float = 30.0,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Seconds and bytes of a contender's update of a preset's parameters.
+    """Measures seconds and bytes of a contender's update of a preset's parameters.
 
     Args:
       contender: a name in `contenders.TABLE` or `contenders.VARIANTS`.
@@ -79,12 +91,17 @@ def update(
       rank: of the projection.
       full_rank_layers: gamma.
       period: steps over which the cost of a refresh is spread.
-      repeats: how often a plain step and a refresh are timed, at most.
+      repeats: the maximum number of timed plain steps and refreshes.
       seconds: after which no further repetition begins.
       seed: of parameters and gradients.
+
+    Returns:
+      Medians in seconds, and sizes in bytes; ``program_bytes`` by XLA, ``peak_bytes`` by the
+      device.
     """
     tx = _contender(contender, rank, full_rank_layers)
     tree = parameters.separate(preset)
+    # 1. Parameters, gradients, state and the compiled step.
     random = jax.jit(functools.partial(_random, tree))
     params, gradients = random(jax.random.key(seed)), random(jax.random.key(seed + 1))
     state = jax.jit(tx.init)(params)
@@ -99,13 +116,14 @@ def update(
         params, state = jax.block_until_ready(step(params, state, gradients))
         return time.perf_counter() - start
 
-    # The first two set up what later steps find; then refreshes and plain steps alternate.
+    # 2. Two steps to warm up, one of each kind. Then refreshes and plain steps alternate.
     for _ in range(_PERIOD):
         timed()
     refresh, plain, begun = [], [], time.perf_counter()
     while len(plain) < repeats and (not plain or time.perf_counter() - begun < seconds):
         refresh.append(timed())
         plain.append(timed())
+    # 3. One step in `period` is a refresh: mean = plain + (refresh - plain) / period.
     ordinary, renewed = statistics.median(plain), statistics.median(refresh)
     return {
         "plain_seconds": ordinary,
@@ -121,7 +139,7 @@ def update(
 
 
 def step(optimizer: str, preset: str, batch_size: int, rank: int, steps: int) -> dict[str, Any]:
-    """What whole training steps on random tokens cost, as `experiments.benchmarks` counts them."""
+    """Measures whole training steps on random tokens, as `experiments.benchmarks.training` does."""
     worker = training.Worker(
         optimizer=optimizer, preset=preset, batch_size=batch_size, rank=rank, steps=steps
     )
@@ -138,9 +156,10 @@ def pretrain(
     corpus: Sequence[str],
     cache_dir: str | None,
 ) -> dict[str, Any]:
-    """Pretrains a preset on text for so many steps; returns the curve of its validation loss."""
+    """Pretrains a preset on text; returns its curve of validation losses, seconds and bytes."""
     with tempfile.TemporaryDirectory() as scratch:
         base = Config(optimizer=Gum(rank=rank, period=200), fallback_learning_rate=3e-3)
+        # Five validations along the run, one checkpoint at its end.
         config = change(
             base, **options, preset=preset, batch_size=batch_size, steps=steps, dtype=dtype,
             corpus=tuple(corpus), cache_dir=cache_dir, run_dir=f"{scratch}/run",
@@ -170,12 +189,13 @@ JOBS: dict[str, Callable[..., dict[str, Any]]] = {
 
 
 def main(kind: str, options: str) -> None:
-    """Runs a job and prints what it found."""
+    """Runs the job `kind` with options in JSON, and prints its results in JSON."""
     found = JOBS[kind](**json.loads(options))
     print(json.dumps({"found": found, "device": reporting.device()}))
 
 
 def _contender(name: str, rank: int, full_rank_layers: int) -> optax.GradientTransformation:
+    # A name may be in either table; the methods of the frontier take separate leaves only.
     if name in contenders.VARIANTS:
         return contenders.VARIANTS[name](rank, full_rank_layers, _PERIOD)
     tx = contenders.TABLE[name](rank, full_rank_layers, _PERIOD, "separate")
@@ -184,7 +204,7 @@ def _contender(name: str, rank: int, full_rank_layers: int) -> optax.GradientTra
 
 
 def _random(tree: Any, key: jax.Array) -> Any:
-    """Gaussian arrays, made on the device: from the host, a billion of them take a minute."""
+    """Draws Gaussian arrays on the device: a billion numbers from the host take a minute."""
     leaves, structure = jax.tree.flatten(tree)
     keys = jax.random.split(key, len(leaves))
     drawn = [jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)]

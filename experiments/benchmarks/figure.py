@@ -1,4 +1,4 @@
-"""The figure of the benchmarks, drawn from the results that exist."""
+"""The figure of the benchmarks: one panel for each result file that exists."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from matplotlib.ticker import NullLocator
 from experiments.benchmarks import step, training
 from experiments.reporting import COLOURS, MARKERS, STYLES, Style, save
 
-# The styles of contenders: those of all figures, and of what other figures do not have.
+# The styles of contenders: those of all figures, and more for contenders of the benchmarks alone.
 _STYLES = STYLES | {
     "optax muon": STYLES["muon"],
     "optax galore": Style("optax GaLore", COLOURS[3], "s"),
@@ -21,12 +21,21 @@ _STYLES = STYLES | {
     "gum, compressed gradients": Style("GUM, compressed gradients", COLOURS[5], "o"),
 }
 _COLUMNS = 2
-_INCHES = (4.2, 3.4)  # of one panel: two side by side are legible at half the width of a page
+_INCHES = (4.2, 3.4)  # size of a panel: two side by side are legible at half the width of a page
 _GIB = 2**30
 
 
 def draw(results: Path, path: Path) -> Path | None:
-    """Draws a panel for each result in a directory; returns the PNG, or None if there is none."""
+    """Draws a panel for each result in a directory.
+
+    Args:
+      results: the directory of the benchmarks.
+      path: of the PNG.
+
+    Returns:
+      The path of the PNG, or None if there are no results.
+    """
+    # 1. Read the results. Those of `step` and `training` are spread over several files.
     found = {name: results / f"{name}.json" for name in PANELS}
     content = {name: json.loads(file.read_text()) for name, file in found.items() if file.exists()}
     if (timed := step.stored(results))["pairs"]:
@@ -36,6 +45,7 @@ def draw(results: Path, path: Path) -> Path | None:
     panels = [(panel, content[name]) for name in content for panel in PANELS[name]]
     if not panels:
         return None
+    # 2. Lay out the panels in rows of two; a place without panel stays empty.
     rows = -(-len(panels) // _COLUMNS)
     size = (_INCHES[0] * _COLUMNS, _INCHES[1] * rows)
     figure, axes = plt.subplots(rows, _COLUMNS, figsize=size, layout="constrained", squeeze=False)
@@ -48,6 +58,8 @@ def draw(results: Path, path: Path) -> Path | None:
 
 
 def _update(axes: Axes, result: dict[str, Any]) -> None:
+    """Seconds of GUM's update over another optimizer's, against the size of the model."""
+    # Pairs with a note were not timed. GUM with SVD is no other optimizer, so it is left out.
     pairs = [p for p in result["pairs"] if p["layout"] == "separate" and "note" not in p]
     pairs = [p for p in pairs if p["other"] != "gum, svd"]
     for name in dict.fromkeys(p["other"] for p in pairs):
@@ -65,6 +77,7 @@ def _update(axes: Axes, result: dict[str, Any]) -> None:
 
 
 def _state(axes: Axes, result: dict[str, Any]) -> None:
+    """Bytes of state against the size of the model."""
     sizes = {p: layouts["separate"] for p, layouts in result["state_bytes"].items()
              if "separate" in layouts}  # fmt: skip
     for name in dict.fromkeys(name for each in sizes.values() for name in each):
@@ -75,10 +88,12 @@ def _state(axes: Axes, result: dict[str, Any]) -> None:
 
 
 def _growth(axes: Axes, result: dict[str, Any]) -> None:
+    """Seconds of tracing and compiling against the number of layers."""
     rows = result["growth"]
     for name, layout in dict.fromkeys((r["contender"], r["layout"]) for r in rows):
         mine = [r for r in rows if (r["contender"], r["layout"]) == (name, layout)]
         seconds = [r["trace_seconds"] + r["compile_seconds"] for r in mine]
+        # Matplotlib leaves out of the legend labels that begin with an underscore.
         line, label = ("--", "_") if layout == "stacked" else ("-", name)
         _line(axes, [r["depth"] for r in mine], seconds, label, name, line)
     axes.set(xlabel="layers", ylabel="seconds", xscale="log", yscale="log")
@@ -87,6 +102,7 @@ def _growth(axes: Axes, result: dict[str, Any]) -> None:
 
 
 def _sweep(axes: Axes, result: dict[str, Any]) -> None:
+    """Milliseconds of GUM's update against its rank."""
     rows = result["rank"]
     ranks = [row["rank"] for row in rows]
     _line(axes, ranks, [1000 * row["plain"]["median"] for row in rows], "plain step")
@@ -99,8 +115,9 @@ def _sweep(axes: Axes, result: dict[str, Any]) -> None:
 
 
 def _training(axes: Axes, results: list[dict[str, Any]]) -> None:
+    """Tokens per second over AdamW's, a group of bars for each batch; GiB stand on the bars."""
     names = list(results[0]["medians"])
-    width = 0.8 / len(names)
+    width = 0.8 / len(names)  # a group takes 0.8 of the distance between two batches
     for i, name in enumerate(names):
         medians = [result["medians"][name] for result in results]
         heights = [training.speeds(result)[name] for result in results]
@@ -117,6 +134,7 @@ def _training(axes: Axes, results: list[dict[str, Any]]) -> None:
 
 
 def _projectors(axes: Axes, result: dict[str, Any]) -> None:
+    """Captured energy over the best subspace's, along the refreshes of a run."""
     rows = result["by_step"]
     steps = [row["step"] for row in rows]
     _line(axes, steps, [row["median"] for row in rows], "median matrix")
@@ -125,6 +143,7 @@ def _projectors(axes: Axes, result: dict[str, Any]) -> None:
     _finish(axes, f"Bases, rank {result['config']['projector_rank']}")
 
 
+# Result -> its panels.
 PANELS: dict[str, tuple[Callable[[Axes, Any], None], ...]] = {
     "step": (_update,),
     "compiled": (_state, _growth),
@@ -138,19 +157,20 @@ def _line(axes: Axes, x: Any, y: Any, label: str, name: str = "", line: str = "-
     """Draws a line; an optimizer's `name` has its colour and marker in every panel."""
     i = len(axes.get_lines())
     style = _STYLES.get(name, Style(label, COLOURS[i % 7], MARKERS[i % 7]))
-    # What is named by its contender alone has the name of all figures.
+    # A line labelled with its contender's key gets the name that all figures use.
     label = style.name if label == name else label
     axes.plot(x, y, line, color=style.colour, marker=style.marker, label=label)
 
 
 def _numbers(axis: Axis, ticks: Sequence[float]) -> None:
-    """Writes a logarithmic axis in plain numbers."""
+    """Labels a logarithmic axis with plain numbers at `ticks`, instead of powers of ten."""
     axis.set_major_formatter("{x:g}")
     axis.set_ticks(ticks)
     axis.set_minor_locator(NullLocator())
 
 
 def _finish(axes: Axes, title: str, **legend: Any) -> None:
+    """Adds the title, and a legend if anything is labelled."""
     axes.set_title(title)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize="small", frameon=False, **legend)

@@ -1,7 +1,7 @@
-"""Optimizer state for models of 7 to 70 billion parameters.
+"""Optimizer state of models with 7 to 70 billion parameters.
 
-`python -m experiments.benchmarks.large_models` counts it from shapes alone, made from the models'
-public architecture numbers: nothing is downloaded, allocated or run.
+`python -m experiments.benchmarks.large_models` counts bytes from shapes alone, which follow from
+the published architectures: nothing is downloaded, allocated or run.
 """
 
 import dataclasses
@@ -22,14 +22,15 @@ from experiments.trainer.options import choose
 from gum_optax import dimension_numbers
 
 PROGRAM = "experiments.benchmarks.large_models"
-_LEARNING_RATE = 1e-3
+_LEARNING_RATE = 1e-3  # does not affect bytes
 _GIB = 2**30
-_WORDS = {"embed": "embedding", "lm_head": "kernel"}  # no other leaf has their shapes
+# Module -> leaf of embedding and head, whose state is recognized by shape: no other leaf has it.
+_WORDS = {"embed": "embedding", "lm_head": "kernel"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Bytes of optimizer state, by model and optimizer."""
+    """Count the bytes of optimizer state, by model and optimizer."""
 
     models: tuple[str, ...] = ("Llama-3-8B", "Qwen2.5-7B", "Gemma-2-9B", "Llama-3-70B")
     """Models whose parameters are updated."""
@@ -40,27 +41,28 @@ class Config:
     galore_rank: int = 512
     """Rank of GaLore."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Type of the parameters; each optimizer decides that of its state."""
+    """Data type of the parameters; the data type of the state is each optimizer's choice."""
     out: Path = Path("experiments/results/plans.json")
     """Result file."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Decoder:
-    """What decides the shapes of a model's parameters."""
+    """The sizes of a decoder that determine the shapes of its parameters."""
 
     layers: int
     width: int
     heads: int
     kv_heads: int
     head_width: int
-    hidden: int
+    hidden: int  # of the MLP
     vocab_size: int
-    tied: bool = False
+    tied: bool = False  # the embedding is the head, too
     qkv_biases: bool = False
     norms_per_layer: int = 2
 
 
+# From the published configurations of the models, in the order of the fields above.
 MODELS = {
     "Llama-3-8B": Decoder(32, 4096, 32, 8, 128, 14336, 128_256),
     "Qwen2.5-7B": Decoder(28, 3584, 28, 4, 128, 18944, 152_064, qkv_biases=True),
@@ -70,7 +72,7 @@ MODELS = {
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Prints the plans and a table, and writes them."""
+    """Counts all models; writes and prints the plans and a table. Returns the exit code."""
     config = cli.parse(Config, PROGRAM, arguments)
     for name in config.models:
         choose("models", name, MODELS)
@@ -92,7 +94,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def plan(config: Config, decoder: Decoder) -> dict[str, Any]:
-    """The state of every optimizer for one model, and GUM's plan as text."""
+    """Counts the state of every optimizer for one model; includes GUM's memory plan as text."""
     params = parameters(decoder, jnp.dtype(config.dtype))
     compared = optimizers(config)
     return {
@@ -104,10 +106,10 @@ def plan(config: Config, decoder: Decoder) -> dict[str, Any]:
 
 
 def optimizers(config: Config) -> dict[str, optax.GradientTransformation]:
-    """Those that are compared.
+    """Returns the optimizers to compare.
 
-    All give embedding, head, norms and biases to AdamW; the lean ones, with momentum in 8 bits,
-    to a factored second moment without momentum.
+    All leave embedding, head, norms and biases to AdamW, except for the lean ones: these keep
+    momentum in 8 bits, and their fallback is a factored second moment without momentum.
     """
     numbers = dimension_numbers.default
     residual = gum_optax.residuals.sampled(config.full_rank_layers)
@@ -126,16 +128,17 @@ def optimizers(config: Config) -> dict[str, optax.GradientTransformation]:
 
 
 def state(tx: optax.GradientTransformation, params: Any) -> dict[str, int]:
-    """Bytes of the state, and of what in it belongs to embedding and head."""
+    """Counts the bytes of the state, and those of embedding and head in it."""
     leaves = jax.tree.leaves(jax.eval_shape(tx.init, params))
     words = {params[name][leaf].shape for name, leaf in _WORDS.items() if name in params}
-    # Codes of 8 bits have the shapes of what they stand for; their scales are few.
+    # 8-bit codes have the shapes of the arrays that they stand for. Their scales have other shapes
+    # and are left out of the share; they are few.
     of_words = [leaf for leaf in leaves if leaf.shape in words]
     return {"bytes": trees.size(leaves), "embedding_and_head_bytes": trees.size(of_words)}
 
 
 def parameters(decoder: Decoder, dtype: Any = jnp.bfloat16) -> dict[str, Any]:
-    """The parameters as shapes, a kernel of a projection as `[fan_in, fan_out]`."""
+    """Returns the parameters of a model as shapes; kernels are ``[fan_in, fan_out]``."""
     D, V = decoder.width, decoder.vocab_size
 
     def leaf(*shape: int) -> jax.ShapeDtypeStruct:
@@ -146,6 +149,7 @@ def parameters(decoder: Decoder, dtype: Any = jnp.bfloat16) -> dict[str, Any]:
         return kernel | {"bias": leaf(fan_out)} if bias else kernel
 
     def layer() -> dict[str, Any]:
+        # Heads may be wider than width / heads (Gemma), and keys and values have fewer of them.
         q, kv = (heads * decoder.head_width for heads in (decoder.heads, decoder.kv_heads))
         inputs = {"q": q, "k": kv, "v": kv}
         biases = decoder.qkv_biases
@@ -160,6 +164,7 @@ def parameters(decoder: Decoder, dtype: Any = jnp.bfloat16) -> dict[str, Any]:
             **{f"norm_{i}": {"scale": leaf(D)} for i in range(decoder.norms_per_layer)},
         }
 
+    # The leaves are named by the conventions from which `dimension_numbers.default` finds matrices.
     whole = {
         "embed": {"embedding": leaf(V, D)},
         "layers": [layer() for _ in range(decoder.layers)],

@@ -1,7 +1,8 @@
-"""How near Newton-Schulz comes to orthogonal matrices, by coefficients, scaling and steps.
+"""The error of Newton-Schulz, by coefficients, initial scaling and number of steps.
 
-Steps are most of what an update costs. A sequence that is as near with fewer of them would be as
-good and cheaper; so each is tried on the momenta that GUM's slots have during a real run.
+Newton-Schulz steps are most of the cost of an update. A sequence of coefficients that is as
+accurate with fewer steps would be cheaper, so all are tried on the momenta of GUM's slots during a
+real run.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,8 +18,8 @@ from experiments.benchmarks import bases
 from experiments.benchmarks.settings import Config
 from experiments.studies import gradients
 
-# Amsel et al., The Polar Express, arXiv 2505.16932, their list with a safety factor of 1.01: the
-# triples are a / 1.01, b / 1.01**3 and c / 1.01**5.
+# Amsel et al., The Polar Express, arXiv 2505.16932: their triples (a, b, c) with a safety factor of
+# 1.01, which makes them (a / 1.01, b / 1.01**3, c / 1.01**5).
 POLAR_EXPRESS = (
     (8.205160, -22.901935, 16.460725),
     (4.066395, -2.861154, 0.518400),
@@ -26,18 +27,18 @@ POLAR_EXPRESS = (
     (3.285564, -2.415302, 0.485294),
     (2.277873, -1.619822, 0.398481),
 )  # fmt: skip
-# By name, optax's options for a number of steps; Muon's coefficients are its default.
+# Name -> number of steps -> options of optax, whose default coefficients are Muon's.
 COEFFICIENTS: dict[str, Callable[[int], dict[str, Any]]] = {
     "Muon": lambda steps: {"ns_steps": steps},
     "Polar Express": lambda steps: {"ns_coeffs": POLAR_EXPRESS[:steps]},
 }
 SCALINGS = ("frobenius", "schatten", "aol")
 STEPS = (5, 4)
-AGES = (0, 10, 50)  # steps since a refresh, where momentum restarts
+AGES = (0, 10, 50)  # steps since the refresh, at which momentum restarts
 
 
 def run(config: Config) -> None:
-    """Trains, writes `orthogonality.json`, prints a table."""
+    """Trains, writes `orthogonality.json` and prints a table."""
     found = momenta(config)
     count = sum(map(len, found))
     rows = [
@@ -49,14 +50,14 @@ def run(config: Config) -> None:
     ]
     reporting.write(config.out / "orthogonality.json", config, matrices=count, rows=rows)
     reporting.table(
-        f"Distance from the polar factor, over its norm, of {count} momenta of slots",
-        ("coefficients", "scaling", "steps", "median", "largest"),
+        f"Relative distance from the polar factor, of {count} momenta of slots",
+        ("coefficients", "scaling", "steps", "median", "max"),
         ((r["coefficients"], r["scaling"], r["steps"], r["median"], r["max"]) for r in rows),
     )
 
 
 def momenta(config: Config) -> list[np.ndarray]:
-    """Of each kind of matrix, ``[N, m, n]``: what its slots hold at all ages in all periods."""
+    """Returns for each kind of matrix the momenta ``[N, m, n]`` of its slots, at all ages."""
     settings = bases.run_of(config)
     ages = [age for age in AGES if age < gradients.period(settings)]
     moments = gradients.along(settings, gradients.since_refresh(settings, ages))
@@ -65,14 +66,16 @@ def momenta(config: Config) -> list[np.ndarray]:
 
 
 def errors(groups: Sequence[np.ndarray], **options: Any) -> np.ndarray:
-    """``||Y - U V'|| / ||U V'||`` of each matrix ``X = U S V'``, where Y is what optax makes of X.
-
-    Without momentum, optax's Muon is Newton-Schulz alone, after any scaling.
+    """Returns ``||Y - U V'|| / ||U V'||`` of matrices ``X = U S V'``, where Y is optax's result.
 
     Args:
       groups: arrays ``[N, m, n]``.
       **options: of ``optax.contrib.scale_by_muon``.
+
+    Returns:
+      One error for each matrix, in the order of the groups.
     """
+    # Without momentum, optax's Muon is Newton-Schulz alone, preceded by the scaling.
     axes = [optax.contrib.MuonDimensionNumbers(1, 2)] * len(groups)
     muon = optax.contrib.scale_by_muon(
         beta=0.0, nesterov=False, weight_dimension_numbers=axes, **options
@@ -82,6 +85,7 @@ def errors(groups: Sequence[np.ndarray], **options: Any) -> np.ndarray:
     relative = []
     for group, matrices in zip(groups, found, strict=True):
         U, _, Vt = np.linalg.svd(group, full_matrices=False)
+        # ||U V'||^2 is the number of columns of U, min(m, n).
         off = gradients.squares(np.asarray(matrices, np.float64) - U @ Vt)
         relative.append(np.sqrt(off / U.shape[-1]))
     return np.concatenate(relative)

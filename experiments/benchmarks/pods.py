@@ -1,4 +1,4 @@
-"""Updates and training steps on slices of TPUs, by their compiler: `experiments.benchmarks.pods`.
+"""Memory and collectives on slices of TPUs, by their compiler: `experiments.benchmarks.pods`.
 
 As in `experiments.benchmarks.tpu`, no TPU is needed and nothing runs. A Llama with scanned layers
 is sharded over all chips of a slice, in one of two ways:
@@ -6,9 +6,9 @@ is sharded over all chips of a slice, in one of two ways:
 - `width`: every matrix along the axis of the model's width, as MaxText's `fsdp` does;
 - `layers`: every stack of layers along the axis of the layers.
 
-Embedding and head are sharded along the width in both, the windows of a batch along their number.
-The state goes where `gum_optax.state_shardings` says, also that of other optimizers. Rows have the
-bytes on one chip, and those of the collectives by kind; a loop counts by its trips.
+In both, embedding and head are sharded along the width, and batches along their windows. The state
+of every optimizer has the shardings of `gum_optax.state_shardings`. Rows give the bytes on one
+chip, and the bytes that it receives in each kind of collective; loops count by their trips.
 """
 
 import dataclasses
@@ -40,33 +40,33 @@ PROGRAM = "experiments.benchmarks.pods"
 MIB = 2**20
 
 MODEL = Architecture(2048, 8192, 16, 32, 8, vocab_size=128_256, seq_len=1024)
-"""The sizes of Llama-3.2-1B, with a head of its own."""
+"""The sizes of Llama-3.2-1B, with a head separate from the embedding."""
 TOKENS = 1024
-"""Tokens of the one window on each chip."""
+"""Tokens of a window, of which each chip has one."""
 LAYOUTS = ("width", "layers")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Bytes and collectives on slices of TPUs, by slice, layout, program and optimizer."""
+    """Count bytes and collectives on slices of TPUs, by slice, layout, program and optimizer."""
 
     slices: tuple[str, ...] = ("v5e:2x2", "v5e:4x4")
-    """Slices by the compiler's names; all chips train."""
+    """Slices by the compiler's names, all of whose chips are used."""
     layouts: tuple[str, ...] = LAYOUTS
-    """What is sharded: the axis of the width, or that of the layers."""
+    """Sharded axes: the width, or the layers."""
     programs: tuple[str, ...] = ()
-    """Programs, by the names of the table; none: all."""
+    """Programs to compile, by their names in the table; none: all."""
     out: Path = Path("experiments/results/pods.json")
-    """Result file. Rows that it has are kept, and not measured again."""
+    """Result file. Rows that it has are kept and not compiled again."""
 
 
 class Program(NamedTuple):
-    """What is compiled.
+    """A program to compile.
 
     Attributes:
-      optimizer: from the width of the model.
-      step: 0, a refresh, or 1, an ordinary step.
-      make: a training step of `tpu`, or None for the update alone.
+      optimizer: a function from the width of the model to the optimizer.
+      step: 0 for a refresh, or 1 for a plain step.
+      make: makes a training step, one of the functions in `tpu`; None for the update alone.
     """
 
     optimizer: Callable[[int], optax.GradientTransformation]
@@ -78,6 +78,7 @@ def _muon_in_8_bits(width: int) -> optax.GradientTransformation:
     return gum_optax.muon(1e-3, weight_dimension_numbers=dimension_numbers.scanned_layers)
 
 
+# Float32 optimizers that have both an update and a whole step in the table.
 _OPTIMIZERS = {name: tpu.STEPS[name].optimizer for name in ("AdamW", "Muon", "GUM")}
 PROGRAMS = {
     **{f"update, {name}": Program(optimizer) for name, optimizer in _OPTIMIZERS.items()},
@@ -92,7 +93,7 @@ PROGRAMS = {
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Compiles what the result file does not have yet, and prints all that it has."""
+    """Compiles the programs that the result file lacks, and prints all of its rows."""
     config = cli.parse(Config, PROGRAM, arguments)
     for field, known in (("layouts", LAYOUTS), ("programs", PROGRAMS)):
         for name in getattr(config, field):
@@ -102,6 +103,7 @@ def main(arguments: Sequence[str]) -> int:
     for wanted in _wanted(config):
         if wanted not in done:
             rows.append(wanted | measure(*wanted.values()))
+            # A program takes minutes: keep each row at once.
             reporting.write(config.out, config, rows=rows)
             print(json.dumps(rows[-1]), flush=True)
     print(table(rows))
@@ -116,7 +118,8 @@ def _wanted(config: Config) -> Iterator[dict[str, str]]:
 
 
 def measure(board: str, layout: str, program: str) -> dict[str, Any]:
-    """The costs of one program on one chip of a slice."""
+    """Compiles one program for a slice; returns its bytes and collectives on one chip."""
+    # 1. The shapes and shardings of weights and state.
     optimizer, count, make = PROGRAMS[program]
     static, params = scanned.describe(MODEL)
     tx = optimizer(MODEL.width)
@@ -126,7 +129,10 @@ def measure(board: str, layout: str, program: str) -> dict[str, Any]:
     by_window = NamedSharding(mesh, P("fsdp"))
     state = jax.eval_shape(tx.init, params)
 
+    # 2. The program. The number of its step is a constant; otherwise every step would be compiled
+    # with the branch of a refresh, whose collectives would be counted.
     def loss(params: Any, windows: Any) -> jax.Array:
+        # Activations stay sharded along the windows, whatever the weights' sharding suggests.
         return scanned.loss(
             static, params, windows, lambda x: jax.lax.with_sharding_constraint(x, by_window)
         )
@@ -135,6 +141,7 @@ def measure(board: str, layout: str, program: str) -> dict[str, Any]:
         updates, state = tx.update(gradients, at_step(state, count), params)
         return optax.apply_updates(params, updates), state, jnp.zeros(())
 
+    # 3. Compile it, with parameters and state where they were.
     if make is None:
         found = tpu.cost(update, (params, state, params), weights, weights, where)
     else:
@@ -147,24 +154,33 @@ def measure(board: str, layout: str, program: str) -> dict[str, Any]:
             by_window,
             where,
         )
-    # Those of the whole model: on one chip there are fewer.
+    # `cost` counts the bytes of the whole model; here the bytes on one chip are asked for.
     found["parameter_bytes"] = _bytes_on_a_chip(params, weights)
     found["state_bytes"] = _bytes_on_a_chip(state, where)
     return found
 
 
 def shardings(params: Any, layout: str, mesh: Mesh) -> Any:
-    """The shardings of the weights: stacks ``[L, rows, columns]``, tables, heads and vectors."""
+    """Returns the shardings of the weights.
+
+    Args:
+      params: a scanned model's: stacks ``[L, rows, columns]``, embedding, head and scales of norms.
+      layout: one of `LAYOUTS`.
+      mesh: has one axis, ``fsdp``.
+    """
 
     def of_leaf(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         names = {entry.key for entry in path}
         spec: list[str | None] = [None] * leaf.ndim
+        # 1. The scales of norms are small: every chip has all of them.
         if names & {"attn_norm", "mlp_norm", "norm"}:
             return NamedSharding(mesh, P())
+        # 2. Stacks along their layers, or all matrices along the width.
         if leaf.ndim == 3 and layout == "layers":
             spec[0] = "fsdp"
         else:
-            # The width is the last axis of what writes to the stream, [L, ., width].
+            # The width is the last axis of matrices that write to the residual stream,
+            # [L, ., width], and the one before it of those that read from the stream.
             spec[-1 if names & {"o", "down", "embed"} else -2] = "fsdp"
         return NamedSharding(mesh, P(*spec))
 
@@ -172,6 +188,7 @@ def shardings(params: Any, layout: str, mesh: Mesh) -> Any:
 
 
 def _bytes_on_a_chip(tree: Any, where: Any) -> int:
+    """Counts the bytes of a tree on one chip, under the shardings in `where`."""
     return sum(
         math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf, sharding in zip(jax.tree.leaves(tree), jax.tree.leaves(where), strict=True)
@@ -182,11 +199,12 @@ _SENT = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows in Markdown, in MiB on one chip."""
+    """Formats the rows as a table in Markdown, in MiB on one chip."""
 
     def mib(size: int | None) -> str:
         return "" if not size else f"{size / MIB:,.0f}"
 
+    # A column for each kind of collective that any row has.
     sent = [k for k in _SENT if any(row.get("collective_bytes", {}).get(k) for row in rows)]
     return reporting.markdown(
         ("slice", "sharded", "program", "state", "temporaries", "peak", *sent),

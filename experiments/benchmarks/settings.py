@@ -1,4 +1,4 @@
-"""Every option of the benchmarks, with its default: the only place where defaults live."""
+"""The options of the benchmarks, and the only place of their defaults."""
 
 import dataclasses
 from pathlib import Path
@@ -9,16 +9,17 @@ from experiments.trainer.options import Checked, at_least, choose, option
 
 @dataclasses.dataclass(frozen=True)
 class Config(Checked):
-    """Time and weigh GUM beside AdamW, Muon and GaLore."""
+    """Measure time and memory of GUM beside AdamW, Muon and GaLore."""
 
     studies: tuple[str, ...] = (
         "step", "compiled", "sweep", "training", "projectors", "orthogonality", "variants"
     )  # fmt: skip
-    """What to run: step (seconds of an update), compiled (bytes of state and temporaries, seconds
-    of compiling), sweep (rank, gamma, period), training (whole steps), projectors and orthogonality
-    (quality of bases and of Newton-Schulz), variants (seconds of the frontier's methods)."""
+    """Benchmarks to run: step (seconds of an update), compiled (bytes of state and temporaries,
+    seconds of compiling), sweep (rank, gamma, period), training (whole steps), projectors and
+    orthogonality (quality of bases and of Newton-Schulz), variants (seconds of the frontier's
+    methods)."""
     out: Path = Path("experiments/results/benchmarks")
-    """Directory of the results; the figure is beside it, with .png at the end."""
+    """Directory of the results; the figure is beside it, under the same name with .png."""
     rank: int = option(128, at_least(1))
     """Rank of GUM and GaLore."""
     full_rank_layers: int = option(2, at_least(0))
@@ -26,14 +27,15 @@ class Config(Checked):
     period: int = option(200, at_least(1))
     """Steps over which the cost of a refresh is spread."""
     repeats: int = option(5, at_least(1))
-    """How often each step is timed; the median is kept."""
+    """Timed repetitions of each step; the median is reported."""
     seed: int = option(0, at_least(0))
     """Seed of parameters, gradients and tokens."""
     contenders: tuple[str, ...] = tuple(name for name in contenders.TABLE if name != "gum")
     """step: optimizers timed beside GUM."""
     svd: bool = True
-    """step: also time GUM's refresh with the SVD as its projector."""
+    """step: also time GUM with the SVD as its projector."""
 
+    # Each group below belongs to the benchmarks that its texts begin with.
     presets: tuple[str, ...] = ("60m", "130m", "350m")
     """step and variants: presets of experiments.models.presets whose parameters are updated."""
     layouts: tuple[str, ...] = ("separate", "stacked")
@@ -44,11 +46,11 @@ class Config(Checked):
     compiled: tuple[str, ...] = ("60m", "130m", "350m", "1b")
     """compiled: presets whose update is compiled, for its temporaries."""
     compiled_gum: tuple[str, ...] = ("7b",)
-    """compiled: presets of which GUM's update alone is compiled."""
+    """compiled: presets for which only GUM's update is compiled."""
     depths: tuple[int, ...] = option((8, 16, 32, 64), at_least(1))
-    """compiled: numbers of layers for the growth of the program."""
+    """compiled: numbers of layers, to measure how programs and compile times grow."""
     depth_preset: str = "350m"
-    """compiled: preset whose layers these are."""
+    """compiled: preset whose widths these layers have."""
 
     sweep_preset: str = "60m"
     """sweep: preset whose parameters are updated."""
@@ -65,11 +67,11 @@ class Config(Checked):
     """training: windows in one step."""
     seq_len: int = option(256, at_least(1))
     """training: tokens in one window."""
-    # Of five, one is a refresh and two are counted.
+    # Step 4 is the first refresh after the two steps that are not counted, so five is the least.
     training_steps: int = option(12, at_least(5))
     """training: steps of one process; every fourth is a refresh, the first two are not counted."""
     rounds: int = option(3, at_least(1))
-    """training: processes of each optimizer."""
+    """training: number of processes of each optimizer."""
 
     projector_preset: str = "nano"
     """projectors, orthogonality: preset that is trained on text."""
@@ -80,17 +82,22 @@ class Config(Checked):
     projector_rank: int = option(32, at_least(1))
     """projectors, orthogonality: rank of the bases."""
     corpus: tuple[str, ...] = ("stdlib",)
-    """projectors, orthogonality: what to read, as in experiments.pretrain."""
+    """projectors, orthogonality: text to train on, as in experiments.pretrain."""
     cache_dir: str | None = None
-    """projectors, orthogonality: where tokens are kept, as in experiments.pretrain."""
+    """projectors, orthogonality: directory of cached tokens, as in experiments.pretrain."""
 
 
+# Fields that hold names of presets: several, or one.
 _PRESETS = ("presets", "state", "compiled", "compiled_gum")
 _ONE_PRESET = ("depth_preset", "sweep_preset")
 
 
 def check(config: Config) -> None:
-    """Raises `ConfigError` naming the first field with a name that no table has."""
+    """Checks the names in all fields against their tables.
+
+    Raises:
+      ConfigError: naming the first field with an unknown name, and the known ones.
+    """
     known = {
         "studies": Config.studies,
         "layouts": parameters.LAYOUTS,
@@ -102,5 +109,6 @@ def check(config: Config) -> None:
             choose(field, value, names)
     for field in _ONE_PRESET:
         choose(field, getattr(config, field), parameters.SHAPES)
+    # A model that is trained must fit into memory, not only be counted.
     for field in ("training_preset", "projector_preset"):
         choose(field, getattr(config, field), parameters.TRAINED)

@@ -1,4 +1,4 @@
-"""Seconds, measured by turns so that a machine that slows down slows all alike, and ratios."""
+"""Timing by turns, so that a machine that slows down affects all contenders alike; ratios."""
 
 import statistics
 import time
@@ -7,9 +7,14 @@ from typing import Any
 
 
 def by_turns(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each step, `repeats` times, one after the other in the order of `steps`.
+    """Times each step `repeats` times, one after the other in the order of `steps`.
 
-    A step waits for its results. Each is called once before, in the same order, to compile.
+    Args:
+      steps: functions that wait for their results. Each is called once before, to compile.
+      repeats: the number of turns.
+
+    Returns:
+      The seconds of each step, turn by turn.
     """
     for step in steps.values():
         step()
@@ -23,7 +28,7 @@ def by_turns(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str, li
 
 
 def summary(seconds: Sequence[float]) -> dict[str, float]:
-    """The median, with how far single measurements are from it."""
+    """Returns median, minimum, maximum and number of the measurements, in seconds."""
     return {
         "median": statistics.median(seconds),
         "min": min(seconds),
@@ -33,19 +38,29 @@ def summary(seconds: Sequence[float]) -> dict[str, float]:
 
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
-    """The ratio of medians, and the least and largest ratio of values of the same turn."""
+    """Returns the ratio of medians, and the minimum and maximum ratio within one turn."""
+    # Within a turn the machine has the same speed for both, so these ratios vary by noise alone.
     each = [a / b for a, b in zip(ours, theirs, strict=True)]
     of_medians = statistics.median(ours) / statistics.median(theirs)
     return {"of_medians": of_medians, "min": min(each), "max": max(each)}
 
 
 def amortized(plain: float, refresh: float, period: int) -> float:
-    """Mean seconds of a step, of which one in `period` is a refresh."""
+    """Returns the mean seconds of a step if one in `period` is a refresh."""
     return plain + (refresh - plain) / period
 
 
 def costs(plain: Sequence[float], refresh: Sequence[float] | None, period: int) -> dict[str, Any]:
-    """What the steps of one optimizer cost; without refreshes, every step is plain."""
+    """Summarizes the seconds of one optimizer's steps.
+
+    Args:
+      plain: seconds of plain steps.
+      refresh: seconds of refreshes; None for an optimizer without.
+      period: steps over which the cost of a refresh is spread.
+
+    Returns:
+      ``refresh_share`` is the share of a plain step that refreshes add to the mean.
+    """
     ordinary = statistics.median(plain)
     if refresh is None:
         return {"plain": summary(plain), "amortized_seconds": ordinary}

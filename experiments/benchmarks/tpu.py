@@ -1,16 +1,16 @@
 """Memory of training steps on TPUs, by their compiler: `python -m experiments.benchmarks.tpu`.
 
-No TPU is needed and nothing runs: `libtpu`, the extra `tpu`, compiles for a chip that is not there.
-A step is traced on shapes, compiled for one chip, and its bytes are those of the program that the
-chip would run:
+No TPU is needed and nothing runs: `libtpu`, the extra `tpu`, compiles for a chip that is absent. A
+step is traced on shapes and compiled for one chip. Its bytes are those of the program that the chip
+would run:
 
     total = arguments + outputs - aliased + temporaries
 
-`peak_bytes` is the compiler's own total, which it compares with the memory of the chip. In its
-account of temporaries some bytes are counted twice, so that `sum_bytes`, the sum above, is larger.
+`peak_bytes` is the compiler's own total, which it compares with the memory of the chip. Its account
+of temporaries counts some bytes twice, so `sum_bytes`, the sum above, is larger.
 
-Compiled with the least effort for speed: with the usual one a step took five minutes and more on
-two cores, in place of one, and temporaries differed by 4 percent.
+Programs are compiled with the least effort for speed. With the default effort a step took five
+minutes and more on two cores instead of one, and temporaries differed by 4 percent.
 
 Weights and gradients are in bfloat16. Layers are scanned and recomputed in the backward pass;
 attention and loss work on chunks of tokens (`experiments.models.scanned`).
@@ -55,8 +55,8 @@ MODELS = {
     "LLaMA-7B": parameters.SHAPES["7b"],
     "Llama-3-8B": Architecture(4096, 14336, 32, 32, 8, vocab_size=128_256, seq_len=8192),
 }
-# Boards, which the compiler knows, and how many of their chips train. Several have a part of the
-# windows each, and the same weights.
+# Kind -> (the compiler's name of a board, the number of its chips that train). Several chips are
+# data parallel: the same weights, and a part of the windows each.
 KINDS = {
     "v5p": ("v5p:2x2x1", 1),
     "v6e": ("v6e:2x2", 1),
@@ -67,23 +67,23 @@ KINDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Bytes of training steps on TPUs, by model, batch, step and kind of chip."""
+    """Count the bytes of training steps on TPUs, by model, batch, step and kind of chip."""
 
     models: tuple[str, ...] = tuple(MODELS)
-    """Models that are trained."""
+    """Models to compile a step of."""
     batches: tuple[str, ...] = ("1 x 2048", "4 x 1024", "4 parts of 4 x 1024")
-    """Windows x tokens of a step; parts are accumulated in float32. All but the first are for
-    LLaMA-1B."""
+    """Windows x tokens of a step; parts are microbatches, accumulated in float32. All but the first
+    are for LLaMA-1B alone."""
     steps: tuple[str, ...] = ()
-    """Steps, by the names of the table; none: all."""
+    """Steps to compile, by their names in the table; none: all."""
     kinds: tuple[str, ...] = ("v5p", "v6e", "v5e")
-    """Chips: of 95, 32 and 16 GiB; "4 v5e" are four of the last, for the batch of 4 x 1024."""
+    """Chips, of 95, 32 and 16 GiB; "4 v5e" are four of the last, for the batch of 4 x 1024."""
     out: Path = Path("experiments/results/tpu.json")
-    """Result file. Rows that it has are kept, and not measured again."""
+    """Result file. Rows that it has are kept and not compiled again."""
 
 
 class Batch(NamedTuple):
-    """The tokens of a step: so many parts of windows."""
+    """The tokens of a step: `parts` microbatches of `windows` windows of `tokens` tokens."""
 
     parts: int
     windows: int
@@ -98,11 +98,11 @@ BATCHES = {
 
 
 class Step(NamedTuple):
-    """A training step.
+    """A training step to compile.
 
     Attributes:
-      optimizer: from the width of the model.
-      make: `full`, `projected` or `refresh`.
+      optimizer: a function from the width of the model to the optimizer.
+      make: `full`, `projected`, `refresh` or `both`: (loss, optimizer, parts) -> step.
     """
 
     optimizer: Callable[[int], optax.GradientTransformation]
@@ -113,7 +113,7 @@ class Step(NamedTuple):
 
 
 def full(loss: Any, tx: optax.GradientTransformation, parts: int) -> Callable[..., Any]:
-    """The step that everybody takes."""
+    """Makes the usual step, in which the optimizer receives full gradients."""
 
     def step(params: Any, state: Any, windows: Any) -> Any:
         value_and_grad = _accumulated(jax.value_and_grad(loss), parts)
@@ -125,10 +125,11 @@ def full(loss: Any, tx: optax.GradientTransformation, parts: int) -> Callable[..
 
 
 def projected(loss: Any, tx: optax.GradientTransformation, parts: int) -> Callable[..., Any]:
-    """With gradients that are compressed in the backward pass."""
+    """Makes a step whose gradients are compressed in the backward pass."""
     value_and_grad = backward.value_and_grad(loss, tx)
 
     def step(params: Any, state: Any, windows: Any) -> Any:
+        # Bases are in the state, which is the same for all parts.
         one = lambda params, windows: value_and_grad(params, state, windows)  # noqa: E731
         value, gradients = _accumulated(one, parts)(params, windows)
         updates, state = tx.update(gradients, state, params)
@@ -138,7 +139,7 @@ def projected(loss: Any, tx: optax.GradientTransformation, parts: int) -> Callab
 
 
 def refresh(loss: Any, tx: optax.GradientTransformation, parts: int) -> Callable[..., Any]:
-    """New bases, from one part of the batch: what comes before the first step of a period."""
+    """Makes the refresh before the first step of a period: new bases, from one part of a batch."""
     renewed = backward.refresh(loss, tx)
 
     def step(params: Any, state: Any, windows: Any) -> Any:
@@ -148,13 +149,13 @@ def refresh(loss: Any, tx: optax.GradientTransformation, parts: int) -> Callable
 
 
 def both(loss: Any, tx: optax.GradientTransformation, parts: int) -> Callable[..., Any]:
-    """The refresh, where it is due, and the step as one program."""
+    """Makes one program of the refresh, where it is due, and the step."""
     first, second = refresh(loss, tx, parts), projected(loss, tx, parts)
     return lambda params, state, windows: second(*first(params, state, windows), windows)
 
 
 def _accumulated(value_and_grad: Callable[..., Any], parts: int) -> Callable[..., Any]:
-    """The mean over parts of the batch, added up in float32."""
+    """Averages loss and gradients over the parts of a batch, accumulated in float32."""
     if parts == 1:
         return value_and_grad
 
@@ -169,7 +170,7 @@ def _accumulated(value_and_grad: Callable[..., Any], parts: int) -> Callable[...
             accumulator=optax.microbatching.AccumulationType.MEAN,
         )
         value, gradients = summed(params, windows)
-        # As without parts: of weights in bfloat16, gradients are so too.
+        # Gradients have their weights' dtype, as without parts. Projected ones stay in float32.
         projected = lambda x: isinstance(x, backward.Projected)  # noqa: E731
         return value, jax.tree.map(
             lambda g, p: g if projected(g) else g.astype(p.dtype),
@@ -193,7 +194,7 @@ def _muon(width: int) -> optax.GradientTransformation:
 
 
 def _galore(width: int) -> optax.GradientTransformation:
-    # A quarter of the width, as in its paper.
+    # The rank is a quarter of the width, as in its paper.
     compression = gum_optax.galore(width // 4)
     return gum_optax.adamw(_RATE, compression, weight_dimension_numbers=_STACKED)
 
@@ -205,15 +206,17 @@ def _in_8_bits(width: int) -> optax.GradientTransformation:
 def _in_turn(
     optimizer: Callable[[int], optax.GradientTransformation],
 ) -> Callable[[int], optax.GradientTransformation]:
-    """The same for one layer after the other."""
+    """Applies an optimizer to one scanned layer after the other."""
 
     def axes(params: Any) -> Any:
+        # Stacks have their layers along axis 0; embedding, head and norm are not stacked.
         return {name: 0 if name == "layers" else None for name in params}
 
     return lambda width: gum_optax.layer_by_layer(optimizer(width), axes)
 
 
 def _gum(residual: Any, **parts: Any) -> Callable[[int], optax.GradientTransformation]:
+    """GUM at rank 128 with a residual rule; `parts` are options of `LowRank`, and a fallback."""
     fallback = parts.pop("fallback", None)
     compression = LowRank(128, residual=residual, **parts)
     return lambda width: gum_optax.gum(
@@ -221,6 +224,7 @@ def _gum(residual: Any, **parts: Any) -> Callable[[int], optax.GradientTransform
     )
 
 
+# "Lean": momenta and slots in 8 bits, and a factored second moment for the fallback.
 _LEAN = {"storage": storages.int8(), "fallback": fallbacks.factored()}
 _GUM, _LEAN_GUM = _gum(residuals.sampled(2)), _gum(residuals.sampled(2), **_LEAN)
 _MUON, _LEAN_MUON = _gum(residuals.drop()), _gum(residuals.drop(), **_LEAN)
@@ -246,7 +250,7 @@ STEPS = {
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Compiles the steps that the result file does not have yet, and prints all that it has."""
+    """Compiles the steps that the result file lacks, and prints all of its rows."""
     config = cli.parse(Config, PROGRAM, arguments)
     for field, known in _KNOWN.items():
         for name in getattr(config, field):
@@ -255,6 +259,7 @@ def main(arguments: Sequence[str]) -> int:
     done = [{key: row[key] for key in ("model", "batch", "step", "kind")} for row in rows]
     for wanted in _wanted(config):
         if wanted not in done:
+            # A step takes minutes: keep each row at once.
             rows.append(wanted | measure(**wanted))
             reporting.write(config.out, config, rows=rows)
             print(json.dumps(rows[-1]), flush=True)
@@ -275,12 +280,15 @@ def _wanted(config: Config) -> Iterator[dict[str, str]]:
 
 
 def measure(model: str, batch: str, step: str, kind: str) -> dict[str, Any]:
-    """The costs of one step."""
+    """Compiles one step for one kind of chip; returns its bytes."""
     return cost(*program(MODELS[model], BATCHES[batch], STEPS[step]), *placement(kind))
 
 
 def program(arch: Architecture, batch: Batch, step: Step) -> tuple[Callable[..., Any], Any]:
-    """A step, and the shapes of its arguments: parameters, state and windows of tokens."""
+    """Returns a step and the shapes of its arguments: parameters, state and windows.
+
+    Windows are int32 ``[parts * windows, tokens + 1]``: the last token is only a target.
+    """
     static, params = scanned.describe(arch)
     tx = step.optimizer(arch.width)
 
@@ -293,7 +301,7 @@ def program(arch: Architecture, batch: Batch, step: Step) -> tuple[Callable[...,
 
 
 def placement(kind: str) -> tuple[Any, Any]:
-    """The shardings of weights and state, and of windows, on chips as the compiler knows them."""
+    """Returns the shardings of weights and state, and of windows, for a kind of chip."""
     board, count = KINDS[kind]
     chips = devices(board)[:count]
     if count == 1:
@@ -304,11 +312,11 @@ def placement(kind: str) -> tuple[Any, Any]:
 
 
 def devices(board: str) -> Sequence[Any]:
-    """The chips of a board or slice, ``v5e:4x4``, as the compiler knows them."""
-    # Otherwise libtpu asks a server of Google's cloud which machine this is.
+    """Returns the compiler's descriptions of the chips of a board or slice, such as ``v5e:4x4``."""
+    # Otherwise libtpu asks a metadata server of Google's cloud which machine this is.
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
-    # Several compilers do not take a chip from each other.
+    # Several processes may load libtpu, since none of them uses a chip.
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
     return topologies.get_topology_desc(platform="tpu", topology_name=board).devices
 
@@ -320,11 +328,16 @@ def cost(
 
     Args:
       step: ``(params, state, windows) -> (params, state, ...)``.
-      arguments: their shapes.
-      weights: the sharding of all weights, or a tree of shardings.
-      windows: likewise of the third argument.
-      state: likewise of the state, by default that of all weights.
+      arguments: the shapes of these three.
+      weights: one sharding for all weights, or a tree of shardings.
+      windows: the same for the third argument.
+      state: the same for the state; by default the sharding of all weights.
+
+    Returns:
+      Bytes, FLOPs and seconds of compiling; or ``out_of_memory``, the compiler's figures, if the
+      program does not fit into the chip.
     """
+    # 1. Give each argument its sharding. Nothing exists but shapes.
     jax.clear_caches()
     where = (weights, weights if state is None else state, windows)
     found: dict[str, Any] = {
@@ -337,10 +350,11 @@ def cost(
         jax.tree.broadcast(where, arguments),
     )
     mesh: Any = getattr(jax.tree.leaves(weights)[0], "mesh", None)
-    # Where the state has places of its own, what comes out is where it was.
+    # With shardings of its own, the state is returned with the same ones.
     kept: dict[str, Any] = {} if state is None else {"out_shardings": (weights, state, None)}
     with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
         lowered = jax.jit(step, donate_argnums=(0, 1), **kept).lower(*placed)
+    # 2. Compile. A program that does not fit is a result; any other error is raised.
     start = time.perf_counter()
     try:
         with _quickly():
@@ -350,6 +364,7 @@ def cost(
             raise
         needed, available = (value for value in told.groups() if value)
         return found | {"out_of_memory": f"used {needed} of {available}"}
+    # 3. Read the compiler's account of memory, its model of cost, and the collectives.
     memory: Any = compiled.memory_analysis()
     sizes = {
         name: getattr(memory, f"{name}_size_in_bytes")
@@ -365,15 +380,16 @@ def cost(
         "sum_bytes": sizes["argument"] + sizes["output"] - sizes["alias"] + sizes["temp"],
         "peak_bytes": memory.peak_memory_in_bytes,
         "flops": costs.get("flops"),
-        # A model of cost, which overflows on large programs. Like flops, it seems to count one turn
-        # of each loop: neither is that of a step.
+        # From the compiler's model of cost, which overflows on large programs. Like `flops`, it
+        # seems to count each loop once, so that neither is the value of a step.
         "estimated_seconds": seconds if seconds > 0 else None,
-        # Received by each of several chips; the head's gradient in each chunk of the loss.
+        # Bytes that each of several chips receives. The head's gradient is summed in each chunk of
+        # the loss.
         "collective_bytes": {name: total_bytes(each) for name, each in by_kind.items()},
     }
 
 
-# The compiler has two ways to say it.
+# The compiler has two messages for it.
 _OUT_OF_MEMORY = re.compile(
     r"Used ([\d.]+\w) of ([\d.]+\w) hbm"
     r"|temporaries \(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)"
@@ -382,7 +398,7 @@ _OUT_OF_MEMORY = re.compile(
 
 @contextlib.contextmanager
 def _quickly() -> Iterator[None]:
-    """Compiles with the least effort, and past the cache, which cannot read programs of TPUs."""
+    """Compiles with the least effort, without the cache, which cannot read programs for TPUs."""
     settings = {"jax_exec_time_optimization_effort": -1.0, "jax_enable_compilation_cache": False}
     before = {name: getattr(jax.config, name) for name in settings}
     try:
@@ -395,7 +411,7 @@ def _quickly() -> Iterator[None]:
 
 
 def show(rows: Sequence[dict[str, Any]]) -> None:
-    """Prints the rows."""
+    """Prints all rows in GiB; of a program that did not fit, the compiler's figures."""
     columns = ("parameter_bytes", "state_bytes", "argument_bytes", "sum_bytes", "peak_bytes")
     reporting.table(
         "GiB of a training step on each chip",

@@ -1,12 +1,13 @@
 """Seconds and memory of the whole training step, each optimizer in processes of its own.
 
 The processes take turns. `python -m experiments.benchmarks.training` is one of them: it trains on
-random tokens and prints one line of JSON.
+random tokens and prints one line of JSON. It reports three peaks of memory:
 
-`program_bytes` is XLA's own count of what a step holds at most: arguments and temporaries. On CPUs
-`peak_bytes` is the resident peak of the steps less what the process held before them, the model and
-its state apart: compiling takes hundreds of MiB, more for one optimizer than for another, and a
-run of any length does it once. `process_peak_bytes` has it all.
+- `program_bytes`: XLA's own count for a step, arguments and temporaries.
+- `peak_bytes`, on CPUs: the resident peak during the steps, minus what the process held before them
+  beside model and state. Compiling takes hundreds of MiB, more for one optimizer than for another,
+  and happens once in a run of any length, so it is left out.
+- `process_peak_bytes`: the resident peak of the whole process.
 """
 
 import ctypes
@@ -33,7 +34,7 @@ from experiments.trainer.config import Preset
 from experiments.trainer.optimizers import Gum, Name
 
 PROGRAM = "experiments.benchmarks.training"
-# What is compared, as options of a worker.
+# Contender -> options of its worker.
 CONTENDERS: dict[str, dict[str, Any]] = {
     "gum": {"optimizer": "gum"},
     "gum, compressed gradients": {"optimizer": "gum", "gradients": "compressed"},
@@ -42,17 +43,17 @@ CONTENDERS: dict[str, dict[str, Any]] = {
 }
 
 _ROOT = Path(__file__).parents[2]
-_SKIPPED = 2  # compilation, and what the first steps leave to be set up
+_SKIPPED = 2  # first steps, which are not counted: they set up what later steps reuse
 
 
 @dataclasses.dataclass(frozen=True)
 class Worker:
-    """Take a few training steps on random tokens and print what they cost."""
+    """Take a few training steps on random tokens and print their seconds and bytes."""
 
     optimizer: Name = "gum"
-    """Which optimizer, as in experiments.pretrain."""
+    """Optimizer, as in experiments.pretrain."""
     gradients: Literal["full", "compressed"] = "full"
-    """How gradients leave the backward pass of GUM, as in experiments.pretrain."""
+    """Form in which gradients leave GUM's backward pass, as in experiments.pretrain."""
     preset: Preset = "60m"
     """Size of the model."""
     batch_size: int = 8
@@ -60,36 +61,38 @@ class Worker:
     seq_len: int = 256
     """Tokens in one window."""
     steps: int = 12
-    """Steps."""
+    """Training steps, of which the first two are not counted."""
     rank: int = 128
     """Rank of GUM."""
     full_rank_layers: int = 2
     """Gamma: full-rank layers of each role in a period."""
     every: int = 4
-    """Steps between two refreshes: few, so that few steps have both kinds."""
+    """Steps between two refreshes: few, so that a short run has both kinds of step."""
     seed: int = 0
     """Seed of weights and tokens."""
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The process of one optimizer."""
+    """Measures one optimizer in this process and prints one line of JSON; returns the exit code."""
     print(json.dumps(measure(cli.parse(Worker, PROGRAM, arguments))))
     return 0
 
 
 def run(config: Config, work: Callable[[Worker], dict[str, Any]] | None = None) -> None:
-    """Runs the processes by turns, writes a file for this batch, prints a table.
+    """Runs the processes by turns, writes a file for this batch and prints a table.
 
     Args:
       config: the options.
       work: measures one run; by default in a new process.
     """
+    # 1. Each round runs every contender once, so that a slower machine affects all alike.
     work = work or _in_process
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTENDERS}
     for turn in range(config.rounds):
         for name in CONTENDERS:
             runs[name].append(work(_worker(config, name)))
             print(f"trained with {name}, round {turn + 1} of {config.rounds}", flush=True)
+    # 2. Compare medians, and write and print them.
     results = compare(runs, config.period)
     name = f"{config.training_preset}-{config.batch_size}x{config.seq_len}.json"
     reporting.write(config.out / "training" / name, config, runs=runs, **results)
@@ -105,26 +108,32 @@ def run(config: Config, work: Callable[[Worker], dict[str, Any]] | None = None) 
     )  # fmt: skip
     print(f"tokens/s of gum over adamw: {results['gum_over_adamw']}")
     for kind in ("program", "peak"):
-        print(f"less {kind} over less state: {results[f'saved_{kind}_over_saved_state']:.2f}")
+        print(f"saved {kind} over saved state: {results[f'saved_{kind}_over_saved_state']:.2f}")
 
 
 def stored(out: Path) -> list[dict[str, Any]]:
-    """The results of all batches that have been measured, the smallest first."""
+    """Reads the results of all batches that have been measured, the smallest first."""
     found = [json.loads(file.read_text()) for file in (out / "training").glob("*.json")]
     return sorted(found, key=lambda result: result["config"]["batch_size"])
 
 
 def speeds(result: dict[str, Any]) -> dict[str, float]:
-    """Of each optimizer in a stored result, amortized tokens per second over AdamW's."""
+    """Returns by optimizer the amortized tokens per second over AdamW's, of a stored result."""
     rates = {name: m["amortized_tokens_per_second"] for name, m in result["medians"].items()}
     return {name: rate / rates["adamw"] for name, rate in rates.items()}
 
 
 def compare(runs: dict[str, list[dict[str, Any]]], period: int) -> dict[str, Any]:
-    """Medians of each optimizer's runs, and GUM's beside AdamW's."""
+    """Returns the medians of each optimizer's runs, and GUM's speed and savings over AdamW.
+
+    Args:
+      runs: results of `measure` by contender, in the order of the rounds.
+      period: steps over which the cost of a refresh is spread.
+    """
     runs = {name: [_amortize(each, period) for each in found] for name, found in runs.items()}
     medians = {name: _medians(found) for name, found in runs.items()}
     gum, adamw = medians["gum"], medians["adamw"]
+    # How much of the saved optimizer state arrives as saved memory: 1 is all of it.
     saved = adamw["state_bytes"] - gum["state_bytes"]
     return {
         "medians": medians,
@@ -136,7 +145,12 @@ def compare(runs: dict[str, list[dict[str, Any]]], period: int) -> dict[str, Any
 
 
 def measure(worker: Worker) -> dict[str, Any]:
-    """Takes the steps of one run, each until its results are there."""
+    """Takes the steps of one run and waits for the results of each.
+
+    Returns:
+      Median seconds, tokens per second of plain steps, and bytes.
+    """
+    # 1. The model, its state and the compiled step.
     settings = Run(
         preset=worker.preset, batch_size=worker.batch_size,
         seq_len=worker.seq_len, steps=worker.steps, seed=worker.seed,
@@ -154,6 +168,7 @@ def measure(worker: Worker) -> dict[str, Any]:
     generator = np.random.default_rng(worker.seed)
     shape = (worker.batch_size, worker.seq_len + 1)
     step = step.lower(state, np.zeros(shape, np.int32)).compile()
+    # 2. The steps. Once the skipped ones are over, the peak of memory is reset.
     seconds, settled, process_peak = [], 0, 0
     for number in range(worker.steps):
         if number == _SKIPPED:
@@ -163,6 +178,7 @@ def measure(worker: Worker) -> dict[str, Any]:
         start = time.perf_counter()
         state, _ = jax.block_until_ready(step(state, batch))
         seconds.append(time.perf_counter() - start)
+    # 3. The numbers. A device that counts its own peak is asked; on CPUs the process is.
     plain, refresh = _by_kind(worker, seconds)
     return {
         "plain_seconds": statistics.median(plain),
@@ -176,31 +192,31 @@ def measure(worker: Worker) -> dict[str, Any]:
 
 
 def program_bytes(step: Any) -> int:
-    """The most bytes of arguments, results and temporaries; donated arguments count once."""
+    """Returns XLA's bytes of arguments, results and temporaries; donated arguments count once."""
     sizes = step.memory_analysis()
     held = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
     return held + sizes.temp_size_in_bytes
 
 
 def _settle() -> int:
-    """Gives back what compiling left and forgets the peak so far; returns the resident bytes."""
+    """Frees what compiling left behind and resets the peak; returns the resident bytes."""
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
+    ctypes.CDLL(None).malloc_trim(0)  # glibc keeps freed memory until it is told to return it
+    Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM to the current size
     return _status("VmRSS")
 
 
 def _status(name: str) -> int:
-    """Resident bytes of this process, VmRSS now or VmHWM at most.
+    """Returns the resident bytes of this process: current (VmRSS) or peak (VmHWM).
 
-    Not `getrusage`, whose peak begins on Linux with that of the process that started this one.
+    `getrusage` would not do: on Linux its peak begins with the peak of the parent process.
     """
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line.split()[1] for line in lines if line.startswith(name)))
 
 
 def _by_kind(worker: Worker, seconds: list[float]) -> tuple[list[float], list[float]]:
-    """Seconds of plain steps and of refreshes, less those of the first steps."""
+    """Splits the seconds into plain steps and refreshes, without the skipped first steps."""
     later = list(enumerate(seconds))[_SKIPPED:]
     if worker.optimizer != "gum":
         return [s for _, s in later], []
@@ -218,15 +234,18 @@ def _worker(config: Config, name: str) -> Worker:
 
 
 def _in_process(worker: Worker) -> dict[str, Any]:
+    """Measures a worker in a new process, whose peak of memory is then its own."""
     options = [f"--{k.replace('_', '-')}={v}" for k, v in dataclasses.asdict(worker).items()]
     command = [sys.executable, "-m", PROGRAM, *options]
     done = subprocess.run(command, cwd=_ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    # Training may print before it; the results are the last line.
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def _amortize(run: dict[str, Any], period: int) -> dict[str, Any]:
     plain, refresh = run["plain_seconds"], run["refresh_seconds"]
     seconds = timing.amortized(plain, refresh, period) if refresh else plain
+    # Tokens per second of plain steps, slowed down by the share of refreshes.
     return run | {"amortized_tokens_per_second": run["tokens_per_second"] * plain / seconds}
 
 

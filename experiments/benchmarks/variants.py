@@ -1,18 +1,18 @@
-"""Seconds of an update of the frontier's methods, by turns: what a residual or few bits cost.
+"""Seconds of an update of the frontier's methods, by turns: the cost of residuals and of few bits.
 
-All of them keep their state and share the parameters, as in `experiments.benchmarks.step`, and no
-step but the first is a refresh.
+The methods keep their own states and share the parameters, as in `experiments.benchmarks.step`.
+No step but the first is a refresh.
 """
 
 from experiments import reporting
 from experiments.benchmarks import contenders, parameters, step, timing
 from experiments.benchmarks.settings import Config
 
-REFERENCE = "GaLore-Muon"
+REFERENCE = "GaLore-Muon"  # low-rank Muon without the residual: what others add is their cost
 
 
 def run(config: Config) -> None:
-    """Times every method on every preset, writes a file for each, prints a table."""
+    """Times every method on every preset, writes a file for each preset and prints a table."""
     for preset in config.presets:
         tree = parameters.separate(preset)
         shared = {
@@ -28,6 +28,6 @@ def run(config: Config) -> None:
         reporting.write(config.out / "variants" / f"{preset}.json", config, ratios=ratios)
         reporting.table(
             f"{preset}: seconds of an update over {REFERENCE}'s, by turns",
-            ("method", "median", "least", "largest"),
+            ("method", "median", "min", "max"),
             ((name, *ratio.values()) for name, ratio in ratios.items()),
         )

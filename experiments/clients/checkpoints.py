@@ -1,9 +1,10 @@
 """Checkpoints: Orbax' v1 API with a sharded and quantized state, and weights of Hugging Face.
 
-1. The whole optimizer state, quantized and sharded over four devices, is saved by Orbax' v1 API in
-   the middle of a period, restored on another mesh, and training goes on bit for bit.
-2. transformers 5 has no Flax models any more, but their names live on in checkpoints and code. Of
-   SmolLM2-135M in the tree of `FlaxLlamaForCausalLM`, the rule of Flax takes every matrix.
+1. Orbax' v1 API saves the optimizer state, quantized and sharded over four devices, in the middle
+   of a period. Restored on four devices, training continues bit for bit; it is restored on two as
+   well.
+2. transformers 5 no longer has Flax models, but their names live on in checkpoints and code. With
+   SmolLM2-135M in the tree of `FlaxLlamaForCausalLM`, Flax's convention finds all matrices.
 
 It runs in this project's own environment: `python -m experiments.clients.checkpoints`.
 """
@@ -39,6 +40,7 @@ WIDTH, HIDDEN, LAYERS = 32, 64, 4
 
 
 def _mesh(devices: int) -> Mesh:
+    # Auto axes: XLA chooses the shardings of intermediate results.
     return jax.make_mesh(
         (devices,),
         ("fsdp",),
@@ -48,6 +50,7 @@ def _mesh(devices: int) -> Mesh:
 
 
 def _model() -> tuple[Any, Callable[[Any, Any], jax.Array]]:
+    """Returns parameters, with layers stacked ``[L, in, out]``, and a loss of them and x [b, n]."""
     rng = np.random.default_rng(0)
     params = {
         "layers": {
@@ -69,6 +72,8 @@ def _model() -> tuple[Any, Callable[[Any, Any], jax.Array]]:
 
 def orbax_v1() -> None:
     """Saves on four devices, restores on four and on two."""
+    # 1. An optimizer with everything in its state that may go wrong: codes and scales of low-rank
+    #    momentum, of slots and of the fallback, bases and draws.
     params, loss = _model()
     tx = gum_optax.gum(
         3e-3,
@@ -79,6 +84,7 @@ def orbax_v1() -> None:
     )
     x = np.random.default_rng(1).normal(size=(32, WIDTH)).astype(np.float32)
 
+    # 2. Parameters are sharded along one side; the state's shardings are derived from theirs.
     def places(mesh: Mesh) -> tuple[Any, Any]:
         weights = jax.tree.map(
             lambda p: NamedSharding(mesh, P(None, "fsdp") if p.ndim == 3 else P()), params
@@ -97,6 +103,7 @@ def orbax_v1() -> None:
                 params, state = step(params, state)
         return params, state
 
+    # 3. The uninterrupted run.
     four = _mesh(4)
     weights, where = places(four)
     start = jax.device_put(params, weights)
@@ -105,6 +112,7 @@ def orbax_v1() -> None:
     halfway = run(four, (start, state), 7)
     expected = run(four, halfway, 6)
 
+    # 4. Save after seven steps, and restore into described arrays, whose shardings may be others.
     with tempfile.TemporaryDirectory() as directory:
         orbax.save(f"{directory}/7", {"params": halfway[0], "state": halfway[1]})
 
@@ -120,21 +128,23 @@ def orbax_v1() -> None:
             )
             return found["params"], found["state"]
 
+        # 5. On the same mesh, everything is equal to the bit.
         back = restored(four)
         check("Orbax v1: restored to the bit, codes and scales too", _equal(back, halfway))
         same = [a.sharding == b.sharding for a, b in _pairs(back[1], halfway[1])]
         each, whole = bytes_per_device(back[1]), sum(x.nbytes for x in jax.tree.leaves(back[1]))
         detail = f"{each} of {whole} bytes on each of 4 devices"
-        check("Orbax v1: every array where `state_shardings` says", all(same), detail)
+        check("Orbax v1: every array has the sharding it was saved with", all(same), detail)
         check("Orbax v1: six more steps, bit for bit", _equal(run(four, back, 6), expected))
 
+        # 6. On another mesh, numbers differ by rounding.
         two = run(_mesh(2), restored(_mesh(2)), 6)
         gap = max(
             float(np.max(np.abs(np.asarray(a) - np.asarray(b))))
             for a, b in _pairs(two[0], expected[0])
         )
-        # Sums in another order, and codes that they tip over: 5e-4 is a sixth of one step.
-        check("Orbax v1: restored on two devices, it goes on", gap < 5e-4, f"largest gap {gap:.1e}")
+        # Sums in another order may change codes: 5e-4 is a sixth of one step.
+        check("Orbax v1: it continues on two devices", gap < 5e-4, f"largest gap {gap:.1e}")
 
 
 def _pairs(one: Any, other: Any) -> Any:
@@ -149,7 +159,10 @@ def _equal(one: Any, other: Any) -> bool:
 
 
 def flax_names(shapes: Mapping[str, tuple[int, ...]]) -> Any:
-    """The tree of a transformers Flax Llama: `weight` [out, in] becomes `kernel` [in, out]."""
+    """Returns the tree of a Flax Llama of transformers, as shapes, from PyTorch's names and shapes.
+
+    Every ``weight`` of shape [out, in] becomes a ``kernel`` of shape [in, out].
+    """
     flat = {}
     for name, shape in shapes.items():
         *parents, last = name.split(".")
@@ -162,7 +175,7 @@ def flax_names(shapes: Mapping[str, tuple[int, ...]]) -> Any:
 
 
 def hugging_face() -> None:
-    """SmolLM2-135M, as the tree that Flax models of transformers had."""
+    """Checks SmolLM2-135M in the tree that transformers' Flax models had."""
     gone = not any(name.startswith("Flax") for name in dir(transformers))
     version = importlib.metadata.version("transformers")
     check(f"transformers {version}: no Flax models are left", gone)
@@ -180,7 +193,7 @@ def hugging_face() -> None:
 
 
 def main() -> None:
-    """Runs all checks, or those that are named: ``orbax_v1``, ``hugging_face``."""
+    """Runs all parts, or those named as arguments: ``orbax_v1``, ``hugging_face``."""
     parts = {"orbax_v1": orbax_v1, "hugging_face": hugging_face}
     for name in sys.argv[1:] or parts:
         parts[name]()

@@ -1,10 +1,10 @@
-"""What the clients' scripts share: trees as letters, and one printed line for each check."""
+"""Helpers of the clients: trees as letters, and one printed line for each check."""
 
 import os
 import re
 from typing import Any
 
-# Before JAX starts: meshes need several devices.
+# Must be set before JAX starts: meshes need several devices, here four virtual ones.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
 
 import jax
@@ -16,17 +16,27 @@ from gum_optax._paths import leaves_with_names
 
 
 def check(what: str, holds: Any, detail: Any = "") -> None:
-    """Prints one line, and ends the program where the check fails."""
+    """Prints one line for a check; ends the program with exit code 1 if it fails."""
     print(f"{'ok  ' if holds else 'FAIL'} {what} {detail}".rstrip(), flush=True)
     if not holds:
         raise SystemExit(1)
 
 
 def letters(params: Any, numbers: Any) -> dict[str, str]:
-    """Role -> a letter for each axis: ``i`` input side, ``o`` output, ``b`` batch; or ""."""
+    """Describes the axes of each role of parameters by letters.
+
+    Args:
+      params: the parameters or their shapes.
+      numbers: a tree of dimension numbers, a rule, or None for the default rule.
+
+    Returns:
+      Role -> a letter for each axis, ``i`` for input, ``o`` for output, ``b`` for batch; or "" if
+      it is no matrix.
+    """
     found = {}
     resolved = dimension_numbers.resolve(params, numbers)
     for (path, leaf), number in zip(leaves_with_names(params), resolved, strict=True):
+        # Layers differ in numbers alone and share a role.
         role = re.sub(r"\d+", "*", path)
         found[role] = ""
         if number is not None:
@@ -39,7 +49,8 @@ def letters(params: Any, numbers: Any) -> dict[str, str]:
 
 
 def bytes_per_device(tree: Any) -> int:
-    """Bytes that the arrays of a tree occupy on one device."""
+    """Returns the bytes that the arrays of a tree occupy on one device."""
+    # Typed keys have no item size; they are left out.
     return sum(
         int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
         for x in jax.tree.leaves(tree)

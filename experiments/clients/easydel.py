@@ -1,7 +1,7 @@
-"""EasyDeL: GUM under a name of its own among its optimizers, in its `EasyDeLState` on a mesh.
+"""EasyDeL: GUM registered among its optimizers, trained in its `EasyDeLState` on a mesh.
 
-EasyDeL 0.3.0 needs Python 3.11 or newer, jax below 0.10, and PyTorch for its import of
-transformers. How to run it is in the package's docstring.
+EasyDeL 0.3.0 needs Python 3.11 or newer, jax below 0.10, and PyTorch, since it imports
+transformers. The package's docstring gives the commands.
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
@@ -28,17 +28,17 @@ VOCABULARY, TOKENS = 320, 16
 
 @dataclasses.dataclass
 class GumSettings:
-    """The options of GUM that a training configuration may give."""
+    """The options of GUM that a training configuration may set."""
 
     rank: int = 128
     period: int = 200
 
 
-# The lines to write: an optimizer by a name, built from the schedule of EasyDeL.
+# A user's code for EasyDeL: registers an optimizer by name, which is built from EasyDeL's schedule.
 @register_optimizer("gum")
 @dataclasses.dataclass
 class GumOptimizer(OptimizerBuilder):
-    """GUM, with the rule of Flax for its matrices."""
+    """GUM, with Flax's convention for its matrices."""
 
     config: GumSettings
 
@@ -70,7 +70,7 @@ def model() -> Any:
 
 
 def main() -> None:
-    """Names, the optimizer from a training configuration, training, and where the state is."""
+    """Checks matrices, the optimizer of a training configuration, sharding, and training."""
     net = model()
     tokens = np.random.default_rng(0).integers(1, VOCABULARY, (4, TOKENS)).astype(np.int32)
     with net.mesh:
@@ -80,13 +80,14 @@ def main() -> None:
         def forward(params: Any, tokens: Any) -> Any:
             return nnx.merge(graph, params, rest)(input_ids=tokens).logits
 
-        # 1. Matrices by their use, and by the rule of Flax.
+        # 1. Matrices inferred from the forward pass, and by Flax's convention: q, k, v, o and three
+        #    of the MLP.
         found = letters(params, dimension_numbers.infer(forward, params, tokens))
         matrices = {role: axes for role, axes in found.items() if axes}
         check("EasyDeL: every kernel is a matrix", len(matrices) == 7, matrices)
         check("EasyDeL: `flax` agrees", letters(params, dimension_numbers.flax) == found)
 
-        # 2. By the name, as its trainers make their optimizer.
+        # 2. The optimizer by its name, as EasyDeL's trainers make it.
         arguments = easydel.TrainingArguments(
             model_name="client",
             optimizer="gum",
@@ -103,8 +104,8 @@ def main() -> None:
         ranks = {jax.tree.leaves(basis)[0].shape[-1] for basis in low_rank.basis.values()}
         check("EasyDeL: `optimizer='gum'` with its own options", ranks == {8}, ranks)
 
-        # 3. Its partition rules know names of parameters: the rest of a state is replicated. The
-        #    state goes where `state_shardings` says.
+        # 3. The state's sharding. EasyDeL's partition rules match names of parameters and replicate
+        #    everything else, so that the low-rank state needs `state_shardings`.
         replicated = bytes_per_device(state.opt_state)
         where = gum_optax.state_shardings(
             tx, state.graphstate, jax.tree.map(lambda x: x.sharding, state.graphstate)
@@ -117,6 +118,7 @@ def main() -> None:
             f"{sharded} bytes on each of 4 devices, {replicated} by its own rules",
         )
 
+        # 4. Training, on one batch.
         @jax.jit
         def step(state: Any, tokens: Any) -> Any:
             def loss(params: Any) -> jax.Array:

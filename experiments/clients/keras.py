@@ -1,6 +1,6 @@
-"""Keras 3 on JAX: a training loop of its stateless calls, whose variables have no names.
+"""Keras 3 on JAX: a training loop around its stateless calls, with a list of nameless variables.
 
-How to run it is in the package's docstring.
+The package's docstring gives the commands.
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
@@ -9,6 +9,7 @@ import os
 
 from experiments.clients.checks import check
 
+# Keras reads its backend when it is imported.
 os.environ["KERAS_BACKEND"] = "jax"
 
 import jax
@@ -24,7 +25,7 @@ VOCABULARY, WIDTH, TOKENS = 40, 16, 8
 
 
 def model() -> keras.Model:
-    """A small transformer of Keras' own layers."""
+    """Returns a small transformer built from Keras' own layers."""
     tokens = keras.Input((TOKENS,), dtype="int32")
     x = keras.layers.Embedding(VOCABULARY, WIDTH)(tokens)
     for _ in range(3):
@@ -34,7 +35,9 @@ def model() -> keras.Model:
 
 
 def main() -> None:
-    """Infers the matrices, trains, and writes the weights back."""
+    """Infers the matrices, trains, and writes the weights back into the model."""
+    # 1. The variables as lists of arrays, and the matrices among them, inferred from their use:
+    #    without names no convention could find them.
     keras.utils.set_random_seed(0)
     net = model()
     trainable = [variable.value for variable in net.trainable_variables]
@@ -50,9 +53,10 @@ def main() -> None:
         name.endswith("kernel") and value.ndim > 1
         for name, value in zip(names, trainable, strict=True)
     ]
-    kernels[-2] = False  # The head, `[width, vocabulary]`.
+    kernels[-2] = False  # the head, [width, vocabulary], before its bias
     check("Keras: every hidden kernel is a matrix", [n is not None for n in numbers] == kernels)
 
+    # 2. Training, on one batch.
     compression = gum_optax.LowRank(rank=4, period=20)
     tx = gum_optax.gum(3e-3, compression, consistent_rms=0.2, weight_dimension_numbers=numbers)
 
@@ -72,6 +76,7 @@ def main() -> None:
         values.append(float(value))
     check("Keras: it learns", values[-1] < 0.5 * values[0], f"{values[0]:.2f} to {values[-1]:.2f}")
 
+    # 3. The weights, back in the model, which must predict the batch.
     for variable, value in zip(net.trainable_variables, trainable, strict=True):
         variable.assign(value)
     predicted = keras.ops.argmax(net(tokens), -1)

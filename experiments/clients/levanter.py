@@ -1,8 +1,8 @@
 """levanter: an `OptimizerConfig` that builds GUM, in its `Trainer`, sharded and resumed.
 
-marin-levanter wants an optax before 0.2.7, and this library 0.2.8 or newer, so that pip does not
-resolve both. Python 3.12. `train` has not been run to the end yet. How to run it is in the
-package's docstring.
+marin-levanter requires optax below 0.2.7, and this library 0.2.8 or newer, so pip cannot resolve
+both; the package's docstring gives the commands. It needs Python 3.12. `train` has not yet been run
+to its end.
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
@@ -44,11 +44,11 @@ MODEL = LlamaConfig(
 )
 
 
-# The lines to write: an optimizer by the name that a YAML file gives as `optimizer: type: gum`.
+# A user's code for levanter: an optimizer that a YAML file selects by `optimizer: type: gum`.
 @OptimizerConfig.register_subclass("gum")
 @dataclasses.dataclass(frozen=True)
 class GumConfig(OptimizerConfig):
-    """GUM for levanter, with its schedules."""
+    """GUM for levanter, with levanter's schedules."""
 
     rank: int = 128
     period: int = 200
@@ -58,24 +58,25 @@ class GumConfig(OptimizerConfig):
             self.lr_scheduler(num_train_steps),
             gum_optax.LowRank(rank=self.rank, period=self.period),
             consistent_rms=0.2,
-            # Of all: levanter's own mask does not read trees from which leaves are masked away.
+            # Decays all weights: levanter's own mask does not accept trees with masked leaves.
             weight_decay=self.weight_decay,
             weight_dimension_numbers=dimension_numbers.equinox_stacked,
         )
 
 
 def example(tokens: np.ndarray) -> LmExample:
-    """A batch of windows, as levanter's loader makes it."""
+    """Returns a batch of windows as levanter's loader makes it."""
     named = hax.named(jnp.asarray(tokens), ("batch", MODEL.max_Pos.name))
     return hax.vmap(LmExample.causal, "batch")(named)
 
 
 def loss(model: Any, batch: LmExample, *, key: Any = None) -> Any:
+    """The mean loss of a batch, in the signature of levanter's trainer."""
     return model.compute_next_token_loss(batch, key=key).scalar()
 
 
 def create() -> Any:
-    """The model, under `eqx.filter_eval_shape` or for real."""
+    """Creates the model; under `eqx.filter_eval_shape`, its shapes."""
     return MODEL.build(hax.Axis("vocab", VOCABULARY), key=jax.random.PRNGKey(0))
 
 
@@ -84,14 +85,15 @@ def tokens() -> np.ndarray:
 
 
 def optimizer(steps: int) -> optax.GradientTransformation:
-    """As a configuration builds it."""
+    """Returns GUM as a configuration builds it, with a constant rate."""
     return GumConfig(
         learning_rate=3e-3, weight_decay=0.0, warmup=0.0, lr_schedule="constant", rank=8, period=3
     ).build(steps)
 
 
 def names() -> None:
-    """Matrices by their use, and by the rule for stacked Equinox modules."""
+    """Checks matrices inferred from the loss against the rule for stacked Equinox modules."""
+    # Only arrays: modules also hold functions and settings.
     params = eqx.filter(eqx.filter_eval_shape(create), lambda x: hasattr(x, "shape"))
     numbers = dimension_numbers.infer(loss, params, jax.eval_shape(example, tokens()))
     found = letters(params, numbers)
@@ -102,7 +104,7 @@ def names() -> None:
 
 
 def types() -> None:
-    """A step of its `TrainerState`, traced on shapes: nothing is compiled."""
+    """Checks a step of levanter's `TrainerState`, traced on shapes: nothing is compiled."""
     tx = optimizer(20)
 
     def init() -> Any:
@@ -114,6 +116,7 @@ def types() -> None:
         gradients = eqx.filter_grad(loss)(state.model, batch)
         return state.take_step(gradients, key=jax.random.PRNGKey(2))[0]
 
+    # The structure before and after must agree, or the trainer would compile every step anew.
     before = eqx.filter_eval_shape(init)
     after = eqx.filter_eval_shape(step, before, jax.eval_shape(example, tokens()))
     same = jax.tree.structure(before) == jax.tree.structure(after)
@@ -123,8 +126,9 @@ def types() -> None:
 
 
 def train() -> None:
-    """Its `Trainer` on four devices that share every parameter along `embed`, and a resumed run."""
+    """Checks levanter's `Trainer` on four devices that shard parameters along `embed`; resumes."""
     with tempfile.TemporaryDirectory() as directory:
+        # No tracker, no profiles, no checkpoints of its own: all files go into the directory.
         config = TrainerConfig(
             id="client",
             tracker=NoopConfig(),
@@ -135,9 +139,11 @@ def train() -> None:
             log_xla_hlo=False,
             require_accelerator=False,
         )
+        # 1. Twelve steps on one batch, with a checkpoint after six.
         built = optimizer(config.num_train_steps)
         with Trainer(config, built, loss) as trainer:
             state = trainer.initial_state(jax.random.PRNGKey(1), model_init=create)
+            # One batch for all steps: the loss must fall.
             batch = example(tokens())
             values, saved, halfway = [], None, 6
             for step in range(12):
@@ -151,10 +157,12 @@ def train() -> None:
                 "levanter: it learns", values[-1] < values[0], f"{values[0]:.2f}, {values[-1]:.2f}"
             )
 
-            # The state on each device, and where it would be by `state_shardings`.
+            # 2. The bytes of state on each device, and with the shardings of `state_shardings`.
+            # `state_shardings` takes the shardings that the trainer gave the parameters.
             arrays = eqx.filter(state.trainable_model, eqx.is_array)
             where = jax.tree.map(lambda x: x.sharding, arrays)
             expected = gum_optax.state_shardings(built, arrays, where)
+            # Put there to count bytes; training goes on with the trainer's own sharding.
             wanted = jax.tree.map(jax.device_put, state.opt_state, expected)
             each, ours, whole = (
                 bytes_per_device(state.opt_state),
@@ -165,7 +173,7 @@ def train() -> None:
             print(f"`state_shardings`, {whole} in all", flush=True)
             check("levanter: the state is sharded", each < 0.7 * whole)
 
-            # Interrupted and resumed, to the last digit.
+            # 3. Resume from the checkpoint. Arrays come from the file, all else from a fresh state.
             fresh = trainer.initial_state(jax.random.PRNGKey(1), model_init=create)
             assert saved is not None
             resumed = eqx.combine(load_checkpoint(fresh.saveable_state, saved), fresh)
@@ -183,7 +191,7 @@ def train() -> None:
 
 
 def main() -> None:
-    """Runs all checks, or those that are named: ``names``, ``types``, ``train``."""
+    """Runs all parts, or those named as arguments: ``names``, ``types``, ``train``."""
     parts = {"names": names, "types": types, "train": train}
     for name in sys.argv[1:] or parts:
         parts[name]()

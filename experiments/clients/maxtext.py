@@ -1,8 +1,9 @@
-"""MaxText: which of its parameters are matrices, by their use, by our rule and by MaxText's own.
+"""MaxText: its matrices by their use, by this library's rules and by MaxText's own; training.
 
-MaxText brings its dependencies as extras for one kind of accelerator each, of gigabytes, and pip
-alone installs none of them. This ran on Python 3.12 and a CPU with the versions in `maxtext.txt`,
-installed without their dependencies, and whatever small packages their imports then missed:
+MaxText has its dependencies in extras, one for each kind of accelerator, of gigabytes; pip installs
+none of them by default. The checks passed on Python 3.12 and a CPU with the versions in
+`maxtext.txt`, installed without dependencies, and the small packages that their imports then
+lacked:
 
     python3.12 -m pip install --no-deps -r experiments/clients/maxtext.txt
     PYTHONPATH=. python3.12 -m experiments.clients.maxtext
@@ -24,7 +25,7 @@ from flax import nnx
 from experiments.clients.checks import check, letters
 
 if not hasattr(xla_metadata, "must_fuse_call"):
-    # A kernel for TPUs that is not run here imports it from a newer JAX.
+    # A TPU kernel, which does not run here, imports this function of a newer JAX.
     setattr(xla_metadata, "must_fuse_call", lambda function, **options: function)  # noqa: B010
 
 import maxtext
@@ -54,6 +55,7 @@ CONFIG = {
     "skip_jax_distributed_system": True,
     "dataset_type": "synthetic",
 }
+# Experts by dense products, without kernels for accelerators.
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "sparse_matmul": False, "megablox": False}
 MODELS: dict[str, dict[str, Any]] = {
     "Llama, scanned": {"decoder_block": "llama2"},
@@ -64,13 +66,15 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def configuration(options: dict[str, Any]) -> Any:
-    """MaxText's configuration of a tiny model."""
+    """Returns MaxText's configuration of a tiny model."""
+    # MaxText reads a command line: a program's name, a YAML file and options.
     base = os.path.join(os.path.dirname(maxtext.__file__), "configs", "base.yml")
     return pyconfig.initialize(["", base, *(f"{k}={v}" for k, v in (CONFIG | options).items())])
 
 
 def compare(name: str, options: dict[str, Any]) -> None:
     """Checks one model, from its shapes alone."""
+    # 1. The model on its mesh, as shapes.
     config = configuration(options)
     mesh = jax.sharding.Mesh(maxtext_utils.create_device_mesh(config), config.mesh_axes)
     with jax.set_mesh(mesh), nn.logical_axis_rules(config.logical_axis_rules):
@@ -84,10 +88,13 @@ def compare(name: str, options: dict[str, Any]) -> None:
             model = nnx.merge(graph, params, rest)
             return model(tokens, positions, segments, enable_dropout=False)
 
+        # 2. Matrices inferred from the forward pass, and MaxText's own numbers for Muon, of which
+        #    a state is made.
         numbers = dimension_numbers.infer(forward, params, rest, tokens, tokens, tokens)
         own = muon_utils.get_muon_weight_dimension_numbers(model, config)
         tx = gum_optax.gum(0.02, gum_optax.LowRank(rank=8), weight_dimension_numbers=own)
         state = jax.eval_shape(tx.init, params)
+    # 3. The rules must agree with the inferred matrices. MaxText's own may differ, which is shown.
     found = letters(params, numbers)
     matrices = {path: axes for path, axes in found.items() if axes}
     check(f"{name}: matrices by their use", len(matrices) >= 6, matrices)
@@ -101,6 +108,7 @@ def compare(name: str, options: dict[str, Any]) -> None:
 
 def train(name: str, options: dict[str, Any]) -> None:
     """Creates and trains a model on four devices, sharded as MaxText reads its metadata."""
+    # 1. Model and optimizer.
     config = configuration(options)
     mesh = jax.sharding.Mesh(maxtext_utils.create_device_mesh(config), config.mesh_axes)
     compression = gum_optax.LowRank(rank=8, period=3)
@@ -119,6 +127,8 @@ def train(name: str, options: dict[str, Any]) -> None:
         return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, tokens))
 
     with jax.set_mesh(mesh), nn.logical_axis_rules(config.logical_axis_rules):
+        # 2. Created on the mesh, with the shardings that MaxText reads from the metadata of
+        #    parameters and state.
         shardings = sharding.nnx_construct_named_sharding(nnx.eval_shape(create), mesh)
         state = jax.jit(create, out_shardings=shardings)()
         graph = nnx.graphdef(
@@ -130,7 +140,7 @@ def train(name: str, options: dict[str, Any]) -> None:
             )
         )
         model, optimizer = nnx.merge(graph, state)
-        # Its own reading of the metadata puts the state where `state_shardings` would.
+        # 3. The state must have the shardings that `state_shardings` derives from the parameters'.
         params = nnx.state(nnx.eval_shape(lambda: nnx.merge(graph, state)[0]), nnx.Param)
         expected = gum_optax.state_shardings(
             tx, params, nnx.as_pure(sharding.nnx_construct_named_sharding(params, mesh))
@@ -143,6 +153,7 @@ def train(name: str, options: dict[str, Any]) -> None:
         ]
         check(f"{name}: the low-rank state is sharded", placed == wanted, placed)
 
+        # 4. Training, on one batch.
         @nnx.jit
         def step(model: Any, optimizer: Any) -> jax.Array:
             value, gradients = nnx.value_and_grad(loss)(model)

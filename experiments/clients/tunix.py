@@ -1,6 +1,6 @@
-"""google-tunix: `PeftTrainer` with GUM on a mesh, full and LoRA, interrupted and resumed.
+"""google-tunix: `PeftTrainer` with GUM on a mesh, full training and LoRA, interrupted and resumed.
 
-How to run it is in the package's docstring.
+The package's docstring gives the commands.
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
@@ -25,6 +25,7 @@ from experiments.clients.checks import bytes_per_device, check, letters
 from gum_optax import dimension_numbers
 
 BATCH, TOKENS, VOCABULARY, WIDTH = 4, 16, 320, 64
+# Tiny models of three architectures, of the same sizes.
 SIZES = {
     "num_layers": 3,
     "embed_dim": WIDTH,
@@ -50,11 +51,12 @@ GEMMA = gemma.ModelConfig(
     use_post_ffw_norm=True,
     attention_types=(gemma.AttentionType.GLOBAL,) * 3,
 )
+# The axes that tunix' models name in their metadata.
 MESH = jax.make_mesh((4, 1), ("fsdp", "tp"), axis_types=(AxisType.Auto,) * 2)
 
 
 def inputs(tokens: Any) -> dict[str, Any]:
-    """What tunix' models take, from a batch of its trainer."""
+    """Makes the inputs of tunix' models from a batch of its trainer, with a causal mask."""
     batch, length = tokens.input_tokens.shape
     return {
         "input_tokens": tokens.input_tokens,
@@ -67,7 +69,7 @@ def inputs(tokens: Any) -> dict[str, Any]:
 
 
 def batches(count: int) -> list[TrainingInput]:
-    """Random tokens, the same in every run."""
+    """Returns batches of random tokens ``[BATCH, TOKENS]``, the same in every run."""
     rng = np.random.default_rng(0)
     shape = (count, BATCH, TOKENS)
     return [
@@ -77,7 +79,7 @@ def batches(count: int) -> list[TrainingInput]:
 
 
 def inferred(model: nnx.Module) -> Any:
-    """The dimension numbers of a model, from its own forward function."""
+    """Infers the dimension numbers of a model from its own forward pass."""
     graph, params, rest = nnx.split(model, nnx.Param, ...)
     example = inputs(batches(1)[0])
 
@@ -92,7 +94,7 @@ def inferred(model: nnx.Module) -> Any:
 
 
 def create(model_class: Any, config: Any) -> nnx.Module:
-    """A model that is sharded as its own metadata say."""
+    """Creates a model on the mesh, sharded by its own metadata."""
 
     @nnx.jit
     def make() -> nnx.Module:
@@ -106,13 +108,14 @@ def create(model_class: Any, config: Any) -> nnx.Module:
 
 
 def optimizer(numbers: Any) -> Any:
-    """GUM with a small rank; a tree of numbers, or a rule."""
+    """Returns GUM with a small rank; `numbers` is a tree of dimension numbers or a rule."""
     compression = gum_optax.LowRank(rank=8, period=3)
     return gum_optax.gum(3e-3, compression, consistent_rms=0.2, weight_dimension_numbers=numbers)
 
 
 def train(model: nnx.Module, tx: Any, steps: int, checkpoints: str | None = None) -> PeftTrainer:
-    """Trains up to a number of steps in all, from the newest checkpoint if there is one."""
+    """Trains to step `steps`, from the newest checkpoint if there is one; returns the trainer."""
+    # No evaluation within these runs, which are shorter than a hundred steps.
     config = TrainingConfig(
         eval_every_n_steps=100, max_steps=steps, checkpoint_root_directory=checkpoints
     )
@@ -124,17 +127,20 @@ def train(model: nnx.Module, tx: Any, steps: int, checkpoints: str | None = None
 
 
 def arrays(node: Any) -> list[np.ndarray]:
+    """Returns the parameters of a module as NumPy arrays, for comparison."""
     return [np.asarray(x) for x in jax.tree.leaves(nnx.as_pure(nnx.state(node, nnx.Param)))]
 
 
 def names_and_use() -> None:
-    """`infer` and the ready rules agree on each of tunix' models."""
+    """Checks that inferred matrices agree with the conventions, for each of tunix' models."""
+    # Model -> (class, configuration, convention); None where no convention fits.
     models = {
         "llama3": (llama3.Llama3, LLAMA, dimension_numbers.flax),
         "qwen3, experts": (qwen3.Qwen3, QWEN_EXPERTS, None),
         "gemma": (gemma.Gemma, GEMMA, dimension_numbers.gemma),
     }
     for name, (model_class, config, rule) in models.items():
+        # Shapes alone; default arguments bind this turn's class and configuration.
         model = nnx.eval_shape(lambda c=model_class, g=config: c(g, rngs=nnx.Rngs(0)))
         params = nnx.state(model, nnx.Param)
         found = letters(params, inferred(model))
@@ -145,7 +151,8 @@ def names_and_use() -> None:
 
 
 def full() -> None:
-    """Full training on four devices: sharded by metadata, learning, resumed to the last digit."""
+    """Checks full training on four devices: sharding by metadata, progress, and exact resuming."""
+    # 1. Six steps without interruption.
     model = create(llama3.Llama3, LLAMA)
     before = arrays(model)
     numbers = inferred(model)
@@ -154,7 +161,7 @@ def full() -> None:
         moved = any((a != b).any() for a, b in zip(before, arrays(model), strict=True))
         check("PeftTrainer: six steps", moved)
 
-        # The state is where `state_shardings` would put it.
+        # 2. The trainer shards the state by its metadata, which `state_shardings` must agree with.
         params = nnx.state(model, nnx.Param)
         shardings = gum_optax.state_shardings(
             trainer.optimizer.tx, params, nnx.get_named_sharding(params, MESH)
@@ -172,11 +179,13 @@ def full() -> None:
         whole = sum(x.nbytes for x in jax.tree.leaves(state))
         check(
             "PeftTrainer: state sharded by its metadata",
-            # The step's own results are where XLA leaves them, never in more places.
+            # XLA may shard the results of a step more finely, never less.
             got <= expected < 0.4 * whole,
             f"{got} bytes on each of 4 devices, {expected} by `state_shardings`, {whole} in all",
         )
 
+        # 3. Three steps, then new objects that resume from the checkpoint: K = 3, so that the
+        #    first step after it is a refresh.
         half = create(llama3.Llama3, LLAMA)
         train(half, optimizer(numbers), 3, directory)
         resumed = create(llama3.Llama3, LLAMA)
@@ -186,7 +195,8 @@ def full() -> None:
 
 
 def lora() -> None:
-    """LoRA: the trainer hands over the adapters alone, whose names the rule of Flax knows."""
+    """Checks LoRA, where the trainer passes only the adapters, which Flax's convention finds."""
+    # 1. The model, with adapters at two of its projections.
     model = create(llama3.Llama3, LLAMA)
     provider = qwix.LoraProvider(module_path=".*(q_proj|o_proj).*", rank=16, alpha=2.0)
     example = inputs(batches(1)[0])
@@ -199,12 +209,14 @@ def lora() -> None:
         attention_mask=example["attention_mask"],
         rngs=nnx.Rngs(1),
     )
+    # 2. GUM at a quarter of the adapters' rank.
     adapters = nnx.state(model, nnx.LoRAParam)
     tx = gum_optax.gum(
         3e-3,
         gum_optax.LowRank(rank=4, period=3),
         weight_dimension_numbers=dimension_numbers.flax,
     )
+    # 3. Four steps, which must change every adapter.
     before = [np.asarray(x) for x in jax.tree.leaves(nnx.as_pure(adapters))]
     train(model, tx, 4)
     after = [np.asarray(x) for x in jax.tree.leaves(nnx.as_pure(nnx.state(model, nnx.LoRAParam)))]
@@ -213,7 +225,7 @@ def lora() -> None:
 
 
 def main() -> None:
-    """Runs all checks, or those that are named: ``names_and_use``, ``full``, ``lora``."""
+    """Runs all parts, or those named as arguments: ``names_and_use``, ``full``, ``lora``."""
     parts = {"names_and_use": names_and_use, "full": full, "lora": lora}
     for name in sys.argv[1:] or parts:
         parts[name]()

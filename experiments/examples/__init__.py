@@ -1,1 +1,1 @@
-"""GUM in the models of other libraries: Flax NNX and Flax Linen."""
+"""Examples: GUM in models of Flax NNX and Flax Linen, and a swarm of particles."""

@@ -1,1 +1,1 @@
-"""Trials of the library: random trees, long runs, killed processes."""
+"""Trials of library and trainer: random trees and models, long runs, kills, damaged files."""

@@ -1,6 +1,8 @@
-"""Files that a stranger would make to do harm: the good one of its kind, changed on purpose.
+"""Files made to do harm: a good file of each kind, changed on purpose.
 
-`FORGERIES` has, for each kind of `material.KINDS`, functions by name that change a directory.
+`FORGERIES` has, for each kind of `material.KINDS`, functions by name that change the files of a
+directory. They aim at crashes, endless reads, memory, files outside of the directory, and code that
+runs while a file is read.
 """
 
 import json
@@ -11,15 +13,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-Forgery = Callable[[Path], None]
+Forgery = Callable[[Path], None]  # changes the files of a directory
 
+# Python's `int` of a million digits takes quadratic time, and parsers recurse at each bracket.
 _DIGITS = "9" * 10**6
 _NESTED = "[" * 10**5 + "]" * 10**5
+# A Jinja template of ten billion turns.
 _ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 
 
 def _write(name: str, content: str | bytes) -> Forgery:
-    """A file with this content."""
+    """Writes a file with this content in place of the good one."""
 
     def forge(directory: Path) -> None:
         file = directory / name
@@ -31,7 +35,7 @@ def _write(name: str, content: str | bytes) -> Forgery:
 
 
 def _replaced(name: str, path: Callable[[Path], Any]) -> Forgery:
-    """A link in the place of a file."""
+    """Puts a symbolic link in place of a file."""
 
     def forge(directory: Path) -> None:
         (directory / name).unlink(missing_ok=True)
@@ -41,7 +45,7 @@ def _replaced(name: str, path: Callable[[Path], Any]) -> Forgery:
 
 
 def _pipe(name: str) -> Forgery:
-    """A pipe to which nobody writes, so that reading waits forever."""
+    """Puts a pipe without a writer in place of a file: opening it waits forever."""
 
     def forge(directory: Path) -> None:
         (directory / name).unlink(missing_ok=True)
@@ -51,7 +55,7 @@ def _pipe(name: str) -> Forgery:
 
 
 def _odd_places(name: str) -> dict[str, Forgery]:
-    """What may lie in the place of a file and is none, or lies elsewhere."""
+    """Returns forgeries that put something else in place of a regular file."""
     return {
         "a link to nothing": _replaced(name, lambda _: "nothing"),
         "a link to itself": _replaced(name, lambda _: name),
@@ -64,7 +68,7 @@ def _odd_places(name: str) -> dict[str, Forgery]:
 
 
 def _edited(name: str, **values: Any) -> Forgery:
-    """A JSON file with other values."""
+    """Changes values of a JSON file."""
 
     def forge(directory: Path) -> None:
         file = directory / name
@@ -74,9 +78,10 @@ def _edited(name: str, **values: Any) -> Forgery:
 
 
 def _number(name: str, field: str, digits: str) -> Forgery:
-    """A JSON file in which a number has these digits, which Python would not write."""
+    """Writes a number of a JSON file in digits that Python's JSON would not write."""
 
     def forge(directory: Path) -> None:
+        # A placeholder in quotes, which the digits then replace.
         _edited(name, **{field: "HERE"})(directory)
         file = directory / name
         file.write_text(file.read_text().replace('"HERE"', digits))
@@ -85,11 +90,12 @@ def _number(name: str, field: str, digits: str) -> Forgery:
 
 
 def _header(**changes: Any) -> Forgery:
-    """A safetensors file whose first tensor is described otherwise."""
+    """Changes the description of the first tensor of a safetensors file."""
 
     def forge(directory: Path) -> None:
         file = directory / "model.safetensors"
         content = file.read_bytes()
+        # The format: the length of the header (u64), the header in JSON, the tensors' bytes.
         (length,) = struct.unpack("<Q", content[:8])
         header = json.loads(content[8 : 8 + length])
         name = next(name for name in header if name != "__metadata__")
@@ -101,12 +107,13 @@ def _header(**changes: Any) -> Forgery:
 
 
 def _safetensors(header: bytes, length: int | None = None) -> Forgery:
+    """Writes a safetensors file of a header alone, whose stated length may be another."""
     size = struct.pack("<Q", len(header) if length is None else length)
     return _write("model.safetensors", size + header)
 
 
 def _index(weight_map: Any) -> Forgery:
-    """Shards of an index in place of the one file."""
+    """Replaces the one safetensors file by an index, which names the files of its shards."""
 
     def forge(directory: Path) -> None:
         (directory / "model.safetensors").rename(directory / "model-1.safetensors")
@@ -117,38 +124,44 @@ def _index(weight_map: Any) -> Forgery:
 
 
 def _gguf(fields: bytes, count: int = 1, tensors: int = 0) -> Forgery:
+    """Writes a GGUF file of these bytes behind a header of version 3."""
+    # The header: magic, version (u32), number of tensors (u64), number of fields (u64).
     return _write("model.gguf", b"GGUF" + struct.pack("<IQQ", 3, tensors, count) + fields)
 
 
 def _field(name: str, kind: int, value: bytes) -> bytes:
+    """Returns a GGUF field: the name with its length (u64), type (u32), value."""
+    # Types: 0 an unsigned byte, 8 a string, 9 an array.
     return struct.pack("<Q", len(name)) + name.encode() + struct.pack("<I", kind) + value
 
 
 def _patched(old: bytes, new: bytes) -> Forgery:
-    """A GGUF file with other bytes in one place."""
+    """Replaces the first occurrence of some bytes in a GGUF file."""
 
     def forge(directory: Path) -> None:
         file = directory / "model.gguf"
         content = file.read_bytes()
-        assert old in content
+        assert old in content  # else the forgery would be the good file
         file.write_bytes(content.replace(old, new, 1))
 
     return forge
 
 
 def _llama(name: str, value: int) -> Forgery:
-    """A GGUF file with another number in its metadata."""
+    """Changes a number in the metadata of a GGUF file."""
 
     def forge(directory: Path) -> None:
         file = directory / "model.gguf"
         content, key = file.read_bytes(), f"llama.{name}".encode()
-        start = content.index(key) + len(key) + 4
+        start = content.index(key) + len(key) + 4  # behind the field's type
         file.write_bytes(content[:start] + struct.pack("<I", value) + content[start + 4 :])
 
     return forge
 
 
 def _all(directory: Path, pattern: str, change: Callable[[Path], None]) -> None:
+    """Changes all files that match a pattern."""
+    # Listed before the first change, since pipes match the pattern as well.
     for file in [f for f in directory.glob(pattern) if f.is_file()]:
         change(file)
 
@@ -158,6 +171,7 @@ def _cached(change: Callable[[Path], None]) -> Forgery:
 
 
 def _linked_cache(directory: Path) -> None:
+    """Makes a damaged cache a link to a directory outside, which repairing it must not empty."""
     (cache,) = (directory / "cache").iterdir()
     (cache / "digest").write_text("damaged")
     cache.rename(directory / "elsewhere")
@@ -178,7 +192,7 @@ def _nested(file: Path) -> None:
 
 
 def _bomb(directory: Path) -> None:
-    """A file of 150 kB for a line of a gigabyte."""
+    """Writes a compressed file of 150 kB that holds a line of a gigabyte."""
     compressor = lzma.LZMACompressor()
     with open(directory / "rows.jsonl.xz", "wb") as file:
         for _ in range(1000):
@@ -188,12 +202,14 @@ def _bomb(directory: Path) -> None:
 
 
 def _rows(**values: str) -> Forgery:
-    """Rows in which columns have these JSON texts."""
+    """Writes 40 rows whose columns have these JSON texts."""
     row = {"prompt": '"a"', "answer": '"b"', "text": '"c"'} | values
     text = "{" + ", ".join(f'"{name}": {value}' for name, value in row.items()) + "}\n"
     return _write("rows.jsonl", text * 40)
 
 
+# Sizes that are not positive, too large for memory or for 64 bits, or no integers: each in each
+# field that decides a shape.
 _CONFIG: dict[str, Forgery] = {
     f"{field} {value}": _edited("config.json", **{field: value})
     for field in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
@@ -208,6 +224,7 @@ _CONFIG |= {
     "rope_theta infinite": _number("config.json", "rope_theta", "1e999"),
     "deep nesting": _write("config.json", _NESTED),
     "deep nesting in a field": _number("config.json", "custom", _NESTED),
+    # transformers would import and run the file that `auto_map` names.
     "a class of its own": _edited("config.json", auto_map={"AutoConfig": "code.Config"}),
     "attributes of Python": _edited("config.json", __class__="a", to_dict=3, __init__=None),
     "another family": _edited("config.json", model_type=["llama"]),
@@ -215,6 +232,8 @@ _CONFIG |= {
     **_odd_places("config.json"),
 }
 
+# Chat templates are programs: without end, without bounds on memory, out of the sandbox, or reading
+# other files.
 _TEMPLATES = {
     "endless": _ENDLESS,
     "a power without end": "{{ 9 ** (9 ** 9) }}",
@@ -241,6 +260,7 @@ FORGERIES: dict[str, dict[str, Forgery]] = {
         "offsets the wrong way round": _header(data_offsets=[100, 0]),
         "an unknown type": _header(dtype="PICKLE"),
         "integers": _header(dtype="I32"),
+        # Shards that lie outside of the model's directory, or are no files in it.
         "a shard above the directory": _index({"a": "../../outside/secret"}),
         "a shard at an absolute path": _index({"a": "/etc/passwd"}),
         "a shard that is the directory": _index({"a": "."}),
@@ -250,6 +270,7 @@ FORGERIES: dict[str, dict[str, Forgery]] = {
         **_odd_places("model.safetensors"),
     },
     "gguf": {
+        # Counts and lengths beyond the end of the file: none may be allocated before it is checked.
         "2^63 fields": _gguf(b"", count=2**63),
         "2^63 tensors": _gguf(b"", count=0, tensors=2**63),
         "a string of 2^63 bytes": _gguf(_field("a", 8, struct.pack("<Q", 2**63))),
@@ -265,11 +286,13 @@ FORGERIES: dict[str, dict[str, Forgery]] = {
         "lengths that overflow": _gguf(
             struct.pack("<Q", 1) + b"a" + struct.pack("<IQQIQ", 2, 2**33, 2**33, 0, 0), 0, 1
         ),
+        # Metadata that contradict the tensors.
         "a billion blocks": _llama("block_count", 10**9),
         "no blocks": _llama("block_count", 0),
         "no heads": _llama("attention.head_count", 0),
         "a width that no head divides": _llama("embedding_length", 17),
         "a huge context": _llama("context_length", 2**32 - 1),
+        # Vocabularies that are incomplete, no UTF-8, or ambiguous.
         "no kind of merges": _patched(b"tokenizer.ggml.merges", b"tokenizer.ggml.mergex"),
         "a word that is no text": _patched(b"<10>", b"\xff\xfe\xff\xfe"),
         "a word twice": _patched(b"<10>", b"<11>"),
@@ -313,6 +336,7 @@ FORGERIES: dict[str, dict[str, Forgery]] = {
         **_odd_places("chat_template.jinja"),
     },
     "jsonl of a task": {
+        # Numbers and nesting inside rows, rows that are no objects, and lines beyond any memory.
         "a million digits": _rows(answer=_DIGITS),
         "a million digits in a text": _rows(answer=f'"#### {_DIGITS}"'),
         "an infinite number": _rows(answer="1e999"),
@@ -332,6 +356,7 @@ FORGERIES: dict[str, dict[str, Forgery]] = {
         **_odd_places("rows.jsonl"),
     },
     "parquet": {
+        # A Parquet file ends with the length of its footer (i32) and its magic.
         "a footer beyond the file": _write("rows.parquet", b"PAR1" + b"\xff\xff\xff\x7fPAR1"),
         "a footer of -1 bytes": _write("rows.parquet", b"PAR1" + b"\xff\xff\xff\xffPAR1"),
         **_odd_places("rows.parquet"),
@@ -342,6 +367,7 @@ FORGERIES: dict[str, dict[str, Forgery]] = {
         "deep nesting": _cached(_nested),
         "a damaged one that is a link to outside": _linked_cache,
     },
+    # Every file of the newest step.
     "checkpoint": {
         name: (lambda directory, change=change: _all(directory, "run/checkpoints/2/**/*", change))
         for name, change in {"pipes": _to_pipe, "empty": _emptied, "deep nesting": _nested}.items()

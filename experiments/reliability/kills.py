@@ -1,9 +1,9 @@
-"""Kills training again and again, and compares the end: `python -m experiments.reliability.kills`.
+"""Kills training many times and compares the results: `python -m experiments.reliability.kills`.
 
-Every other kill falls while a checkpoint is being written. A run that is left alone keeps all its
-checkpoints. After each kill, the newest complete checkpoint of the killed run must have the
-metrics, parameters, optimizer state and data position that the other run had at that step, bit for
-bit. Each resume must go on from that checkpoint, and the ends must be equal too.
+Every other kill falls while a checkpoint is being written. A second run is never killed and keeps
+all of its checkpoints. After each kill, the newest complete checkpoint of the killed run must have
+the metrics, parameters, optimizer state and data position of the other run at that step, bit for
+bit. Each resume must continue from that checkpoint, and the final states must be equal as well.
 """
 
 import dataclasses
@@ -33,34 +33,34 @@ from experiments.trainer.optimizers import OPTIMIZERS
 
 PROGRAM = "experiments.reliability.kills"
 ROOT = Path(__file__).parents[2]
-# A run of seconds. Where these are equal, so is the machine code, which is kept.
+# Options of a run of seconds. Runs with equal options share compiled programs through a cache.
 SMALL: dict[str, Any] = {
     "preset": "tiny", "steps": 60, "batch_size": 4, "rank": 8, "period": 7, "log_every": 1,
     "checkpoint_every": 10, "validate_every": 25, "validation_batches": 2,
 }  # fmt: skip
-_PATIENCE = 240  # seconds
+_PATIENCE = 240  # seconds until a process that does not end, or a moment that never comes, fails
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Kill training at random moments and compare it with a run that was left alone."""
+    """Kill training at random moments and compare it with an uninterrupted run."""
 
     kills: int = 20
-    """How many kills; every other one while a checkpoint is written."""
+    """Number of kills; every other one falls while a checkpoint is written."""
     steps: int = 400
     """Steps of the run."""
     checkpoint_every: int = 4
     """Steps between two checkpoints."""
     optimizer: str = "gum"
-    """Which optimizer of experiments.trainer.optimizers."""
+    """Optimizer, by its name in experiments.trainer.optimizers."""
     seed: int = 0
-    """Seed of the moments."""
+    """Seed of the moments at which the run is killed."""
     out: Path = Path("experiments/results/kills.json")
     """Result file."""
 
 
 def write_corpus(directory: Path) -> Path:
-    """A small corpus, so that preparing it takes no time."""
+    """Writes a small corpus, which takes no time to tokenize; returns its directory."""
     directory.mkdir(parents=True, exist_ok=True)
     for i in range(60):
         (directory / f"{i:02}.txt").write_text(f"document {i}\n" + f"{i * i} is {i} * {i}\n" * 40)
@@ -68,9 +68,9 @@ def write_corpus(directory: Path) -> Path:
 
 
 def command(options: dict[str, Any]) -> list[str]:
-    """The command line of a training run; an option that is True has no value.
+    """Returns the command line of a training run; an option that is True has no value.
 
-    Options that other optimizers have, but not the one of this run, are left out.
+    Options of other optimizers, which this run's optimizer does not have, are left out.
     """
     name = options.get("optimizer", "gum")
     has = {key: {field.name for field in dataclasses.fields(o)} for key, o in OPTIMIZERS.items()}
@@ -85,7 +85,7 @@ def command(options: dict[str, Any]) -> list[str]:
 
 
 def start(options: dict[str, Any], compiled: Path) -> subprocess.Popen:
-    """Starts a training run; machine code is kept in `compiled` for the next."""
+    """Starts a training run, whose compiled programs are cached in `compiled` for the next."""
     environment = {
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(compiled),
@@ -97,7 +97,7 @@ def start(options: dict[str, Any], compiled: Path) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen) -> tuple[int, str, str]:
-    """Waits for the end; returns the exit code, stdout and stderr."""
+    """Waits for a process to end; returns its exit code, stdout and stderr."""
     out, error = process.communicate(timeout=_PATIENCE)
     return process.returncode, out, error
 
@@ -105,13 +105,17 @@ def finish(process: subprocess.Popen) -> tuple[int, str, str]:
 def interrupt(
     process: subprocess.Popen, number: int, when: Callable[[], Any]
 ) -> tuple[int, str, str]:
-    """Sends a signal as soon as `when()` holds, then waits for the end.
+    """Sends signal `number` as soon as `when()` holds, then waits for the process to end.
+
+    Returns:
+      Exit code, stdout and stderr.
 
     Raises:
-      RuntimeError: the run ended before.
+      RuntimeError: the run ended before that moment, or it never came.
     """
     deadline = time.monotonic() + _PATIENCE
     while process.poll() is None and time.monotonic() < deadline:
+        # Polled every millisecond: writing a checkpoint takes only a few of them.
         if when():
             process.send_signal(number)
             return finish(process)
@@ -121,35 +125,36 @@ def interrupt(
 
 
 def steps_done(run_dir: Path) -> int:
-    """The last step in the metrics."""
+    """Returns the last step in the metrics, or 0."""
     records = read_metrics(run_dir / "metrics.jsonl")
     return records[-1]["step"] if records else 0
 
 
 def being_written(run_dir: Path) -> list[Path]:
-    """Checkpoints that are not complete."""
+    """Returns the checkpoints that are not complete."""
+    # Orbax writes into a directory of this name and renames it at the end.
     return list((run_dir / "checkpoints").glob("*.orbax-checkpoint-tmp*"))
 
 
 def newest_complete(run_dir: Path) -> int:
-    """The step of the newest complete checkpoint, or 0."""
+    """Returns the step of the newest complete checkpoint, or 0."""
     names = [path.name for path in (run_dir / "checkpoints").glob("*")]
     return max((int(name) for name in names if name.isdigit()), default=0)
 
 
 def sequence(run_dir: Path, last: float = math.inf) -> list[dict]:
-    """Everything in the metrics up to step `last` but the wall-clock time, in order."""
+    """Returns the metrics up to step `last`, in order, without wall-clock times."""
     records = [r for r in read_metrics(run_dir / "metrics.jsonl") if r["step"] <= last]
-    # What is written of time comes with the last of several steps, and a kill falls between them.
+    # Times are of several steps together, in the record of the last. A kill falls between them.
     timing = ("seconds", "tokens")
     return [{k: v for k, v in record.items() if k not in timing} for record in records]
 
 
 def saved(run_dir: Path, step: int) -> tuple[dict[str, np.ndarray], dict]:
-    """The arrays and the data position of a checkpoint."""
+    """Reads the arrays, by path, and the data position of a checkpoint."""
     directory = (run_dir / "checkpoints" / str(step)).absolute()
     with ocp.PyTreeCheckpointer() as checkpointer, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that arrays come to the device they were on
+        warnings.simplefilter("ignore")  # Orbax warns that it restores to the stored sharding
         tree = checkpointer.restore(directory / "state")
     arrays = {
         jax.tree_util.keystr(path): np.asarray(leaf)
@@ -159,8 +164,9 @@ def saved(run_dir: Path, step: int) -> tuple[dict[str, np.ndarray], dict]:
 
 
 def differences(one: Path, other: Path, step: int) -> list[str]:
-    """Names everything in which two runs differ at a step of which both have a checkpoint."""
+    """Names all differences between two runs at a step at which both have a checkpoint."""
     (arrays, position), (arrays2, position2) = saved(one, step), saved(other, step)
+    # Compared as bytes, since NaN is unequal to itself and -0 equals 0.
     different = [
         name
         for name in arrays.keys() | arrays2.keys()
@@ -175,21 +181,28 @@ def differences(one: Path, other: Path, step: int) -> list[str]:
 def kill_often(
     options: dict[str, Any], run_dir: Path, whole: Path, compiled: Path, config: Config
 ) -> list[dict]:
-    """Starts, kills and resumes a run; compares it with `whole` and notes each kill."""
+    """Starts, kills and resumes a run; compares it with the run in `whole` after each kill.
+
+    Returns:
+      A record of each kill.
+    """
     rng = random.Random(config.seed)
     options = options | {"run_dir": run_dir}
     kills = []
     for number in range(config.kills):
         complete, resume = newest_complete(run_dir), {"resume": True} if number else {}
         process = start(options | resume, compiled)
+        # 1. The moment: while a checkpoint is written, or up to a tenth of a second after a step.
         if number % 2:
             target = complete + config.checkpoint_every * rng.randint(1, 3) - 1
             moment = lambda: steps_done(run_dir) >= target and being_written(run_dir)  # noqa: E731, B023
         else:
             target, pause = complete + rng.randint(5, 14), rng.random() / 10
             moment = lambda: steps_done(run_dir) >= target and not time.sleep(pause)  # noqa: E731, B023
+        # 2. The kill, which a process cannot handle, unlike SIGTERM.
         code, _, error = interrupt(process, signal.SIGKILL, moment)
         assert code == -signal.SIGKILL, error
+        # 3. The comparison, at the newest complete checkpoint.
         newest = newest_complete(run_dir)
         kills.append(
             {
@@ -206,7 +219,7 @@ def kill_often(
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs both, prints and writes what was found; exit code 1 if anything differs."""
+    """Runs both runs; prints and writes the result. Returns 1 if anything differs, else 0."""
     config = cli.parse(Config, PROGRAM, arguments)
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
@@ -217,12 +230,15 @@ def main(arguments: Sequence[str]) -> int:
             "steps": config.steps, "checkpoint_every": config.checkpoint_every,
         }  # fmt: skip
         alone = {"run_dir": base / "whole", "keep_checkpoints": config.steps}
+        # 1. The run that is not killed, first: it fills the cache of compiled programs.
         code, _, error = finish(start(options | alone, base / "compiled"))
         assert code == 0, error
+        # 2. The killed run, and its last resume, which reaches the end.
         kills = kill_often(options, base / "killed", base / "whole", base / "compiled", config)
         last = start(options | {"run_dir": base / "killed", "resume": True}, base / "compiled")
         code, _, error = finish(last)
         assert code == 0, error
+        # 3. The comparison of both ends.
         different = differences(base / "whole", base / "killed", config.steps)
         arrays = len(saved(base / "whole", config.steps)[0])
     lost = [kill["killed after step"] - kill["newest complete"] for kill in kills]

@@ -1,7 +1,7 @@
 """A small real file of each kind that training reads, and the function that reads it.
 
-Files are made by the library that makes them in earnest: safetensors, gguf, tokenizers, pyarrow,
-Orbax. `KINDS` has, for each kind of file, how it is made in a directory, and how it is read.
+Each file is written by the library that writes such files in practice: safetensors, gguf,
+tokenizers, pyarrow, Orbax. `KINDS` has the functions that make and read each kind.
 """
 
 import contextlib
@@ -25,6 +25,7 @@ from experiments.tasks.base import Example
 from experiments.trainer.checkpoints import Checkpoints
 from experiments.trainer.config import Config
 
+# Width 16, MLP 24, 2 layers, 4 heads, of which 2 of keys and values: a model of a few kilobytes.
 ARCH = Architecture(16, 24, 2, 4, 2, vocab_size=300, seq_len=64, norm_eps=1e-5)
 CHAT = """{% for message in messages %}<|{{ message.role }}|>
 {{ message.content }}<|endoftext|>
@@ -39,8 +40,8 @@ class Kind(NamedTuple):
 
     Attributes:
       make: writes the files into an empty directory.
-      target: the files that a stranger may change, as a pattern below the directory.
-      read: reads them as training does; it returns what was read.
+      target: the files to damage, as a pattern below the directory.
+      read: reads the directory as training does, checks values where it can, and returns them.
     """
 
     make: Callable[[Path], None]
@@ -49,6 +50,7 @@ class Kind(NamedTuple):
 
 
 def _make_model(directory: Path) -> None:
+    """Writes a Hugging Face model: configuration, weights, tokenizer and chat template."""
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = PreTrainedTokenizerFast(
@@ -73,18 +75,20 @@ def _make_model(directory: Path) -> None:
 
 
 def _weights() -> llama.Params:
-    """Weights drawn by NumPy, which compiles nothing."""
+    """Draws weights with NumPy, which compiles nothing."""
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(lambda: llama.create(ARCH)[1])
     return jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape, np.float32), shapes)
 
 
 def _make_gguf(directory: Path) -> None:
+    """Writes the same model as a GGUF file, in the names and metadata of llama.cpp."""
     import gguf
 
-    # The vocabulary of a byte-level BPE, of which one token is made by a merge.
+    # 1. The vocabulary of a byte-level BPE, with one token ("ab") that a merge makes.
     texts = [f"<{i}>" for i in range(40)] + list("0123456789abcdefghijklmnopqrstuvwxyzĠĊ.,?")
     texts += ["ab", tokens.END]
+    # 2. Metadata: the architecture, then the tokenizer. Type 3 is a control token, type 1 a word.
     writer = gguf.GGUFWriter(directory / "model.gguf", "llama")
     writer.add_block_count(ARCH.layers)
     writer.add_context_length(ARCH.seq_len)
@@ -101,6 +105,7 @@ def _make_gguf(directory: Path) -> None:
     writer.add_token_merges(["a b"])
     writer.add_eos_token_id(len(texts) - 1)
     writer.add_chat_template(CHAT)
+    # 3. Tensors, whose names the gguf library translates from those of Hugging Face.
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, ARCH.layers)
     rng = np.random.default_rng(0)
     for name, shape in huggingface.expected_shapes(ARCH).items():
@@ -114,14 +119,14 @@ def _make_gguf(directory: Path) -> None:
 
 
 def _read_model(path: Path) -> Any:
-    """All of a model, and one example in its template."""
+    """Reads a whole model, and encodes an example with its chat template."""
     loaded = pretrained.load(str(path))
     answers.encode([_EXAMPLE], loaded.tokenizer, 1000)
     return loaded.params
 
 
 def _read_config(directory: Path) -> Any:
-    """A model without its template, whose process takes longer than all the rest."""
+    """Reads a model without rendering its template, whose process takes longer than the rest."""
     return pretrained.load(str(directory)).params
 
 
@@ -131,6 +136,8 @@ def _make_jsonl(directory: Path) -> None:
 
 
 def _read_task(directory: Path) -> Any:
+    """Reads examples of a task, and grades the answers of the held-out ones."""
+    # A forgery may have written the rows under another suffix.
     (file,) = directory.glob("rows.*")
     task = tasks.load(str(file), train_examples=8, eval_examples=2, seed=0)
     return [task.correct(example.answer, example) for example in task.held_out]
@@ -144,6 +151,7 @@ def _make_parquet(directory: Path) -> None:
 
 
 def _read_corpus(directory: Path) -> Any:
+    """Reads all documents of a corpus, from the column `text`."""
     (file,) = directory.glob("rows.*")
     return [
         text
@@ -158,7 +166,8 @@ def _make_tokenizer(directory: Path) -> None:
 
 def _read_tokenizer(directory: Path) -> Any:
     tokenizer = tokens.load_tokenizer(str(directory / "tokenizer.json"))
-    # Training stores the numbers of tokens in 16 bits or 32, and looks them up in a vocabulary.
+    # Training stores token ids in 16 or 32 bits and looks them up in an embedding: an id beyond the
+    # vocabulary must not pass.
     ids = tokenizer.encode("3 plus 4 is 7", add_special_tokens=False).ids
     assert all(0 <= number < tokenizer.get_vocab_size() for number in ids), "a number beyond"
 
@@ -175,20 +184,21 @@ def _make_cache(directory: Path) -> None:
     corpus.mkdir()
     for i, text in enumerate(_TEXTS):
         (corpus / f"{i}.txt").write_text(text)
-    # The corpus stays here when the directory is copied: its place is in the name of the cache.
+    # The cache's name depends on the path of the corpus, so the corpus stays here when a case
+    # copies the directory, and the copy finds it by this file.
     (directory / "corpus is in").write_text(str(corpus.absolute()))
     digest = tokens.prepare(_cache_config(directory), 280).digest
     (directory / "digest").write_text(digest)
 
 
 def _read_cache(directory: Path) -> Any:
-    """The tokens, which are those of the corpus whatever is in the cache."""
+    """Prepares tokens, which must be those of the corpus whatever the cache contains."""
     data = tokens.prepare(_cache_config(directory), 280)
     assert data.digest == (directory / "digest").read_text(), "the tokens are not those of the text"
     assert max(np.max(data.train), np.max(data.validation)) < data.tokenizer.get_vocab_size()
 
 
-# Arrays made by NumPy, of the types that an optimizer's state has.
+# Arrays of the dtypes in an optimizer's state: float32, int32, a key's uint32, and bfloat16.
 _STATE = {
     "basis": np.arange(24, dtype=np.float32).reshape(2, 4, 3),
     "count": np.int32(7),
@@ -199,11 +209,13 @@ _STATE = {
 
 @contextlib.contextmanager
 def _opened(directory: Path) -> Any:
+    """The trainer's own checkpoints, in the directory of a run."""
     with contextlib.closing(Checkpoints(Config(run_dir=str(directory / "run")))) as checkpoints:
         yield checkpoints
 
 
 def _make_checkpoint(directory: Path) -> None:
+    """Saves two steps, of which cases change the second and newest."""
     state = jax.device_put(_STATE)
     with _opened(directory) as checkpoints:
         for step in (1, 2):
@@ -211,6 +223,7 @@ def _make_checkpoint(directory: Path) -> None:
 
 
 def _read_checkpoint(directory: Path) -> Any:
+    """Restores the second step; a changed bit must be noticed or change nothing."""
     with _opened(directory) as checkpoints:
         state, position = checkpoints.restore(2, jax.device_put(_STATE))
     for name, array in _STATE.items():
@@ -218,6 +231,8 @@ def _read_checkpoint(directory: Path) -> Any:
     assert position == {"position": 2}, "the position is another one"
 
 
+# Kind -> how it is made, which of its files are damaged, and how it is read. Kinds that share a
+# maker differ in the file that is damaged.
 KINDS = {
     "safetensors": Kind(_make_model, "model.safetensors", _read_config),
     "gguf": Kind(_make_gguf, "model.gguf", lambda path: _read_config(path / "model.gguf")),

@@ -1,9 +1,10 @@
-"""Random small models, and whether their gradients are compressed as full ones are.
+"""Random small models, whose gradients compressed in the backward pass are checked.
 
-A model is a list of uses of a few weights, each in a random way: in dense products from either
-side, tied and shared, cast, reshaped to heads, in loops over layers or of equal turns, in branches,
-recomputed, for each token alone, or elementwise. Whichever way `gum_optax.backward` takes,
-projected gradients must be the projections of gradients.
+A model is a sequence of uses of a few weights, each use of a random kind: in dense products from
+either side, tied and shared, cast, reshaped to heads, in loops over layers or with one weight in
+all turns, in branches, recomputed, mapped over tokens, or elementwise. However
+`gum_optax.backward` follows a weight, its projected gradients must be the projections of its
+gradients.
 """
 
 import dataclasses
@@ -21,7 +22,8 @@ import gum_optax
 from gum_optax import LowRank, backward, residuals
 
 NARROW, WIDE, LAYERS, TOKENS, RANK = 4, 6, 3, 5, 2
-# Sums in another order; of float32 where a model casts to it. Measured over 60 models: 5e-16, 1e-7.
+# Relative tolerances. Compressed gradients are summed in another order, in float64, or in float32
+# where a model casts to it. Measured over 60 models: 5e-16 and 1e-7.
 FLOAT64, FLOAT32 = 1e-13, 1e-5
 
 
@@ -31,9 +33,9 @@ class Use:
 
     Attributes:
       kind: a name in `KINDS`.
-      weight: which of the separate weights, or which layer of the stack.
-      wrap: a name in `WRAPS`.
-      cast: whether the weight is cast to float32.
+      weight: the index of a separate weight, or of a layer of the stack.
+      wrap: a name in `WRAPS`: the program around the use.
+      cast: whether the weight is cast to float32 first.
     """
 
     kind: str
@@ -44,13 +46,13 @@ class Use:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """Uses in their order, of so many separate weights and a stack, and the residual rule.
+    """A model of separate weights, two square ones and a stack, and a residual rule.
 
     Attributes:
-      uses: one after the other.
-      weights: the number of separate weights; one of three is square.
+      uses: in their order, each a residual block.
+      weights: the number of separate weights.
       rule: "drop", or the form of `residuals.sampled`, or "through", which reads whole residuals.
-      seed: of all numbers.
+      seed: of weights and tokens.
     """
 
     uses: tuple[Use, ...]
@@ -59,24 +61,30 @@ class Model:
     seed: int
 
 
+# Every kind maps x [TOKENS, NARROW] to an array of the same shape; `get` casts a weight.
+
+
 def _dense(x: Any, params: Any, use: Use, get: Callable) -> Any:
-    """From narrow to wide by W, and back by its transpose: a tie of a weight with itself."""
+    """From narrow to wide by W and back by its transpose, a weight tied with itself."""
     w = get(params["w"][use.weight])
     return jnp.tanh(x @ w) @ w.T
 
 
 def _square(x: Any, params: Any, use: Use, get: Callable) -> Any:
-    """A square weight shows by its shape neither side; from the right it is transposed."""
+    """A square weight, whose shape does not tell its sides apart; odd ones are transposed."""
     w = get(params["square"][use.weight % 2])
     return x @ (w.T if use.weight % 2 else w)
 
 
 def _heads(x: Any, params: Any, use: Use, get: Callable) -> Any:
+    """A weight reshaped to two heads, ``[NARROW, 2, WIDE / 2]``."""
     w = get(params["w"][use.weight]).reshape(NARROW, 2, WIDE // 2)
     return jnp.einsum("the,dhe->td", jnp.tanh(jnp.einsum("td,dhe->the", x, w)), w)
 
 
 def _loop(x: Any, params: Any, use: Use, get: Callable) -> Any:
+    """A scan over the layers of the stack, forwards or backwards."""
+
     def layer(x: Any, w: Any) -> Any:
         return x + jnp.tanh(x @ get(w)) @ get(w).T, None
 
@@ -84,22 +92,26 @@ def _loop(x: Any, params: Any, use: Use, get: Callable) -> Any:
 
 
 def _turns(x: Any, params: Any, use: Use, get: Callable) -> Any:
+    """A scan of two turns with the same weight, whose gradients add up."""
     w = params["w"][use.weight]
     return jax.lax.scan(lambda x, _: (jnp.tanh(x @ get(w)) @ get(w).T, None), x, length=2)[0]
 
 
 def _layer(x: Any, params: Any, use: Use, get: Callable) -> Any:
+    """One layer, sliced from the stack."""
     w = get(params["stack"][use.weight % LAYERS])
     return jnp.tanh(x @ w) @ w.T
 
 
 def _experts(x: Any, params: Any, use: Use, get: Callable) -> Any:
-    w = get(params["stack"])
+    """All layers of the stack at once, as experts; `einsum` or batched product."""
+    w = get(params["stack"])  # [LAYERS, NARROW, WIDE]
     hidden = jnp.einsum("td,ldf->ltf", x, w) if use.weight % 2 else jnp.stack([x] * LAYERS) @ w
     return jnp.einsum("ltf,ldf->td", jnp.tanh(hidden), w)
 
 
 def _elementwise(x: Any, params: Any, use: Use, get: Callable) -> Any:
+    """A use that is no product, beside which the weight cannot be compressed."""
     return x * jnp.sum(get(params["w"][use.weight]) ** 2)
 
 
@@ -108,6 +120,7 @@ KINDS = {
     "layer": _layer, "experts": _experts, "elementwise": _elementwise,
 }  # fmt: skip
 
+# Programs around a use, through which the weight must be followed.
 WRAPS: dict[str, Callable[[Callable], Callable]] = {
     "plain": lambda f: f,
     "jit": jax.jit,
@@ -123,7 +136,7 @@ WRAPS: dict[str, Callable[[Callable], Callable]] = {
 
 @st.composite
 def models(draw: Callable, uses: int = 4) -> Model:
-    """Models with at most so many uses."""
+    """Draws models with at most `uses` uses."""
     weights = draw(st.integers(2, 4))
     use = st.builds(
         Use,
@@ -132,6 +145,7 @@ def models(draw: Callable, uses: int = 4) -> Model:
         wrap=st.sampled_from([*WRAPS]),
         cast=st.sampled_from([False, False, False, True]),
     )
+    # Few weights and many uses: most weights are shared.
     return Model(
         uses=tuple(draw(st.lists(use, min_size=1, max_size=uses))),
         weights=weights,
@@ -141,6 +155,7 @@ def models(draw: Callable, uses: int = 4) -> Model:
 
 
 def parameters(model: Model) -> Any:
+    """Draws the weights of a model, float64 NumPy."""
     rng = np.random.default_rng(model.seed)
 
     def normal(*shape: int) -> np.ndarray:
@@ -154,10 +169,11 @@ def parameters(model: Model) -> Any:
 
 
 def loss_of(model: Model) -> Callable[[Any, Any], Any]:
-    """The model's loss, of parameters and tokens ``[TOKENS, NARROW]``."""
+    """Returns the model's loss, a function of parameters and tokens ``[TOKENS, NARROW]``."""
 
     def loss(params: Any, x: Any) -> Any:
         for use in model.uses:
+            # Default arguments bind this turn's values; a closure would see the last turn's.
             get = lambda w, c=use.cast: w.astype(jnp.float32) if c else w  # noqa: E731
             apply = functools.partial(KINDS[use.kind], use=use, get=get)
             out = WRAPS[use.wrap](lambda x, params, f=apply: f(x, params))(x, params)
@@ -168,45 +184,51 @@ def loss_of(model: Model) -> Callable[[Any, Any], Any]:
 
 
 def _columns(key: Any, gradient: Any, rank: int, previous_basis: Any) -> Any:
-    """A projector that depends on the gradient, and compiles at once.
+    """A projector that depends on the gradient and compiles quickly.
 
-    Zero for a zero gradient, as `backward.refresh` makes the basis of a weight without use; of no
-    larger norm than an orthonormal one, so that ``G - P P'G`` does not magnify rounding.
+    The basis of a zero gradient is zero, as `backward.refresh` makes it for a weight without use.
+    Bases are not orthonormal, but of no larger norm, so that ``G - P P'G`` does not magnify
+    rounding.
     """
     unit = gradient / (jnp.sqrt(jnp.sum(gradient**2)) + jnp.finfo(gradient.dtype).tiny)
     return unit[:, :rank] + 0.5 * previous_basis
 
 
 def check(model: Model, **options: Any) -> float:
-    """Raises unless compressed gradients are those that full ones are compressed to.
+    """Compares gradients compressed in the backward pass with compressed full gradients.
 
     Args:
       model: the model.
       **options: of ``jax.jit``.
 
     Returns:
-      The largest difference, relative to the largest number of its array where that is above one.
+      The largest difference, relative to the largest number of its array where that exceeds one.
 
     Raises:
-      AssertionError: if a basis, a projection, a residual or an update differs.
+      AssertionError: a basis, a projection, a residual or an update differs.
     """
     rule = {
         "drop": residuals.drop,
         "through": lambda: residuals.through(optax.trace(0.5)),
     }.get(model.rule, lambda: residuals.sampled(1, form=model.rule))  # pyright: ignore[reportArgumentType]
+    # Momentum inside, so that a step depends on the state too.
     tx = gum_optax.low_rank(optax.trace(0.9), LowRank(RANK, 2, rule(), _columns))
     loss, x = loss_of(model), np.random.default_rng(model.seed + 1).normal(size=(TOKENS, NARROW))
 
     def both(params: Any, state: Any) -> Any:
+        # 1. The standard step: full gradients, compressed by the optimizer.
         value, full = jax.value_and_grad(loss)(params, x)
         standard = tx.update(full, state, params)
+        # 2. The compressed step: a refresh of the bases, then the backward pass.
         renewed = backward.refresh(loss, tx)(params, state, x)
         own_value, compressed = backward.value_and_grad(loss, tx)(params, renewed, x)
         return (value, *standard), (own_value, *tx.update(compressed, renewed, params))
 
+    # 3. Both in one program, in float64.
     with jax.enable_x64(True):
         params = jax.tree.map(jnp.asarray, parameters(model))
         expected, found = jax.jit(both, **options)(params, tx.init(params))
+    # 4. Compare loss, updates and new state, array by array.
     tolerance = FLOAT32 if any(use.cast for use in model.uses) else FLOAT64
     paths, largest = jax.tree_util.tree_flatten_with_path(expected)[0], 0.0
     for (path, want), got in zip(paths, jax.tree.leaves(found), strict=True):

@@ -1,7 +1,8 @@
-"""Many small steps under jit, watched for what grows: `python -m experiments.reliability.soak`.
+"""Many small steps under jit, watched for leaks: `python -m experiments.reliability.soak`.
 
-Each of a few optimizers, which have all residual rules, carries, storages and fallbacks among them,
-takes its share of the steps; the last one's gradients are compressed in the backward pass.
+A few optimizers, which together use all residual rules, carries, storages and fallbacks, take equal
+shares of the steps. The gradients of the last one are compressed in the backward pass. Memory, the
+state, compilations and NaN are watched.
 """
 
 import dataclasses
@@ -32,19 +33,19 @@ class Config:
     """Take many steps of a small model, and watch memory, compilations and NaN."""
 
     steps: int = 90_000
-    """Steps, of all optimizers together."""
+    """Steps of all optimizers together."""
     period: int = 20
-    """Steps between refreshes: few, so that there are many refreshes."""
+    """Steps between refreshes; few, so that there are many refreshes."""
     rank: int = 4
     """Rank of the projection."""
     samples: int = 50
-    """How often the process's memory is read, for each optimizer."""
+    """Number of times that memory is read and arrays are checked, for each optimizer."""
     out: Path = Path("experiments/results/soak.json")
     """Result file."""
 
 
 def optimizers(config: Config) -> dict[str, optax.GradientTransformation]:
-    """By name, what is watched; every residual rule, carry, storage and fallback is in one."""
+    """Returns the optimizers by name; each residual rule, carry, storage and fallback is in one."""
 
     def part(**parts: Any) -> LowRank:
         return LowRank(config.rank, config.period, **parts)
@@ -55,6 +56,7 @@ def optimizers(config: Config) -> dict[str, optax.GradientTransformation]:
     columns = gum_optax.normalize_columns()
     galore = partial(gum_optax.galore, config.rank, config.period)
     return {
+        # Blocks of 16 numbers in 8 bits, of 8 in 4: these small matrices have several of them.
         "gum": gum_optax.gum(0.01, part(residual=residuals.sampled(1))),
         "additive, undrawn through columns, in 8 bits": lean(
             part(
@@ -72,6 +74,7 @@ def optimizers(config: Config) -> dict[str, optax.GradientTransformation]:
             ),
             fallbacks.columns(),
         ),
+        # First moments in 4 bits, second moments ("nu") in 8.
         "fira, in 4 bits": gum_optax.adamw(
             0.01,
             gum_optax.fira(
@@ -88,6 +91,7 @@ def optimizers(config: Config) -> dict[str, optax.GradientTransformation]:
         "a moving subspace, moments carried": gum_optax.adamw(
             0.01, galore(projector=projectors.grassmann(), carry=carries.projection_aware())
         ),
+        # `smallest=0`: without it, arrays as small as these would stay in float32.
         "apollo, quantized as a whole": gum_optax.quantized(
             gum_optax.adamw(0.01, gum_optax.apollo(config.rank, config.period)), smallest=0
         ),
@@ -105,7 +109,7 @@ COMPRESSED = "gum on compressed gradients, in 8 bits"
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Prints and writes what was seen; exit code 1 if something grew or broke."""
+    """Runs all optimizers; prints and writes the results. Returns 1 if any is not steady."""
     config = cli.parse(Config, PROGRAM, arguments)
     runs = {name: soak(config, name) for name in optimizers(config)}
     reporting.write(config.out, config, steady=all(map(is_steady, runs.values())), runs=runs)
@@ -120,9 +124,16 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def soak(config: Config, name: str = "gum") -> dict:
-    """Takes one optimizer's share of the steps; returns what was counted and measured."""
+    """Takes one optimizer's share of the steps; returns counts and measurements.
+
+    Args:
+      config: the options.
+      name: of the optimizer, a key of `optimizers`.
+    """
+    # 1. The model, its loss and the optimizer.
     known = optimizers(config)
     steps = -(-config.steps // len(known))
+    # The optimizer that rounds weights at random has weights in bfloat16, all others in float32.
     rounded = "bfloat16, rounded" in name
     model = jax.tree.map(
         lambda leaf: leaf.astype(jnp.bfloat16) if rounded else leaf, _parameters(0)
@@ -132,6 +143,7 @@ def soak(config: Config, name: str = "gum") -> dict:
     params, state = model, optimizer.init(model)
     gradients_of = _gradients_of(loss, optimizer, name == COMPRESSED)
 
+    # 2. The step. Python runs its body only when it is traced, so the list counts compilations.
     traces = []
 
     @partial(jax.jit, donate_argnums=(0, 1))
@@ -141,6 +153,7 @@ def soak(config: Config, name: str = "gum") -> dict:
         updates, state = optimizer.update(gradients, state, params)
         return optax.apply_updates(params, updates), state, value
 
+    # 3. The steps, and samples between them.
     began, every = time.perf_counter(), max(steps // config.samples, 1)
     sizes, memory, losses, broken = set(), [], [], 0
     for number in range(steps):
@@ -150,8 +163,9 @@ def soak(config: Config, name: str = "gum") -> dict:
             leaves = [np.asarray(leaf) for leaf in jax.tree.leaves((params, state))]
             broken += not all(np.isfinite(leaf.astype(np.float32)).all() for leaf in leaves)
             sizes.add(sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
-            del leaves
+            del leaves  # copies on the host must not count as memory of the process
             memory.append((number + 1, resident_kilobytes(), len(jax.live_arrays())))
+    # 4. The results; sets have one element if nothing changed between samples.
     return {
         "steps": steps,
         "refreshes": -(-steps // config.period),
@@ -170,7 +184,10 @@ def soak(config: Config, name: str = "gum") -> dict:
 def _gradients_of(
     loss: Callable, optimizer: optax.GradientTransformation, compressed: bool
 ) -> Callable:
-    """``(params, state, key) -> (value, gradients, state)``, in either way."""
+    """Returns a function ``(params, state, key) -> (value, gradients, state)``.
+
+    Gradients are full or compressed in the backward pass, which refreshes the bases before.
+    """
 
     def plain(params, state, key):
         return *jax.value_and_grad(loss)(params, key), state
@@ -183,20 +200,23 @@ def _gradients_of(
 
 
 def is_steady(result: dict) -> bool:
-    """Whether nothing grew, was compiled again or stopped being finite."""
+    """Returns whether nothing grew, was compiled again or stopped being finite."""
+    # One compilation, one size of the state, one number of live arrays.
     once = result["compilations"] == len(result["state bytes"]) == len(result["live arrays"]) == 1
-    # Allocators give and take pages; a leak of one small array a step would be 100 kB or more.
+    # The allocator's pages come and go: 50 kB per 1000 steps are allowed. A leak of one small array
+    # in each step would be 100 kB or more.
     return once and not result["steps not finite"] and result["kilobytes per 1000 steps"] < 50
 
 
 def resident_kilobytes() -> int:
-    """Memory of this process that is in RAM."""
+    """Returns the resident memory of this process, in units of 1024 bytes."""
+    # The second number of proc(5)'s statm: resident pages.
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") // 1024
 
 
 def _parameters(seed: int) -> dict:
-    """Separate layers, stacked layers, and leaves of the fallback."""
+    """Draws a small model: four equal layers, a tall matrix, an embedding and a scale."""
     keys = jax.random.split(jax.random.key(seed), 6)
     layers = [{"w": jax.random.normal(key, (16, 24)) / 4} for key in keys[:4]]
     return {
@@ -208,14 +228,16 @@ def _parameters(seed: int) -> dict:
 
 
 def _loss(params: dict, key: jax.Array, target: dict) -> jax.Array:
-    """Squared distance to a target, in products with random inputs and as it is.
+    """Returns the squared distance of a model to a target.
 
-    So that the gradients of matrices are those of dense products, with noise.
+    Matrices are compared in products with random inputs, so that their gradients come from dense
+    products, with noise, as in a network. Vectors are compared directly.
     """
 
     def distance(leaf: jax.Array, goal: jax.Array) -> jax.Array:
         if leaf.ndim < 2:
             return jnp.sum((leaf - goal) ** 2)
+        # E |x W - x T|^2 over 16 inputs: the squared distance, with noise of the batch.
         x = jax.random.normal(key, (16, leaf.shape[0]), leaf.dtype)
         return jnp.mean((x @ leaf - x @ goal.astype(leaf.dtype)) ** 2) * leaf.shape[1]
 
@@ -224,7 +246,7 @@ def _loss(params: dict, key: jax.Array, target: dict) -> jax.Array:
 
 
 def _slope(memory: list[tuple[int, int, int]]) -> float:
-    """Kilobytes per step, fitted to the second half: the first fills pools and caches."""
+    """Fits kilobytes per step to the second half of samples; the first fills pools and caches."""
     steps, kilobytes, _ = np.array(memory[len(memory) // 2 :]).T
     return float(np.polyfit(steps, kilobytes, 1)[0])
 

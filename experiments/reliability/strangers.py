@@ -1,12 +1,12 @@
-"""Files from strangers, damaged and forged: `python -m experiments.reliability.strangers`.
+"""Damaged and forged files of untrusted origin: `python -m experiments.reliability.strangers`.
 
-A small real file of each kind is changed at random, by flipped bits, cuts, extreme numbers and
-moved pieces, a thousand times; `forgeries` adds cases made by hand. Each must be read, with values
-that are checked where there is something to check them by, or be refused in one line that names an
-option. Reading happens in a process with a limit on memory, which is ended when it takes too long,
-and which notes what it writes, starts, connects to or unpickles.
+A small real file of each kind is changed at random a thousand times, by flipped bits, cuts, extreme
+numbers and moved pieces; `forgeries` adds cases made by hand. Each must either be read, with values
+that are checked where possible, or be refused in one line that names an option. Files are read in a
+process of limited memory, which is ended when it takes too long, and which records every file that
+it writes, process that it starts, connection that it opens and class that it unpickles.
 
-The report is written after each kind and every hundred cases; a second call goes on from there.
+The report is written after each kind and every hundred cases; a second call continues from there.
 """
 
 import dataclasses
@@ -32,25 +32,26 @@ from experiments.trainer import cli
 from experiments.trainer.options import ConfigError, one_line
 
 PROGRAM = "experiments.reliability.strangers"
-# Text that numbers of a JSON file may turn into.
+# Texts that replace a digit of a JSON file: signs, infinity, overflow of 32 and 64 bits, and more
+# digits than Python's `int` reads (4300).
 _NUMBERS = ("-1", "0", "1e999", "-0.0", "NaN", "2147483648", "18446744073709551616", "9" * 5000)
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Read damaged and forged files of every kind, and count how that ends."""
+    """Read damaged and forged files of every kind, and count the outcomes."""
 
     cases: int = 1000
     """Random cases of each kind."""
     seed: int = 0
-    """Seed of the cases."""
+    """Seed of the random cases."""
     seconds: float = 60.0
-    """How long reading one file may take; rendering its chat template alone is given five, of a
-    processor that others may use too."""
+    """Time limit for reading one file. Rendering its chat template alone is given five seconds,
+    which may take longer on a busy machine."""
     megabytes: int = 1500
-    """How much more memory than the good file reading one may take."""
+    """Memory that reading one file may take beyond the good file's."""
     minutes: float = 60.0
-    """After so many minutes the report is written; a second call goes on."""
+    """Time after which the command writes the report and ends; a second call continues."""
     out: Path = Path("experiments/results/strangers.json")
     """Result file."""
 
@@ -59,11 +60,12 @@ class Config:
 
 
 def damaged(content: bytes, rng: random.Random) -> tuple[str, bytes]:
-    """A random change of a file, and its name."""
+    """Changes a file at random; returns the name of the change and the new content."""
     changes: dict[str, Callable[[bytes, random.Random], bytes]] = {
         "flips": _flip, "cut": _cut, "extremes": _extreme, "moved": _move,
     }  # fmt: skip
-    # Of ten cases, six have flipped bits and two are cut.
+    # In ten cases: six with flipped bits, two cut, one with an extreme number, one with a piece
+    # moved.
     name = rng.choices(list(changes), (6, 2, 1, 1))[0]
     return name, changes[name](content, rng)
 
@@ -71,7 +73,7 @@ def damaged(content: bytes, rng: random.Random) -> tuple[str, bytes]:
 def _flip(content: bytes, rng: random.Random) -> bytes:
     changed = bytearray(content)
     for _ in range(rng.choice((1, 1, 1, 2, 4, 16))):
-        # Half of them in the first kilobyte, where headers are.
+        # Half of the flips fall into the first kilobyte, where headers are.
         end = min(len(changed), 1024) if rng.random() < 0.5 else len(changed)
         changed[rng.randrange(end)] ^= 1 << rng.randrange(8)
     return bytes(changed)
@@ -82,33 +84,40 @@ def _cut(content: bytes, rng: random.Random) -> bytes:
 
 
 def _extreme(content: bytes, rng: random.Random) -> bytes:
-    """Eight bytes that are a huge, negative or zero number, or, in text, a number's new digits."""
+    """Writes a huge, negative or zero number over eight bytes, or in JSON over a digit."""
     start = rng.randrange(len(content))
     if content[:1] == b"{" and (digits := [i for i, c in enumerate(content) if 48 <= c <= 57]):
         start = rng.choice(digits)
         return content[:start] + rng.choice(_NUMBERS).encode() + content[start + 1 :]
+    # Little-endian 64 bits: -1 (or 2^64 - 1), the largest, zero, and the most negative number.
     number = rng.choice((b"\xff" * 8, b"\xff" * 7 + b"\x7f", b"\0" * 8, b"\0" * 7 + b"\x80"))
     return content[:start] + number + content[start + 8 :]
 
 
 def _move(content: bytes, rng: random.Random) -> bytes:
-    """A piece of the file in another place of it."""
+    """Inserts a copy of a piece of the file in another place of it."""
     start, there = rng.randrange(len(content)), rng.randrange(len(content))
     piece = content[start : start + rng.randrange(1, 200)]
     return content[:there] + piece + content[there:]
 
 
 def outcome(kind: str, directory: Path) -> tuple[str, str]:
-    """How reading a directory ends, `read`, `refused` or `fault`, with the message."""
+    """Reads a directory; returns the outcome and its message.
+
+    The outcome is `read`, `refused` (a clear `ConfigError`), `memory` (the limit was reached) or
+    `fault` (any other error).
+    """
     try:
         KINDS[kind].read(directory)
     except ConfigError as error:
         text = str(error)
-        # One line for a person, that begins with the option and has no control characters.
+        # Clear: one line that begins with the option, of readable length, without control
+        # characters from the file that would reach a terminal.
         clear = text.startswith("`") and text.isprintable() and len(text) < 5000
         return ("refused" if clear else "fault"), text
     except MemoryError:
         return "memory", ""
+    # Also exceptions that are no `Exception`, such as PyO3's panics in Rust extensions.
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
@@ -117,11 +126,12 @@ def outcome(kind: str, directory: Path) -> tuple[str, str]:
 
 
 def build(kind: str, case: int | str, good: Path, directory: Path, seed: int) -> str:
-    """Makes the files of a case: the good ones, of which one is changed; returns the change."""
+    """Makes the files of a case, the good ones with one changed; returns the name of the change."""
     shutil.copytree(good, directory, symlinks=True)
     if isinstance(case, str):
         FORGERIES[kind][case](directory)
         return "forged"
+    # A generator for each case, so that a single case can be made again.
     rng = random.Random(f"{seed} {kind} {case}")
     target = rng.choice(sorted(f for f in directory.glob(KINDS[kind].target) if f.is_file()))
     name, content = damaged(target.read_bytes(), rng)
@@ -131,6 +141,7 @@ def build(kind: str, case: int | str, good: Path, directory: Path, seed: int) ->
 
 # The process that reads ---------------------------------------------------------------------------
 
+# Python's audit events of new processes, connections, unpickled classes and loaded code.
 _WATCHED = {
     "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "pickle.find_class",
     "socket.connect", "ctypes.dlopen", "marshal.loads",
@@ -138,9 +149,15 @@ _WATCHED = {
 
 
 class Watch:
-    """Notes events of Python that reading a file has no business with."""
+    """Records audit events of Python that reading a file should not cause.
+
+    Attributes:
+      seen: the events so far, as text.
+      on: whether events are recorded.
+    """
 
     def __init__(self, inside: Path):
+        # An audit hook stays for the life of the process: `on` is its only switch.
         self._inside, self.seen, self.on = str(inside), [], False
         sys.addaudithook(self._note)
 
@@ -153,6 +170,7 @@ class Watch:
             writes = writes or bool((flags or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
             if writes and isinstance(path, str) and not self._allowed(path):
                 self.seen.append(f"writes {path}")
+        # Chat templates are rendered in a process of their own, which runs this file.
         elif event in _WATCHED and "rendering.py" not in str(arguments):
             self.seen.append(f"{event} {arguments}"[:200])
 
@@ -161,13 +179,20 @@ class Watch:
 
 
 def serve(connection: Connection, scratch: Path, megabytes: int) -> None:
-    """Reads one directory after another, as long as it is asked to."""
+    """Reads directories on request until the connection sends None; runs in a process of its own.
+
+    Args:
+      connection: receives (kind, directory, good directory) and sends (outcome, message, events).
+      scratch: the directory in which reading may write.
+      megabytes: the limit of memory beyond the good file's.
+    """
     watch = Watch(scratch)
     limited = ""
     while request := connection.recv():
         kind, directory, good = request
         if limited != kind:
-            # What importing and reading the good file takes is not counted.
+            # The limit is set once for each kind, after the good file has been read, so that
+            # imports and the good file's own memory do not count.
             outcome(kind, good)
             size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
             _, hard = resource.getrlimit(resource.RLIMIT_AS)
@@ -180,13 +205,16 @@ def serve(connection: Connection, scratch: Path, megabytes: int) -> None:
 
 
 class Reader:
-    """A process that reads, started anew when one dies or is ended."""
+    """A process that reads files, started anew after it died or was ended."""
 
     def __init__(self, scratch: Path, config: Config):
         self._scratch, self._config, self._process = scratch, config, None
 
     def read(self, kind: str, directory: Path, good: Path) -> tuple[str, str, list[str]]:
-        """How reading ends, the message, and what was seen that should not happen."""
+        """Reads a directory; returns the outcome, its message, and events that should not happen.
+
+        Beside the outcomes of `outcome` there are `slow`, past the time limit, and `crashed`.
+        """
         patience = self._config.seconds
         if self._process is None:
             self._start()
@@ -195,6 +223,7 @@ class Reader:
         try:
             if self._connection.poll(patience):
                 return self._connection.recv()
+            # A process in an endless loop does not listen: end it. The next case gets a new one.
             self.close()
             return "slow", f"not done after {patience:g} s", []
         except (EOFError, OSError):
@@ -202,7 +231,7 @@ class Reader:
             return "crashed", f"the process ended with {code}", []
 
     def close(self) -> int | None:
-        """Ends the process."""
+        """Ends the process; returns its exit code, or None if there is none."""
         if self._process is None:
             return None
         self._process.kill()
@@ -211,24 +240,25 @@ class Reader:
         return code
 
     def _start(self) -> None:
+        # A fresh interpreter: a fork would inherit locks of JAX's threads.
         context = multiprocessing.get_context("spawn")
         self._connection, there = context.Pipe()
         arguments = (there, self._scratch, self._config.megabytes)
         self._process = context.Process(target=serve, args=arguments, daemon=True)
         self._process.start()
-        there.close()
+        there.close()  # else the end of the process would not close the connection
 
 
 # All cases ----------------------------------------------------------------------------------------
 
 
 def cases(kind: str, config: Config) -> list[int | str]:
-    """Forgeries by name, then random cases by number."""
+    """Returns the cases of a kind: forgeries by name, then random cases by number."""
     return [*FORGERIES.get(kind, {}), *range(config.cases)]
 
 
 def survey(config: Config, report: dict[str, Any], scratch: Path) -> Iterator[None]:
-    """Reads what the report does not have yet; yields where it may be written."""
+    """Reads the cases that the report lacks; yields whenever the report should be written."""
     reader, began = Reader(scratch, config), time.monotonic()
     for kind in KINDS:
         entry = report.setdefault(
@@ -259,16 +289,19 @@ def _one(
     config: Config,
     entry: dict[str, Any],
 ) -> None:
-    """Reads one case and notes how that ended."""
+    """Reads one case and adds its outcome to the report's entry of its kind."""
+    # 1. A directory beside the case, which links and paths of forgeries lead to.
     directory, outside = scratch / "case" / kind, scratch / "outside"
     outside.mkdir(exist_ok=True)
     (outside / "secret").write_text("untouched")
     before = _listing(outside)
+    # 2. Make the case, read it and remove it.
     change = build(kind, case, good, directory, config.seed)
     began = time.monotonic()
     how, message, seen = reader.read(kind, directory, good)
     seconds = time.monotonic() - began
     shutil.rmtree(directory)
+    # 3. Count the outcome. Anything but `read` and `refused` is bad, and so is any event.
     seen += ["something outside was changed"] if _listing(outside) != before else []
     counts = Counter(entry["outcomes"])
     counts[f"{change}: {how}"] += 1
@@ -282,13 +315,15 @@ def _one(
 
 
 def _listing(directory: Path) -> list[tuple[str, bytes]]:
+    """Returns the paths and contents of all files below a directory."""
     return [(str(f), f.read_bytes()) for f in sorted(directory.rglob("*")) if f.is_file()]
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Goes on with the report; exit code 1 if a case ended otherwise than it may."""
+    """Continues the report and prints a summary. Returns 1 if a case ended badly, else 0."""
     config = cli.parse(Config, PROGRAM, arguments)
     found = json.loads(config.out.read_text()) if config.out.exists() else {}
+    # A report of another seed has other cases: begin anew.
     same = found.get("config", {}).get("seed") == config.seed
     report = found["kinds"] if same else {}
     with tempfile.TemporaryDirectory() as scratch:

@@ -1,7 +1,7 @@
-"""Random trees of leaves, optimizers, compressions and gradients, for `fuzz`.
+"""Random trees of parameters, optimizers, compressions and gradients, for `fuzz`.
 
-Parts without a name of their own, such as residual rules, are given by name and made when the
-example runs, so that equal examples have equal descriptions.
+An example is a description. Parts whose objects have no stable text, such as residual rules, are
+described by names and made when the example runs, so that equal examples have equal texts.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from gum_optax import carries, projectors, residuals, samplers, storages
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """A parameter: its shape and dtype."""
+    """A parameter, described by its shape and dtype."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -28,16 +28,16 @@ class Leaf:
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """An optimizer and a compression, a tree of `Leaf`s, and how large the gradients are.
+    """An optimizer with a compression, a tree of parameters, and the size of gradients.
 
     Attributes:
       optimizer: a name in `OPTIMIZERS`.
       options: its arguments beside the compression.
       parts: the arguments of `compression`.
-      tree: the parameters.
-      size: a name in `SIZES`.
+      tree: the parameters, a tree of `Leaf`.
+      size: of the gradients, a name in `SIZES`.
       other_dtype: whether gradients have another dtype than parameters.
-      flaw: what is wrong with the example, if anything.
+      flaw: None, or the name of the one flaw for which the example must be refused.
     """
 
     optimizer: str
@@ -49,11 +49,12 @@ class Example:
     flaw: str | None
 
 
-# Few distinct shapes, so that compiled operations are met again.
+# Few distinct shapes, so that compiled operations are reused: tall, wide and square matrices, and
+# stacks with one and two axes in front.
 MATRICES = [(1, 1), (1, 4), (3, 5), (5, 3), (4, 4), (2, 3, 5), (3, 4, 4), (2, 2, 5, 3), (0, 4)]
 OTHERS = [(), (4,), (0,)]  # no matrices: for whole optimizers, which have a fallback
 DTYPES = ["float32", "bfloat16", "float16"]
-WHOLE_DTYPES = DTYPES[:2]  # in float16 the `eps` of optax's AdamW is 0, and 0 / 0 not finite
+WHOLE_DTYPES = DTYPES[:2]  # in float16 the `eps` of optax's AdamW rounds to 0, and 0 / 0 is NaN
 NAMES = ["layers", "q", "w", "block_1", "block_2", "embed"]
 SIZES = ["ordinary", "zero", "huge", "tiny", "mixed", "rank one"]
 PROJECTORS = [
@@ -75,7 +76,8 @@ INNERS: dict[str, optax.GradientTransformation] = {
 SQUARES = ("adam", "adamw", "quantized adamw")
 SCHEDULE = optax.linear_schedule(0.1, 0.0, 10)
 
-# What becomes of residuals: without state, with state of every leaf, with the projection in hand.
+# Transformations of residuals: without state, with a state of every leaf, and one that reads the
+# projected gradient as well.
 TRANSFORMS: dict[str, optax.GradientTransformation | None] = {
     "nothing": None,
     "columns": gum_optax.normalize_columns(),
@@ -86,7 +88,7 @@ STORAGES: dict[str, storages.Storage] = {
     "plain": storages.plain(),
     "float32": storages.cast("float32"),
     "bfloat16": storages.cast("bfloat16"),
-    # Several blocks, also of matrices as small as these.
+    # Blocks so small that even these matrices have several.
     "int8": storages.int8(4),
     "int4": storages.int4(2),
 }
@@ -98,17 +100,20 @@ SAMPLERS: dict[str, int | samplers.Sampler] = {
 
 
 def half(group: gum_optax.Group) -> int:
-    """A rank for each shape."""
+    """A rank that depends on the shape."""
     return max(group.m // 2, 1)
 
 
 def by_name(group: gum_optax.Group) -> int:
-    """A rank for each group; at 4 some of them are uncompressed."""
+    """A rank that depends on the group's name, from 1 to 4; at 4 some groups are uncompressed."""
     return 1 + len(group.name) % 4
 
 
 def residual(rule: Any) -> Any:
-    """The residual rule of a description; whatever is no description stays as it is."""
+    """Makes a residual rule from its description, ``(name, *options)``.
+
+    Anything else is a flawed argument and is returned unchanged.
+    """
     if not isinstance(rule, tuple):
         return rule
     name, *options = rule
@@ -121,11 +126,11 @@ def residual(rule: Any) -> Any:
 
 
 def compression(method: str, **parts: Any) -> gum_optax.LowRank:
-    """`LowRank`, or what a paper makes of it, with rule and storage from their descriptions."""
+    """Makes a `LowRank`, by its own name or a paper's, with rule and storage from descriptions."""
     make: Any = {"LowRank": gum_optax.LowRank, **{n: getattr(gum_optax, n) for n in PAPERS}}
     storage = parts.pop("storage")
     if isinstance(storage, str):
-        # Of a flaw, another name: that of a dtype that no state may have.
+        # An unknown name belongs to a flaw: a dtype that no state may have.
         storage = STORAGES[storage] if storage in STORAGES else storages.cast(storage)
     if "residual" in parts:
         parts["residual"] = residual(parts["residual"])
@@ -149,7 +154,7 @@ def _quantized(compression: gum_optax.LowRank, **options: Any) -> optax.Gradient
 
 
 def _muon(compression: gum_optax.LowRank, **options: Any) -> optax.GradientTransformation:
-    """At full rank; of a compression it has the storage."""
+    """Full-rank Muon; only the storage of the compression is used."""
     momentum = gum_optax.quantized(optax.trace(0.9), compression.storage, smallest=0)
     return gum_optax.for_matrices(
         optax.chain(momentum, gum_optax.scale_by_polar()),
@@ -167,7 +172,9 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "quantized adamw": _quantized,
     "muon in few bits": _muon,
 }
-DIRECTIONS = ("low_rank", "scale_by_gum")  # every leaf is a matrix
+DIRECTIONS = ("low_rank", "scale_by_gum")  # without a fallback: every leaf must be a matrix
+
+# The arguments of each optimizer beside the compression, as strategies.
 
 inner = {"inner": st.sampled_from([*INNERS])}
 muon = {"nesterov": st.booleans()}
@@ -186,6 +193,8 @@ OPTIONS = {
     "muon in few bits": whole,
 }
 
+# Descriptions of residual rules, for `residual`. Sampling is drawn twice as often as each other
+# kind.
 _sampled = st.tuples(
     st.just("sampled"),
     st.sampled_from([*SAMPLERS]),
@@ -207,6 +216,7 @@ common = {
     "group_by": st.sampled_from([gum_optax.by_role, gum_optax.by_shape]),
     "key": st.integers(0, 2**31 - 1),
 }
+# Second moments cannot be rotated; `projection_aware` is the carry that estimates them.
 CARRIES = [carries.restart, carries.keep, carries.rotate]
 _OF_MOMENTS = carries.projection_aware()
 PAPERS = ("galore", "golore", "fira", "frugal", "apollo")
@@ -219,8 +229,8 @@ PARTS = {
     "golore": common | {"method": st.just("golore"), "switch_step": st.integers(0, 3)},
 }
 
-# flaw -> what is wrong with the compression, or with one leaf of a direction's tree; each error
-# names the flaw.
+# Flaw -> the wrong part of the compression, or the wrong leaf of a direction's tree. Each error
+# must name the flaw.
 BAD_PARTS: dict[str, dict[str, Any]] = {
     "rank": {"rank": 0},
     "period": {"period": 1.5},
@@ -241,10 +251,14 @@ OTHER_GRADIENTS = "gradients of other shapes"
 
 
 def trees(shapes: list[tuple[int, ...]], dtypes: list[str], parts: int) -> st.SearchStrategy:
-    """Trees like those of models: leaves, blocks of named leaves, layers of equal blocks, None.
+    """Draws trees like models': leaves, blocks of named leaves, lists of equal layers, and None.
 
-    At most `parts` of them.
+    Args:
+      shapes: of leaves.
+      dtypes: of leaves.
+      parts: the largest number of parts at the root.
     """
+    # Repetitions weigh the choices: three leaves for each None, and twice as many lists of layers.
     leaf = st.builds(Leaf, st.sampled_from(shapes), st.sampled_from(dtypes))
     some = st.one_of(leaf, leaf, leaf, st.none())
     block = st.dictionaries(st.sampled_from(NAMES), some, min_size=1, max_size=4)
@@ -256,7 +270,13 @@ def trees(shapes: list[tuple[int, ...]], dtypes: list[str], parts: int) -> st.Se
 
 @st.composite
 def examples(draw: Callable, parts_of_tree: int = 5) -> Example:
-    """Examples, about one in eight with a flaw; trees have at most so many parts."""
+    """Draws examples, about one in eight of which has a flaw.
+
+    Args:
+      draw: given by Hypothesis.
+      parts_of_tree: the largest number of parts of a tree.
+    """
+    # 1. An optimizer and a compression; half of the compressions are a paper's.
     name = draw(st.sampled_from([*OPTIMIZERS]))
     options = draw(st.fixed_dictionaries(OPTIONS[name]))
     method = draw(st.sampled_from([*["LowRank"] * len(PAPERS), *PAPERS]))
@@ -264,9 +284,11 @@ def examples(draw: Callable, parts_of_tree: int = 5) -> Example:
     squares = name in SQUARES or options.get("inner") in SQUARES
     if squares and parts.get("carry") is carries.rotate:
         parts["carry"] = _OF_MOMENTS
+    # 2. Parameters: matrices alone for directions, all kinds of leaves for whole optimizers.
     direction = name in DIRECTIONS
     kinds = (MATRICES, DTYPES) if direction else (MATRICES + OTHERS, WHOLE_DTYPES)
     tree = draw(trees(*kinds, parts_of_tree))
+    # 3. At most one flaw, so that it is known which error must come.
     flaw = None
     if draw(st.sampled_from([False] * 7 + [True])):
         leaves = [*BAD_LEAVES] if direction else []
@@ -276,15 +298,23 @@ def examples(draw: Callable, parts_of_tree: int = 5) -> Example:
     elif flaw in BAD_LEAVES:
         tree |= {"flawed": BAD_LEAVES[flaw]}
     parts |= BAD_PARTS.get(flaw or "", {})
+    # 4. Gradients.
     size, other_dtype = draw(st.sampled_from(SIZES)), draw(st.booleans())
     few_bits = parts["storage"] in IN_FEW_BITS or "quantized" in name or "few bits" in name
     if few_bits and size in ("huge", "mixed"):
-        size = "ordinary"  # Squares that overflow spoil their block in few bits, as documented.
+        size = "ordinary"  # squares that overflow spoil their whole block, as documented
     return Example(name, options, parts, tree, size, other_dtype, flaw)
 
 
 def arrays(tree: Any, size: str, seed: int, other: bool = False) -> Any:
-    """The tree's arrays; `other` gives float32 for lower precision and bfloat16 for float32."""
+    """Draws the arrays of a tree.
+
+    Args:
+      tree: of `Leaf`.
+      size: a name in `SIZES`.
+      seed: of the numbers.
+      other: swaps dtypes: float32 for lower precision, bfloat16 for float32.
+    """
     rng = np.random.default_rng(seed)
 
     def array(leaf: Leaf) -> jax.Array:
@@ -292,17 +322,19 @@ def arrays(tree: Any, size: str, seed: int, other: bool = False) -> Any:
         dtype = swapped.get(leaf.dtype, leaf.dtype) if other else leaf.dtype
         values = rng.standard_normal(leaf.shape)
         if size == "rank one" and len(leaf.shape) > 1:
-            values = values[..., :1] * values[..., :1, :]
-        # Rounded by NumPy and put as it is: `jnp.asarray` compiles a program for each shape.
+            values = values[..., :1] * values[..., :1, :]  # a column times a row
+        # Rounded by NumPy and then transferred: `jnp.asarray` compiles a program for each shape.
         return jax.device_put((values * _scale(size, leaf, rng)).astype(jnp.dtype(dtype)))
 
     return jax.tree.map(array, tree)
 
 
 def _scale(size: str, leaf: Leaf, rng: np.random.Generator) -> Any:
+    """Returns the factor of a leaf's numbers, one for all or one for each."""
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         return 1
-    # Of the narrower of the two dtypes a gradient may have: 1e28 and 1e-28, or 1e3 and 1e-3.
+    # Within the narrower of the two dtypes that a gradient may have: about 1e28 and 1e-28, in
+    # float16 1e3 and 1e-3.
     huge = float(jnp.finfo(leaf.dtype).max) ** 0.75
     return {
         "zero": 0.0,

@@ -1,7 +1,8 @@
-"""The README's first figure: `python -m experiments.results.overview` draws it from a result file.
+"""The README's first figure and table: `python -m experiments.results.overview` makes both.
 
-The numbers are those of `experiments.studies.frontier`, every contender at its best learning rate,
-as differences from Muon's loss with the same seed. Names stand beside the points, not in a legend.
+The numbers come from the result file of `experiments.studies.frontier`: each contender at its best
+learning rate, as the difference from Muon's loss with the same seed. Points are labelled directly
+instead of in a legend.
 """
 
 import functools
@@ -17,7 +18,7 @@ from experiments.trainer import sweeps
 
 RESULTS = Path(__file__).parent
 SOURCE = RESULTS / "studies/frontier.json"
-# What the first page compares, how it is drawn, and where its name stands: points right and up.
+# Contender -> its style, and the offset of its label from its point, in points right and up.
 SHOWN = {
     "muon": (STYLES["muon"], (10, 7)),
     "muon_rows8": (Style("Muon, 8 bits", COLOURS[2], "P"), (10, 7)),
@@ -28,7 +29,7 @@ SHOWN = {
     "adamw": (STYLES["adamw"], (-58, -4)),
     "scale": (STYLES["scale"], (8, -15)),
 }
-# What each contender is for, and how it is written.
+# Contender -> the situation in which to choose it, and the code that makes it.
 CHOICES = {
     "muon": ("the reference", "`optax.contrib.muon(3e-3, consistent_rms=0.2)`"),
     "muon_rows8": ("**full-rank Muon's loss**", "`muon(3e-3, consistent_rms=0.2)`"),
@@ -73,15 +74,17 @@ class Point(NamedTuple):
 
 @functools.cache
 def points() -> dict[str, dict[str, Point]]:
-    """Corpus to contender to its point, at the rate that is best on both corpora."""
+    """Returns corpus -> contender -> its point, at the best learning rate over both corpora."""
     entries = json.loads(SOURCE.read_text())
 
+    # 1. The study's own search, with a function that only looks runs up and never trains.
     def stored(runs):
         return sweeps.select(entries, runs)
 
     best = frontier.search(CONFIG, stored)
     keys = list(SHOWN) * len(CONFIG.seeds)
-    hidden: dict[str, int] = {}  # the same on every corpus, with every seed
+    # 2. Losses of all seeds and bytes of state, corpus by corpus.
+    hidden: dict[str, int] = {}  # contender -> bytes, the same on every corpus and seed
     found = {}
     for corpus in CONFIG.corpora:
         runs = frontier.finals(CONFIG, best, corpus)
@@ -90,7 +93,7 @@ def points() -> dict[str, dict[str, Point]]:
             losses[key].append(entry["validation_loss"])
             if key not in hidden:
                 hidden[key] = frontier.hidden_bytes(run)
-        # AdamW keeps two float32 moments, which are eight bytes, of each parameter.
+        # 3. Bytes per parameter. AdamW's state is two float32 moments: eight bytes for each.
         parameters = hidden["adamw"] / 8
         found[corpus] = {
             key: Point(
@@ -103,7 +106,7 @@ def points() -> dict[str, dict[str, Point]]:
 
 
 def table() -> str:
-    """Every contender with how it is written, in Markdown; the least loss first."""
+    """Returns a table of all contenders and their code, in Markdown; the least loss first."""
     (first, second) = points().values()
     rows = []
     for key in sorted(SHOWN, key=lambda key: statistics.mean(first[key].above)):
@@ -117,16 +120,17 @@ def table() -> str:
 
 
 def _signed(above: list[float]) -> str:
-    # Not "-0.00".
+    """Formats the mean difference, without the sign of a rounded zero."""
     return f"{statistics.mean(above) + 0.0:.2f}".replace("-0.00", "0.00")
 
 
 def draw() -> Path:
-    """Draws loss above Muon's over bytes per parameter, one panel for each corpus."""
+    """Draws loss above Muon's (mean, min to max) against bytes per parameter, by corpus."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(9.6, 4.5), layout="constrained")
     for each, (corpus, of) in zip(axes, points().items(), strict=True):
+        # Muon's own loss.
         each.axhline(0, color="0.75", linewidth=1, zorder=0)
         for key, point in of.items():
             style, beside = SHOWN[key]

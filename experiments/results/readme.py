@@ -1,7 +1,10 @@
-"""Tables of measured facts in README and docs: `python -m experiments.results.readme` renews them.
+"""Tables of measurements in README and docs: `python -m experiments.results.readme` renews them.
 
-They are made from the result files. A test compares them with the pages, so that the two cannot
-drift apart.
+All of their numbers come from the result files. A test compares the tables with the pages, so that
+the two cannot drift apart.
+
+A *table* is a function that returns Markdown. A *fact* is a row of the long table of
+`docs/results.md`: what was measured, its value, and the command that measures it again.
 """
 
 import functools
@@ -23,13 +26,16 @@ from experiments.trainer.cli import flag
 RESULTS = Path(__file__).parent
 ROOT = Path(__file__).parents[2]
 COMPILED = "benchmarks/compiled.json"
+# Contenders of the benchmarks -> their names in texts.
 _NAMES = {"adamw": "AdamW", "optax muon": "Muon", "galore": "GaLore", "gum": "GUM"} | {
     "optax galore": "optax GaLore"
 }
+# Ratios are GUM's seconds over another's; "floor" is the lower bound of `benchmarks.floors`.
 _PERFORMANCE_HEAD = (
     "LLaMA", "GUM, plain step", "/ optax Muon", "/ AdamW", "/ optax GaLore", "refresh / plain",
     "refreshes' share", "SVD refresh / ours", "/ floor",
 )  # fmt: skip
+# The result file has two sets of runs, of which this command makes the first.
 _CURVES_COMMAND = (
     "python -m experiments.tune --optimizers gum --learning-rates 1e-2 --seeds 0 1 2 "
     "--base.steps 300 --base.optimizer.period 50 --out experiments/results/projector_curves.json"
@@ -37,7 +43,7 @@ _CURVES_COMMAND = (
 
 
 def table() -> str:
-    """The whole table in Markdown."""
+    """Returns the table of all facts, in the order of `FACTS`."""
     rows = (row for fact in FACTS for row in fact())
     return reporting.markdown(
         ("what", "measured", "command"),
@@ -46,8 +52,9 @@ def table() -> str:
 
 
 def performance() -> str:
-    """Seconds of GUM's update beside others', for every tree that was timed."""
+    """Returns seconds of GUM's update beside others', a row for each preset and layout timed."""
     timed = step.stored(RESULTS / "benchmarks")
+    # (preset, layout) -> GUM's measured seconds over their lower bound; also decides the rows.
     floors = {
         (c["preset"], c["layout"]): c["measured_over_floor"]
         for c in timed["costs"]
@@ -63,18 +70,21 @@ def performance() -> str:
 
 
 def pretraining() -> str:
-    """Each optimizer at its best learning rate, on each corpus."""
+    """Returns the study of pretraining: each optimizer at its best rate, on each corpus."""
+    # 1. One row per optimizer and corpus. Time, state and order are those of the first corpus.
     _, finals = comparison.stored(RESULTS / "studies/pretraining.json", "pretraining")
     rows = {c: {r["optimizer"]: r for r in comparison.compare(es)} for c, es in finals.items()}
     reference = next(iter(rows))
     head = ["optimizer", "learning rate", "state", *(Path(c).name for c in rows)]
     head += ["time per step", "steps to AdamW's loss", "time to it"]
+    # 2. Times are relative to AdamW's: of a step, and of its whole run.
     adamw = rows[reference]["adamw"]
     whole = finals[reference][0]["config"]["steps"] * adamw["seconds_per_step"]
     lines = []
     for name, row in sorted(rows[reference].items(), key=lambda item: item[1]["loss"]):
         losses = [f"{r[name]['loss']:.3f} ({r[name]['deviation']:.3f})" for r in rows.values()]
         time = f"{row['seconds_per_step'] / adamw['seconds_per_step']:.2f}"
+        # Cells stay empty for an optimizer that did not reach AdamW's loss with every seed.
         reached = ["", ""]
         if row["steps_to_adamw"] is not None:
             steps, seconds = row["steps_to_adamw"], row["seconds_to_adamw"]
@@ -86,7 +96,7 @@ def pretraining() -> str:
 
 
 def finetuning() -> str:
-    """Each optimizer at its best learning rate, on answers of all seeds."""
+    """Returns the study of fine-tuning: each optimizer at its best rate, the least loss first."""
     rows = _finetuned()
     head = ["optimizer", "learning rate", "state", "right answers, by seed", "95 % interval"]
     head += ["loss of answers, by seed", "95 % interval of the last", "time per step"]
@@ -108,7 +118,8 @@ def finetuning() -> str:
 
 
 def plans() -> str:
-    """State of large models, in GiB, and how much of GUM's is of embedding and head."""
+    """Returns the optimizer state of large models, and GUM's share for embedding and head."""
+    # The columns are the optimizers of the result file, the same for all models.
     models = _read("plans.json")["models"]
     head = ["model", *next(iter(models.values()))["state"], "of GUM's, embedding and head"]
     lines = []
@@ -120,11 +131,13 @@ def plans() -> str:
 
 
 def tpu() -> str:
-    """Memory of whole training steps by the TPU's compiler, GiB, one chip."""
+    """Returns the memory of training steps on one TPU, by its compiler: steps by models."""
+    # The result file has steps on other chips, too.
     rows = [row for row in _read("tpu.json")["rows"] if row["kind"] == "v5p"]
     found: dict[str, dict[str, str]] = {}
     for row in rows:
         model = f"{row['model']}, {row['batch']}"
+        # A step that was not compiled for a model has an empty cell.
         found.setdefault(model, {})[row["step"]] = _gibibytes(row)
     return reporting.markdown(
         ("training step", *found),
@@ -132,7 +145,7 @@ def tpu() -> str:
     )
 
 
-# Steps of `experiments.benchmarks.tpu`, in the words of the documentation.
+# Steps of `experiments.benchmarks.tpu` in the order of rows -> their names in the documentation.
 _STEPS = {
     "8-bit AdamW": "AdamW, moments in 8 bits",
     "AdamW": "AdamW",
@@ -145,17 +158,19 @@ _STEPS = {
 
 
 def _gibibytes(row: dict[str, Any]) -> str:
+    """Formats the compiler's own total of a step."""
     return f"{row['peak_bytes'] / 2**30:.1f} GiB"
 
 
 def collectives() -> str:
-    """What an update sends on each mesh on which anything is sent."""
+    """Returns the collectives of an update on each mesh that shards parameters."""
+    # Data parallelism alone replicates the state, so that updates send nothing.
     rows = _read("sharding.json")["rows"]
     return communication.table([row for row in rows if row["mesh"] != "data=8"])
 
 
 def headline() -> str:
-    """What was measured, a line for each question."""
+    """Returns the README's table of findings, a line for each question."""
     return reporting.markdown(
         ("question", "measured", "command"),
         ((question, answer, f"`{command}`") for question, answer, command in _answers()),
@@ -163,6 +178,8 @@ def headline() -> str:
 
 
 def _answers() -> Iterator[tuple[str, str, str]]:
+    """Yields question, answer and command."""
+    # 1. Memory of a training step.
     peaks = {
         row["step"]: _gibibytes(row)
         for row in _read("tpu.json")["rows"]
@@ -176,6 +193,7 @@ def _answers() -> Iterator[tuple[str, str, str]]:
         f"{peaks['lean GUM, projected']}",
         "python -m experiments.benchmarks.tpu",
     )
+    # 2. Memory of the state.
     state = _read("plans.json")["models"]["Llama-3-8B"]["state"]
     yield (
         "Optimizer state of Llama-3-8B in bfloat16, counted",
@@ -190,13 +208,15 @@ def _answers() -> Iterator[tuple[str, str, str]]:
         ),
         "python -m experiments.benchmarks.large_models",
     )
+    # 3. Loss of pretraining above Muon's: contender -> corpus -> a difference for each seed.
     gaps = {
         name: [of[name].above for of in overview.points().values()]
         for name in ("muon_rows8", "adamw", "gum", "galore_muon")
     }
+    # The sentence below says "in every seed": renewing the table fails if it no longer holds.
     pairs = zip(*gaps["gum"], *gaps["galore_muon"], strict=True)
     ahead = all(a < c and b < d for a, b, c, d in pairs)
-    assert ahead  # "in every seed", below
+    assert ahead
     words = {"muon_rows8": "8-bit Muon", "adamw": "AdamW", "gum": "GUM"} | {
         "galore_muon": "GaLore-Muon"
     }
@@ -209,6 +229,7 @@ def _answers() -> Iterator[tuple[str, str, str]]:
         + "; GUM is below GaLore-Muon in every seed",
         "python -m experiments.studies.frontier",
     )
+    # 4. Loss and state of fine-tuning.
     rows = {row["optimizer"]: row for row in _finetuned()}
     losses = [row["loss"] for row in rows.values()]
     yield (
@@ -219,6 +240,7 @@ def _answers() -> Iterator[tuple[str, str, str]]:
         f"{rows['adamw']['state_bytes'] / 2**20:.0f}",
         "python -m experiments.studies.finetuning",
     )
+    # 5. Time of an update.
     costs = _read("benchmarks/variants/60m.json")["ratios"]
     yield (
         "Time of an update of 60M parameters over GaLore-Muon's, 2 CPU cores",
@@ -234,6 +256,7 @@ def _answers() -> Iterator[tuple[str, str, str]]:
         ),
         "python -m experiments.benchmarks --studies variants --presets 60m --repeats 7",
     )
+    # 6. The counterexample.
     gaps_left = _read("counterexample.json")["final_relative_gap"]
     yield (
         "The paper's counterexample: gap left, median of 10 seeds",
@@ -244,13 +267,16 @@ def _answers() -> Iterator[tuple[str, str, str]]:
 
 @functools.cache
 def _finetuned() -> list[dict[str, Any]]:
-    # Intervals by resampling take a second.
+    """Reads the rows of the study of fine-tuning."""
+    # Cached for the two tables that need them: intervals by resampling take a second.
     return answers.compare(answers.finals_of(_read("studies/finetuning.json")))
 
 
 def _cells(pairs: list[dict[str, Any]], preset: str, layout: str) -> Iterator[str]:
+    """Yields the cells of `performance` for one preset and layout, in the order of its head."""
     found = {p["other"]: p for p in pairs if (p["preset"], p["layout"]) == (preset, layout)}
     ours = [p["gum_costs"] for p in found.values() if "note" not in p]
+    # GUM was timed anew in each pair: the median over pairs is its time.
     yield f"{1000 * statistics.median(each['plain']['median'] for each in ours):.0f} ms"
     for other in ("optax muon", "adamw", "optax galore"):
         ratio = found.get(other, {}).get("plain_ratio")
@@ -264,7 +290,7 @@ def _cells(pairs: list[dict[str, Any]], preset: str, layout: str) -> Iterator[st
 
 
 def counterexample() -> Iterator[tuple[str, str, str]]:
-    """How far each method comes on the paper's counterexample."""
+    """Yields the final gap of each method on the paper's counterexample."""
     result = _read("counterexample.json")
     gaps = result["final_relative_gap"]
     worst = max(gaps["GUM"])
@@ -277,7 +303,7 @@ def counterexample() -> Iterator[tuple[str, str, str]]:
 
 
 def memory() -> Iterator[tuple[str, str, str]]:
-    """State and temporaries on GaLore's LLaMA presets."""
+    """Yields state and temporaries for LLaMA presets of GaLore's paper."""
     result = _read(COMPILED)
     rank, gamma = result["config"]["rank"], result["config"]["full_rank_layers"]
     command = "python -m experiments.benchmarks --studies compiled"
@@ -296,7 +322,8 @@ def memory() -> Iterator[tuple[str, str, str]]:
 
 
 def grid() -> Iterator[tuple[str, str, str]]:
-    """The best validation loss of each optimizer over the same grid of learning rates."""
+    """Yields the best validation loss of GUM and AdamW over one grid of learning rates."""
+    # The best rate is chosen by seed 0; the losses of all seeds at that rate are shown.
     entries, best = _grid_entries(), best_of_grid()
     cells = []
     for name in ("gum", "adamw"):
@@ -317,7 +344,7 @@ def grid() -> Iterator[tuple[str, str, str]]:
 
 
 def demo() -> Iterator[tuple[str, str, str]]:
-    """What the demo printed when its result was committed."""
+    """Yields the numbers that the demo printed when its result was committed."""
     runs = _read("demo.json")["runs"]
     yield (
         "The demo: validation loss; optimizer state; seconds per step, 2 CPU cores",
@@ -331,7 +358,7 @@ def demo() -> Iterator[tuple[str, str, str]]:
 
 
 def compilation() -> Iterator[tuple[str, str, str]]:
-    """How compiling GUM's update grows with the layers."""
+    """Yields the seconds of compiling GUM's update by the number of layers, for each layout."""
     result = _read(COMPILED)
     for layout in ("separate", "stacked"):
         cells = (
@@ -348,7 +375,7 @@ def compilation() -> Iterator[tuple[str, str, str]]:
 
 
 def sweep() -> Iterator[tuple[str, str, str]]:
-    """What GUM's settings cost."""
+    """Yields the milliseconds of GUM's plain step by its settings."""
     result = _read("benchmarks/sweep.json")
     for name in ("gamma", "rank"):
         yield (
@@ -359,9 +386,10 @@ def sweep() -> Iterator[tuple[str, str, str]]:
 
 
 def training() -> Iterator[tuple[str, str, str]]:
-    """Whole training steps, and what they hold."""
+    """Yields speed and memory of whole training steps, for each batch that was measured."""
     for result in whole_steps.stored(RESULTS / "benchmarks"):
         config = result["config"]
+        # The command names the options in which batches differ.
         options = ("batch_size", "rounds", "training_steps")
         speeds = whole_steps.speeds(result)
         adamw = result["medians"]["adamw"]["amortized_tokens_per_second"]
@@ -380,7 +408,7 @@ def training() -> Iterator[tuple[str, str, str]]:
 
 
 def projector() -> Iterator[tuple[str, str, str]]:
-    """What the default projector's bases catch."""
+    """Yields the energy that the default projector's bases capture, over the SVD's."""
     result = _read("benchmarks/projectors.json")
     rows, config = result["by_step"], result["config"]
     yield (
@@ -393,8 +421,9 @@ def projector() -> Iterator[tuple[str, str, str]]:
 
 
 def curves() -> Iterator[tuple[str, str, str]]:
-    """Validation losses with the default projector and with SVD, by seed."""
+    """Yields mean and deviation of validation losses with the default projector and with SVD."""
     entries = _read("projector_curves.json")
+    # None is the default projector, power iteration.
     losses = {
         name: [e["validation_loss"] for e in entries if e["config"]["projector"] in projectors]
         for name, projectors in (
@@ -410,10 +439,12 @@ def curves() -> Iterator[tuple[str, str, str]]:
             f"{statistics.stdev(values):.3f})"
             for name, values in losses.items()
         ),
+        # The table puts backticks around the whole.
         f"{_CURVES_COMMAND}`, and with `--base.optimizer.projector svd",
     )
 
 
+# In the order of the rows of `table`.
 FACTS: tuple[Callable[[], Iterator[tuple[str, str, str]]], ...] = (
     counterexample,
     memory,
@@ -427,7 +458,7 @@ FACTS: tuple[Callable[[], Iterator[tuple[str, str, str]]], ...] = (
 )
 
 
-# Page to its tables.
+# Page -> its tables, each of which is found by its head.
 TABLES: dict[str, tuple[Callable[[], str], ...]] = {
     "README.md": (overview.table, headline),
     "docs/choosing.md": (overview.table,),
@@ -438,10 +469,19 @@ TABLES: dict[str, tuple[Callable[[], str], ...]] = {
 
 
 def renew(page: Path, tables: tuple[Callable[[], str], ...]) -> None:
-    """Puts each table in the place of the one that has the same head."""
+    """Replaces the tables of a page by new ones.
+
+    Args:
+      page: the Markdown file.
+      tables: functions that return tables. Each replaces the table with the same head.
+
+    Raises:
+      ValueError: the page has no table with such a head.
+    """
     text = page.read_text()
     for each in tables:
         new = each()
+        # From the line of the head to the last line that begins with a bar.
         head = re.escape(new.partition("\n")[0])
         text, found = re.subn(
             rf"^{head}\n(\|.*(\n|$))*", lambda _, new=new: f"{new}\n", text, flags=re.M
@@ -452,14 +492,15 @@ def renew(page: Path, tables: tuple[Callable[[], str], ...]) -> None:
 
 
 def best_of_grid() -> dict[str, dict]:
-    """For each optimizer, the configuration with the least validation loss on seed 0."""
+    """Returns for each optimizer the configuration with the least validation loss on seed 0."""
     first = [e for e in _grid_entries() if e["config"]["seed"] == 0]
+    # The dictionary keeps the last entry of each optimizer, its best.
     worst_first = sorted(first, key=lambda e: -e["validation_loss"])
     return {entry["config"]["optimizer"]: entry["config"] for entry in worst_first}
 
 
 def _grid_entries() -> list[dict]:
-    """The runs of the grid, less those that study another learning rate for the fallback."""
+    """Reads the runs of the grid, without those with another learning rate for the fallback."""
     return [e for e in _read("demo_grid.json") if not e["config"]["fallback_learning_rate"]]
 
 
@@ -474,6 +515,7 @@ def _mebibytes(sizes: dict[str, int]) -> str:
 
 
 def _power(value: float) -> str:
+    """Formats a gap: two digits, or below a thousandth its power of ten."""
     return f"{value:.2g}" if value > 1e-3 or value == 0 else f"{value:.0e}"
 
 

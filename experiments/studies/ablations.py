@@ -1,9 +1,9 @@
-"""What each setting of GUM is worth: `python -m experiments.studies.ablations`.
+"""The effect of each setting of GUM on its loss: `python -m experiments.studies.ablations`.
 
-One thing is changed at a time, at GUM's learning rate from `experiments.studies.pretraining`; the
-biased methods beside it have theirs, and another scale of updates has a grid of its own. A seed
-gives all settings the same weights, data and order, so settings are compared seed by seed: that
-takes out what seeds differ by, which is more than most settings are worth.
+One setting is changed at a time, at GUM's learning rate from `experiments.studies.pretraining`. The
+biased methods beside it have their own rate, and updates of another scale have a grid of rates. A
+seed gives all settings the same weights, data and order, so that settings are compared seed by
+seed: seeds differ from each other by more than most settings do.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from experiments.trainer.config import Config as Run
 from experiments.trainer.config import change
 
 PROGRAM = "experiments.studies.ablations"
-_TOP = 0.1  # of the figure, in nats above the default; what is worse is written there
+_TOP = 0.1  # nats above the default: worse settings are written at the top of the figure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,36 +32,37 @@ class Config(sweeps.Sitting):
     """Change one setting of GUM at a time."""
 
     gammas: tuple[int, ...] = (0, 1, 2, 4)
-    """Numbers of full-rank layers of each role; half of nano's eight layers is the most."""
+    """Numbers of full-rank layers of each role; at most half of nano's eight layers."""
     periods: tuple[int, ...] = (10, 50, 200, 1000)
-    """Steps between refreshes; a period longer than the run refreshes once."""
+    """Steps between refreshes; a period longer than the run keeps its first bases."""
     ranks: tuple[int, ...] = (4, 8, 16, 32, 64, 128)
     """Ranks; at the full rank (nano: 128) GUM is Muon."""
     raw_rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2)
-    """Learning rates of updates that are scaled as in Muon, not to AdamW's size."""
+    """Learning rates of updates scaled as in Muon, without matching AdamW's size."""
     galore_periods: tuple[int, ...] = (20, 50, 200)
     """Periods of biased GaLore-Muon."""
     seeds: tuple[int, ...] = (0, 1)
     """Seeds of weights, data order and draws."""
     pretraining: Path = Path("experiments/results/studies/pretraining.json")
-    """Result file of experiments.studies.pretraining, for the learning rates."""
+    """Result file of experiments.studies.pretraining, which holds the learning rates."""
     out: Path = Path("experiments/results/studies/ablations.json")
     """Result file; the figure is beside it."""
     base: Run = dataclasses.field(default_factory=lambda: pretraining.SMALL)
-    """All other options of a run; what is not changed has these values."""
+    """All other options of a run, and the values of the settings that are not changed."""
 
 
-# Panel -> label of a setting -> the options that it changes.
+# Panel -> label of a setting -> the options that it changes
 Panels = dict[str, dict[str, dict[str, Any]]]
 
 
 def panels(config: Config, rates: dict[str, float]) -> Panels:
-    """The settings to compare; among those of each panel is the default."""
+    """Returns the settings to compare, by panel; every panel includes the default."""
     biased = {"optimizer": "galore_muon", "learning_rate": rates["galore_muon"]}
     return {
         "full-rank layers (gamma)": {str(g): _gamma(g) for g in config.gammas},
         "period K": {str(k): {"period": k} for k in config.periods},
         "rank": {str(r): {"rank": r} for r in config.ranks},
+        # Restarting is the paper's rule. `slots` carries momentum into the new basis unrotated.
         "momentum at a refresh": {
             "restarts": {}, "carried": {"restart": "slots"}, "rotated": {"restart": "rotate"},
         },
@@ -70,10 +71,12 @@ def panels(config: Config, rates: dict[str, float]) -> Panels:
             "random": {"projector": "random_orthonormal"},
         },
         "sampling": {"fixed size": {}, "Bernoulli": {"sampler": "bernoulli"}},
+        # Without matching, an update has another size and so needs rates of its own.
         "scale of updates": {"matched": {}} | {
             f"raw {rate:g}": {"consistent_rms": None, "learning_rate": rate}
             for rate in config.raw_rates
         },
+        # Short periods of GaLore-Muon have fresh bases and a bias, long ones of GUM the opposite.
         "staleness or bias": {
             f"GaLore {k}": biased | {"period": k} for k in config.galore_periods
         } | {f"GUM {k}": {"period": k} for k in config.periods if k <= 200},
@@ -85,7 +88,7 @@ def _gamma(gamma: int) -> dict[str, Any]:
 
 
 def configurations(config: Config, rates: dict[str, float], changes: dict[str, Any]) -> list[Run]:
-    """The runs of one setting, one for each seed."""
+    """Returns the runs of one setting, one for each seed."""
     options = {"optimizer": "gum", "learning_rate": rates["gum"]} | changes
     points = [change(config.base, **options, seed=seed) for seed in config.seeds]
     return [
@@ -97,11 +100,14 @@ def main(arguments: Sequence[str]) -> int:
     """Runs what is missing, prints a table, draws the figure; returns the exit code."""
     config = cli.parse(Config, PROGRAM, arguments)
     rates, _ = pretraining.stored(config.pretraining, "pretraining")
+    # 1. Run everything, all settings before the next seed: a study cut short compares all of them.
     settings = [c for panel in panels(config, rates).values() for c in panel.values()]
     each = [configurations(config, rates, changes) for changes in settings]
     by_seed = [point for points in zip(*each, strict=True) for point in points]
     complete = sweeps.runner(config, config.out)
-    complete(by_seed)  # all settings before the next seed
+    complete(by_seed)
+    # 2. Summarize each setting against the default. All runs are in the result file by now, from
+    # which `complete` takes them.
     default = losses(complete(configurations(config, rates, {})))
     found = {
         title: {
@@ -113,7 +119,7 @@ def main(arguments: Sequence[str]) -> int:
     for title, rows in found.items():
         reporting.table(
             title,
-            ("setting", "loss", "minus the default's", "least", "largest", "state MiB", "s/step"),
+            ("setting", "loss", "minus the default's", "min", "max", "state MiB", "s/step"),
             ((label, row["loss"], row["difference"], min(row["differences"]),
               max(row["differences"]), row["state_bytes"] / 2**20, row["seconds_per_step"])
              for label, row in rows.items()),
@@ -123,12 +129,12 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def losses(entries: Sequence[sweeps.Entry]) -> list[float]:
-    """The last validation losses."""
+    """Returns the final validation loss of each run."""
     return [entry["validation_loss"] for entry in entries]
 
 
 def summary(entries: Sequence[sweeps.Entry], default: Sequence[float]) -> dict[str, Any]:
-    """Mean loss, and by seed what it differs from the default's; bytes and seconds."""
+    """Summarizes a setting: mean loss, differences from the default by seed, bytes and seconds."""
     differences = [a - b for a, b in zip(losses(entries), default, strict=True)]
     return {
         "loss": statistics.mean(losses(entries)),
@@ -140,8 +146,8 @@ def summary(entries: Sequence[sweeps.Entry], default: Sequence[float]) -> dict[s
 
 
 def draw(config: Config, found: dict[str, dict[str, dict[str, Any]]]) -> Path:
-    """Draws a panel for each setting: seed by seed the loss less that of the default."""
-    rows = -(-len(found) // 2)
+    """Draws one panel per kind of setting: the loss minus the default's, a dot for each seed."""
+    rows = -(-len(found) // 2)  # two panels in a row, rounded up
     size = (8.4, 2.6 * rows)
     figure, axes = plt.subplots(rows, 2, figsize=size, layout="constrained", sharey=True)
     for each, (title, settings) in zip(axes.flat, found.items(), strict=False):
@@ -155,6 +161,7 @@ def draw(config: Config, found: dict[str, dict[str, dict[str, Any]]]) -> Path:
 def _panel(axes: Axes, title: str, settings: dict[str, Any]) -> None:
     axes.axhline(0, color=COLOURS[-1], linewidth=1, linestyle=":")
     for place, row in enumerate(settings.values()):
+        # A setting with a seed beyond the axis is given as an arrow and its mean.
         inside = [each for each in row["differences"] if each < _TOP]
         axes.scatter([place] * len(inside), inside, s=14, color=COLOURS[0], alpha=0.6)
         if len(inside) == len(row["differences"]):

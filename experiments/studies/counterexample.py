@@ -1,14 +1,15 @@
 """The counterexample on which GaLore stands still and GUM converges (the paper's Figure 1).
 
 Minimize ``f(X) = 1/2 ||A X||_F^2 + <B, X>`` over n x n matrices, with ``A = [I_{n-r} 0]`` and
-``B = blockdiag(D, 0)``, from gradients with noise ``xi sigma C``, ``C = blockdiag(0, I_r)`` and
-``xi = +-1`` with equal odds. The noise is larger than the signal and has rank r, so it captures the
-whole rank-r projector; the complement, which GaLore drops, holds all of the signal.
+``B = blockdiag(D, 0)``, from gradients with noise ``xi sigma C``, where ``C = blockdiag(0, I_r)``
+and ``xi`` is +1 or -1 with equal probability. The noise is larger than the signal and has rank r,
+so the rank-r projector spans the noise and nothing else. The signal lies entirely in the
+complement, which GaLore drops.
 
 `python -m experiments.studies.counterexample` draws the figure, with q = 0.5, K = 20 and projectors
-as wide as the noise, and then sweeps: GUM with other q and K, GUM and GaLore-Muon with other ranks.
-The rule of the learning rate is kept: the least that surely reaches the optimum in a fraction q of
-the steps, times four; so it grows as q shrinks.
+of the rank of the noise. It then sweeps q and K for GUM, and the rank for GUM and GaLore-Muon. All
+runs follow one rule for the learning rate: four times the smallest rate that reaches the optimum
+even if only a fraction q of the steps move towards it. The rate therefore grows as q shrinks.
 """
 
 import dataclasses
@@ -33,59 +34,63 @@ from experiments.trainer import cli
 from gum_optax import projectors, residuals, samplers
 
 PROGRAM = "experiments.studies.counterexample"
-_FLOOR = 1e-12  # of the sweep's figure: smaller gaps, and zero, are drawn here
+_FLOOR = 1e-12  # the sweep's figure draws smaller gaps, and zero, at this height
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """GUM and its relatives on the paper's counterexample, whose sizes these are."""
+    """GUM and its relatives on the paper's counterexample; the defaults are the paper's sizes."""
 
     parts: tuple[Literal["figure", "sweep"], ...] = ("figure", "sweep")
-    """figure: every method, as in the paper; sweep: over q, K and the projectors' rank."""
+    """figure: compare all methods, as in the paper; sweep: vary q, K and the projectors' rank."""
     n: int = 20
     """Side of the matrix."""
     r: int = 12
     """Rank of the noise."""
     rank: int | None = None
-    """Rank of the projectors. None: that of the noise."""
+    """Rank of the projectors. None: the rank of the noise."""
     sigma: float = 100.0
-    """Scale of the noise; the signal is of order one."""
+    """Scale of the noise; the entries of the signal are of order one."""
     steps: int = 4000
     """Optimizer steps."""
     period: int = 20
     """K: steps between refreshes."""
     probability: float = 0.5
-    """q: probability that a period is full-rank, for GUM."""
+    """q: GUM's probability that a period is full-rank."""
     seeds: int = 10
-    """Seeds 0, 1, ... decide the problem, the noise and the draws."""
+    """Number of seeds 0, 1, ..., each of which fixes the problem, the noise and the draws."""
     probabilities: tuple[float, ...] = (0.1, 0.25, 0.5, 0.75, 0.9)
     """sweep: probabilities q of a full-rank period."""
     periods: tuple[int, ...] = (5, 20, 100, 500)
     """sweep: periods K, each with every q."""
     ranks: tuple[int, ...] = (4, 8, 12, 16)
-    """sweep: ranks of the projectors; q and K are --probability and --period."""
+    """sweep: ranks of the projectors, at the q and K of `probability` and `period`."""
     out: Path = Path("experiments/results")
-    """Directory: the figure and its JSON file lie in it, those of the sweep in its studies."""
+    """Directory of the figure and its JSON file; the sweep's go into its folder `studies`."""
 
     @property
     def projector_rank(self) -> int:
-        """Columns of every basis."""
+        """The number of columns of every basis."""
         return self.r if self.rank is None else self.rank
 
     @property
     def learning_rate(self) -> float:
-        """The peak, the same for every method: the least that surely reaches, times four.
+        """The peak rate of all methods: four times the smallest rate that reaches the optimum.
 
-        An orthogonalized update moves each singular direction by about the learning rate, and the
-        linear decay makes the way ``learning_rate * steps / 2``. The optimum is ``-D``, at most
-        about ``2 sqrt(n - r)`` away in the spectral norm, and GUM moves towards it in a fraction q
-        of steps.
+        An orthogonalized update moves each singular direction by about the learning rate, so under
+        linear decay a direction travels ``learning_rate * steps / 2``. The optimum is ``-D``, whose
+        spectral norm is about ``2 sqrt(n - r)`` at most, and GUM moves towards it in a fraction q
+        of the steps.
         """
+        # 4 x distance / (fraction of steps x distance travelled at rate 1)
         return 4 * 2 * (self.n - self.r) ** 0.5 / (self.probability * self.steps / 2)
 
 
 def methods(config: Config) -> dict[str, Callable[[jax.Array], optax.GradientTransformation]]:
-    """The directions compared, each from a random key, without learning rate."""
+    """Returns the methods compared: by name, a function from a random key to a transformation.
+
+    The transformations have no learning rate; `relative_gap` applies the same one to all.
+    """
 
     def low_rank_muon(
         residual: residuals.Residual, projector: Any = projectors.svd
@@ -100,6 +105,7 @@ def methods(config: Config) -> dict[str, Callable[[jax.Array], optax.GradientTra
             )
         )
 
+    # GoLore projects on random subspaces after half of the run, when the gradient is mostly noise.
     golore = projectors.switch(projectors.svd, projectors.random_orthonormal, config.steps // 2)
     return {
         "Muon": lambda key: optax.contrib.scale_by_muon(nesterov=False),
@@ -117,6 +123,7 @@ def relative_gap(
     Returns:
       ``[steps + 1]``: ``(f(X_t) - f*) / (f(X_0) - f*)``, with X_0 = 0 and f* = -1/2 ||D||^2.
     """
+    # 1. The problem of this seed. D fills the signal's rows and columns, C the remaining diagonal.
     signal = config.n - config.r
     problem_key, noise_key, draw_key = jax.random.split(jax.random.key(seed), 3)
     d = jax.random.normal(problem_key, (signal, signal))
@@ -127,9 +134,11 @@ def relative_gap(
         return 0.5 * jnp.sum(x[:signal] ** 2) + jnp.sum(b * x)
 
     def gap(x: Any) -> jax.Array:
-        # f(X) - f* by completing the square: the difference of the two would round to 1e-7.
+        # f(X) - f* = 1/2 ||A X + [D 0]||^2 by completing the square. In float32 the difference of
+        # f(X) and f* has an error of about 1e-7 of the start, and showed negative gaps.
         return 0.5 * jnp.sum((x + b)[:signal] ** 2)
 
+    # 2. The optimizer, with a linear decay to zero over the run.
     tx = optax.chain(
         direction(draw_key),
         optax.scale_by_learning_rate(
@@ -137,6 +146,7 @@ def relative_gap(
         ),
     )
 
+    # 3. The run: one scan over the signs of the noise, `[steps]`.
     def step(carry: Any, noise: jax.Array) -> tuple[Any, jax.Array]:
         x, state = carry
         updates, state = tx.update(jax.grad(f)(x) + noise * config.sigma * c, state, x)
@@ -150,22 +160,23 @@ def relative_gap(
 
 
 def run(config: Config) -> dict[str, np.ndarray]:
-    """Runs every method on every seed: method -> ``[seeds, steps + 1]`` relative gaps."""
+    """Runs all methods on all seeds; returns by method the relative gaps ``[seeds, steps + 1]``."""
     return {name: relative_gaps(direction, config) for name, direction in methods(config).items()}
 
 
 def relative_gaps(
     direction: Callable[[jax.Array], optax.GradientTransformation], config: Config
 ) -> np.ndarray:
-    """Runs one method on every seed: ``[seeds, steps + 1]``."""
-    # lax.map, not vmap: vmap would turn the optimizer's conditionals into computing both branches.
+    """Runs one method on all seeds; returns relative gaps ``[seeds, steps + 1]``."""
+    # lax.map instead of vmap, which turns the optimizer's conditionals into selections that compute
+    # both branches: bases would be refreshed at every step.
     every = jax.jit(partial(jax.lax.map, partial(relative_gap, direction, config)))
     return np.asarray(every(jnp.arange(config.seeds)))
 
 
 def plot(gaps: dict[str, np.ndarray], config: Config, path: Path) -> None:
-    """Draws the median over seeds and the band from the least to the largest."""
-    # Line styles serve black and white.
+    """Draws the median over seeds and the band from minimum to maximum."""
+    # The line styles tell the methods apart in black and white.
     lines = {"Muon": ":", "GaLore-Muon": "--", "GoLore-Muon": "-.", "GUM": "-"}
     colours = {style.name: style.colour for style in STYLES.values()}
     figure, axes = plt.subplots(figsize=(6.4, 4.0), constrained_layout=True)
@@ -193,7 +204,7 @@ def plot(gaps: dict[str, np.ndarray], config: Config, path: Path) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs the parts that are asked for, each of which writes its results and figure."""
+    """Runs the parts in `parts`, each of which writes its results and figure; returns 0."""
     config = cli.parse(Config, PROGRAM, arguments)
     for part in config.parts:
         PARTS[part](config)
@@ -201,7 +212,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def figure(config: Config) -> None:
-    """Figure 1: every method on every seed."""
+    """Reproduces Figure 1 with all methods and seeds; writes and prints the final gaps."""
     start = time.perf_counter()
     gaps = run(config)
     config.out.mkdir(parents=True, exist_ok=True)
@@ -212,10 +223,10 @@ def figure(config: Config) -> None:
         learning_rate=config.learning_rate,
         final_relative_gap={name: values[:, -1].tolist() for name, values in gaps.items()},
     )
-    print(f"{'method':<12}  final gap / gap at the start: median [least, largest]")
+    print(f"{'method':<12}  final gap / gap at the start: median (min to max)")
     for name, values in gaps.items():
         last = values[:, -1]
-        print(f"{name:<12}  {np.median(last):.2e} [{last.min():.2e}, {last.max():.2e}]")
+        print(f"{name:<12}  {np.median(last):.2e} ({last.min():.2e} to {last.max():.2e})")
     print(
         f"{config.seeds} seeds in {time.perf_counter() - start:.0f} s; "
         f"figure: {config.out / 'counterexample.png'}"
@@ -223,8 +234,9 @@ def figure(config: Config) -> None:
 
 
 def sweep(config: Config) -> None:
-    """GUM over q and K; GUM and GaLore-Muon over the rank of the projectors."""
+    """Sweeps q and K for GUM, and the rank of the projectors for GUM and GaLore-Muon."""
     path = config.out / "studies" / "counterexample.json"
+    # q and K vary at one rank of the projectors; the rank varies at one q and K.
     draws, ranks = by_draw(config), by_rank(config)
     reporting.write(path, config, draws=draws, ranks=ranks)
     head = ("method", "q", "K", "rank", "median", "least", "largest")
@@ -238,7 +250,7 @@ def sweep(config: Config) -> None:
 
 
 def by_draw(config: Config) -> list[dict[str, Any]]:
-    """GUM with every q and K."""
+    """Runs GUM with every pair of q and K."""
     return [
         final("GUM", dataclasses.replace(config, probability=q, period=period))
         for q in config.probabilities
@@ -247,7 +259,7 @@ def by_draw(config: Config) -> list[dict[str, Any]]:
 
 
 def by_rank(config: Config) -> list[dict[str, Any]]:
-    """GUM and GaLore-Muon with every rank."""
+    """Runs GUM and GaLore-Muon with every rank."""
     return [
         final(method, dataclasses.replace(config, rank=rank))
         for method in ("GUM", "GaLore-Muon")
@@ -256,7 +268,7 @@ def by_rank(config: Config) -> list[dict[str, Any]]:
 
 
 def final(method: str, config: Config) -> dict[str, Any]:
-    """The last relative gap of one method with one setting: every seed's, median and range."""
+    """Returns the last relative gaps of one method and setting: all seeds, median and range."""
     direction = methods(config)[method]
     gaps = relative_gaps(direction, config)[:, -1]
     return {
@@ -275,19 +287,22 @@ def final(method: str, config: Config) -> dict[str, Any]:
 def draw(
     config: Config, draws: list[dict[str, Any]], ranks: list[dict[str, Any]], path: Path
 ) -> Path:
-    """Draws median and range of the final gap: over K for each q, and over the rank."""
+    """Draws the median and range of the final gap: against K for each q, and against the rank."""
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(8.6, 4.0), layout="constrained", sharey=True
     )
     for i, q in enumerate(config.probabilities):
+        # Each series is shifted by 4 % on the logarithmic axis, so that error bars do not overlap.
         _series(left, [row for row in draws if row["q"] == q], "K", f"q = {q:g}", i, apart=1.04)
     for i, method in enumerate(("GUM", "GaLore-Muon")):
         _series(right, [row for row in ranks if row["method"] == method], "rank", method, 4 * i)
     left.set(xlabel="period K", ylabel="final gap / gap at the start", xscale="log")
+    # Label the periods of the sweep only; a logarithmic axis would add ticks of its own.
     left.set_xticks(config.periods, config.periods, minor=False)
     left.set_xticks([], minor=True)
     left.set(yscale="log", ylim=(_FLOOR / 3, 9))
     left.set_title("GUM: median and range over seeds", fontsize="medium")
+    # GaLore-Muon needs a rank above this line: a basis as wide as the noise holds no signal.
     right.axvline(
         config.r, color=COLOURS[-1], linewidth=1, linestyle=":", label="rank of the noise"
     )
@@ -306,8 +321,9 @@ def draw(
 def _series(
     axes: Axes, rows: list[dict[str, Any]], x: str, label: str, i: int, apart: float = 1.0
 ) -> None:
-    """Medians with ranges; each series is a factor `apart` from the one before, to be seen."""
+    """Draws medians with ranges; series i is shifted along x by `apart` to the power i - 2."""
     places = [row[x] * apart ** (i - 2) for row in rows]
+    # A gap of zero, which runs do reach, has no logarithm: raise it to the floor of the figure.
     least, middle, largest = (
         np.maximum([row[name] for row in rows], _FLOOR) for name in ("least", "median", "largest")
     )

@@ -1,8 +1,9 @@
 """Gradients at displaced weights, with large batches: `python -m experiments.studies.displaced`.
 
-SAM, extragradient and the past gradient's extrapolation beside the plain gradient, on one model
-with one optimizer and the same batches, at equal steps; the table says how many gradients each
-took. Runs that the result file holds are not repeated: the study goes on where it was stopped.
+Compares SAM, extragradient and extrapolation along the past gradient with the plain gradient, on
+one model with one optimizer and the same batches, for the same number of steps. The table gives the
+gradients per step of each variant. Runs that are in the result file are not repeated, so that the
+study can be interrupted.
 """
 
 import dataclasses
@@ -29,6 +30,8 @@ from experiments.trainer.sweeps import identity, write
 from gum_optax import displaced, displacements
 
 PROGRAM = "experiments.studies.displaced"
+# Variant -> gradients per step. SAM and extragradient compute a second one at displaced weights;
+# the displacement along the past gradient reuses the gradient of the step before.
 GRADIENTS = {"plain": 1, "sam": 2, "extragradient": 2, "past gradient": 1}
 BASE = dataclasses.replace(
     change(Run(), optimizer="muon"), steps=30, batch_size=32, learning_rate=1e-2,
@@ -41,9 +44,9 @@ class Config(Checked):
     """Train with gradients at displaced weights."""
 
     rho: float = option(0.05, positive)
-    """How far SAM moves uphill."""
+    """Norm of SAM's displacement uphill."""
     rate: float = option(0.05, positive)
-    """The extrapolation's own learning rate."""
+    """Learning rate of the extrapolation step, apart from the optimizer's."""
     seeds: tuple[int, ...] = (0,)
     """Seeds of weights and data."""
     out: Path = Path("experiments/results/studies/displaced.json")
@@ -53,8 +56,9 @@ class Config(Checked):
 
 
 def gradient_of(config: Config, name: str, loss: Callable[..., Any]) -> Callable[..., Any]:
-    """(weights, batch, the last gradient) -> (loss, gradient)."""
+    """Returns a function (weights, batch, previous gradient) -> (loss, gradient) of a variant."""
     plain = jax.value_and_grad(loss)
+    # Only this variant reads the previous gradient, w -> w - rate * previous.
     if name == "past gradient":
         ahead = displaced(plain, displacements.along_previous(config.rate))
         return lambda params, batch, last: ahead(params, batch, previous=last)
@@ -67,7 +71,8 @@ def gradient_of(config: Config, name: str, loss: Callable[..., Any]) -> Callable
 
 
 def run(config: Config, name: str, seed: int) -> dict[str, Any]:
-    """One run: the losses of its batches, and the held-out loss at the end."""
+    """Trains one variant; returns the loss of every batch and the final held-out loss."""
+    # 1. Data, model and optimizer: the same for all variants of a seed.
     base = dataclasses.replace(config.base, seed=seed)
     arch, tokens = pretraining.prepare(base)
     batches = data.training_batches(tokens, arch.seq_len, base.batch_size, seed)
@@ -78,6 +83,7 @@ def run(config: Config, name: str, seed: int) -> dict[str, Any]:
     loss = partial(losses.of_windows, static)
     tx, gradient = optimizers.build(base, arch.layers), gradient_of(config, name, losses.mean(loss))
 
+    # 2. One program for a whole step. It overwrites weights, state and the previous gradient.
     @partial(jax.jit, donate_argnums=(0, 1, 2))
     def step(params: Any, opt_state: Any, last: Any, batch: Any) -> Any:
         value, grads = gradient(params, batch, last)
@@ -85,16 +91,18 @@ def run(config: Config, name: str, seed: int) -> dict[str, Any]:
         return optax.apply_updates(params, updates), opt_state, grads, value
 
     params, opt_state = state
+    # 3. Train. Before the first step there is no previous gradient: zero displaces nothing.
     last, values = jax.tree.map(jnp.zeros_like, params), []
     started = time.process_time()
     for _ in range(base.steps):
         params, opt_state, last, value = step(params, opt_state, last, next(batches))
         values.append(float(value))
+    seconds = time.process_time() - started  # of all steps and of compiling them
     return {
         "variant": name, "seed": seed, "rho": config.rho, "rate": config.rate,
         "config": identity(config.base), "losses": values,
         "validation_loss": mean_loss(jax.jit(loss), params, held_out),
-        "processor_seconds": time.process_time() - started,
+        "processor_seconds": seconds,
     }  # fmt: skip
 
 
@@ -102,7 +110,7 @@ def main(arguments: Sequence[str]) -> int:
     """Runs what is missing and prints a table; returns the exit code."""
     config = cli.parse(Config, PROGRAM, arguments)
     entries = json.loads(config.out.read_text()) if config.out.exists() else []
-    # As JSON gives them back.
+    # The round trip through JSON turns tuples into lists, as in the stored entries.
     same = json.loads(
         json.dumps({"rho": config.rho, "rate": config.rate, "config": identity(config.base)})
     )
@@ -118,7 +126,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def table(entries: Sequence[dict[str, Any]]) -> str:
-    """One row for each run."""
+    """Returns a table with one row for each run."""
     return reporting.aligned(
         ("variant", "seed", "gradients per step", "validation loss", "processor seconds"),
         (

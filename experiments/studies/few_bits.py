@@ -1,14 +1,14 @@
-"""What few bits cost momentum and its polar factor: `python -m experiments.studies.few_bits`.
+"""Errors of momentum in few bits, and of NS(momentum): `python -m experiments.studies.few_bits`.
 
-Gradients are those of a run of GUM. Beside it, every storage keeps a full-rank momentum of its own,
-rounded at every step as it would be in training, and one of the projected gradients:
+The gradients are from a run of GUM. Beside the run, every storage keeps two momenta of its own, a
+full-rank one and one of the projected gradients, both rounded at every step as in training:
 
     M <- beta unpack(pack(M)) + G,        R <- beta unpack(pack(R)) + P'G
 
-At some steps they are compared with the momentum in float32: the relative error of M, that of the
-update NS(M), and both of R. Does 4-bit momentum need its top subspace protected, as in GRASP?
-*protected* keeps the leading directions U of each matrix, an eighth of them, in 8 bits, and what is
-outside of them in 4:
+At some steps they are compared with momentum in float32, by the relative errors of M, of the update
+NS(M), and of R and NS(R). Does 4-bit momentum need its leading subspace protected, as GRASP claims?
+*protected* keeps the leading directions U of each matrix, an eighth of them, in 8 bits, and the
+part outside of them in 4:
 
     M = U (U'M) + (M - U U'M)
 """
@@ -34,15 +34,15 @@ from gum_optax import storages
 
 PROGRAM = "experiments.studies.few_bits"
 BETA = 0.95
-SHARE = 8  # of the directions of a matrix, one in so many is protected
+SHARE = 8  # one in so many directions of a matrix is protected
 
 Rounding = Callable[[jax.Array], jax.Array]
-_MEASURED = ("M", "NS(M)", "R", "NS(R)")
+_MEASURED = ("M", "NS(M)", "R", "NS(R)")  # as above: momenta and their polar factors
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Measure what rounding at every step does to momentum and to its polar factor."""
+    """Measure the errors of momentum, and of its polar factor, from rounding at every step."""
 
     every: int = 40
     """Steps between two measurements."""
@@ -55,7 +55,7 @@ class Config:
 
 
 def through(storage: storages.Storage) -> Rounding:
-    """Packs and unpacks an array, as between two steps."""
+    """Returns the rounding of a storage: pack an array and unpack it, as between two steps."""
 
     def rounded(array: jax.Array) -> jax.Array:
         return storages.unpack(storage, storages.pack(storage, array), array)
@@ -64,12 +64,12 @@ def through(storage: storages.Storage) -> Rounding:
 
 
 def protected(array: jax.Array) -> jax.Array:
-    """Matrices [N, m, n], m <= n: the leading directions in 8 bits, the rest in 4."""
-    # U: the leading eigenvectors of M M', which come last.
+    """Rounds matrices ``[N, m, n]``, m <= n: leading directions to 8 bits, all others to 4."""
+    # U: the leading eigenvectors of M M', which `eigh` returns last.
     count = max(1, array.shape[-2] // SHARE)
     directions = jnp.linalg.eigh(array @ array.mT)[1][..., -count:]  # [N, m, count]
-    inside = directions.mT @ array
-    outside = array - directions @ inside
+    inside = directions.mT @ array  # U'M: [N, count, n]
+    outside = array - directions @ inside  # M - U U'M: [N, m, n]
     return directions @ through(storages.int8())(inside) + through(storages.int4())(outside)
 
 
@@ -105,7 +105,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def measured(config: Config) -> Iterator[dict[str, Any]]:
-    """Trains; the errors at each step that is measured."""
+    """Trains, and yields the step and its errors every `every` steps."""
     run = config.base
     arch, tokens = pretraining.prepare(run)
     batches = data.training_batches(tokens, arch.seq_len, run.batch_size, run.seed)
@@ -114,14 +114,17 @@ def measured(config: Config) -> Iterator[dict[str, Any]]:
     momenta: Any = None
     for number in range(run.steps):
         batch = next(batches)
+        # 1. The gradient before the step, then the step of the run itself.
         wide = gradients.by_kind(gradient(state.params, batch))
         state, _ = step(state, batch)
-        # R starts anew at a refresh, with the bases that this step has renewed.
+        # 2. The state after the step holds the bases that it used, which a refresh has renewed. R
+        # starts anew with them.
         bases = gradients.bases(gradients.low_rank_state(state.opt_state))
         found = {
             "full": _float32(wide),
             "low": _float32({k: bases[k].swapaxes(-1, -2) @ wide[k] for k in bases}),
         }
+        # 3. One step of every storage's momenta, from the same gradients.
         if momenta is None:
             momenta = {name: jax.tree.map(jnp.zeros_like, found) for name in ROUNDINGS}
         momenta = _next(momenta, found, number % gradients.period(run) == 0)
@@ -135,9 +138,10 @@ def _float32(tree: gradients.ByKind) -> dict[str, np.ndarray]:
 
 @jax.jit
 def _next(momenta: Any, found: Any, refresh: Any) -> Any:
-    """One step of every momentum; what is compared is the momentum before it is packed."""
+    """Updates every momentum; the result is compared before it is packed, as updates use it."""
 
     def one(name: str, part: str, old: jax.Array, gradient: jax.Array) -> jax.Array:
+        # M <- beta unpack(pack(M)) + G; R forgets its past at a refresh.
         kept = BETA * ROUNDINGS[name](old)
         return gradient + (jnp.where(refresh, 0, kept) if part == "low" else kept)
 
@@ -152,13 +156,14 @@ def _next(momenta: Any, found: Any, refresh: Any) -> Any:
 
 @jax.jit
 def _errors(momenta: Any) -> dict[str, dict[str, jax.Array]]:
-    """Of each storage, the relative errors of M, NS(M), R and NS(R)."""
+    """Returns by storage the relative errors of M, NS(M), R and NS(R)."""
 
     def relative(some: jax.Array, exact: jax.Array) -> jax.Array:
-        norm = partial(jnp.linalg.norm, axis=(-2, -1))
+        norm = partial(jnp.linalg.norm, axis=(-2, -1))  # [N, m, n] -> [N]
         return norm(some - exact) / norm(exact)
 
     def mean(function: Callable[..., jax.Array], some: Any, exact: Any) -> jax.Array:
+        # Over all matrices alike, so kinds with more matrices count more.
         pairs = zip(jax.tree.leaves(some), jax.tree.leaves(exact), strict=True)
         return jnp.concatenate([relative(function(a), function(b)) for a, b in pairs]).mean()
 

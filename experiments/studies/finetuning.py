@@ -1,10 +1,10 @@
 """Fine-tuning, at each optimizer's best rate: `python -m experiments.studies.finetuning`.
 
-Every optimizer has the same examples, steps and grid of learning rates, for all of its parameters.
-With the first seed it goes along the grid until both neighbours of a rate have a larger loss of
-held-out answers; that rate is run with the other seeds. A seed decides the examples, their order
-and the draws; held-out items are the same for all, so limits are of the choice of items alone. Runs
-that the result file holds are not repeated.
+All optimizers have the same examples, steps and grid of learning rates, for all parameters. With
+the first seed, each walks along the grid until both neighbours of a rate have a larger loss of
+held-out answers; that rate is run with the other seeds. A seed fixes the examples, their order and
+the draws. The held-out items are the same for all seeds, so the confidence intervals cover only the
+choice of these items. Runs that are in the result file are not repeated.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 
 from experiments import reporting
 from experiments.reporting import COLOURS, STYLES, Style, save
-from experiments.studies.pretraining import best_rates
+from experiments.studies.pretraining import best_rates, rate_of
 from experiments.trainer import cli, sweeps
 from experiments.trainer.config import change
 from experiments.trainer.evaluation import wilson
@@ -29,7 +29,8 @@ from experiments.trainer.loop import Result
 from experiments.trainer.optimizers import Name
 
 PROGRAM = "experiments.studies.finetuning"
-# GoLore is GaLore until its first refresh after half of the steps: in runs of one period, the same.
+# Without GoLore, which is GaLore until its first refresh after half of the steps: in runs of a
+# single period, as here, it has none.
 OPTIMIZERS: tuple[Name, ...] = ("gum", "adamw", "muon", "galore", "galore_muon")
 BASE = Run(
     run_dir="runs/finetuning", steps=24, seq_len=128, checkpoint_every=1_000_000, log_every=4,
@@ -47,9 +48,9 @@ class Config(sweeps.Sitting):
     optimizers: tuple[Name, ...] = OPTIMIZERS
     """Optimizers to compare."""
     learning_rates: tuple[float, ...] = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
-    """The grid, in rising order."""
+    """The grid, in ascending order."""
     seeds: tuple[int, ...] = (0, 1)
-    """Seeds of examples, their order and draws; the grid uses the first."""
+    """Seeds of examples, their order and draws; the search uses the first."""
     out: Path = Path("experiments/results/studies/finetuning.json")
     """Result file; the figure is beside it."""
     base: Run = dataclasses.field(default_factory=lambda: BASE)
@@ -57,9 +58,9 @@ class Config(sweeps.Sitting):
 
 
 def tune(config: Any, *, show: bool) -> tuple[Result, dict[str, Any]]:
-    """Fine-tunes; an entry keeps the right answers before and after."""
+    """Fine-tunes; returns the result, and the answers and loss that an entry keeps beside it."""
     outcome = finetune(config, show=show)
-    if outcome.after is None:  # the caller sees that it was stopped
+    if outcome.after is None:  # stopped before its last step, which the result tells the caller
         return outcome.result, {}
     assert outcome.loss
     return outcome.result, {
@@ -70,9 +71,10 @@ def tune(config: Any, *, show: bool) -> tuple[Result, dict[str, Any]]:
 
 
 def point(config: Config, optimizer: str, rate: float, seed: int) -> Run:
-    """One run; all begin with the same answers, which the first optimizer's asks for.
+    """Returns the configuration of one run.
 
-    GaLore has GUM's projector, to which a refresh by SVD makes no difference but its minutes.
+    All runs begin with the same weights, so only the first run of the search asks for answers
+    before training. GaLore has GUM's projector: an SVD differs only in the minutes it takes.
     """
     own = {"projector": "subspace_iteration"} if optimizer in ("galore", "galore_muon") else {}
     run = change(
@@ -85,7 +87,8 @@ def point(config: Config, optimizer: str, rate: float, seed: int) -> Run:
 
 
 def grid(config: Config, complete: Complete) -> list[sweeps.Entry]:
-    """Runs with the first seed: two rates for all, then the neighbours of each one's best."""
+    """Searches with the first seed; returns the entries of all runs of the search."""
+    # 1. Begin with the two rates in the middle of the grid, for all optimizers.
     points = {(o, r) for o in config.optimizers for r in _first_rates(config)}
     while True:
         wanted = [
@@ -95,18 +98,20 @@ def grid(config: Config, complete: Complete) -> list[sweeps.Entry]:
             if (optimizer, rate) in points
         ]
         entries = complete(wanted)
+        # 2. Ask for both neighbours of each optimizer's best rate so far.
         further = {
             (optimizer, rate)
             for optimizer, best in best_rates(entries).items()
             for rate in _neighbours(config.learning_rates, best)
         }
+        # 3. Stop once all of them have been run. At an end of the grid there is only one neighbour.
         if further <= points:
             return entries
         points |= further
 
 
 def _first_rates(config: Config) -> Sequence[float]:
-    """The two in the middle."""
+    """Returns the two rates in the middle of the grid."""
     return config.learning_rates[(len(config.learning_rates) - 1) // 2 :][:2]
 
 
@@ -116,9 +121,9 @@ def _neighbours(rates: Sequence[float], rate: float) -> Sequence[float]:
 
 
 def finals(config: Config, best: dict[str, float]) -> list[Run]:
-    """Every optimizer at its best learning rate, with every seed."""
+    """Returns the runs of all optimizers at their best learning rates, with all seeds."""
     return [
-        point(config, optimizer, best[optimizer], seed)
+        point(config, optimizer, rate_of(optimizer, best), seed)
         for seed in config.seeds
         for optimizer in config.optimizers
     ]
@@ -138,27 +143,32 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def finals_of(entries: Sequence[sweeps.Entry]) -> list[sweeps.Entry]:
-    """Of all stored runs like the first, those at each optimizer's best rate of the grid."""
+    """Selects from stored entries the runs at each optimizer's best rate of the search.
+
+    Entries whose other options differ from the first entry's belong to another study and are left
+    out.
+    """
     first = entries[0]["config"]
     varied = {"optimizer", "learning_rate", "seed", "projector"}
     alike = [e for e in entries if all(e["config"][k] == first[k] for k in first.keys() - varied)]
     best = best_rates(e for e in alike if e["config"]["seed"] == first["seed"])
-    return [e for e in alike if e["config"]["learning_rate"] == best[e["config"]["optimizer"]]]
+    return [e for e in alike if e["config"]["learning_rate"] == best.get(e["config"]["optimizer"])]
 
 
 def compare(entries: Sequence[sweeps.Entry]) -> list[dict[str, Any]]:
-    """One row for each optimizer: means over its seeds, and 95 % limits for the choice of items."""
+    """Returns one row per optimizer: means over seeds, and 95 % intervals for held-out items."""
     names = dict.fromkeys(entry["config"]["optimizer"] for entry in entries)
     return [_row(n, [e for e in entries if e["config"]["optimizer"] == n]) for n in names]
 
 
 def before(entries: Sequence[sweeps.Entry]) -> float:
-    """The share of right answers before training."""
+    """Returns the share of right answers before training; NaN if no run asked for them."""
     return next((e["before"]["share"] for e in entries if e["before"]), float("nan"))
 
 
 def _row(optimizer: str, entries: Sequence[sweeps.Entry]) -> dict[str, Any]:
-    # All seeds answer the same items: more seeds do not make more of them.
+    # All seeds answer the same items, so the sample of the Wilson interval is `items` and does not
+    # grow with the number of seeds.
     items = entries[0]["after"]["of"]
     shares = [e["after"]["share"] for e in entries]
     share = float(np.mean(shares))
@@ -174,7 +184,7 @@ def _row(optimizer: str, entries: Sequence[sweeps.Entry]) -> dict[str, Any]:
         "loss": float(np.mean(losses)),
         "loss_interval": (last["low"], last["high"]),  # of the last seed
         "state_bytes": entries[0]["state_bytes"],
-        # Other work on the machine only adds to it.
+        # The minimum over seeds: other work on the machine can only slow a run down.
         "seconds_per_step": min(e["seconds_per_step"] for e in entries),
     }
 
@@ -182,7 +192,7 @@ def _row(optimizer: str, entries: Sequence[sweeps.Entry]) -> dict[str, Any]:
 def show(
     config: Config, tuned: Sequence[sweeps.Entry], found: Sequence[sweeps.Entry], asked: float
 ) -> None:
-    """Prints the grid, and the comparison."""
+    """Prints the search along the grid, then the comparison at the best rates."""
     by_point = {(e["config"]["optimizer"], e["config"]["learning_rate"]): e for e in tuned}
 
     def cell(optimizer: str, rate: float) -> str | None:
@@ -194,7 +204,7 @@ def show(
         )
 
     reporting.table(
-        f"Loss of held-out answers, and share of right ones, by learning rate, {config.base.task}",
+        f"Loss of held-out answers (share of right answers) by learning rate, {config.base.task}",
         ("optimizer", *(f"{rate:g}" for rate in config.learning_rates)),
         ((o, *(cell(o, rate) for rate in config.learning_rates)) for o in config.optimizers),
     )
@@ -202,7 +212,8 @@ def show(
     reporting.table(
         f"{config.base.model} on {config.base.task}: {config.base.steps} steps, "
         f"{len(config.seeds)} seeds, right before: {asked:.1%}",
-        ("optimizer", "rate", "right", "95 % limits", "loss", "its limits", "state MiB", "s/step"),
+        ("optimizer", "rate", "right", "95 % interval", "loss", "95 % interval", "state MiB",
+         "s/step"),
         (
             (STYLES[row["optimizer"]].name, row["learning_rate"], f"{row['share']:.1%}",
              "{:.1%} to {:.1%}".format(*row["interval"]), row["loss"],
@@ -214,7 +225,7 @@ def show(
 
 
 def draw(config: Config, found: Sequence[sweeps.Entry], asked: float) -> Path:
-    """Draws the loss of held-out answers over steps, and right answers over bytes of state."""
+    """Draws the loss of held-out answers against steps, and right answers against state bytes."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(8.6, 4.0), layout="constrained")
     for optimizer in config.optimizers:
         style = STYLES[optimizer]
@@ -232,11 +243,11 @@ def draw(config: Config, found: Sequence[sweeps.Entry], asked: float) -> Path:
     )  # fmt: skip
     left.set_xticks([step for step, _ in found[0]["curve"]])
     left.set(xlabel="step", ylabel="loss of held-out answers (nats per token)", ylim=(0, None))
-    left.set_title("mean of the seeds", fontsize="medium")
+    left.set_title("mean over seeds", fontsize="medium")
     left.legend(frameon=False, fontsize="small")
     right.legend(frameon=False, fontsize="small")
     right.set(xlabel="optimizer state (MiB)", ylabel="right answers", ylim=(0, 1))
-    right.set_title("and 95 % limits for the choice of items", fontsize="medium")
+    right.set_title("mean over seeds, 95 % interval", fontsize="medium")
     for axes in (left, right):
         axes.grid(alpha=0.3)
     return save(figure, config.out)

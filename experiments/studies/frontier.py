@@ -1,12 +1,12 @@
 """Loss against bytes of state, over many periods: `python -m experiments.studies.frontier`.
 
-Which rule for the residual brings low-rank memory to the loss of full-rank Muon? Every contender
-has its own learning rate for the hidden matrices: it is searched along one grid on the first corpus
-and one seed, until both neighbours of the best are worse. Then each is run at full length with that
-rate on several seeds and all corpora. Embedding, head and norms have the same AdamW at one rate.
+Which residual rule reaches the loss of full-rank Muon with low-rank memory? Each contender has its
+own learning rate for the hidden matrices. A search along a grid, on the first corpus and one seed,
+finds the rate whose two neighbours are both worse. Each contender then trains at full length with
+that rate, on all seeds and corpora. Embedding, head and norms have the same AdamW at one rate.
 
-It takes hours, and goes on where it was stopped: finished runs are in the result file, others
-continue from their last checkpoint.
+The study takes hours and can be interrupted: finished runs are read from the result file, others
+resume from their last checkpoint.
 
     python -m experiments.studies.frontier --budget-minutes 60
 """
@@ -46,7 +46,14 @@ BASE = Run(
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """One method: how it is called, its options, where the search begins, and of which rate."""
+    """One method of the comparison.
+
+    Attributes:
+      name: its label in tables and figures.
+      options: the options of a run that select it.
+      rate: the learning rate at which the search begins.
+      tuned: the option that the search varies.
+    """
 
     name: str
     options: dict[str, Any]
@@ -55,27 +62,29 @@ class Contender:
 
 
 def _muon(residual: str, full_rank: int = 0, **more: Any) -> dict[str, Any]:
-    """Low-rank Muon with a rule for the residual."""
+    """Options of low-rank Muon with a residual rule and `full_rank` slots."""
     return {"optimizer": "gum", "residual": residual, "full_rank_layers": full_rank, **more}
 
 
 def _turned(**more: Any) -> dict[str, Any]:
-    """With the columns of the residual; a refresh turns momentum into the new basis."""
+    """Options with the column-normalized residual; a refresh rotates momentum to the new basis."""
     return _muon("columns", restart="rotate", **more)
 
 
 def _adam(optimizer: str, **more: Any) -> dict[str, Any]:
-    # Bases of an SVD train no better, and take an accelerator minutes.
+    # Power iteration replaces the SVD of these methods' papers: bases by SVD train no better and
+    # take an accelerator minutes.
     return {"optimizer": optimizer, "projector": "subspace_iteration", **more}
 
 
 def _with_fallback(name: str, fallback: str, rate: float) -> Contender:
-    """Muon at its best rate, whose embedding, head and norms have something else than AdamW."""
+    """Muon at its best rate, with a fallback other than AdamW whose own rate is searched."""
     options = {"optimizer": "muon", "learning_rate": 3e-3, "fallback": fallback}
     return Contender(f"Muon, {name}", options, rate, "fallback_learning_rate")
 
 
-# In the order in which they are run, the decisive ones first.
+# The order of the runs: a study cut short has compared the decisive contenders. Question 1: which
+# residual rule? Muon in few bits is the rival that saves bytes by precision instead of rank.
 CONTENDERS = {
     key: Contender(name, options, rate)
     for key, name, rate, options in (
@@ -115,19 +124,19 @@ CONTENDERS = {
         ("rows", "low-rank Muon + rows", 3e-3, _muon("rows")),
         ("plain", "low-rank Muon + residual", 3e-3, _muon("plain")),
         ("galore", "GaLore", 1e-3, _adam("galore")),
-        # Question 2: is it the draw?
+        # Question 2: how many layers to draw?
         ("gum_1", "GUM, 1 layer drawn", 3e-3, _muon("sampled", 1)),
         ("gum_4", "GUM, half of the layers drawn", 3e-3, _muon("sampled", 4)),
         ("columns_slots_1", "GUM additive + columns, 1 layer drawn", 3e-3, _muon("columns", 1)),
         ("columns_slots_4", "GUM additive + columns, half drawn", 3e-3, _muon("columns", 4)),
-        # Question 3: staleness.
+        # Question 3: does an old basis cost loss?
         ("galore_20", "GaLore-Muon, K = 20", 3e-3, _muon("drop", period=20)),
         ("galore_1000", "GaLore-Muon, K = 1000", 3e-3, _muon("drop", period=1000)),
         ("gum_20", "GUM, K = 20", 3e-3, _muon("sampled", 2, period=20)),
         ("gum_1000", "GUM, K = 1000", 3e-3, _muon("sampled", 2, period=1000)),
     )
 } | {
-    # What may train embedding, head and norms with less state than AdamW's.
+    # Question 4: which fallback with less state than AdamW keeps the loss?
     f"fallback_{fallback}": _with_fallback(name, fallback, rate)
     for fallback, name, rate in (
         ("adamw8", "8-bit AdamW for the rest", 1e-2),
@@ -143,34 +152,35 @@ class Config(sweeps.Sitting):
     """Tune every contender on the same grid, then compare them over many periods."""
 
     contenders: tuple[str, ...] = tuple(CONTENDERS)
-    """Which to compare, by their names in this module."""
+    """Contenders to compare, by their keys in this module."""
     factor: float = 2.0
-    """Ratio of neighbouring learning rates of the grid."""
+    """Ratio of neighbouring learning rates in the grid."""
     first: int = 0
-    """Where in the grid a search begins, counted from each contender's own rate: -1 is half of it.
-    Larger models want smaller rates."""
+    """Grid point at which the search begins, counted from each contender's own rate: -1 is half of
+    that rate at the default `factor`. Larger models need smaller rates."""
     tuning_steps: int = TUNING_STEPS
-    """Steps of a run of the search."""
+    """Steps of each run of the search."""
     tuning_runs: Literal["first", "all"] = "first"
-    """Runs by which the search judges a rate: that of the first seed on the first corpus, or the
-    mean over all seeds and corpora."""
+    """Runs that judge a rate: first: the first seed on the first corpus; all: the mean over all
+    seeds and corpora."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of weights, data order and draws."""
     corpora: tuple[str, ...] = ("stdlib", "runs/sotu")
-    """What to read, each on its own."""
+    """Corpora, each of which is trained on separately."""
     together: bool = False
-    """Train the runs of a contender in one program, for an accelerator: jobs have no effect."""
+    """Train all runs of a contender in one program, for an accelerator; `jobs` has no effect."""
     out: Path = Path("experiments/results/studies/frontier.json")
     """Result file; the figure is beside it."""
     base: Run = dataclasses.field(default_factory=lambda: BASE)
     """All other options of a run, as in experiments.pretrain."""
 
 
+# Runs what is missing and returns the entries of all runs, in their order.
 Complete = Callable[[Sequence[Run]], list[sweeps.Entry]]
 
 
 def point(config: Config, key: str, rate: float, seed: int, corpus: str, steps: int) -> Run:
-    """One run of a contender."""
+    """Returns the configuration of one run of a contender."""
     chosen = CONTENDERS[choose("contenders", key, CONTENDERS)]
     options = chosen.options | {chosen.tuned: rate}
     run = change(config.base, seed=seed, corpus=(corpus,), steps=steps, **options)
@@ -178,7 +188,7 @@ def point(config: Config, key: str, rate: float, seed: int, corpus: str, steps: 
 
 
 def trials(config: Config, key: str, rate: float) -> list[Run]:
-    """The runs by which the search judges a rate of a contender."""
+    """Returns the runs whose mean loss judges a rate of a contender."""
     some = slice(1 if config.tuning_runs == "first" else None)
     return [
         point(config, key, rate, seed, corpus, config.tuning_steps)
@@ -188,21 +198,27 @@ def trials(config: Config, key: str, rate: float) -> list[Run]:
 
 
 def rate_at(config: Config, key: str, index: int) -> float:
-    """The learning rate of a contender's grid, by its distance from the start, in four digits."""
+    """Returns point `index` of a contender's grid, ``rate * factor**index``, to four digits."""
     return float(f"{CONTENDERS[key].rate * config.factor**index:.4g}")
 
 
 def search(config: Config, complete: Complete) -> dict[str, float]:
-    """By contender, the best rate of the grid, whose neighbours are both worse.
+    """Finds each contender's best rate of the grid, whose neighbours are both worse.
 
-    In every round each contender asks for what it still lacks, so that their runs share the cores.
+    All contenders search in the same rounds, so that their runs share the cores.
+
+    Raises:
+      ConfigError: no learning rate of a contender ended with a finite loss.
     """
+    # Contender -> grid point -> mean validation loss
     found: dict[str, dict[int, float]] = {key: {} for key in config.contenders}
     while missing := [
         (key, i) for key, losses in found.items() for i in _next(losses, config.first)
     ]:
+        # 1. Run all rates that this round lacks as one set.
         asked = [trials(config, key, rate_at(config, key, i)) for key, i in missing]
         entries = iter(complete([run for some in asked for run in some]))
+        # 2. Entries come in the order of the runs. A rate that diverged counts as infinitely bad.
         for (key, i), some in zip(missing, asked, strict=True):
             loss = statistics.mean(next(entries)["validation_loss"] for _ in some)
             found[key][i] = loss if math.isfinite(loss) else math.inf
@@ -210,21 +226,24 @@ def search(config: Config, complete: Complete) -> dict[str, float]:
     return {key: rate_at(config, key, index) for key, index in best.items()}
 
 
-_HOPELESS = 8  # points of the grid, all without a finite loss, after which the search gives up
+_HOPELESS = 8  # the search gives up after more grid points than this, all of which diverged
 
 
 def _next(losses: dict[int, float], first: int) -> list[int]:
-    """The points of the grid to try next; none if both neighbours of the best are there."""
+    """Returns the grid points to try next; none once both neighbours of the best are known."""
     if not losses:
         return [first - 1, first, first + 1]
     best = min(losses, key=losses.__getitem__)
     if losses[best] == math.inf and len(losses) > _HOPELESS:
-        raise ConfigError(f"`contenders`: no run of {len(losses)} learning rates ended finite")
+        raise ConfigError(
+            f"`contenders`: one has no finite loss at any of {len(losses)} learning rates; "
+            "a lower `first` begins the search at smaller ones"
+        )
     return [i for i in (best - 1, best + 1) if i not in losses]
 
 
 def finals(config: Config, best: dict[str, float], corpus: str) -> list[Run]:
-    """Every contender at its best rate, at full length, seed by seed."""
+    """Returns the runs of all contenders at their best rates and full length, seed by seed."""
     return [
         point(config, key, best[key], seed, corpus, config.base.steps)
         for seed in config.seeds
@@ -233,11 +252,12 @@ def finals(config: Config, best: dict[str, float], corpus: str) -> list[Run]:
 
 
 def hidden_bytes(run: Run) -> int:
-    """Bytes of optimizer state that belong to the hidden matrices: all but the fallback's."""
+    """Returns the bytes of optimizer state of the hidden matrices, without the fallback's."""
     arch = architecture(run)
     params = _shapes(arch)
     kinds: Any = rest.matrix_or_rest(params)
-    # With AdamW as the fallback, which keeps two moments of each other weight.
+    # Count the whole state under AdamW as the fallback, whose share is known: two moments for each
+    # weight outside the hidden matrices.
     run = dataclasses.replace(run, fallback="adamw")
     state = jax.eval_shape(optimizers.build(run, arch.layers).init, params)
     others = sum(
@@ -250,19 +270,19 @@ def hidden_bytes(run: Run) -> int:
 
 @functools.cache
 def _shapes(arch: presets.Architecture) -> llama.Params:
-    """The parameters of a model as shapes; all contenders have the same."""
+    """Returns the parameters of a model as shapes; all contenders share them."""
     return jax.eval_shape(lambda: llama.create(arch)[1])
 
 
 def compare(config: Config, entries: Sequence[sweeps.Entry]) -> list[dict[str, Any]]:
-    """One row for each contender, over its seeds, the least loss first."""
+    """Returns one row for each contender, summarized over its seeds, in order of the mean loss."""
     of = _by_contender(config, entries)
     goals = {name: _losses(of[name]) for name in ("adamw", "muon") if name in of}
     return sorted((_row(key, found, goals) for key, found in of.items()), key=lambda r: r["loss"])
 
 
 def _by_contender(config: Config, entries: Sequence[sweeps.Entry]) -> dict[str, list[sweeps.Entry]]:
-    """The entries of `finals`, whose order they have."""
+    """Sorts entries by contender; they are in the order of `finals`."""
     keys = list(config.contenders) * len(config.seeds)
     return {
         key: [entry for name, entry in zip(keys, entries, strict=True) if name == key]
@@ -279,7 +299,7 @@ def _row(
 ) -> dict[str, Any]:
     losses = _losses(entries)
     run = from_record(Run, entries[0]["config"])
-    # Runs of one program share its seconds, and none has seconds of its own.
+    # Runs that were trained in one program have only the program's seconds in common.
     alone = [entry["seconds_per_step"] for entry in entries if "together" not in entry]
     row: dict[str, Any] = {
         "contender": key,
@@ -291,9 +311,10 @@ def _row(
         "seconds_per_step": statistics.median(alone) if alone else None,
     }
     for goal, reference in goals.items():
-        # By pairs: most of what seeds change, they change under every method.
+        # Paired by seed: most of the variation between seeds is the same under every method.
         apart = [loss - other for loss, other in zip(losses, reference, strict=True)]
         row |= {f"above_{goal}": statistics.mean(apart), f"apart_{goal}": _deviation(apart)}
+        # A contender reaches the goal if every one of its seeds does.
         reached = [steps_to(entry["curve"], statistics.mean(reference)) for entry in entries]
         whole = [steps for steps in reached if steps is not None]
         row[f"steps_to_{goal}"] = statistics.mean(whole) if len(whole) == len(reached) else None
@@ -311,6 +332,7 @@ def main(arguments: Sequence[str]) -> int:
     if config.together:
         ends = sweeps.deadline_in(config.budget_minutes)
         complete = partial(together.complete, out=config.out, deadline=ends)
+    # 1. Tune each contender.  2. Compare them at full length.  3. Report.
     best = search(config, complete)
     found = {corpus: complete(finals(config, best, corpus)) for corpus in config.corpora}
     show(config, found)
@@ -336,10 +358,11 @@ def show(config: Config, found: dict[str, list[sweeps.Entry]]) -> None:
 
 
 def draw(config: Config, found: dict[str, list[sweeps.Entry]]) -> Path:
-    """Draws, for each corpus, last losses over the hidden matrices' bytes: mean and range."""
+    """Draws a panel per corpus: final loss (mean, min to max) against bytes of hidden matrices."""
     figure, axes = plt.subplots(
         1, len(found), figsize=(4.8 * len(found), 4.8), layout="constrained", squeeze=False
     )
+    # AdamW's bytes are the unit of the axis; rate, seed and steps do not matter for them.
     whole = hidden_bytes(point(config, "adamw", 1.0, 0, config.corpora[0], 1))
     for each, (corpus, entries) in zip(axes[0], found.items(), strict=True):
         of = _by_contender(config, entries)
@@ -347,7 +370,7 @@ def draw(config: Config, found: dict[str, list[sweeps.Entry]]) -> Path:
             losses = _losses(of[row["contender"]])
             style = _style(config, row["contender"])
             each.errorbar(
-                # No bytes have no logarithm: they are drawn at the left edge.
+                # Zero bytes (SCALE) have no logarithm; they are drawn at the left edge.
                 max(100 * row["hidden_bytes"] / whole, _LEFT), row["loss"],
                 yerr=[[row["loss"] - min(losses)], [max(losses) - row["loss"]]],
                 fmt=style.marker, color=style.colour, capsize=3, label=style.name,
@@ -365,11 +388,11 @@ def draw(config: Config, found: dict[str, list[sweeps.Entry]]) -> Path:
     return save(figure, config.out)
 
 
-_LEFT = 0.8  # per cent
+_LEFT = 0.8  # per cent: the position of zero bytes, left of the smallest share (100 / 64)
 
 
 def _style(config: Config, key: str) -> Style:
-    """That of the optimizer of this name, or one that no optimizer has."""
+    """Returns the optimizer's style, or for other contenders one that no optimizer has."""
     if key in STYLES:
         return STYLES[key]._replace(name=CONTENDERS[key].name)
     taken = {(style.colour, style.marker) for style in STYLES.values()}
@@ -379,6 +402,7 @@ def _style(config: Config, key: str) -> Style:
         for shift in range(len(filled))
         for i, colour in enumerate(COLOURS)
     ]
+    # Go through the palette before a marker repeats: neighbours differ in colour and in marker.
     free = [each for each in free if each not in taken]
     place = [each for each in config.contenders if each not in STYLES].index(key)
     return Style(CONTENDERS[key].name, *free[place % len(free)])

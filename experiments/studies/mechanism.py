@@ -1,18 +1,19 @@
-"""What each part of an update is worth, along a run: `python -m experiments.studies.mechanism`.
+"""The gain of each part of an update, along a run: `python -m experiments.studies.mechanism`.
 
-The run is low-rank Muon whose residual is column-normalized, without momentum. At some of its steps
-the held-out loss is computed after the hidden matrices alone have moved, by
+The run is low-rank Muon with a column-normalized residual, which has no momentum. At some of its
+steps, the held-out loss is computed after the hidden matrices alone have moved along
 
 - *low rank*: P times the update of the projected momentum,
 - *residual*: the normalized residual of this one batch,
 - *both*: the update of the run,
-- *residual with momentum*: what full-rank momentum has outside of the bases, orthogonalized: the
-  directions that GaLore-Muon is missing, at the size of the residual,
+- *residual with momentum*: the part of full-rank momentum outside of the bases, orthogonalized: the
+  directions that GaLore-Muon leaves out, at the size of the residual,
 - *Muon*: full-rank momentum, orthogonalized.
 
-The last two follow a momentum of the run's own gradients that the run itself does not use. All have
-the learning rate of their step, so that what they gain can be compared. A gain of one step is not
-progress: a step along a valley gains less at once than one down its walls.
+The last two use a momentum of the run's gradients that is kept for the measurement alone. All
+directions have the learning rate of their step, so that their gains can be compared. The gain of a
+single step is not progress: a step along the floor of a valley gains less at once than one down its
+walls.
 """
 
 import dataclasses
@@ -44,10 +45,10 @@ PARTS = ("low rank", "residual", "both", "residual with momentum", "Muon")
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Measure what each part of low-rank Muon's update gains, with columns of the residual."""
+    """Measure the gain of each part of low-rank Muon's update with a column-normalized residual."""
 
     every: int = 40
-    """Steps between two measurements, the first one before the first step."""
+    """Steps between two measurements, the first of which precedes the first step."""
     out: Path = Path("experiments/results/studies/mechanism.json")
     """Result file; the figure is beside it."""
     base: Run = dataclasses.field(
@@ -60,11 +61,11 @@ class Config:
 
 
 class Matrix(NamedTuple):
-    """A hidden matrix ``[m, n]``, turned so that m <= n: arrays in float64."""
+    """A hidden matrix, transposed where needed so that m <= n; arrays are float64."""
 
-    gradient: np.ndarray
-    momentum: np.ndarray
-    basis: np.ndarray
+    gradient: np.ndarray  # [m, n]
+    momentum: np.ndarray  # [m, n]
+    basis: np.ndarray  # [m, r]
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -86,7 +87,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def measured(config: Config) -> Iterator[dict[str, Any]]:
-    """Trains; what is found before each step that is measured."""
+    """Trains, and yields a row for each measured step, at the weights before it."""
     run = config.base
     arch, tokens = pretraining.prepare(run)
     batches = data.training_batches(tokens, arch.seq_len, run.batch_size, run.seed)
@@ -95,7 +96,8 @@ def measured(config: Config) -> Iterator[dict[str, Any]]:
     loss = partial(losses.of_windows, static)
     evaluate = jax.jit(loss)
     rate: Any = schedules.schedule(run)
-    # As good as no residual at all, with the same state.
+    # Two optimizers share one state. With a scale of 1e-20 the first is as good as without the
+    # residual; the difference of their updates is the residual's part.
     alone = optimizers.build(change(run, residual_scale=1e-20), arch.layers)
     whole = optimizers.build(run, arch.layers)
 
@@ -105,17 +107,20 @@ def measured(config: Config) -> Iterator[dict[str, Any]]:
         grads = optax.clip_by_global_norm(run.clip_norm).update(grads, optax.EmptyState())[0]
         low = alone.update(grads, state.opt_state, state.params)[0]
         updates, opt_state = whole.update(grads, state.opt_state, state.params)
+        # M <- 0.95 M + G at full rank, for the measurement alone.
         momentum = jax.tree.map(lambda m, g: 0.95 * m + g, momentum, grads)
         params: Any = optax.apply_updates(state.params, updates)
         return State(params, opt_state), grads, momentum, low, updates
 
     momentum = jax.tree.map(jnp.zeros_like, state.params)
     for number in range(run.steps):
+        # 1. The step of the run. Gains are measured at the weights before it.
         old, before = state, momentum
         state, grads, momentum, low, updates = step(state, momentum, next(batches))
         if number % config.every:
             continue
         bases = gradients.bases(gradients.low_rank_state(state.opt_state))
+        # 2. The directions to compare, from this step's gradient, momentum and bases.
         found = _hidden(old.params, grads, momentum, bases)
         directions = {
             "low rank": low,
@@ -126,11 +131,13 @@ def measured(config: Config) -> Iterator[dict[str, Any]]:
             ),
             "Muon": orthogonalized(old.params, found, float(rate(number)), outside=False),
         }
+        # 3. The gain of each: held-out loss before minus after.
         start = loop.mean_loss(evaluate, old.params, held_out)
         gains = {
             part: start - loop.mean_loss(evaluate, _along(old.params, direction), held_out)
             for part, direction in directions.items()
         }
+        # 4. The momentum before this step: the batch that is compared with it must not be in it.
         past = _hidden(old.params, grads, before, bases)
         yield {"step": number, "loss": start, "rate": float(rate(number)), "gains": gains} | {
             "outside": _outside(found),
@@ -144,9 +151,9 @@ def measured(config: Config) -> Iterator[dict[str, Any]]:
 def _hidden(
     params: Params, grads: Params, momentum: Params, bases: gradients.ByKind
 ) -> dict[str, Matrix]:
-    """The hidden matrices, by their paths; bases of a kind are in the order of the layers."""
+    """Returns the hidden matrices by path; the bases of a kind are in the order of the layers."""
     found: dict[str, Matrix] = {}
-    seen: dict[str, int] = {}
+    seen: dict[str, int] = {}  # kind -> index of its last layer so far
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]
     for (path, _), g, m in zip(
         leaves, jax.tree.leaves(grads), jax.tree.leaves(momentum), strict=True
@@ -162,7 +169,10 @@ def _hidden(
 def orthogonalized(
     params: Params, found: dict[str, Matrix], rate: float, *, outside: bool
 ) -> Params:
-    """The step of orthogonalized momentum, of all of it or of its part outside of the bases."""
+    """Returns the step of orthogonalized momentum: all of it, or its part outside of the bases.
+
+    The polar factor is exact, by a float64 SVD, and scaled to AdamW's size as in the run.
+    """
 
     def one(path: Any, leaf: jax.Array) -> jax.Array:
         matrix = found.get(jax.tree_util.keystr(path, simple=True, separator="/"))
@@ -174,6 +184,7 @@ def orthogonalized(
             part = gradients.residual(part, matrix.basis)
         left, _, right = np.linalg.svd(part, full_matrices=False)
         kept = m - rank if outside else m  # outside, only m - r directions are not zero
+        # 0.2 sqrt(max(m, n)) U V': entries of about the size of AdamW's update.
         direction = 0.2 * max(leaf.shape) ** 0.5 * left[:, :kept] @ right[:kept]
         return jnp.asarray(-rate * _as(leaf, direction), leaf.dtype)
 
@@ -181,11 +192,12 @@ def orthogonalized(
 
 
 def _as(leaf: jax.Array, matrix: np.ndarray) -> np.ndarray:
+    """Undoes the transposition of `gradients.wide`."""
     return matrix if matrix.shape == leaf.shape else matrix.T
 
 
 def _along(params: Params, direction: Params) -> Params:
-    """The weights after the hidden matrices alone have moved."""
+    """Returns the weights after only the hidden matrices have moved along `direction`."""
     kinds: Any = rest.matrix_or_rest(params)
     return jax.tree.map(
         lambda w, u, kind: w + u if kind == "matrix" else w, params, direction, kinds
@@ -193,21 +205,21 @@ def _along(params: Params, direction: Params) -> Params:
 
 
 def share_outside(matrix: np.ndarray, basis: np.ndarray) -> float:
-    """The share of a squared norm that lies outside of the basis."""
+    """Returns ``||M - P P'M||^2 / ||M||^2``, the share of a squared norm outside of the basis."""
     return float(gradients.squares(gradients.residual(matrix, basis)) / gradients.squares(matrix))
 
 
 def _outside(found: dict[str, Matrix]) -> float:
-    """The same of momentum, mean over all matrices."""
+    """Returns the share of the momentum's squared norm outside of the bases, mean over matrices."""
     return float(np.mean([share_outside(each.momentum, each.basis) for each in found.values()]))
 
 
 def cosine(past: dict[str, Matrix]) -> float:
-    """Between a batch's residual and that of the momentum before it; mean over all matrices."""
+    """Returns the cosine of the gradient's and the momentum's residuals, mean over all matrices."""
     found = []
     for each in past.values():
-        one = gradients.residual(each.gradient, each.basis)
-        other = gradients.residual(each.momentum, each.basis)
+        one = gradients.residual(each.gradient, each.basis)  # G - P P'G
+        other = gradients.residual(each.momentum, each.basis)  # M - P P'M
         norms = (gradients.squares(one) * gradients.squares(other)) ** 0.5
         found.append(np.sum(one * other) / norms)
     return float(np.mean(found))
@@ -218,15 +230,16 @@ def _thousandths(row: dict[str, Any]) -> list[float]:
 
 
 def draw(config: Config, rows: Sequence[dict[str, Any]]) -> Path:
-    """Draws gains over the steps, and beside them what lies outside of the bases."""
+    """Draws gains against the steps, and shares and cosine of the part outside of the bases."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
     steps = [row["step"] for row in rows]
     for i, part in enumerate(PARTS):
-        # At the rate of its step: a step half as long gains half as much.
+        # Divided by the rate, which decays: to first order a step half as long gains half as much.
         gains = [row["gains"][part] / row["rate"] for row in rows]
         left.plot(steps, gains, color=COLOURS[i], marker=MARKERS[i], markersize=4, label=part)
     left.axhline(0, color="grey", linewidth=0.8)
     left.set(xlabel="step", ylabel="gain in held-out loss / learning rate (nats)", ylim=(-8, 20))
+    # Row key -> label. The cosine needs an earlier momentum, so the first row has none.
     names = {"outside": "momentum, squared norm", "residual": "gradient, squared norm",
              "cosine": "cosine of gradient and momentum"}  # fmt: skip
     for i, (key, label) in enumerate(names.items()):

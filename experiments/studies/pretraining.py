@@ -1,9 +1,9 @@
 """Each optimizer at its best learning rate: `python -m experiments.studies.pretraining`.
 
-Every optimizer has the same grid of learning rates for the hidden matrices, on the first corpus and
-one seed; embedding, head and norms have AdamW's, the same for all. Then the best is run on several
-seeds, and with the same learning rate on the other corpora. Runs that the result file holds are not
-repeated. GaLore's own sizes, on a machine that can hold them:
+All optimizers have the same grid of learning rates for the hidden matrices, on the first corpus and
+one seed; embedding, head and norms have AdamW at one rate under all of them. Each optimizer then
+runs at its best rate with several seeds, on all corpora. Runs that are in the result file are not
+repeated. On a machine with the memory for the sizes of GaLore's paper:
 
     python -m experiments.studies.pretraining --base.recipe 60m --jobs 1 \\
         --out experiments/results/studies/pretraining-60m.json
@@ -34,6 +34,7 @@ PROGRAM = "experiments.studies.pretraining"
 OPTIMIZERS: tuple[Name, ...] = (
     "gum", "adamw", "muon", "galore", "galore_muon", "golore_muon", "unbiased_adamw"
 )  # fmt: skip
+# A run has eight periods, and no checkpoints on its way: one that is stopped begins again.
 SMALL = Run(
     run_dir="runs/studies", steps=400, optimizer=Gum(period=50), fallback_learning_rate=1e-2,
     validate_every=40, validation_batches=16, checkpoint_every=1_000_000, log_every=100,
@@ -51,7 +52,7 @@ class Config(sweeps.Sitting):
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of weights, data order and draws; the grid uses the first."""
     corpora: tuple[str, ...] = ("stdlib", "runs/sotu")
-    """What to read, each on its own; the grid uses the first."""
+    """Corpora, each of which is trained on separately; the grid uses the first."""
     out: Path = Path("experiments/results/studies/pretraining.json")
     """Result file; the figure is beside it."""
     base: Run = dataclasses.field(default_factory=lambda: SMALL)
@@ -59,7 +60,7 @@ class Config(sweeps.Sitting):
 
 
 def grid(config: Config) -> list[Run]:
-    """Every optimizer at every learning rate."""
+    """Returns the runs of all optimizers at all learning rates, rate by rate."""
     return [
         point(config, optimizer, rate)
         for rate in config.learning_rates
@@ -68,9 +69,9 @@ def grid(config: Config) -> list[Run]:
 
 
 def finals(config: Config, best: dict[str, float], corpus: str) -> list[Run]:
-    """Every optimizer at its best learning rate, with every seed."""
+    """Returns the runs of all optimizers at their best learning rates, seed by seed."""
     return [
-        point(config, optimizer, best[optimizer], seed, corpus)
+        point(config, optimizer, rate_of(optimizer, best), seed, corpus)
         for seed in config.seeds
         for optimizer in config.optimizers
     ]
@@ -83,7 +84,7 @@ def point(
     seed: int | None = None,
     corpus: str | None = None,
 ) -> Run:
-    """One run; by default with the first seed on the first corpus."""
+    """Returns the configuration of one run, by default of the first seed on the first corpus."""
     run = change(
         config.base,
         optimizer=optimizer,
@@ -95,43 +96,73 @@ def point(
 
 
 def best_rates(entries: Iterable[sweeps.Entry]) -> dict[str, float]:
-    """By optimizer, the learning rate of the least validation loss; a run that diverged loses."""
+    """Returns by optimizer the learning rate of the least validation loss.
+
+    Runs that diverged are left out, and so is an optimizer without any other.
+    """
     finite = [e for e in entries if np.isfinite(e["validation_loss"])]
+    # The largest loss first: the dictionary keeps the last rate of each optimizer, its best.
     ordered = sorted(finite, key=lambda entry: -entry["validation_loss"])
     return {e["config"]["optimizer"]: e["config"]["learning_rate"] for e in ordered}
 
 
-def stored(path: Path, option: str) -> tuple[dict[str, float], dict[str, list[sweeps.Entry]]]:
-    """What the result file holds: the best learning rates, and by corpus the runs with them.
+def rate_of(optimizer: str, best: dict[str, float]) -> float:
+    """Returns an optimizer's rate of `best_rates`.
 
     Raises:
-      ConfigError: there is no such file; the message names the option that says which.
+      ConfigError: all runs of the optimizer diverged.
+    """
+    if optimizer not in best:
+        raise ConfigError(
+            f"`learning_rates`: no run of {optimizer} ended with a finite loss; add smaller rates"
+        )
+    return best[optimizer]
+
+
+def stored(path: Path, option: str) -> tuple[dict[str, float], dict[str, list[sweeps.Entry]]]:
+    """Reads the result file: the best rate of each optimizer, and by corpus the runs at it.
+
+    Args:
+      path: the result file of this study.
+      option: the caller's option that holds the path, for the error.
+
+    Raises:
+      ConfigError: there is no such file.
     """
     if not path.exists():
         raise ConfigError(f"`{option}`: there is no {path}; run `python -m {PROGRAM}` first")
     entries: list[sweeps.Entry] = json.loads(path.read_text())
+    # Rates are judged as in `main`, on the corpus and seed of the grid, whose runs come first.
     first = entries[0]["config"]
     alike = ("corpus", "seed")
     best = best_rates(e for e in entries if all(e["config"][k] == first[k] for k in alike))
     finals: dict[str, list[sweeps.Entry]] = {}
     for entry in entries:
         config = entry["config"]
-        if config["learning_rate"] == best[config["optimizer"]]:
+        if config["learning_rate"] == best.get(config["optimizer"]):
             finals.setdefault(" ".join(config["corpus"]), []).append(entry)
     return best, finals
 
 
 def steps_to(curve: Sequence[Sequence[float]], loss: float) -> float | None:
-    """The step at which a validation curve first comes down to a loss, between two by a line."""
+    """Returns the step at which a validation curve first reaches `loss`; None if it never does.
+
+    Args:
+      curve: pairs (step, validation loss), interpolated linearly between steps.
+      loss: the goal.
+    """
+    # The loss before the first validation counts as infinite: a goal that the first validation
+    # meets is reached at its step.
     for (step, value), (later, next_value) in zip([[0, np.inf], *curve], curve, strict=False):
         if next_value <= loss:
+            # The fraction of the interval at which the line through both points meets `loss`.
             share = (value - loss) / (value - next_value) if np.isfinite(value) else 1.0
             return step + share * (later - step)
     return None
 
 
 def compare(entries: Sequence[sweeps.Entry]) -> list[dict[str, Any]]:
-    """One row for each optimizer, over its seeds; AdamW's mean final loss is what others reach."""
+    """Returns one row per optimizer, over its seeds, with the steps to AdamW's mean final loss."""
     names = dict.fromkeys(entry["config"]["optimizer"] for entry in entries)
     of = {n: [e for e in entries if e["config"]["optimizer"] == n] for n in names}
     goal = statistics.mean(e["validation_loss"] for e in of["adamw"]) if "adamw" in of else -np.inf
@@ -143,6 +174,7 @@ def _row(optimizer: str, entries: Sequence[sweeps.Entry], goal: float) -> dict[s
     config = entries[0]["config"]
     reached = [steps_to(entry["curve"], goal) for entry in entries]
     seconds = statistics.median(entry["seconds_per_step"] for entry in entries)
+    # An optimizer reaches AdamW's loss if every one of its seeds does.
     everyone = [steps for steps in reached if steps is not None]
     steps = statistics.mean(everyone) if len(everyone) == len(reached) else None
     return {
@@ -160,11 +192,14 @@ def _row(optimizer: str, entries: Sequence[sweeps.Entry], goal: float) -> dict[s
 def main(arguments: Sequence[str]) -> int:
     """Runs what is missing, prints tables, draws the figure; returns the exit code."""
     config = cli.parse(Config, PROGRAM, arguments)
+    # A recipe changes the defaults, so the command line is parsed again on top of it.
     if recipe := config.base.recipe:
         base = RECIPES[recipe]
         default = Config(corpora=base.corpus, base=base)
         with defaults_like(base.optimizer):
             config = cli.parse(Config, PROGRAM, arguments, default)
+    # 1. The grid.  2. The best rates with all seeds and corpora.  3. The report. Entries keep the
+    # spectra of the trained weights too, for `experiments.studies.spectra`.
     complete = sweeps.runner(config, config.out, singular_values.pretrain)
     tuned = complete(grid(config))
     best = best_rates(tuned)
@@ -177,7 +212,7 @@ def main(arguments: Sequence[str]) -> int:
 def show(
     config: Config, tuned: Sequence[sweeps.Entry], found: dict[str, list[sweeps.Entry]]
 ) -> None:
-    """Prints the grid, and for each corpus the comparison."""
+    """Prints the losses of the grid, then the comparison on each corpus."""
     losses = {
         (e["config"]["optimizer"], e["config"]["learning_rate"]): e["validation_loss"]
         for e in tuned
@@ -200,7 +235,7 @@ def show(
 
 
 def draw(config: Config, found: dict[str, list[sweeps.Entry]]) -> Path:
-    """Draws, for each corpus, last losses over bytes of state: mean and range over seeds."""
+    """Draws a panel per corpus: final loss (mean, min to max over seeds) against state bytes."""
     figure, axes = plt.subplots(
         1, len(found), figsize=(4.6 * len(found), 4.0), layout="constrained", squeeze=False
     )

@@ -1,10 +1,10 @@
-"""What bases miss of later gradients (Figure 4): `python -m experiments.studies.residual`.
+"""The residual of later gradients (Figure 4): `python -m experiments.studies.residual`.
 
-The residual ``||G - P P'G||_F / ||G||_F`` against the steps since the refresh that P comes from. It
-has three reasons, which are told apart: P has few columns (what the best basis of each step's own
-gradient leaves), it fits the noise of one batch (what it leaves of other batches at the weights of
-the refresh), and it grows old. A bias is what it leaves of the full gradient, the mean over all
-batches: that is estimated too.
+Measures the relative residual ``||G - P P'G||_F / ||G||_F`` against the steps since the refresh
+that made P. It has three causes, which are measured apart: P has few columns (the residual under
+the best basis of each step's own gradient), P fits the noise of one batch (the residual of other
+batches at the weights of the refresh), and P ages (the growth over the period). The bias of GaLore
+is the residual of the full gradient, the mean over all batches, which is estimated as well.
 """
 
 import dataclasses
@@ -29,12 +29,12 @@ PROGRAM = "experiments.studies.residual"
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Measure what bases miss of later gradients, along a run of GUM."""
+    """Measure the part of later gradients that bases leave out, along a run of GUM."""
 
     offsets: tuple[int, ...] = (0, 1, 2, 5, 10, 20, 50, 100, 150, 199)
     """Steps after each refresh at which its bases are compared with the gradient."""
     others: int = 16
-    """Further batches at the same weights, for what depends on the batch and what does not."""
+    """Further batches at the same weights, to tell the noise of a batch from the full gradient."""
     out: Path = Path("experiments/results/studies/residual.json")
     """Result file; the figure is beside it."""
     base: Run = dataclasses.field(default_factory=lambda: gradients.RUN)
@@ -46,7 +46,8 @@ Values = dict[str, ByKind]
 # Curve -> kind -> "mean" and "deviation" over layers -> [refreshes][offsets], as in the result file
 Summary = dict[str, dict[str, dict[str, list[list[float]]]]]
 
-# Curve -> label, colour, line
+# Curve -> label, colour, line and marker. "other batches" and "noise" are in the result file and
+# not drawn as curves.
 _STYLES = {
     "svd": ("SVD", COLOURS[1], "s--"),
     "default": ("default projector", COLOURS[0], "o-"),
@@ -74,17 +75,21 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def measured(config: Config) -> Values:
-    """Trains; the residuals of all matrices at all refreshes and offsets.
+    """Trains, and returns the residuals of all matrices at all refreshes and offsets.
 
     Raises:
       ConfigError: the steps do not fit into the run, or there are too few batches.
     """
     if config.others < 2:
-        raise ConfigError(f"`others` is {config.others}; noise is what differs between two or more")
+        raise ConfigError(
+            f"`others` is {config.others}; it must be at least 2, since the noise of batches is "
+            "estimated from their differences"
+        )
     steps = gradients.since_refresh(config.base, config.offsets)
     svd: ByKind = {}
     found: list[Values] = []
     for moment in gradients.along(config.base, steps, config.others):
+        # The SVD's bases of the refresh stay until the next one, like the projector's.
         if moment.step % gradients.period(config.base) == 0:
             svd = own_bases(moment)
         found.append(residuals(moment, svd))
@@ -94,13 +99,13 @@ def measured(config: Config) -> Values:
 
 
 def _periods(config: Config, found: list[Values], curve: str, kind: str) -> np.ndarray:
-    """``[refreshes, offsets, layers]`` of one curve and kind, from its values at each step."""
-    rows = np.array([each[curve][kind] for each in found])
+    """Returns one curve of one kind, ``[refreshes, offsets, layers]``, from its values by step."""
+    rows = np.array([each[curve][kind] for each in found])  # [refreshes x offsets, layers]
     return rows.reshape(-1, len(config.offsets), rows.shape[-1])
 
 
 def own_bases(moment: Moment) -> ByKind:
-    """The SVD's bases of a step's own gradients, of the rank that the run has."""
+    """Returns the SVD's bases ``[N, m, r]`` of a step's own gradients, of the run's rank."""
     return {
         kind: gradients.best_bases(moment.gradients[kind], bases.shape[-1])
         for kind, bases in moment.bases.items()
@@ -108,12 +113,17 @@ def own_bases(moment: Moment) -> ByKind:
 
 
 def residuals(moment: Moment, svd: ByKind) -> Values:
-    """By curve and kind, the numbers of each layer; `svd` are the SVD's bases at the refresh."""
+    """Returns one number per layer for each curve and kind, at one step.
+
+    Args:
+      moment: the step, with gradients of further batches.
+      svd: the SVD's bases from the last refresh, ``[N, m, r]`` by kind.
+    """
     fresh = own_bases(moment)
     found = {}
     for kind in KINDS:
         own, bases = moment.gradients[kind], moment.bases[kind]
-        others = np.stack([each[kind] for each in moment.others])
+        others = np.stack([each[kind] for each in moment.others])  # [batches, N, m, n]
         layers, m, rank = bases.shape
         found[kind] = {
             "svd": relative(own, svd[kind]),
@@ -121,43 +131,50 @@ def residuals(moment: Moment, svd: ByKind) -> Values:
             "other batches": relative(others, bases).mean(0),
             "full gradient": np.full(layers, full_gradient(others, bases)),
             "fresh": relative(own, fresh[kind]),
-            "random": np.full(layers, (1 - rank / m) ** 0.5),  # in the mean square
+            # A random subspace leaves a share 1 - r/m of the squared norm in expectation.
+            "random": np.full(layers, (1 - rank / m) ** 0.5),
             "noise": noise(others),
         }
     return {curve: {kind: found[kind][curve] for kind in KINDS} for curve in found[KINDS[0]]}
 
 
 def relative(G: np.ndarray, P: np.ndarray) -> np.ndarray:
-    """``||G - P P'G||_F / ||G||_F`` of each matrix."""
+    """Returns ``||G - P P'G||_F / ||G||_F`` of each matrix: ``[..., m, n]`` to ``[...]``."""
     return np.sqrt(gradients.squares(gradients.residual(G, P)) / gradients.squares(G))
 
 
 def full_gradient(samples: np.ndarray, P: np.ndarray) -> float:
-    """The relative residual of the mean that samples ``[batches, layers, m, n]`` scatter around.
+    """Estimates the relative residual of the full gradient from samples of it.
 
-    Of all layers together, each scaled to samples of norm one: in a single layer the mean may be a
-    hundredth of the noise.
+    All layers together give one number, each scaled to samples of norm one: in a single layer the
+    full gradient may be a hundredth of the noise.
+
+    Args:
+      samples: gradients of batches at the same weights, ``[batches, layers, m, n]``.
+      P: bases, ``[layers, m, r]``.
     """
-    norms = gradients.squares(samples).mean(0)
+    norms = gradients.squares(samples).mean(0)  # [layers]
     missed = np.sum(without_noise(gradients.residual(samples, P)) / norms)
     present = np.sum(without_noise(samples) / norms)
+    # Both are unbiased and may fall below zero or in the wrong order by chance.
     return float(np.clip(missed / present, 0, 1)) ** 0.5
 
 
 def noise(samples: np.ndarray) -> np.ndarray:
-    """The share of a sample's squared norm that is not its mean's."""
+    """Returns the share of a sample's squared norm that is noise, ``1 - ||E G||^2 / E ||G||^2``."""
     return 1 - without_noise(samples) / gradients.squares(samples).mean(0)
 
 
 def without_noise(samples: np.ndarray) -> np.ndarray:
-    """``||E G||^2``, estimated without bias: the mean of ``<G_a, G_b>`` over pairs of samples."""
+    """Estimates ``||E G||^2`` without bias: the mean of ``<G_a, G_b>`` over pairs of samples."""
     count = len(samples)
+    # ||sum G_a||^2 - sum ||G_a||^2 is the sum over all ordered pairs a != b.
     pairs = gradients.squares(samples.sum(0)) - gradients.squares(samples).sum(0)
     return pairs / (count * (count - 1))
 
 
 def summary(values: Values) -> Summary:
-    """The mean and the standard deviation over layers, by curve and kind."""
+    """Returns the mean and standard deviation over layers, by curve and kind."""
     return {
         curve: {
             kind: {
@@ -171,20 +188,21 @@ def summary(values: Values) -> Summary:
 
 
 def overall(by_kind: dict[str, dict[str, list]]) -> tuple[np.ndarray, np.ndarray]:
-    """The mean and the standard deviation over the matrices of all kinds: ``[refreshes, offsets]``.
+    """Returns mean and standard deviation over all matrices, ``[refreshes, offsets]`` each.
 
-    Each kind has as many layers, so both follow from each kind's own: the mean square of all
-    matrices is the mean of the kinds' ``deviation^2 + mean^2``.
+    All kinds have the same number of layers, so both follow from the kinds' own: the mean square
+    over all matrices is the mean of the kinds' ``deviation^2 + mean^2``.
     """
     means = np.array([by_kind[kind]["mean"] for kind in KINDS])  # [kinds, refreshes, offsets]
     deviations = np.array([by_kind[kind]["deviation"] for kind in KINDS])
     mean = means.mean(0)
     square = (deviations**2 + means**2).mean(0)
+    # Results are rounded to four digits, which may bring the difference below zero.
     return mean, np.sqrt(np.maximum(square - mean**2, 0))
 
 
 def draw(config: Config, curves: Summary) -> Path:
-    """Draws a panel for each refresh, over all matrices, and one for the kinds at the last."""
+    """Draws a panel per refresh over all matrices, and one per kind at the last refresh."""
     starts = range(0, config.base.steps, gradients.period(config.base))
     rows = len(starts) // 2 + 1
     figure, axes = plt.subplots(
@@ -199,8 +217,9 @@ def draw(config: Config, curves: Summary) -> Path:
         f"default projector, refresh at step {starts[-1]}", fontsize="medium"
     )
     for each in axes.flat[: len(starts) + 1]:
+        # Linear below one step and logarithmic above, so that the refresh (0) is on the axis.
         each.set_xscale("symlog", linthresh=1, linscale=0.4)
-        # The labels of the last two would touch.
+        # The labels of the last two offsets would touch: leave one out.
         labels = [*config.offsets[:-2], "", config.offsets[-1]]
         each.set_xticks(config.offsets, labels, fontsize="x-small")
         each.set(

@@ -9,17 +9,17 @@ from experiments.trainer.config import Config
 from experiments.trainer.loop import Result
 from experiments.trainer.pretraining import train
 
-_QUANTILES = 17  # of each matrix's singular values, from the least to the largest
+_QUANTILES = 17  # kept of each matrix's singular values, from the smallest to the largest
 
 
 def pretrain(config: Config, *, show: bool) -> tuple[Result, dict[str, Any]]:
-    """Pretrains; an entry keeps the spectra of the weights too."""
+    """Pretrains; returns the result and the spectra of its weights, for the result file."""
     result = train(config, show=show)
     return result, measure(result)
 
 
 def measure(result: Result) -> dict[str, Any]:
-    """By path, the stable rank and the singular values of every hidden matrix of a run."""
+    """Returns by path the stable rank and singular values of every hidden matrix of a run."""
     leaves = jax.tree_util.tree_flatten_with_path(result.params["layers"])[0]
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
     return {
@@ -32,9 +32,10 @@ def measure(result: Result) -> dict[str, Any]:
 
 
 def spectrum(matrix: np.ndarray) -> dict[str, Any]:
-    """Stable rank, spectral norm, and quantiles of singular values over the largest one."""
-    values = np.linalg.svd(matrix, compute_uv=False)
+    """Returns stable rank, spectral norm, and quantiles of the singular values over the largest."""
+    values = np.linalg.svd(matrix, compute_uv=False)  # descending
     quantiles = np.quantile(values / values[0], np.linspace(0, 1, _QUANTILES))
+    # Stable rank: ||W||_F^2 / ||W||_2^2.
     return {
         "stable_rank": float(np.sum(values**2) / values[0] ** 2),
         "norm": float(values[0]),

@@ -1,8 +1,8 @@
-"""What kind of weights each optimizer leaves: `python -m experiments.studies.spectra`.
+"""The singular values of trained weights by optimizer: `python -m experiments.studies.spectra`.
 
-The paper explains GUM's gains by weights of a higher stable rank, ``||W||_F^2 / ||W||_2^2``. The
-runs are those of `experiments.studies.pretraining` on its first corpus, each optimizer at its best
-learning rate; they must have been run.
+The paper explains GUM's gains by a higher stable rank ``||W||_F^2 / ||W||_2^2`` of its weights.
+This study trains nothing: it reads the runs of `experiments.studies.pretraining` on the first
+corpus, of each optimizer at its best learning rate, which must have been run.
 """
 
 import dataclasses
@@ -57,12 +57,13 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def finals(config: Config) -> dict[str, list[sweeps.Entry]]:
-    """By optimizer, its runs at its best learning rate.
+    """Returns by optimizer its runs at its best learning rate.
 
     Raises:
-      ConfigError: there is no result file, or it lacks an optimizer.
+      ConfigError: there is no result file, or it has no run of an optimizer.
     """
     best, by_corpus = pretraining.stored(config.pretraining, "pretraining")
+    # The first corpus of the file: weights of other data have other spectra.
     first = next(iter(by_corpus.values()))
     for optimizer in config.optimizers:
         if optimizer not in best:
@@ -71,7 +72,8 @@ def finals(config: Config) -> dict[str, list[sweeps.Entry]]:
 
 
 def compare(entries: Sequence[sweeps.Entry]) -> dict[str, Any]:
-    """Stable ranks by kind, and the mean distribution of singular values, of one optimizer."""
+    """Summarizes one optimizer: stable ranks by kind, mean distribution of singular values."""
+    # One list of quantiles per matrix and seed; their mean weighs all matrices alike.
     quantiles = [s["quantiles"] for entry in entries for s in entry["spectra"].values()]
     return {
         "validation_loss": statistics.mean(entry["validation_loss"] for entry in entries),
@@ -82,7 +84,8 @@ def compare(entries: Sequence[sweeps.Entry]) -> dict[str, Any]:
 
 
 def _stable_rank(entries: Sequence[sweeps.Entry], kind: str) -> dict[str, float]:
-    """Mean over layers and seeds, and the deviation between seeds."""
+    """Returns the mean over layers and seeds, and the standard deviation between seeds."""
+    # The mean over layers, for each seed.
     means = [
         statistics.mean(
             s["stable_rank"] for n, s in entry["spectra"].items() if n.endswith(f"/{kind}/kernel")
@@ -94,9 +97,10 @@ def _stable_rank(entries: Sequence[sweeps.Entry], kind: str) -> dict[str, float]
 
 
 def draw(config: Config, found: dict[str, dict[str, Any]]) -> Path:
-    """Draws stable ranks by kind of matrix, and the distribution of singular values."""
+    """Draws stable ranks by kind of matrix (left) and quantiles of singular values (right)."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.2, 4.0), layout="constrained")
     for i, (optimizer, each) in enumerate(found.items()):
+        # Side by side within 0.6 of a unit around each kind, so that error bars do not overlap.
         places = [kind + 0.6 * ((i + 0.5) / len(found) - 0.5) for kind in range(len(KINDS))]
         name, colour, marker = STYLES[optimizer]
         style: dict[str, Any] = {"color": colour, "marker": marker}
@@ -105,6 +109,7 @@ def draw(config: Config, found: dict[str, dict[str, Any]]) -> Path:
             places, [rank["mean"] for rank in ranks], yerr=[rank["deviation"] for rank in ranks],
             linestyle="", label=name, capsize=2, **style,
         )  # fmt: skip
+        # Relative to the largest value of each matrix: the shape of the spectrum, not its scale.
         quantiles = each["quantiles"]
         right.plot(np.linspace(0, 1, len(quantiles)), quantiles, markersize=4, **style)
     left.set_xticks(range(len(KINDS)), KINDS)

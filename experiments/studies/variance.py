@@ -1,14 +1,14 @@
-"""The variance that the draws add to a gradient: `python -m experiments.studies.variance`.
+"""The variance that layer sampling adds to gradients: `python -m experiments.studies.variance`.
 
 With low-rank part ``S_i = P_i P_i' G_i`` and residual ``R_i = G_i - S_i``, the estimate of a matrix
 is ``S_i / (1 - q_i)`` or, with probability ``q_i``, ``R_i / q_i``. The parts are orthogonal, so
 
     E ||estimate_i - G_i||^2 = ||S_i||^2 / (1 - q_i) + ||R_i||^2 / q_i - ||G_i||^2,
 
-and the sum over a group of N matrices is the same however their draws depend on each other. The
-library draws all with ``q = gamma / N``. Importance sampling gives each a ``q_i`` of its own, with
-the same sum and so the same expected memory. It has to choose them once in a period, from norms
-that grow old; what it would gain with the norms of each step itself is its bound.
+and the sum over a group of N matrices does not depend on how their draws are correlated. The
+library draws all matrices with ``q = gamma / N``. Importance sampling gives each matrix its own
+``q_i``, with the same sum and hence the same expected memory. It must choose them once per period,
+from norms that age; with the norms of each step itself, its gain is an upper bound.
 """
 
 import dataclasses
@@ -32,10 +32,12 @@ from experiments.trainer.options import ConfigError
 from experiments.trainer.pretraining import architecture
 
 PROGRAM = "experiments.studies.variance"
-# Bounds of a probability: 1/q and 1/(1-q), which weigh what norms did not foresee, are at most 20.
+# Bounds of a probability. They keep the weights 1/q and 1/(1-q) of norms that change after the
+# choice at most 20.
 LEAST, MOST = 0.05, 0.95
-# Whose norms a rule knows: those of the refresh, with the batch that the bases come from; those of
-# the next recorded step, with another batch; or each later step's own, which nobody knows before.
+# Norms that a rule may use, as slices of the offsets: of the refresh, from the batch that also made
+# the bases; of the next recorded step, from another batch; or of each later step itself, which no
+# rule could know in advance.
 KNOWN = {"refresh": slice(0, 1), "next": slice(1, 2), "step": slice(2, None)}
 
 
@@ -44,11 +46,11 @@ class Config:
     """Compute the variance of GUM's estimate of gradients along a run."""
 
     gammas: tuple[int, ...] = (1, 2, 4)
-    """Full-rank layers of each role, on average."""
+    """Expected numbers of full-rank layers of each role."""
     shown: int = 2
-    """Gamma at which the figure compares ways to sample."""
+    """The gamma at which the figure compares sampling rules."""
     offsets: tuple[int, ...] = (0, 1, 2, 5, 10, 20, 50, 100, 150, 199)
-    """Steps after each refresh whose norms are recorded; those from the third on are compared."""
+    """Steps after each refresh whose norms are recorded; rules are compared from the third on."""
     out: Path = Path("experiments/results/studies/variance.json")
     """Result file; the figure is beside it."""
     base: Run = dataclasses.field(default_factory=lambda: gradients.RUN)
@@ -56,14 +58,14 @@ class Config:
 
 
 class Norms(NamedTuple):
-    """``||S_i||^2`` and ``||R_i||^2``, ``[refreshes, offsets, kinds, layers]`` each."""
+    """``||S_i||^2`` and ``||R_i||^2``, float64 ``[refreshes, offsets, kinds, layers]`` each."""
 
     low: np.ndarray
     residual: np.ndarray
 
     @property
     def gradient(self) -> np.ndarray:
-        """``||G_i||^2``: the two parts are orthogonal."""
+        """``||G_i||^2``, the sum of both, since the two parts are orthogonal."""
         return self.low + self.residual
 
 
@@ -75,8 +77,10 @@ def main(arguments: Sequence[str]) -> int:
     """Trains and computes, prints tables, writes results and figure; returns the exit code."""
     config = cli.parse(Config, PROGRAM, arguments)
     check(config)
+    # 1. Train and record squared norms.
     steps = gradients.since_refresh(config.base, config.offsets)
     norms = together(config, map(squares, gradients.along(config.base, steps)))
+    # 2. Compare rules; from here on everything is arithmetic on the recorded norms.
     overviews = {gamma: overview(norms, gamma) for gamma in config.gammas}
     rules = {gamma: comparison(norms, gamma) for gamma in config.gammas}
     residual = dict[str, list](
@@ -89,50 +93,66 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def check(config: Config) -> None:
-    """Raises `ConfigError` naming the first field whose value cannot work."""
+    """Checks `gammas`, `shown` and `offsets`.
+
+    Raises:
+      ConfigError: naming the first of them whose value cannot work.
+    """
     layers = architecture(config.base).layers
     for gamma in config.gammas:
         if not 1 <= gamma < layers:
-            raise ConfigError(f"`gammas`: {gamma} is not between 1 and {layers - 1}, of {layers}")
+            raise ConfigError(
+                f"`gammas`: {gamma} is not between 1 and {layers - 1}, below {layers} layers"
+            )
     if config.shown not in config.gammas:
         raise ConfigError(f"`shown` is {config.shown}; it must be one of `gammas`")
     if len(config.offsets) < 3:
-        raise ConfigError(f"`offsets` has {len(config.offsets)}; the third is the first to compare")
+        raise ConfigError(
+            f"`offsets` has {len(config.offsets)} values; it needs three or more, since rules are "
+            "compared from the third on"
+        )
 
 
 def squares(moment: Moment) -> Norms:
-    """The squared norms of one step: ``[kinds, layers]``."""
+    """Returns the squared norms of one step, ``[kinds, layers]``."""
     found = []
     for kind in KINDS:
-        G = moment.gradients[kind]
-        R = gradients.residual(G, moment.bases[kind])
+        G = moment.gradients[kind]  # [N, m, n]
+        R = gradients.residual(G, moment.bases[kind])  # G - P P'G
         found.append((gradients.squares(G - R), gradients.squares(R)))
     return Norms(*map(np.array, zip(*found, strict=True)))
 
 
 def together(config: Config, steps: Iterable[Norms]) -> Norms:
-    """Those of all recorded steps, a row for each refresh."""
+    """Stacks the norms of all recorded steps: ``[refreshes, offsets, kinds, layers]``."""
     shape = (-1, len(config.offsets))
     parts = map(np.array, zip(*steps, strict=True))
     return Norms(*(part.reshape(*shape, *part.shape[1:]) for part in parts))
 
 
 def variance(low: np.ndarray, residual: np.ndarray, q: np.ndarray | float) -> np.ndarray:
-    """``E ||estimate - G||^2`` of matrices with ``||S||^2 = low`` and ``||R||^2 = residual``."""
+    """Returns ``E ||estimate - G||^2`` of matrices drawn with probability `q`.
+
+    Args:
+      low: ``||S||^2``.
+      residual: ``||R||^2``, of the same shape.
+      q: probabilities, broadcast against both.
+    """
     return low / (1 - q) + residual / q - (low + residual)
 
 
 def equal(low: np.ndarray, residual: np.ndarray, total: float) -> np.ndarray:
-    """The library's rule: the same probability for all."""
+    """The library's rule: the same probability ``total / N`` for all matrices."""
     del residual
     return np.full(low.shape, total / low.shape[-1])
 
 
 def proportional(low: np.ndarray, residual: np.ndarray, total: float) -> np.ndarray:
-    """Proportional to the residual's norm, within bounds."""
+    """Probabilities proportional to the norms of residuals, within bounds."""
     del low
     norm = np.sqrt(residual)
-    # At this factor all probabilities are at their upper bound.
+    # Search the factor for which the clipped probabilities sum to `total`. Their sum grows with the
+    # factor; at `largest` all of them are at the upper bound.
     largest = MOST / norm.min(-1, keepdims=True)
 
     def drawn(factor: np.ndarray) -> np.ndarray:
@@ -142,13 +162,16 @@ def proportional(low: np.ndarray, residual: np.ndarray, total: float) -> np.ndar
 
 
 def optimal(low: np.ndarray, residual: np.ndarray, total: float) -> np.ndarray:
-    """The least total variance, within bounds.
+    """Probabilities of least total variance, within bounds.
 
-    Where the sum of variances is least under ``sum q_i = total``, their derivatives by all ``q_i``
-    that are not at a bound are equal: ``||R_i||^2 / q_i^2 - ||S_i||^2 / (1 - q_i)^2 = price``. This
-    falls in ``q_i``, so a price decides all probabilities, and their sum falls in the price.
+    At the minimum of the total variance under ``sum q_i = total``, the derivatives with respect to
+    all ``q_i`` that are not at a bound are equal (the Lagrange multiplier is a price of
+    probability): ``||R_i||^2 / q_i^2 - ||S_i||^2 / (1 - q_i)^2 = price``. The left-hand side falls
+    in ``q_i``, so the price determines all probabilities, and their sum falls in the price.
     """
 
+    # Two nested bisections: the inner one finds the probability of each matrix at a price, the
+    # outer one the price at which the probabilities sum to `total`.
     def saved(q: np.ndarray) -> np.ndarray:
         return residual / q**2 - low / (1 - q) ** 2
 
@@ -165,7 +188,8 @@ RULES: dict[str, Rule] = {"proportional": proportional, "optimal": optimal}
 
 
 def _root(f: Callable[[np.ndarray], np.ndarray], a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Where falling functions cross zero between `a` and `b`, by bisection; else the nearer end."""
+    """Bisects falling functions for a zero in ``[a, b]``; without one, returns the nearer end."""
+    # 40 halvings leave 1e-12 of the interval.
     for _ in range(40):
         middle = (a + b) / 2
         a, b = np.where(f(middle) > 0, middle, a), np.where(f(middle) > 0, b, middle)
@@ -177,17 +201,17 @@ def _sum(q: np.ndarray) -> np.ndarray:
 
 
 def missed(norms: Norms) -> np.ndarray:
-    """``||R|| / ||G||`` of whole groups."""
+    """Returns ``||R|| / ||G||`` of whole groups, ``[refreshes, offsets, kinds]``."""
     return np.sqrt(norms.residual.sum(-1) / norms.gradient.sum(-1))
 
 
 def relative(norms: Norms, q: np.ndarray) -> np.ndarray:
-    """``E ||estimate - G||^2 / ||G||^2`` of whole groups."""
+    """Returns ``E ||estimate - G||^2 / ||G||^2`` of groups, ``[refreshes, offsets, kinds]``."""
     return variance(*norms, q).sum(-1) / norms.gradient.sum(-1)
 
 
 def overview(norms: Norms, gamma: int) -> dict[str, float]:
-    """With equal probabilities: relative variance over all groups and compared steps."""
+    """Summarizes the relative variance with equal probabilities, over groups and steps."""
     now = known(norms, "step")
     values = relative(now, equal(*now, gamma))
     return {
@@ -203,16 +227,20 @@ Comparison = dict[str, dict[str, dict[str, float]]]
 
 
 def comparison(norms: Norms, gamma: int) -> Comparison:
-    """Relative variance by rule, mean over all compared steps.
+    """Returns the relative variance by rule, averaged over all compared steps.
 
-    As it is, large gradients count most. By its own norm every matrix counts alike, as for an inner
-    transformation that removes scale, such as Muon's.
+    "as it is" weighs matrices by their squared norms, so that large gradients dominate. "by own
+    norm" divides each matrix by its norm first, as suits an inner transformation that ignores the
+    scale of gradients, such as Muon's.
     """
+    # Every matrix has a gradient of norm one.
     alike = Norms(*(part / norms.gradient for part in norms))
     return {"as it is": _by_rule(norms, gamma), "by own norm": _by_rule(alike, gamma)}
 
 
 def _by_rule(norms: Norms, gamma: int) -> dict[str, dict[str, float]]:
+    # The variance always counts the norms of the step itself. A rule chooses its probabilities from
+    # those, or from the older norms that it would have.
     now = known(norms, "step")
     chosen = {"equal": equal(*now, gamma)} | {
         f"{name}, {whose}": rule(*known(norms, whose), gamma)
@@ -226,15 +254,15 @@ def _by_rule(norms: Norms, gamma: int) -> dict[str, dict[str, float]]:
 
 
 def known(norms: Norms, whose: str) -> Norms:
-    """What a rule knows, see `KNOWN`."""
+    """Selects the norms that a rule may use, by a key of `KNOWN`."""
     return Norms(*(part[:, KNOWN[whose]] for part in norms))
 
 
 def show(overviews: dict[int, dict[str, float]], rules: dict[int, Comparison]) -> None:
-    """Prints the variance by gamma, and what rules make of it."""
+    """Prints the variance by gamma with equal probabilities, then under each rule."""
     reporting.table(
         "Variance over ||G||^2, equal probabilities, over kinds and steps",
-        ("gamma", "q", "least", "mean", "largest"),
+        ("gamma", "q", "min", "mean", "max"),
         ((str(gamma), *row.values()) for gamma, row in overviews.items()),
     )
     for gamma, weighings in rules.items():
@@ -250,7 +278,7 @@ def show(overviews: dict[int, dict[str, float]], rules: dict[int, Comparison]) -
 
 
 def draw(config: Config, residual: dict[str, list], rules: Comparison) -> Path:
-    """Draws the variance over the residual, and what importance sampling makes of it."""
+    """Draws the variance against the residual, and its ratio under importance sampling."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(8.6, 4.0), layout="constrained")
     _by_residual(left, config, residual)
     _by_kind(right, config, rules)
@@ -261,8 +289,9 @@ def draw(config: Config, residual: dict[str, list], rules: Comparison) -> Path:
 
 def _by_residual(axes: Axes, config: Config, residual: dict[str, list]) -> None:
     grid = np.linspace(0, 1, 101)
-    # With equal probabilities, the relative variance of a group follows from its residual alone,
-    # so each dot lies on its curve. The steps that are compared: [kinds x refreshes x offsets].
+    # With equal probabilities the relative variance of a group follows from its residual alone,
+    # (1 - s) / (1 - q) + s / q - 1 with s the squared relative residual, so each dot lies on its
+    # curve. The compared steps, flattened: [kinds x refreshes x offsets].
     found = np.array([residual[kind] for kind in KINDS])[:, :, KNOWN["step"]].ravel()
     layers = architecture(config.base).layers
     for gamma, colour, marker in zip(config.gammas, COLOURS, MARKERS, strict=False):
@@ -274,11 +303,12 @@ def _by_residual(axes: Axes, config: Config, residual: dict[str, list]) -> None:
         )  # fmt: skip
     axes.plot(grid, grid**2, ":", color=COLOURS[-1], label="low rank alone: squared bias")
     axes.set(xlabel="residual / gradient", ylabel="squared error / squared gradient", xlim=(0, 1))
-    axes.set_title("The residual decides (dots: groups and steps)", fontsize="medium")
+    axes.set_title("Variance against the residual (dots: groups and steps)", fontsize="medium")
     axes.legend(frameon=False, fontsize="small")
 
 
 def _by_kind(axes: Axes, config: Config, rules: Comparison) -> None:
+    # Label -> (weighing, rule) in `comparison`: from what can be known to what cannot.
     curves = {
         "norms of the refresh": ("as it is", "optimal, refresh"),
         "norms of the next step": ("as it is", "optimal, next"),

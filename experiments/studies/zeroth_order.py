@@ -1,13 +1,13 @@
 """Fine-tuning without a backward pass: `python -m experiments.studies.zeroth_order`.
 
-MeZO, SubZero and LOZO on a task, beside AdamW, which has as many forward passes: a gradient counts
-as three, an estimate as two. A second AdamW trains the last blocks alone, as many as need no more
-memory than MeZO. All see the same batches. Bytes are the compiler's, of a step that overwrites
-weights and state.
+Compares MeZO, SubZero and LOZO with AdamW on a task, at equal numbers of forward passes: a gradient
+counts as three, an estimate as two. A second AdamW trains only the last blocks, as many as need no
+more memory than MeZO. All methods see the same batches. Bytes are the compiler's figures for a step
+that overwrites weights and state.
 
-Layers lie in stacks and run in one loop, so that the program is compiled in seconds: random numbers
-for each of 272 leaves took minutes. Runs that the result file holds are not repeated: the study
-goes on where it was stopped.
+The layers are stacked and run in one loop, so that the program compiles in seconds: with random
+numbers for each of 272 leaves it took minutes. Runs that are in the result file are not repeated,
+so that the study can be interrupted.
 """
 
 import dataclasses
@@ -37,6 +37,7 @@ from experiments.trainer.sweeps import write
 from gum_optax import estimators
 
 PROGRAM = "experiments.studies.zeroth_order"
+# Ranks and periods of the subspaces in which SubZero and LOZO perturb the weights.
 ESTIMATES = {
     "mezo": estimators.gaussian(),
     "subzero": estimators.orthonormal(rank=8, period=1000),
@@ -48,36 +49,43 @@ PASSES = dict.fromkeys(ESTIMATES, 2) | {"adamw": 3, "adamw, last blocks": 3}
 
 @dataclasses.dataclass(frozen=True)
 class Config(Checked):
-    """Fine-tune by estimates from losses alone, and by gradients."""
+    """Fine-tune with gradients estimated from losses, and with exact gradients."""
 
     passes: int = option(36, at_least(6))
-    """Forward passes of a run."""
+    """Forward passes of each run; its steps are this divided by the passes of a step."""
     batch_size: int = option(2, at_least(1))
-    """Windows in a step."""
+    """Windows of tokens in each step."""
     seq_len: int = option(96, at_least(1))
     """Tokens in a window."""
     seeds: tuple[int, ...] = (0,)
-    """Seeds of batches and directions."""
+    """Seeds of batches and of random directions."""
     mezo: tuple[float, ...] = option((1e-6,), positive)
     """Learning rates of MeZO."""
     subzero: tuple[float, ...] = option((1e-6,), positive)
-    """Of SubZero."""
+    """Learning rates of SubZero."""
     lozo: tuple[float, ...] = option((1e-6, 1e-5), positive)
-    """Of LOZO."""
+    """Learning rates of LOZO."""
     adamw: tuple[float, ...] = option((1e-4,), positive)
-    """Of AdamW, on all weights and on the last blocks."""
+    """Learning rates of AdamW, on all weights and on the last blocks."""
     last_blocks: int = option(1, at_least(1))
-    """How many blocks the second AdamW trains."""
+    """Number of blocks that the second AdamW trains."""
     validation_batches: int = option(4, at_least(1))
-    """Batches of the loss of held-out answers."""
+    """Batches in the loss of held-out answers."""
     model: str = "smollm2-135m"
-    """As in experiments.finetune."""
+    """The model to fine-tune, as in experiments.finetune."""
     out: Path = Path("experiments/results/studies/zeroth_order.json")
     """Result file."""
 
 
 class Setting(NamedTuple):
-    """What all runs share."""
+    """The parts that all runs share.
+
+    Attributes:
+      static: graph definitions of one block and of the model around the blocks.
+      params: the pretrained weights, with layers stacked: ``[layers, ...]``.
+      batches: maps a seed to training batches.
+      held_out: batches for the held-out loss.
+    """
 
     static: Any
     params: Any
@@ -86,11 +94,13 @@ class Setting(NamedTuple):
 
 
 def prepare(config: Config) -> Setting:
-    """The model, training batches by seed, and held-out ones."""
+    """Loads the model and encodes the task."""
+    # 1. The weights, with the layers stacked.
     base = pretrained.load(config.model, dtype="float32")
     layers = [base.params["layers"][n] for n in range(base.arch.layers)]
     stacked = jax.tree.map(lambda *each: np.stack(each), *layers)
     static = _static(base.arch)
+    # 2. The task, packed into windows of `seq_len` tokens.
     task = tasks.load("chain_sum", train_examples=4096, eval_examples=200, seed=0)
     train, held_out = (
         sft.encode(items, base.tokenizer, config.seq_len) for items in (task.train, task.held_out)
@@ -105,7 +115,7 @@ def prepare(config: Config) -> Setting:
 
 
 def _static(arch: Architecture) -> tuple[Any, Any]:
-    """What is no array: of one block, and of what lies around the blocks."""
+    """Returns the graph definitions of one block, and of the model without its blocks."""
     found = []
 
     def create() -> None:
@@ -114,12 +124,13 @@ def _static(arch: Architecture) -> tuple[Any, Any]:
         model.layers = nnx.List([])
         found.extend([block, nnx.split(model)[0]])
 
+    # Only structure is needed, so no weights are created.
     jax.eval_shape(create)
     return found[0], found[1]
 
 
 def of_answers(static: tuple[Any, Any], params: Any, batch: Any) -> losses.Sum:
-    """As in `losses`, of stacked layers."""
+    """Returns (sum of losses, number of answer tokens), as in `losses`, with stacked layers."""
     block, around = static
     others = nnx.merge(around, {k: v for k, v in params.items() if k != "layers"})
     tokens_BxL, segments_BxL = batch["tokens"], batch["segments"]
@@ -129,18 +140,25 @@ def of_answers(static: tuple[Any, Any], params: Any, batch: Any) -> losses.Sum:
     def layer(x_BxLxD: jax.Array, weights: Any) -> tuple[jax.Array, None]:
         return nnx.merge(block, weights)(x_BxLxD, positions_BxL, mask_BxLxL, None)[0], None
 
+    # One loop over the stacked layers: the block is compiled once.
     x_BxLxD, _ = jax.lax.scan(layer, others.embed(tokens_BxL[:, :-1]), params["layers"])
     loss_BxL = optax.softmax_cross_entropy_with_integer_labels(
         others.logits(x_BxLxD), tokens_BxL[:, 1:]
     )
+    # A token counts if it belongs to an answer and its predecessor to the same example.
     counts_BxL = batch["answer"][:, 1:] & (segments_BxL[:, 1:] == segments_BxL[:, :-1])
     return (loss_BxL * counts_BxL).sum(), counts_BxL.sum().astype(jnp.float32)
 
 
 def method(config: Config, name: str, rate: float, setting: Setting) -> tuple[Any, Any]:
-    """The weights that a method trains, and its step: (weights, state, others, batch, t, seed)"""
+    """Returns the weights that a method trains, and the pair of its step and transformation.
+
+    The step maps (trained weights, state, other weights, batch, t, seed) to (trained weights,
+    state, loss).
+    """
     loss = losses.mean(partial(of_answers, setting.static))
     if name in ESTIMATES:
+        # 1. An estimate has SGD as its optimizer, w <- w - rate * estimate, and no state.
         estimate = estimators.zeroth_order(loss, ESTIMATES[name])
 
         def zeroth(trained: Any, state: Any, others: Any, batch: Any, t: Any, seed: Any) -> Any:
@@ -152,6 +170,7 @@ def method(config: Config, name: str, rate: float, setting: Setting) -> tuple[An
             )
 
         return setting.params, (zeroth, optax.identity())
+    # 2. AdamW, on all weights or on the last blocks, with the others as constants.
     whole = name == "adamw"
     last = jax.tree.map(lambda w: w[-config.last_blocks :], setting.params["layers"])
     trained = setting.params if whole else last
@@ -169,7 +188,7 @@ def method(config: Config, name: str, rate: float, setting: Setting) -> tuple[An
 
 
 def _with_blocks(params: Any, last: Any) -> Any:
-    """The model with other last blocks; the weights of the others are constants."""
+    """Replaces the last blocks of a model; ``params["layers"]`` and `last` are stacks."""
 
     def joined(all_blocks: Any, last: jax.Array) -> jax.Array:
         return jnp.concatenate([all_blocks[: -len(last)], last])
@@ -178,13 +197,15 @@ def _with_blocks(params: Any, last: Any) -> Any:
 
 
 def run(config: Config, name: str, rate: float, seed: int, setting: Setting) -> dict[str, Any]:
-    """One run: its losses, seconds, and bytes by the compiler."""
+    """Runs one method at one rate; returns its losses, seconds, and the compiler's bytes."""
     trained, (step, tx) = method(config, name, rate, setting)
+    # The step overwrites its arguments: without a copy the first run would destroy the weights that
+    # all runs begin with.
     trained = jax.tree.map(lambda w: jnp.array(w, copy=True), trained)
     state = tx.init(trained)
     batches = setting.batches(seed)
     batch = next(batches)
-    # An argument: as constants the other weights would be folded into the program.
+    # The other weights are an argument, since XLA would fold constants into the program.
     others = setting.params if name == "adamw, last blocks" else None
     compiled = (
         jax.jit(step, donate_argnums=(0, 1)).lower(trained, state, others, batch, 0, seed).compile()
@@ -196,23 +217,26 @@ def run(config: Config, name: str, rate: float, seed: int, setting: Setting) -> 
         whole = _with_blocks(setting.params, trained) if name == "adamw, last blocks" else trained
         return mean_loss(evaluate, whole, setting.held_out)
 
+    # Equal forward passes, not equal steps. The time is of steps alone: compilation is over, and
+    # the held-out loss comes after it.
     steps = config.passes // PASSES[name]
     before, values, started = held_out(trained), [], time.process_time()
     for t in range(steps):
         trained, state, value = compiled(trained, state, others, batch, t, seed)
         values.append(float(value))
         batch = next(batches)
+    seconds = time.process_time() - started
     return {
         "method": name, "rate": rate, "seed": seed, "steps": steps, **settings(config),
         "before": before, "after": held_out(trained), "losses": values,
-        "processor_seconds_per_step": (time.process_time() - started) / steps,
+        "processor_seconds_per_step": seconds / steps,
         "temporary_bytes": found.temp_size_in_bytes,
         "argument_bytes": found.argument_size_in_bytes,
     }  # fmt: skip
 
 
 def settings(config: Config) -> dict[str, Any]:
-    """The options that decide a run's numbers beside method, rate and seed."""
+    """Returns the options that affect a run's numbers, beside method, rate and seed."""
     names = ("passes", "batch_size", "seq_len", "last_blocks", "validation_batches", "model")
     return {name: getattr(config, name) for name in names}
 
@@ -220,6 +244,7 @@ def settings(config: Config) -> dict[str, Any]:
 def main(arguments: Sequence[str]) -> int:
     """Runs what is missing and prints a table; returns the exit code."""
     config = cli.parse(Config, PROGRAM, arguments)
+    # Method -> rates, in the order of the runs.
     rates = {
         "lozo": config.lozo, "adamw": config.adamw, "adamw, last blocks": config.adamw,
         "subzero": config.subzero, "mezo": config.mezo,
@@ -231,7 +256,7 @@ def main(arguments: Sequence[str]) -> int:
         for rate in rates[name]
     ]
     entries = json.loads(config.out.read_text()) if config.out.exists() else []
-    setting = None
+    setting = None  # the model is loaded only if a run is missing
     for each in wanted:
         if any(each.items() <= entry.items() for entry in entries):
             continue
@@ -244,7 +269,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def table(entries: Sequence[dict[str, Any]]) -> str:
-    """One row for each run."""
+    """Returns a table with one row for each run."""
     head = ("method", "rate", "seed", "steps", "loss before", "after", "GiB", "CPU s per step")
     return reporting.aligned(
         head,

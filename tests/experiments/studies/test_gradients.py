@@ -364,7 +364,7 @@ def test_variance_study(tmp_path, capsys):
 BAD_VARIANCE = {
     "gamma": (["--gammas", "2", "4"], "`gammas`: 4 is not between 1 and 3"),
     "shown": (["--gammas", "1", "--shown", "2"], "`shown` is 2"),
-    "offsets": (["--gammas", "2", "--offsets", "0", "1"], "`offsets` has 2;"),
+    "offsets": (["--gammas", "2", "--offsets", "0", "1"], "`offsets` has 2 values;"),
 }
 
 

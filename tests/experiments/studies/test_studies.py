@@ -130,6 +130,19 @@ def test_a_run_that_diverged_is_never_the_best():
     assert pretraining.best_rates(entries) == {"gum": 1e-2}
 
 
+def test_an_optimizer_whose_runs_all_diverged_is_named(tmp_path):
+    run, path = Run(), tmp_path / "pretraining.json"
+    entries = [entry(run), entry(change(run, optimizer="adamw"), float("nan"))]
+    path.write_text(json.dumps(entries))
+    best, by_corpus = pretraining.stored(path, "pretraining")
+    assert list(best) == ["gum"]
+    assert [[e["config"]["optimizer"] for e in found] for found in by_corpus.values()] == [["gum"]]
+    for study, more in ((pretraining, ("stdlib",)), (finetuning, ())):
+        config: Any = study.Config(optimizers=("gum", "adamw"))
+        with pytest.raises(ConfigError, match="`learning_rates`: no run of adamw ended"):
+            study.finals(config, best, *more)
+
+
 STEPS_TO = {7.5: 10, 7: 10, 6: 15, 5: 20, 4.9: None}  # before the first point nothing is known
 
 
