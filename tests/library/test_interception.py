@@ -1,6 +1,6 @@
-"""Weights followed through programs of every kind, to the product or the operation that uses them.
+"""Weights followed through programs of every kind, to the products and operations that use them.
 
-In float64 the projected gradients equal ``P'G`` to rounding, whichever way they were made.
+In float64 the projected gradients equal ``P'G`` up to rounding, for both kinds of taps.
 """
 
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""Random models: their gradients are compressed in the backward pass as full ones are."""
+"""Random models: gradients compressed in the backward pass equal projections of full gradients."""
 
 import warnings
 
