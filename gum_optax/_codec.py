@@ -9,8 +9,8 @@ For a group of N wide matrices ``G_i`` [m, n] with orthonormal bases ``P_i`` [m,
 
 How these three are weighted and combined is a residual rule, see `gum_optax.residuals`.
 
-A *slot* is a place in the state for one full-size matrix; the matrix that it serves is drawn anew
-in every period. Full-size gradients of separate leaves are never stacked: projections are taken
+A *slot* is a place in the state for one full-size matrix; in every period, a new draw decides which
+matrix it serves. Full-size gradients of separate leaves are never stacked: projections are taken
 leaf by leaf, and only the matrices of the slots are gathered.
 
 Tests: tests/library/test_low_rank.py, tests/library/test_memory.py.
@@ -35,7 +35,7 @@ class Compressed(NamedTuple):
     """One group's gradients, or updates, as the inner transformation sees them.
 
     Attributes:
-      low: ``[*lead, r, n]``, the projected values of every matrix; the leading axes are those of
+      low: ``[*lead, r, n]``, the projected values of every matrix, with the same leading axes as
         `LowRankState`.basis: ``[N, r, n]`` unless leaves have several batch axes.
       residual: ``[slots, m, n]``, the residuals of the drawn matrices, zero in empty slots; None in
         a group without slots.
@@ -46,7 +46,7 @@ class Compressed(NamedTuple):
 
 
 class Frame(NamedTuple):
-    """Holds what is fixed for one group from one refresh to the next.
+    """The bases and draws of one group, which are fixed from one refresh to the next.
 
     Attributes:
       group: the group.
@@ -147,7 +147,7 @@ def place(
       position: the leaf's position in the group.
       matrices: the updates of undrawn matrices, ``[*batch, m, n]``, in the dtype of the result.
       residual: the updates of the slots, ``[slots, m, n]``.
-      beside: what a drawn matrix keeps beside its slot's update, like ``matrices``; None: nothing.
+      beside: updates of the shape of ``matrices`` that are added for drawn matrices; None: none.
 
     Returns:
       ``[*batch, m, n]``.

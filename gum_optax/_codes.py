@@ -60,7 +60,7 @@ class Map(NamedTuple):
 
     Attributes:
       bits: 8 or 4.
-      scale_dtype: the dtype of scales; None is that of the computation, float32 or float64.
+      scale_dtype: the dtype of scales; None: the dtype of the computation, float32 or float64.
       extreme: ``blocks [..., length] -> [..., 1]``, the entry that is scaled to 1.
       to_codes: ``u -> codes``, of numbers in [-1, 1]; numbers outside have the nearest code.
       to_levels: ``(codes, dtype) -> levels``.

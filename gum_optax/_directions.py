@@ -277,7 +277,7 @@ def coordinates(probabilities: PyTree | float) -> Directions:
 
     Args:
       probabilities: a tree like the parameters, of arrays that broadcast to them, or one number for
-        all, in [0, 1]; `gum_optax.samplers.water_filling` gives those of least variance.
+        all, in [0, 1]; `gum_optax.samplers.water_filling` minimizes the variance.
 
     Returns:
       `Directions`, whose ``number`` is the number of parameters.

@@ -27,8 +27,8 @@ _VECTORS = {"bias", "biases", "scale", "norm", "norms", "layernorm", "rmsnorm", 
 _POSITIONS = {"pos", "position", "positional", "positions"}
 _WEAK = {*_VECTORS, *_POSITIONS, "table", "head"}
 
-# These say how a value is stored, not what it is: the last word of `norm_weight` is norm, that of
-# `positional_encoding` is positional. The letter d is left of `BatchNorm2d`.
+# Words for the form of a value, not for its role. They do not count as the last word, which is norm
+# in `norm_weight` and positional in `positional_encoding`. The letter d remains of `BatchNorm2d`.
 _HOLDERS = {
     *("weight", "weights", "kernel", "w", "param", "params", "gamma", "beta", "g", "d"),
     *("enc", "encoding", "encodings"),
@@ -116,7 +116,7 @@ def _heads(
 
 
 def _is_embedding(path: str) -> bool:
-    """Tells whether a name is that of a token table: positions and relative biases show no V."""
+    """Tells whether a path names a table of tokens: positions and relative biases show no V."""
     words = _all_words(path)
     others = {*_POSITIONS, *_VECTORS, "wpe", "posemb"}
     return not _EMBEDDINGS.isdisjoint(words) and others.isdisjoint(words) and not is_head(path)

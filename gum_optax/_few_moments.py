@@ -161,7 +161,7 @@ def adalomo(
         W \leftarrow W - \eta \max(10^{-3}, \text{rms}(W)) (u + \lambda W)
 
     The state is ``m + n`` numbers for each matrix. Of leaves with more axes, the two longest axes
-    are factored, and the root mean squares are those of the whole leaf. The paper also applies
+    are factored, and root mean squares are taken over the whole leaf. The paper also applies
     updates inside the backward pass, so that not all gradients live at once. No optimizer can do
     this; `backward` has another way to hold fewer gradients.
 

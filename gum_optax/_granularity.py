@@ -122,8 +122,8 @@ def projfactor(
         V = \rho \kappa^\top / \textstyle\sum \rho
 
     The inner transformation should be a bias-corrected average, ``optax.ema(0.9)``. The state is
-    ``r n + m + n`` numbers beside the basis. Within `regrained`, rows and columns are those of the
-    reshaped matrix; in the paper they are those of the original one.
+    ``r n + m + n`` numbers beside the basis. Within `regrained`, the second moment has the rows and
+    columns of the reshaped matrix; in the paper, those of the original one.
 
     Args:
       rank: as for `LowRank`.
@@ -179,7 +179,7 @@ def _factored(b2: float, eps: float) -> Residual:
         count, moments = state
         count = jnp.asarray(optax.safe_increment(count))
         group, leaves, new = frame.group, [], []
-        # Leaf by leaf, so that full-size temporaries are those of one leaf.
+        # Leaf by leaf, so that only one leaf has full-size temporaries at a time.
         parts = [_codec.split(group, part) for part in (frame.basis, updates.low, encoded.low)]
         for basis, low, projected, gradient, (rows, columns) in zip(
             *parts, gradients, moments, strict=True

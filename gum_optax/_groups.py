@@ -6,7 +6,7 @@ layers, or several leaves with batch axes. The mathematics is stated for *wide* 
 *tall* leaves are transposed on the way in and out.
 
 A group that cannot gain from compression is *uncompressed*: the inner transformation runs on its
-leaves as they are.
+leaves themselves.
 
 Tests: tests/library/test_groups.py.
 """

@@ -48,7 +48,7 @@ def water_filling(sizes: jax.Array, total: Any) -> jax.Array:
     fits = level * largest <= 1
     full = jnp.argmax(fits)
     share = jnp.where(k < full, 1.0, level[full] * largest)
-    # 3. Without such a k, all items with a size are drawn, and the others share what is left.
+    # 3. Without such a k, all items with a size are drawn, and the others share the remainder.
     has_size = largest > 0
     left = jnp.maximum(count - jnp.sum(has_size), 1)
     without = jnp.where(has_size, 1.0, (total - jnp.sum(has_size)) / left)

@@ -62,7 +62,8 @@ class LowRank:
         ``update_proj_gap``). Step 0 is a refresh.
       residual: the rule for the part of a gradient outside its basis, see `residuals`.
       projector: the function that makes a basis from a gradient, see `projectors`.
-      carry: the function that decides what the inner state keeps at a refresh, see `carries`.
+      carry: the function that makes the inner state of a new period from the old one, see
+        `carries`.
       storage: the form of the inner state between steps, see `storages`.
       group_by: ``(path, leaf) -> role``. Matrices of one role form a group, among which layers are
         sampled; `by_role`, `by_shape` or your own function.
@@ -448,7 +449,7 @@ def _collect(groups: Sequence[Group], leaves: Sequence[jax.Array]) -> dict[str, 
     }
 
 
-# What `init` checks ---------------------------------------------------------------------------
+# Checks of `init` -----------------------------------------------------------------------------
 
 
 def _stand_in_state() -> LowRankState:

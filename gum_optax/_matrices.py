@@ -119,7 +119,7 @@ def _divide(
     fallback: optax.GradientTransformation,
     weight_dimension_numbers: dims.DimensionNumbers | None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Divides a tree into matrices and other leaves, anew in each call.
+    """Divides a tree into matrices and other leaves, in each call again.
 
     Labels depend on shapes and paths alone. They are recomputed in every call, because a tree of
     labels from ``init`` does not fit if containers differ between ``init`` and ``update``, as under
@@ -267,7 +267,7 @@ def _to_matrix(numbers: dims.MuonDimensionNumbers, leaf: Any) -> Any:
 def _of_matrix(
     function: Callable[..., Any], numbers: dims.MuonDimensionNumbers, leaf: Projected
 ) -> Projected:
-    """Returns the `Projected` gradient of a leaf as that of its matrices.
+    """Reshapes the `Projected` gradient of a leaf to the leaf's matrices.
 
     Only the shape and the residual change: projections ``P'G`` belong to the matrices already.
     """

@@ -84,7 +84,7 @@ def memory_plan(tx: optax.GradientTransformation, params: PyTree) -> MemoryPlan:
         ``nnx.eval_shape``), all of whose ``nnx.Param`` count.
 
     Returns:
-      A `MemoryPlan` whose ``total_bytes`` equals, to the byte, what ``tx.init(params)`` allocates.
+      A `MemoryPlan` whose ``total_bytes`` equals the bytes of ``tx.init(params)`` exactly.
 
     Raises:
       TypeError, ValueError: as ``tx.init`` does.

@@ -42,7 +42,8 @@ def _elementwise(walk: Walk, equation: Any, values: list[Value]) -> list[Value]:
             #    lookups and of products of weights may lack axes without being broadcast.
             whole = all(axes or size == 1 for axes, size in zip(view.axes, shape, strict=True))
             derived = any(role in ("gathered", "inner") for _, role in view.roles)
-            # 2. Trails go through every elementwise operation, weights through those of weights.
+            # 2. Trails go through every elementwise operation, weights only through operations on
+            #    weights alone.
             if view.use is not None or not others:
                 views.append(view)
             elif any(other.data for other in others) or not (whole or derived):
@@ -61,7 +62,7 @@ def _comparison(walk: Walk, equation: Any, values: list[Value]) -> list[Value]:
 
 
 def _each_alone(walk: Walk, equation: Any, values: list[Value]) -> list[Value]:
-    """Each result shows what its operand shows, as in ``optimization_barrier`` and ``psum``."""
+    """Each result shows the same leaves as its operand: ``optimization_barrier``, ``psum``."""
     return values
 
 

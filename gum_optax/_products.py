@@ -16,7 +16,7 @@ from gum_optax._usage import NONE, Value, View, Walk, mixed, roles_of_all, shape
 def gather(walk: Walk, equation: Any, values: list[Value]) -> list[Value]:
     """A scalar index drops an axis, as a scan does; an array of indices looks up rows."""
     # 1. Axes of the operand that the result keeps, and whether there is an array of indices: it
-    #    adds axes to the result beside those of the slices (`offset_dims`).
+    #    adds axes to the result beside the axes of the slices (`offset_dims`).
     numbers, sizes = equation.params["dimension_numbers"], equation.params["slice_sizes"]
     shape, found = shape_of(equation.invars[0]), shape_of(equation.outvars[0])
     left = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
@@ -86,7 +86,7 @@ def _product(
       contracted: for each side the axes that are summed over.
       batch: for each side its batch axes.
       out_batch: for each side the batch axes that the result has. The axes of the result are
-        these, then the free axes of the left side, then those of the right side.
+        these, then the free axes of the left side, then the free axes of the right side.
     """
     ranks = [len(shape_of(atom)) for atom in equation.invars[:2]]
     free = [
@@ -173,7 +173,7 @@ def _follow(
     contracted: Sequence[Sequence[int]],
     batch: Sequence[Sequence[int]],
 ) -> None:
-    """Ends a trail in a product with other parameters, and notes what this shows of its use."""
+    """Ends a trail in a product with other parameters, and adds the findings to its use."""
     assert view.use is not None
     use, shape = walk.uses[view.use], shape_of(equation.invars[side])
     weights = [v for v in other.views if v.use is None]

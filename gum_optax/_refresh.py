@@ -104,8 +104,8 @@ def _new_bases(
     keys: dict[str, jax.Array],
     previous: dict[str, jax.Array],
 ) -> dict[str, jax.Array]:
-    """Makes one basis after the other, so that temporaries are those of one matrix."""
-    # 1. What the loop reads: a function from an index to a gradient [m, n] for each group.
+    """Makes one basis after the other, so that one matrix has temporaries at a time."""
+    # 1. The input of the loop: for each group a function from an index to a gradient [m, n].
     old = [previous[group.name] for group in groups]  # [*lead, m, r] each
     dtype, shape = old[0].dtype, old[0].shape[-2:]
     takes = [_codec.matrix_at(group, gradients[group.name], dtype) for group in groups]

@@ -162,8 +162,8 @@ def flax(params: PyTree, *, layer_axis: int | None = None) -> PyTree:
 def maxtext(params: PyTree) -> PyTree:
     """Takes the kernels of MaxText models as matrices, scanned (over axis 1, its default) or not.
 
-    The result equals that of MaxText's own ``get_muon_weight_dimension_numbers``, which can also be
-    passed as ``weight_dimension_numbers``. This rule works without MaxText.
+    The result equals the tree of MaxText's own ``get_muon_weight_dimension_numbers`` where that is
+    correct; it can also be passed as ``weight_dimension_numbers``. This rule works without MaxText.
 
     Args:
       params: arrays, or ``jax.ShapeDtypeStruct`` in their place.
@@ -359,8 +359,8 @@ def _flax_rule(params: PyTree, layer_axis: int | None) -> _OfLeaf:
         #    additional axis.
         complete = len(shape) == len(layout) and layout in roles
         over = axis if shape[axis] in layers and not complete else None
-        # 4. The layout of what is left without the axis over layers. Fused kernels come in another
-        #    form, too, [d, 3, d'] or [d, heads, 3 head_dim]; two axes are a plain matrix.
+        # 4. The layout of the axes other than the axis over layers. Fused kernels have other forms,
+        #    too, [d, 3, d'] or [d, heads, 3 head_dim]; two axes are a plain matrix.
         rest = [size for i, size in enumerate(shape) if i != over]
         if layout == "iboo" and len(rest) == 3:
             layout = "ibo" if rest[1] == 3 else "ioo"

@@ -86,8 +86,8 @@ def in_sequence(
 
     Args:
       function: takes one entry of each column and returns an array.
-      *columns: iterables of equal length. The entries of the first are arrays, those of the others
-        may be anything.
+      *columns: iterables of equal length. The entries of the first are arrays; the entries of the
+        others may be anything.
       after: an array that the first call waits for, or None.
 
     Returns:

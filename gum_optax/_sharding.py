@@ -1,4 +1,4 @@
-"""`state_shardings`: derives the sharding of an optimizer state from that of the parameters.
+"""`state_shardings`: derives the sharding of an optimizer state from the parameters' sharding.
 
 Tests: tests/library/test_state_shardings.py.
 """

@@ -98,7 +98,7 @@ def find(
       kind: the type of the states of `low_rank`.
 
     Raises:
-      ValueError: if a state of `low_rank` cannot be found in that of ``tx``.
+      ValueError: if a state of `low_rank` cannot be found in the state of ``tx``.
     """
     notes = Notes()
     places: list[int | None] = []
@@ -119,7 +119,7 @@ def find(
         return state
 
     with opened(notes), warnings.catch_warnings():
-        # The caller's own `init` has warned of what is not compressed.
+        # The caller's own `init` has warned of uncompressed matrices already.
         warnings.simplefilter("ignore", UserWarning)
         jax.eval_shape(init, params)
     # 2. A wrapper that packs the state, such as `quantized`, has arrays of its own: no place.

@@ -212,7 +212,7 @@ def shape_of(atom: Any) -> tuple[int, ...]:
 def _only_body(equation: Any) -> Any:
     """Returns the jaxpr that a primitive calls, such as ``jit`` or ``shard_map``, or None.
 
-    It must be the only one, with operands and results like those of the primitive.
+    It must be the only one, and its operands and results must match the primitive's.
     """
     # A Pallas kernel works on references to blocks of its operands.
     if equation.primitive.name == "pallas_call":

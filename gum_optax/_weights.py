@@ -206,7 +206,7 @@ class Model:
                 if (key := (number, group.name)) not in found.slots:
                     continue
                 serves = source.state.slots[group.name]
-                # P [N, m, r] and R [N, r, n] of all matrices, of which the drawn ones are gathered.
+                # P [N, m, r] and R [N, r, n] of all matrices; the drawn ones are gathered.
                 parts = [lows[key][i] for i in range(len(group.leaves))]
                 low = _codec.join(group, parts).reshape(group.count, group.rank, group.n)
                 basis = source.state.basis[group.name].reshape(group.count, group.m, group.rank)

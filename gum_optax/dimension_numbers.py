@@ -140,7 +140,7 @@ def resolve(
 def explain(params: PyTree, numbers: Sequence[MuonDimensionNumbers | None]) -> list[str]:
     """Returns for each leaf a short reason why it is not a matrix, or "" if it is one.
 
-    The reasons are those of `default`, even if the numbers come from another function or a tree:
+    The reasons follow the rule `default`, even if the numbers come from another function or a tree:
 
     - ``vector``: fewer than two axes;
     - ``name: embed``: the word of the path that matched;
