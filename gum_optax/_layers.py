@@ -13,6 +13,7 @@ import optax
 from jax import lax
 
 from gum_optax import _checks
+from gum_optax import dimension_numbers as dims
 from gum_optax._low_rank import keep_dtypes
 from gum_optax._paths import PyTree, is_stand_in, leaves_with_names
 
@@ -203,7 +204,7 @@ class _Stacks:
 
 def _broadcast(params: PyTree, axes: PyTree | Callable[[PyTree], PyTree]) -> list[Any]:
     """Returns the axis of layers of each leaf, in the order of ``jax.tree.leaves``."""
-    chosen = axes(params) if callable(axes) else axes
+    chosen = axes(params) if dims.is_function(axes) else axes
     try:
         full = jax.tree.broadcast(chosen, params, is_leaf=lambda x: x is None)
     except ValueError as error:

@@ -45,6 +45,7 @@ import jax.numpy as jnp
 import optax
 
 from gum_optax import _checks
+from gum_optax import dimension_numbers as dims
 from gum_optax._paths import PyTree
 
 ValueAndGrad: TypeAlias = Callable[..., tuple[Any, PyTree]]
@@ -91,7 +92,7 @@ def displaced(value_and_grad: ValueAndGrad, displacement: Displacement | PyTree)
 
     def at_displaced(params: PyTree, *args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
         # 1. d, from a function or as given.
-        if callable(displacement):
+        if dims.is_function(displacement):
             moved_by = displacement(params, *args, **kwargs)
         elif kwargs:
             raise TypeError(
