@@ -223,6 +223,7 @@ def find_groups(tree: PyTree, group_by: GroupBy) -> list[Group]:
         for (shape, dtype), positions in kinds.items():
             role = _unused(_with_kind(key, shape, dtype, list(kinds)), roles)
             name = _unused(state_key(role), groups)
+            # The group's arrays can only follow a sharding that all of its leaves share.
             sharding = _mesh.common_sharding([named[position][1] for position in positions])
             groups[name] = Group(name, tuple(positions), shape, dtype, sharding, role=role)
             roles.add(role)

@@ -204,6 +204,7 @@ class _Stacks:
 
 def _broadcast(params: PyTree, axes: PyTree | Callable[[PyTree], PyTree]) -> list[Any]:
     """Returns the axis of layers of each leaf, in the order of ``jax.tree.leaves``."""
+    # A module with axes in the place of weights is a tree, although it is callable.
     chosen = axes(params) if dims.is_function(axes) else axes
     try:
         full = jax.tree.broadcast(chosen, params, is_leaf=lambda x: x is None)

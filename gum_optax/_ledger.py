@@ -61,6 +61,7 @@ _packed: contextvars.ContextVar[Callable[[PyTree], PyTree]] = contextvars.Contex
 @contextlib.contextmanager
 def opened() -> Iterator[list[PlanRow]]:
     """Opens a ledger and yields the list to which rows are written."""
+    # The token brings back an outer ledger, if one was open.
     rows: list[PlanRow] = []
     token = _open.set(rows)
     try:
@@ -114,6 +115,7 @@ def bytes_at_rest(init: Callable[..., PyTree], *args: Any) -> int:
 
 def bytes_of(tree: PyTree) -> int:
     """Returns the bytes of all arrays of a tree, or of their descriptions."""
+    # By functions of jnp, since leaves may be Python numbers or NumPy arrays.
     return sum(
         math.prod(jnp.shape(leaf)) * jnp.result_type(leaf).itemsize
         for leaf in jax.tree.leaves(tree)

@@ -39,6 +39,7 @@ def galore(rank: Any = 128, period: int = 200, **parts: Any) -> LowRank:
     References:
       Zhao et al., GaLore, arXiv 2403.03507.
     """
+    # Options in `parts` take the place of the paper's.
     own = {"residual": residuals.drop(), "projector": projectors.svd, "carry": carries.keep}
     return LowRank(rank, period, **own | parts)
 
@@ -140,6 +141,7 @@ def frugal(rank: Any = 128, period: int = 200, *, scale: float = 1.0, **parts: A
       Zmushko et al., FRUGAL, arXiv 2411.07837, with its projections by SVD.
     """
     _checks.hyperparameter("scale", scale)
+    # U = P D + scale sign(E)
     signs = residuals.through(optax.chain(optax.scale_by_sign(), optax.scale(scale)))
     return galore(rank, period, **{"residual": signs, "carry": carries.restart} | parts)
 
@@ -203,6 +205,7 @@ def _guided(
     rank: Any, period: int, gain: optax.GradientTransformation, parts: dict[str, Any]
 ) -> LowRank:
     """Returns the compression that updates by whole gradients, scaled by a gain."""
+    # U = gain(R, D) G, where D is Adam's update of R: only the norms of D and R matter.
     own = {
         "residual": residuals.guided(gain),
         "projector": projectors.random_orthonormal,

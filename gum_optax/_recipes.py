@@ -153,6 +153,7 @@ def gum(
       Pan et al., Unbiased Gradient Low-Rank Projection, arXiv 2510.17802.
       Jordan et al., Muon, https://kellerjordan.github.io/posts/muon/
     """
+    # Checked here, since a function of the update would raise at the first step only.
     _consistent_rms(consistent_rms)
     # Low-rank Muon, then Muon's factor for the shape of each matrix.
     direction = scale_by_gum(
@@ -335,6 +336,7 @@ def _scale_by_shape(consistent_rms: Number | None) -> optax.GradientTransformati
     """
 
     def scale(update: jax.Array) -> jax.Array:
+        # Without entries, fan_in may be zero.
         if update.size == 0:
             return update
         # A matrix maps fan_in inputs (rows) to fan_out outputs (columns).
@@ -343,6 +345,7 @@ def _scale_by_shape(consistent_rms: Number | None) -> optax.GradientTransformati
             factor = jnp.sqrt(max(1.0, fan_out / fan_in))
         else:
             factor = jnp.sqrt(float(max(fan_in, fan_out))) * consistent_rms
+        # A traced `consistent_rms` is float32 and would promote updates in half precision.
         return (factor * update).astype(update.dtype)
 
     return optax.stateless(lambda updates, params: jax.tree.map(scale, updates))

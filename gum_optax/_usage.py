@@ -134,6 +134,7 @@ class Walk:
             jaxpr = jaxpr.jaxpr
         known |= dict(zip(jaxpr.invars, arguments, strict=True))
 
+        # Literals and other constants depend on nothing.
         def read(atom: Any) -> Value:
             return Value() if isinstance(atom, Literal) else known.get(atom, Value())
 
@@ -156,6 +157,7 @@ class Walk:
         """Notes that a primitive loses the weights among its operands."""
         for value in values:
             for view in value.views:
+                # The end of a trail loses nothing: its use is recorded already.
                 if view.use is None:
                     self.lost.setdefault(view.leaf, set()).add(name)
 
@@ -171,13 +173,16 @@ class Walk:
 
     def _step(self, equation: Any, values: list[Value]) -> list[Value]:
         """Returns the values of an equation's results: by a rule, by its body, or as lost."""
+        # 1. A primitive with a rule.
         name = equation.primitive.name
         rule = self._rules.get(name)
         if rule is not None:
             return rule(self, equation, values)
+        # 2. A call of another jaxpr, which is walked through as if it stood here.
         body = _only_body(equation)
         if body is not None:
             return self.run(body, values)
+        # 3. Any other primitive: its results still depend on its operands, but show no leaf.
         self.forget(name, values)
         return [mixed(values)] * len(equation.outvars)
 

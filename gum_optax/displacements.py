@@ -91,7 +91,7 @@ def displaced(value_and_grad: ValueAndGrad, displacement: Displacement | PyTree)
     _checks.function("value_and_grad", value_and_grad, "(params, *args) -> (value, gradient)")
 
     def at_displaced(params: PyTree, *args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
-        # 1. d, from a function or as given.
+        # 1. d, from a function or as given. A module of weights is a tree, although it is callable.
         if dims.is_function(displacement):
             moved_by = displacement(params, *args, **kwargs)
         elif kwargs:
