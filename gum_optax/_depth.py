@@ -26,7 +26,8 @@ def by_band(layers: int, bands: int = 4) -> GroupBy:
       bands: the number of groups of each role, an int from 1 to ``layers``.
 
     Returns:
-      A ``group_by``, with roles such as ``layers/*/q@1/4``: the band counts from 0.
+      A function for ``LowRank.group_by``. Its roles have the band, counted from 0, and the number
+      of bands: ``layers/*/q@1/4``.
 
     Raises:
       TypeError, ValueError: if an argument is no int >= 1, or ``bands`` exceeds ``layers``.

@@ -76,8 +76,8 @@ def scale_by_factored_momentum(
       beta: decay of momentum, in [0, 1). Gradients are added with weight one.
 
     Returns:
-      An ``optax.GradientTransformationExtraArgs`` for trees of matrices ``[..., m, n]``: directions
-      with singular values one (zero for a zero momentum), in the dtypes of the gradients.
+      An ``optax.GradientTransformationExtraArgs`` for trees of matrices ``[..., m, n]``. Its
+      updates have singular values one (zero for a zero momentum), in the dtypes of the gradients.
 
     Raises:
       TypeError, ValueError: if an argument is malformed; from ``init``, if a leaf has fewer than

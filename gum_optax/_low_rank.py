@@ -111,6 +111,9 @@ class LowRank:
         Args:
           tree: arrays or ``jax.ShapeDtypeStruct``; the last two axes are a matrix, others batch.
 
+        Returns:
+          A list of `Group`.
+
         Raises:
           TypeError, ValueError: if a leaf is no real floating-point matrix, or if ``rank`` or
             ``group_by`` returns something malformed.

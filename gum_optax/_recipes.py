@@ -63,8 +63,8 @@ def scale_by_gum(
       orthogonalizer: the transformation after momentum, by default `scale_by_polar()`.
 
     Returns:
-      An ``optax.GradientTransformationExtraArgs``: directions without learning rate, sign or shape
-      scaling, in the gradients' shapes and dtypes.
+      An ``optax.GradientTransformationExtraArgs``. Its updates are directions without learning
+      rate, sign or shape scaling, in the gradients' shapes and dtypes.
 
     Raises:
       TypeError, ValueError: if an argument is malformed, and as `low_rank` does.
