@@ -107,7 +107,7 @@ def infer(function: Callable[..., Any], params: PyTree, *args: Any, **kwargs: An
         warnings.warn(
             f"`infer` cannot decide on {len(open_cases)} of {len(named)} leaves, which get None "
             f"and so the fallback: {'; '.join(open_cases[:8])}"
-            f"{'; ...' if len(open_cases) > 8 else ''}. Where they are matrices, replace None by "
+            f"{'; ...' if len(open_cases) > 8 else ''}. If they are matrices, replace None by "
             "`optax.contrib.MuonDimensionNumbers(reduction_axis, output_axis)` in the result.",
             stacklevel=2,
         )
@@ -261,7 +261,7 @@ def _without_products(uses: Sequence[Use], lost: Collection[str]) -> _Verdict:
     """Returns the verdict on a leaf that is in no product with activations."""
     roles = {role for use in uses for _, role in use.roles}
     if lost:
-        return _Verdict(f"is used by {_listed(lost)}, of which no rule is known", decided=False)
+        return _Verdict(f"is used by {_listed(lost)}, for which there is no rule", decided=False)
     if not roles:
         return _Verdict("is not used in a product or sum with activations", decided=False)
     if "elementwise" in roles:

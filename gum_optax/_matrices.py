@@ -97,7 +97,7 @@ def for_matrices(
         fallback = fallback.make(rate, weight_decay, weight_decay_mask)
     elif fallback_learning_rate is not None:
         raise ValueError(
-            f"`fallback_learning_rate` must be left out where `fallback` is a transformation, got "
+            f"`fallback_learning_rate` must be left out if `fallback` is a transformation, got "
             f"{fallback_learning_rate!r}: it is the learning rate of one of "
             "`gum_optax.fallbacks`."
         )

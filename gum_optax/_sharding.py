@@ -117,7 +117,7 @@ def _only_mesh(specs: list[Any], mesh: Mesh | AbstractMesh | None) -> Mesh | Abs
     current = jax.sharding.get_mesh()
     if current.empty:
         raise ValueError(
-            "`mesh` is needed where `param_shardings` holds no NamedSharding and no mesh is set by "
+            "`mesh` is needed if `param_shardings` holds no NamedSharding and no mesh is set by "
             "`jax.set_mesh`."
         )
     return current

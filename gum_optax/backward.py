@@ -250,8 +250,8 @@ def _warn_of_whole_gradients(model: Model, run: Interpreter) -> None:
     if others:
         first = others[0]
         warnings.warn(
-            f"{len(others)} of {len(model.weights)} compressed leaves are not used in dense "
-            f"products alone, so a full gradient of each exists for a moment: `{first.name}` "
+            f"{len(others)} of {len(model.weights)} compressed leaves have uses other than "
+            f"dense products, so their full gradients exist for a short time: `{first.name}` "
             f"({', '.join(first.others)}). `gum_optax.backward.explain` lists them.",
             stacklevel=3,
         )

@@ -254,7 +254,7 @@ SLOW = (
 
 
 @jax.enable_x64(True)
-@pytest.mark.filterwarnings("ignore:.*compressed leaves are not used in dense products")
+@pytest.mark.filterwarnings("ignore:.*compressed leaves have uses other than dense products")
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in CASES]
 )
