@@ -121,7 +121,7 @@ def _of_crowds(params: PyTree, numbers: Sequence[Any]) -> Iterator[str]:
 
 
 def _is_crowd(leaf: Any, number: optax.contrib.MuonDimensionNumbers | None) -> bool:
-    """Tells whether dimension numbers make a leaf a stack of very many very small matrices."""
+    """Returns whether dimension numbers make a leaf a stack of very many very small matrices."""
     if number is None:
         return False
     # [*batch axes, *row axes, *column axes] -> the three products of their sizes.

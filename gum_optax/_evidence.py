@@ -63,7 +63,7 @@ def stacks_of_scales(named: Sequence[tuple[str, Any]]) -> list[_Shape]:
 
 
 def is_no_table(path: str) -> bool:
-    """Tells whether a path has no name of a table, of tokens, positions or nothing in particular.
+    """Returns whether a path has no name of a table, of tokens, positions or nothing in particular.
 
     A name of a head counts as no name of a table.
     """
@@ -116,14 +116,14 @@ def _heads(
 
 
 def _is_embedding(path: str) -> bool:
-    """Tells whether a path names a table of tokens: positions and relative biases show no V."""
+    """Returns whether a path names a table of tokens: positions and relative biases show no V."""
     words = _all_words(path)
     others = {*_POSITIONS, *_VECTORS, "wpe", "posemb"}
     return not _EMBEDDINGS.isdisjoint(words) and others.isdisjoint(words) and not is_head(path)
 
 
 def is_head(path: str) -> bool:
-    """Tells whether a path names an output head."""
+    """Returns whether a path names an output head."""
     # `vocab_proj` is a head, `vocab_embed` is not.
     return any(
         _naming_word(part) in {*_HEADS, "head"} and _EMBEDDINGS.isdisjoint(_words(part))

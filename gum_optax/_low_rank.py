@@ -432,7 +432,7 @@ def _leaves_of(group: Group, leaves: Sequence[jax.Array]) -> list[jax.Array]:
 
 
 def _are_projected(groups: Sequence[Group], leaves: Sequence[Any]) -> bool:
-    """Tells whether the gradients came projected; either all compressed groups do, or none."""
+    """Returns whether the gradients came projected; either all compressed groups do, or none."""
     kinds = {
         is_projected(leaf): group.name for group in groups for leaf in _leaves_of(group, leaves)
     }

@@ -82,7 +82,7 @@ def merged_entry(entries: Entries, sizes: Sequence[int]) -> Any:
 
 
 def on_mesh(array: jax.Array) -> bool:
-    """Tells whether an array, traced or not, is laid out on a mesh."""
+    """Returns whether an array, traced or not, is laid out on a mesh."""
     return not jax.typeof(array).sharding.mesh.empty
 
 

@@ -39,7 +39,7 @@ def newton_schulz(
 
     Muon's coefficients bring singular values near one, between about 0.7 and 1.2, but not exactly
     to one. In exchange, their polynomial has a steep slope at zero, which raises small singular
-    values in few steps. The products run at JAX's default precision.
+    values in few steps.
 
     Args:
       x: ``[..., m, n]``, real floating point; leading axes are batch axes.

@@ -33,7 +33,7 @@ def path_name(path: Sequence[Any]) -> str:
 
 
 def is_attribute(path: Sequence[Any], name: str) -> bool:
-    """Tells whether a key path ends with an attribute of an object, as in Equinox, boxed or not."""
+    """Returns whether a key path ends with an attribute of an object, boxed or not."""
     # The last two entries: behind the attribute, a box may add one of its own.
     return any(
         isinstance(entry, jax.tree_util.GetAttrKey) and entry.name == name for entry in path[-2:]
@@ -41,7 +41,7 @@ def is_attribute(path: Sequence[Any], name: str) -> bool:
 
 
 def is_box(node: Any) -> bool:
-    """Tells whether a node is a container of one array in an attribute ``value``."""
+    """Returns whether a node is a container of one array in an attribute ``value``."""
     # Only the node itself is opened, so `path` has one entry for each child.
     if is_projected(node):
         return False
@@ -54,7 +54,7 @@ def is_box(node: Any) -> bool:
 
 
 def is_stand_in(tree: PyTree) -> bool:
-    """Tells whether a tree is only a placeholder for parameters, as in ``optax.tree.map_params``.
+    """Returns whether a tree is only a placeholder for parameters, as in ``optax.tree.map_params``.
 
     That function calls ``init`` with an object of its own that has no leaves and is no container.
     Its type is private, so it is recognized by these two properties. An empty dict is a container:

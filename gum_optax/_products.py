@@ -142,7 +142,7 @@ def _product(
 
 
 def _is_repeated(atom: Any, value: Value, batch: Sequence[int]) -> bool:
-    """Tells whether weights have an axis, summed over or kept, that is no leaf's."""
+    """Returns whether weights have an axis, summed over or kept, that is no leaf's."""
     weights = [view for view in value.views if view.use is None]
     return bool(weights) and any(
         size > 1 and axis not in batch and not any(view.axes[axis] for view in weights)

@@ -45,7 +45,7 @@ class Projected:
 
 
 def is_projected(node: Any) -> bool:
-    """Tells whether a node of a tree is a `Projected` gradient, which counts as one leaf."""
+    """Returns whether a node of a tree is a `Projected` gradient, which counts as one leaf."""
     return isinstance(node, Projected)
 
 
@@ -71,5 +71,5 @@ def described(tree: Any, like: Any = None) -> Any:
 
 
 def has_projected(tree: Any) -> bool:
-    """Tells whether any leaf is `Projected`."""
+    """Returns whether any leaf is `Projected`."""
     return any(map(is_projected, jax.tree.leaves(tree, is_leaf=is_projected)))

@@ -27,7 +27,7 @@ LARGE_SIDE = 256
 
 
 def is_large(matrices: jax.Array) -> bool:
-    """Tells whether each matrix of ``[..., m, n]`` keeps the machine busy by itself.
+    """Returns whether each matrix of ``[..., m, n]`` keeps the machine busy by itself.
 
     Batching makes products of small matrices faster. For large matrices it gains nothing, and
     temporaries of several times the size of the batch can exhaust the memory.

@@ -205,7 +205,7 @@ def joined(*values: Value) -> Value:
 
 
 def is_integer(variable: Any) -> bool:
-    """Tells whether a variable holds integers."""
+    """Returns whether a variable holds integers."""
     return jnp.issubdtype(variable.aval.dtype, jnp.integer)
 
 

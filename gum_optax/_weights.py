@@ -244,8 +244,8 @@ class Model:
             uses = [met.leaf for met in trial.met]
             at_root |= {leaf for leaf in stacked if uses.count(leaf) != 1}
         _, found = differentiated(self, program, run, taps, at_root)
-        # 3. The states with new bases. `due` has several entries if sources differ in period; with
-        #    one source, the caller asks only if it is due.
+        # 3. The states with new bases. Sources may differ in period, so each is selected by its own
+        #    `due`; a single source is due whenever this runs.
         states = []
         for number, source in enumerate(self.sources):
             basis = {}

@@ -9,7 +9,7 @@ An *estimator* takes the place of ``jax.value_and_grad(loss)``; any optax transf
 - `sphere` and `coordinates`, mixed by `hybrid`: ZO-HGD.
 
 Directions are functions of key, step and path, so they are not stored. A step needs the memory of
-the weights, of perturbed copies of the weights in use, and of the activations of a forward pass.
+the weights, of a perturbed copy of the weights in use, and of the activations of a forward pass.
 
 Example:
   A step of MeZO. The key is the same for a whole run, the step counts up:

@@ -172,9 +172,9 @@ def int4(block: int = 32, non_negative: Callable[[KeyPath], bool] = _SECOND_MOME
 
     The 16 levels suit Gaussian numbers: the relative l2 error is .08 in blocks of 32, and the error
     of a number is at most .13 of the largest magnitude in its block. Scales are signed and take two
-    bytes. Arrays that are never negative are rounded to the nearest of 16 powers of two, the
-    largest number in the block and below, with scales of four bytes. For Adam's second moment use
-    `int8`: it changes in many steps much smaller than an octave.
+    bytes. Arrays that are never negative have 16 levels, the largest number in the block times
+    ``1, 1/2, 1/4, ...``, and scales of four bytes. For Adam's second moment use `int8`: it changes
+    in many steps much smaller than an octave.
 
     Everything else is as in `int8`.
 
