@@ -140,7 +140,7 @@ def flax(params: PyTree, *, layer_axis: int | None = None) -> PyTree:
 
     Args:
       params: arrays, or ``jax.ShapeDtypeStruct`` in their place.
-      layer_axis: the axis over scanned layers, 0 or 1; by default the one along which all leaves
+      layer_axis: the axis over scanned layers; by default axis 0 or 1, along which all leaves
         with an additional axis have the same size.
 
     Returns:
