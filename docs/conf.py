@@ -31,9 +31,9 @@ default_role = "py:obj"
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 autodoc_member_order = "bysource"
-# Docstrings tell types in words; annotations would bury the names of parameters.
+# Docstrings state types in words; annotations would hide the names of parameters.
 autodoc_typehints = "none"
-# Defaults as they are written in the source, `LowRank()` and not its fields.
+# Defaults as in the source, `LowRank()` and not its fields.
 autodoc_preserve_defaults = True
 python_maximum_signature_line_length = 88
 napoleon_numpy_docstring = False
@@ -66,7 +66,7 @@ _LINK = re.compile(r"(?<!!)(\[[^\[\]]*\]\()(?!https?:|#|mailto:)([^)\s#]+)")
 def _lead_to_the_repository(app, docname, source):
     """Turns links to files outside of docs/ into links to the repository.
 
-    In a clone and on a forge the relative links work as they are; only docs/ is on the site.
+    In a clone and on a forge the relative links work unchanged; only docs/ is on the site.
     """
     here = posixpath.dirname(docname)
 
@@ -81,13 +81,34 @@ def _lead_to_the_repository(app, docname, source):
 
 
 def _name_defaults(app, what, name, obj, options, signature, return_annotation):
-    """Shows the call behind a private constant that is the default of a parameter."""
+    """Shows the call behind a private constant that is the default of a parameter.
+
+    Defaults of fields are shown as values; a function has none that could be read.
+    """
     if signature:
-        return signature.replace("_POLAR", "scale_by_polar()"), return_annotation
+        signature = signature.replace("_POLAR", "scale_by_polar()")
+        signature = re.sub(r"=<function [\w.]+(<lambda>)?>", "=...", signature)
+        return signature, return_annotation
     return None
 
 
+def _leave_out_tests(app, what, name, obj, options, lines):
+    """Leaves out the paragraph of a module's docstring that names its tests, for contributors."""
+    for start, line in enumerate(lines):
+        if what == "module" and line.startswith("Tests: tests/"):
+            end = next((i for i in range(start, len(lines)) if not lines[i].strip()), len(lines))
+            del lines[start:end]
+            return
+
+
+def _leave_out_fields(app, what, name, obj, skip, options):
+    """Leaves out fields of NamedTuples: the class describes them, and they have no docstring."""
+    return True if type(obj).__name__ == "_tuplegetter" else None
+
+
 def setup(app):
-    """Registers what this file adds to Sphinx."""
+    """Registers the functions of this file with Sphinx."""
     app.connect("source-read", _lead_to_the_repository)
     app.connect("autodoc-process-signature", _name_defaults)
+    app.connect("autodoc-process-docstring", _leave_out_tests)
+    app.connect("autodoc-skip-member", _leave_out_fields)

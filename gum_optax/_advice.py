@@ -1,7 +1,8 @@
-"""What ``init`` tells people of a model whose matrices it does not find, and the line to write.
+"""Warnings of ``init`` about matrices that it cannot find, with the line of code that finds them.
 
 A leaf is *open* if it has three or more axes, no evidence against it and no dimension numbers: it
-may well be a matrix, and goes to the fallback uncompressed.
+may well be a matrix, but goes to the fallback uncompressed. A *crowd* is a leaf that dimension
+numbers turn into very many tiny matrices, a sign that an axis was mistaken for a side.
 
 Tests: tests/library/test_advice.py.
 """
@@ -21,12 +22,12 @@ _MODULE = "gum_optax.dimension_numbers"
 
 
 def warn_of_matrices(params: PyTree, given: dims.DimensionNumbers | None) -> None:
-    """Warns once of matrices that are not found, or that are hardly any.
+    """Warns once, in one message, if matrices are probably missed or misread.
 
-    - Open leaves: of the default rule always, of another rule if they are most of the model. A tree
-      is somebody's own decision.
-    - Stacks of more matrices than a matrix has entries, with a side below 16: axes mistaken.
-    - Lists without names, of which the default rule cannot tell tables and heads.
+    - Open leaves: always under the default rule, and under another rule if they are most of the
+      model. A tree of dimension numbers is taken for a deliberate choice.
+    - Crowds: stacks of more matrices than a matrix has entries, with a side below 16.
+    - Lists without names, in which the default rule cannot recognize tables and heads.
 
     Args:
       params: arrays, or ``jax.ShapeDtypeStruct`` in their place.
@@ -38,6 +39,7 @@ def warn_of_matrices(params: PyTree, given: dims.DimensionNumbers | None) -> Non
         told += _of_no_names(params, numbers)
     if told:
         message = " ".join([*told, "`gum_optax.memory_plan(tx, params)` shows every leaf."])
+        # The level shows the line that calls `init`, not a line of this library.
         warnings.warn(message, stacklevel=4)
 
 
@@ -46,10 +48,11 @@ def _of_open_leaves(
 ) -> Iterator[str]:
     if given is not None and not dims.is_function(given):
         return
-    # 1. Their share of the parameters that may be matrices at all.
+    # 1. The share of open leaves among the parameters that may be matrices at all.
     named = leaves_with_names(params)
     evidence = evidence_against_matrices(named)
     hidden = [leaf for (_, leaf), found in zip(named, evidence, strict=True) if not found]
+    # Leaves [m, n] without dimension numbers do not count: the rule excluded them deliberately.
     open_leaves = [
         (path, leaf)
         for (path, leaf), found, number in zip(named, evidence, numbers, strict=True)
@@ -58,7 +61,7 @@ def _of_open_leaves(
     share = _size(leaf for _, leaf in open_leaves) / max(1, _size(hidden))
     if not open_leaves or (given is not None and share <= 0.5):
         return
-    # 2. Which, why, and what to write.
+    # 2. One sentence that names the largest of them, and one with the remedy.
     yield (
         f"{_percent(share)} of the parameters outside tables and vectors are not compressed and go "
         f"to `fallback`, since it is not clear which of their axes make a matrix: "
@@ -67,7 +70,8 @@ def _of_open_leaves(
 
 
 def _what_to_write(params: PyTree, open_leaves: Sequence[str]) -> str:
-    """The ready rule that knows most of the open leaves, and `infer` in any case."""
+    """Recommends the ready rule that covers most of the open leaves, and `infer` in any case."""
+    # `infer` reads the axes off the program and needs no convention of names, so it always helps.
     infer = (
         f"`weight_dimension_numbers={_MODULE}.infer(function, params, batch)`, from any function "
         "of the parameters such as the loss"
@@ -85,13 +89,16 @@ def _what_to_write(params: PyTree, open_leaves: Sequence[str]) -> str:
 
 
 def _known(params: PyTree, name: str, open_leaves: Sequence[str]) -> int:
-    """The number of open leaves that a ready rule takes, if it may be recommended at all."""
+    """Counts the open leaves that a ready rule takes; 0 if the rule must not be recommended."""
     named = leaves_with_names(params)
     shapes = {path: leaf.shape for path, leaf in named}
+    # 1. Rules that take any leaf of three axes have to fit the model in another respect, too.
     if name == "scanned_layers" and len({shapes[path][0] for path in open_leaves}) > 1:
         return 0  # Stacks of layers have one number of layers.
+    # Equinox calls the matrix of every layer `weight`.
     if name == "equinox_stacked" and not any("weight" in path.split("/") for path in open_leaves):
         return 0
+    # 2. A rule that produces a crowd anywhere misreads this model.
     numbers = dims.resolve(params, getattr(dims, name))
     if any(_is_crowd(leaf, number) for (_, leaf), number in zip(named, numbers, strict=True)):
         return 0
@@ -114,9 +121,10 @@ def _of_crowds(params: PyTree, numbers: Sequence[Any]) -> Iterator[str]:
 
 
 def _is_crowd(leaf: Any, number: optax.contrib.MuonDimensionNumbers | None) -> bool:
-    """Whether a leaf is a stack of very many very small matrices."""
+    """Returns whether dimension numbers make a leaf a stack of very many very small matrices."""
     if number is None:
         return False
+    # [*batch axes, *row axes, *column axes] -> the three products of their sizes.
     batch, rows, columns = (
         math.prod(leaf.shape[axis] for axis in axes) for axes in dims.axes(leaf.shape, number)
     )
@@ -137,7 +145,7 @@ def _of_no_names(params: PyTree, numbers: Sequence[Any]) -> Iterator[str]:
 
 
 def _examples(leaves: Sequence[tuple[str, Any]]) -> str:
-    """The largest three, as people write them."""
+    """Lists the largest three leaves, with paths and shapes, and the number of others."""
     largest = sorted(leaves, key=lambda pair: -math.prod(pair[1].shape))[:3]
     more = len(leaves) - len(largest)
     texts = [f"`{path}` {list(leaf.shape)}" for path, leaf in largest]

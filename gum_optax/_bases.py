@@ -97,19 +97,19 @@ def orthonormal_rows(x: jax.Array, shift: float) -> tuple[jax.Array, jax.Array]:
         Q = L^{-1} X \quad\text{with}\quad L L^\top = X X^\top + \text{shift} \cdot
         \operatorname{tr}(X X^\top) I
 
-    The shift keeps Gram matrices positive definite that rounding may have made indefinite. The rows
-    of Q span the same space as those of X, and are orthonormal where singular values of X are well
-    above the square root of the shift (relative to its norm). For the others, a second call with a
-    smaller shift brings the rows nearer to orthonormal, and two calls without a shift make them
-    orthonormal to rounding.
+    The shift keeps a Gram matrix positive definite that rounding may have made indefinite. The rows
+    of Q span the same space as the rows of X, and are orthonormal where singular values of X are
+    well above the square root of the shift (relative to its norm). For the others, a second call
+    with a smaller shift brings the rows nearer to orthonormal, and two calls without a shift make
+    them orthonormal to rounding.
 
     Args:
       x: X, ``[r, n]``.
       shift: the shift relative to the trace of the Gram matrix.
 
     Returns:
-      Q, ``[r, n]``, and ``trace(I - Q Q')``, by which at most any direction's squared length falls
-      short of one.
+      Q, ``[r, n]``, and ``trace(I - Q Q')``, an upper bound of how far the squared length of any
+      direction falls short of one.
 
     References:
       Fukaya et al., Shifted Cholesky QR, arXiv 1809.11085.

@@ -1,4 +1,4 @@
-"""Checks: every error names the parameter, the value and the reason.
+"""Checks of arguments and states: every error names the parameter, the value and the reason.
 
 Tests: tests/library/test_bad_input.py.
 """
@@ -31,6 +31,7 @@ def non_negative_int(name: str, value: Any) -> int:
 
 
 def _integer(name: str, value: Any) -> int:
+    # First, since a bool is an int to `operator.index`: `rank=True` would become rank 1.
     if isinstance(value, bool):
         raise TypeError(f"`{name}` must be an int, got the bool {value!r}.")
     if isinstance(value, jax.core.Tracer):
@@ -54,6 +55,7 @@ def hyperparameter(name: str, value: Any, *, below: float = math.inf) -> None:
     if isinstance(value, jax.core.Tracer):
         return
     try:
+        # `float` would read a number out of a string, and arithmetic would fail on it later.
         if isinstance(value, str):
             raise TypeError
         number = float(value)
@@ -106,7 +108,7 @@ def floating_dtype(name: str, value: Any) -> Any:
 
 
 def instance(name: str, value: Any, kind: type, such_as: str) -> None:
-    """Raises unless ``value`` is an instance of a class, of which ``such_as`` gives an example."""
+    """Raises unless ``value`` is a ``kind``; ``such_as`` follows its name, as an example of one."""
     if not isinstance(value, kind):
         raise TypeError(
             f"`{name}` must be a {kind.__name__} {such_as}, got {value!r} of type "
@@ -122,17 +124,21 @@ def one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
 
 def key(name: str, value: Any) -> None:
     """Raises unless ``value`` is a seed or a threefry key; computes nothing."""
+    # 1. A seed: a Python int or anything that counts as one.
     if not isinstance(value, jax.Array | np.ndarray):
         _integer(name, value)
         return
+    # 2. A typed key, `jax.random.key(0)`.
     if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
         implementation = str(jax.random.key_impl(value))
         if "threefry" in implementation or "fry" in implementation:
             return
         described = f"a key of {implementation}"
+    # 3. A seed in an array.
     elif value.ndim == 0:
         _integer(name, value)
         return
+    # 4. Raw key data, `jax.random.PRNGKey(0)`.
     elif value.shape == (2,) and value.dtype == jnp.uint32:
         return
     else:
@@ -175,20 +181,21 @@ def fits(expected: Any, state: Any, version: int) -> None:
             f"`state` must be the LowRankState (version {version}) that `init` made, got "
             f"{type(state).__name__}; states of other versions cannot be restored."
         )
-    # Version 4 differs in nothing but its names; a name never has a slash since.
+    # Version 4 differs in the keys of its dicts alone; since version 5 no key has a slash.
     if old := [name for name in getattr(state.basis, "keys", tuple)() if "/" in name]:
         raise ValueError(
             f"`state` is of version 4 or older, as its group `{old[0]}` shows; version {version} "
             f"calls it `{old[0].replace('/', '.')}`: replace `/` by `.` in the keys of its dicts."
         )
-    # Without leaves, if the inner transformation has no state.
+    # A state without leaves, as of an inner transformation without state, and None have the same
+    # arrays, namely none: shapes cannot tell them apart.
     missing = (state.uncompressed is None) != (expected.uncompressed is None)
     same_shapes(expected, state, [".uncompressed"] if missing else [])
 
 
 def same_shapes(expected: Any, state: Any, others: Sequence[str] = ()) -> None:
     """Raises unless a state has the arrays that are expected; ``others`` are known not to fit."""
-    # The first array that is missing, or of another shape, is named; one is enough.
+    # One difference is enough for the error: the first array that is missing or of another shape.
     wanted, got = _shapes(expected), _shapes(state)
     paths = [path for path in [*wanted, *got] if wanted.get(path) != got.get(path)] + [*others]
     if not paths:
@@ -209,7 +216,10 @@ def _shapes(state: Any) -> dict[str, tuple[int, ...]]:
 
 
 def as_at_init(leaves: list[jax.Array], parameters: list[jax.Array] | None) -> list[Any]:
-    """Leaves as ``init`` saw them: dtypes tell groups apart, and gradients may have others."""
+    """Describes the leaves as ``init`` saw them, with the dtypes of the parameters.
+
+    Groups are told apart by dtype, and gradients may have another dtype than their parameters.
+    """
 
     # A gradient that is not floating keeps its dtype, so that it is refused by name.
     def describe(gradient: Any, parameter: Any) -> jax.ShapeDtypeStruct:
@@ -220,7 +230,7 @@ def as_at_init(leaves: list[jax.Array], parameters: list[jax.Array] | None) -> l
 
 
 def matching_leaves(params: Any, leaves: list[jax.Array], treedef: Any) -> list[jax.Array]:
-    """The leaves of ``params``, in the order of those of the updates."""
+    """Returns the leaves of ``params`` as arrays, or raises if they do not fit the updates."""
     parameters = jax.tree.leaves(params)
     shapes = [jnp.shape(p) for p in parameters]
     expected = [leaf.shape for leaf in leaves]

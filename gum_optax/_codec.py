@@ -9,8 +9,8 @@ For a group of N wide matrices ``G_i`` [m, n] with orthonormal bases ``P_i`` [m,
 
 How these three are weighted and combined is a residual rule, see `gum_optax.residuals`.
 
-A *slot* is a place in the state for one full-size matrix; the matrix that it serves is drawn anew
-in every period. Full-size gradients of separate leaves are never stacked: projections are taken
+A *slot* is a place in the state for one full-size matrix; in every period, a new draw decides which
+matrix it serves. Full-size gradients of separate leaves are never stacked: projections are taken
 leaf by leaf, and only the matrices of the slots are gathered.
 
 Tests: tests/library/test_low_rank.py, tests/library/test_memory.py.
@@ -35,7 +35,7 @@ class Compressed(NamedTuple):
     """One group's gradients, or updates, as the inner transformation sees them.
 
     Attributes:
-      low: ``[*lead, r, n]``, the projected values of every matrix; the leading axes are those of
+      low: ``[*lead, r, n]``, the projected values of every matrix, with the same leading axes as
         `LowRankState`.basis: ``[N, r, n]`` unless leaves have several batch axes.
       residual: ``[slots, m, n]``, the residuals of the drawn matrices, zero in empty slots; None in
         a group without slots.
@@ -46,14 +46,15 @@ class Compressed(NamedTuple):
 
 
 class Frame(NamedTuple):
-    """Holds what is fixed for one group from one refresh to the next.
+    """The bases and draws of one group, which are fixed from one refresh to the next.
 
     Attributes:
       group: the group.
       basis: P, ``[*lead, m, r]``; its dtype is the dtype of the computation.
       slots: ``int32[slots]``, the matrix that each slot serves (N: an empty slot); None in a group
         without slots.
-      after: the update that those of this group are made after, see `_scheduling`; None: no order.
+      after: an update that has to be ready before this group's updates are computed, see
+        `_scheduling`; None: no order.
     """
 
     group: Group
@@ -88,12 +89,12 @@ def _from_left(basis: jax.Array, matrices: jax.Array) -> jax.Array:
 
 
 def complement(basis: jax.Array, low: jax.Array, matrices: jax.Array) -> jax.Array:
-    """The part of wide matrices that their bases leave out: ``E = G - P R``, ``[..., m, n]``."""
+    """Returns the part of wide matrices outside their bases: ``E = G - P R``, ``[..., m, n]``."""
     return matrices - basis @ low
 
 
 def left_out(group: Group, basis: jax.Array, low: jax.Array, leaf: Any) -> jax.Array:
-    """``E = G - P R`` of one leaf, whose projections are ``low``: ``[*batch, m, n]``."""
+    """Returns ``E = G - P R`` of one leaf, ``[*batch, m, n]``; its projections R are ``low``."""
     if isinstance(leaf, Projected):
         assert leaf.residual is not None
         return wide(group, leaf.residual.astype(basis.dtype))
@@ -101,8 +102,9 @@ def left_out(group: Group, basis: jax.Array, low: jax.Array, leaf: Any) -> jax.A
 
 
 def whole(group: Group, basis: jax.Array, low: jax.Array, leaf: Any) -> jax.Array:
-    """``G`` of one leaf, likewise."""
+    """Returns the wide matrices G of one leaf, ``[*batch, m, n]``."""
     if isinstance(leaf, Projected):
+        # G = E + P R, where the backward pass has kept E.
         return left_out(group, basis, low, leaf) + basis @ low
     return wide(group, leaf.astype(basis.dtype))
 
@@ -111,6 +113,7 @@ def drawn_complements(frame: Frame, leaves: Leaves, low: jax.Array) -> jax.Array
     """Gathers ``E = G - P R`` of the drawn matrices: ``[slots, m, n]``, zero in empty slots."""
     group, basis, slots = frame.group, frame.basis, frame.slots
     assert slots is not None
+    # The backward pass computed the drawn residuals already, all of a group in its first leaf.
     if isinstance(first := leaves[0], Projected):
         assert first.drawn is not None
         return first.drawn.astype(basis.dtype)
@@ -144,13 +147,14 @@ def place(
       position: the leaf's position in the group.
       matrices: the updates of undrawn matrices, ``[*batch, m, n]``, in the dtype of the result.
       residual: the updates of the slots, ``[slots, m, n]``.
-      beside: what a drawn matrix keeps beside its slot's update, like ``matrices``; None: nothing.
+      beside: updates of the shape of ``matrices`` that are added for drawn matrices; None: none.
 
     Returns:
       ``[*batch, m, n]``.
     """
     group, slots = frame.group, frame.slots
     assert slots is not None
+    # 1. A leaf of one matrix: it is drawn if any slot names its position.
     if not group.batch:
         serves = slots == position
         # Not a `cond`: it costs a round trip to the host on a GPU, and XLA's CPU backend gives each
@@ -159,6 +163,7 @@ def place(
         if beside is not None:
             drawn = drawn + beside
         return jnp.where(jnp.any(serves), drawn.astype(matrices.dtype), matrices)
+    # 2. A stack with few slots: a choice for each slot, by the number of each matrix in the group.
     if len(slots) <= _FEW:
         numbers = jnp.arange(group.per_leaf).reshape(*group.batch, 1, 1) + position * group.per_leaf
         # [slots, *ones, m, n], so that each has the axes of a stack.
@@ -168,19 +173,21 @@ def place(
                 drawn = drawn + beside
             matrices = jnp.where(numbers == index, drawn.astype(matrices.dtype), matrices)
         return matrices
-    local = slots - position * group.per_leaf
+    # 3. A stack with many slots: one scatter.
+    local = slots - position * group.per_leaf  # numbers within this leaf, or out of its range
     here = (local >= 0) & (local < group.per_leaf)
     first, *others = _unravel(jnp.where(here, local, 0), group.batch)
-    # A slot that serves another leaf is sent out of bounds, and dropped there.
+    # A slot that serves another leaf gets an index out of bounds, which the scatter drops.
     target = (jnp.where(here, first, group.batch[0]), *others)
     if beside is not None:
         residual = residual + beside.at[target].get(mode="clip")
     return matrices.at[target].set(residual.astype(matrices.dtype), mode="drop")
 
 
-# So many slots of a stack are chosen matrix by matrix. XLA fuses a choice with the product before
-# and the sum with the parameters behind it, and then no update of a whole stack exists, where a
-# scatter wants two. Each choice reads its slot once for every matrix of the stack.
+# Up to this many slots, the updates of a stack are chosen matrix by matrix. XLA fuses a choice with
+# the product before it and with the sum with the parameters after it, so that no update of the
+# whole stack exists in memory; a scatter needs two. The price: each choice reads its slot once for
+# every matrix of the stack.
 _FEW = 4
 
 
@@ -211,10 +218,10 @@ def split(group: Group, joined: jax.Array) -> list[jax.Array]:
 
 
 def _pick(stacked: jax.Array, where: Sequence[jax.Array]) -> jax.Array:
-    """The matrix at a traced position of the leading axes.
+    """Returns the matrix at a traced position of the leading axes.
 
     A gather, not a dynamic slice: where a leading axis is sharded, XLA turns a gather into a masked
-    local one and an all-reduce of one matrix, and a dynamic slice into an all-gather of them all.
+    local one and an all-reduce of one matrix, but a dynamic slice into an all-gather of all.
     """
     if not where:
         return stacked
@@ -223,10 +230,10 @@ def _pick(stacked: jax.Array, where: Sequence[jax.Array]) -> jax.Array:
 
 
 def _unravel(index: jax.Array, shape: Sequence[int]) -> tuple[jax.Array, ...]:
-    """The position of an index >= 0 along axes of these lengths, the last one fastest.
+    """Splits a flat index >= 0 into positions along axes of these lengths, the last one fastest.
 
-    Python's ``//`` and ``%`` round negative numbers down, as `jnp.unravel_index` does, and JAX
-    spends ten operations on each; of other numbers, the remainder of the machine is the same.
+    Python's ``//`` and ``%``, and so `jnp.unravel_index`, round negative numbers down, which costs
+    JAX ten operations each. For indices >= 0 the machine's own division gives the same.
     """
     where = []
     for length in map(index.dtype.type, reversed(shape[1:])):

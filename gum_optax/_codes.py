@@ -1,4 +1,4 @@
-r"""Blockwise codes: an array in 8 or 4 bits a number, and back.
+r"""Blockwise codes: arrays in 8 or 4 bits per number, and back.
 
 The last axis is cut into *blocks*. Each block keeps one *scale* N, its entry of largest magnitude,
 and for each number the *code* of the nearest *level* of a map onto [-1, 1]:
@@ -18,8 +18,8 @@ map            bits  levels                                  scale         relat
 `OCTAVES_4`    4     ``2 ** (c - 15)``, no zero              ``max x``     .15
 =============  ====  ======================================  ============  ==================
 
-Scales cost four bytes a block, those of `NORMAL_4` two. Blocks depend on the length of the axis
-alone, so that states fit every mesh.
+A scale takes four bytes per block, in `NORMAL_4` two. Blocks depend on the length of the axis
+alone, so that a state has the same arrays on every mesh.
 
 References:
   Dettmers et al., 8-bit optimizers, arXiv 2110.02861; Li et al., 4-bit optimizers, arXiv
@@ -46,7 +46,7 @@ class Codes(NamedTuple):
     """An array ``[..., n]`` at rest.
 
     Attributes:
-      codes: ``int8[..., n]`` or ``uint8[..., n]``; of 4 bits ``uint8[..., (n + 1) // 2]``, the
+      codes: ``int8[..., n]`` or ``uint8[..., n]``; with 4 bits ``uint8[..., (n + 1) // 2]``, the
         first number of each pair in the low bits.
       scale: ``[..., blocks]``, see `cut`.
     """
@@ -60,7 +60,7 @@ class Map(NamedTuple):
 
     Attributes:
       bits: 8 or 4.
-      scale_dtype: the dtype of scales; None is that of the computation, float32 or float64.
+      scale_dtype: the dtype of scales; None: the dtype of the computation, float32 or float64.
       extreme: ``blocks [..., length] -> [..., 1]``, the entry that is scaled to 1.
       to_codes: ``u -> codes``, of numbers in [-1, 1]; numbers outside have the nearest code.
       to_levels: ``(codes, dtype) -> levels``.
@@ -76,8 +76,8 @@ class Map(NamedTuple):
 def cut(n: int, block: int) -> tuple[int, int]:
     """Cuts an axis into blocks of at most ``block`` numbers: returns their count and length.
 
-    As few blocks as possible; but a power of two if it divides the axis, so that a mesh that shards
-    the axis cuts no block. The last block may be shorter.
+    As few blocks as possible, or the next power of two if it divides the axis, so that a mesh that
+    shards the axis cuts no block. The last block may be shorter.
     """
     count = -(-n // block)
     rounded = 1 << (count - 1).bit_length()
@@ -89,9 +89,9 @@ def cut(n: int, block: int) -> tuple[int, int]:
 def encode(map: Map, block: int, array: jax.Array) -> Codes:
     """Returns the codes of a floating-point array ``[..., n]``, ``n >= 1``.
 
-    A block that holds a number that is not finite decodes to NaN as a whole, and so does a negative
-    number in a map without negative levels. Blocks below the range of normal numbers become zero,
-    and numbers above a quarter of the largest one are cut to it.
+    A block with a non-finite number decodes to NaN as a whole, and so does a block with a negative
+    number under a map without negative levels. Blocks below the range of normal numbers become
+    zero, and numbers above a quarter of the largest normal number are clipped to it.
     """
     described = _describe(map, block, array)
     packed = _mesh.in_auto_mode(
@@ -113,8 +113,9 @@ def decode(map: Map, block: int, packed: Codes, like: jax.Array) -> jax.Array:
     )
 
 
-# Under `jit`, a function is traced once for each shape, also inside of another one that is traced;
-# `inline` leaves the program of the other as it is. Outside, this is one program instead of many.
+# `jit` for two reasons. Within another traced function, this one is traced once per shape and not
+# once per leaf; `inline` then puts its operations into the caller's program without a call. Outside
+# of `jit`, it is one program instead of one for each operation.
 @partial(jax.jit, static_argnums=(0, 1), inline=True)
 def _encode(map: Map, block: int, array: jax.Array) -> Codes:
     dtype, n = at_least_float32(array.dtype), array.shape[-1]
@@ -124,7 +125,7 @@ def _encode(map: Map, block: int, array: jax.Array) -> Codes:
     kept = map.scale_dtype or dtype
     limits = jnp.finfo(kept)
     extreme = map.extreme(blocks)  # [..., count, 1]
-    # Cut, since the inverse of a larger one is no normal number, and XLA divides by inverses.
+    # Clipped, since the inverse of a larger scale is no normal number, and XLA divides by inverses.
     largest = float(limits.max) / 4
     scale = jnp.clip(extreme, -largest, largest).astype(kept)
     scale = jnp.where(jnp.abs(extreme) < float(limits.tiny), 0, scale)
@@ -157,7 +158,7 @@ def _decode(map: Map, block: int, packed: Codes, n: int, dtype: Any) -> jax.Arra
 
 def _paired(codes: jax.Array) -> jax.Array:
     """``[..., 2 k] -> [..., k]``: two codes become a byte, the first one in its low bits."""
-    # On words of both bytes: slices with a stride would be read, and computed, number by number.
+    # On 16-bit words of both codes: XLA would compute strided slices number by number.
     pairs = codes.reshape(*codes.shape[:-1], -1, 2)
     words = jax.lax.bitcast_convert_type(pairs, jnp.uint16)
     return (words | words >> 4).astype(jnp.uint8)
@@ -183,13 +184,13 @@ def _at_the_end(ndim: int, amount: int) -> list[tuple[int, int]]:
 
 
 def _describe(map: Map, block: int, array: jax.Array) -> Codes:
-    """Shapes, dtypes and shardings of codes: those of the array, as far as the shapes allow."""
+    """Describes codes: shapes, dtypes, and the array's sharding as far as the shapes allow."""
     *lead, n = array.shape
     sharding = _mesh.sharding_of(array)
     *entries, last = _mesh.spec_entries(sharding, array.ndim)
 
     def like(length: int, dtype: Any, whole: bool) -> Any:
-        # Cut as the array is, if each device then has the codes and scales of its own numbers.
+        # Sharded as the array, if each device then has the codes and scales of its own numbers.
         parts = _mesh.parts(sharding, last)
         entry = last if whole and length % parts == 0 else None
         return jax.ShapeDtypeStruct(
@@ -233,7 +234,10 @@ def _linear_levels(codes: jax.Array, dtype: Any) -> jax.Array:
 
 
 def _table(levels: tuple[float, ...]) -> tuple[Any, Any]:
-    """The codes of a list of rising levels; neither function reads memory."""
+    """Returns both functions of a map with these rising levels.
+
+    They compare with constants and read no table from memory.
+    """
     middles = [(low + high) / 2 for low, high in itertools.pairwise(levels)]
 
     def to_codes(u: jax.Array) -> jax.Array:
@@ -253,10 +257,10 @@ def _table(levels: tuple[float, ...]) -> tuple[Any, Any]:
 
 
 def _octaves(bits: int, fraction: int) -> tuple[Any, Any]:
-    """Levels ``2 ** e (1 + f / 2 ** fraction)`` up to 1: numbers of few bits, none of them zero.
+    """Returns both functions of the map ``2 ** e (1 + f / 2 ** fraction)`` up to 1, without zero.
 
     Codes count the leading bits of float32, so neither function needs a logarithm, which takes a
-    CPU longer than all the rest of a step of Adam.
+    CPU longer than the rest of a step of Adam.
     """
     top = 2**bits - 1
     dropped = 23 - fraction  # of float32's 23 bits of fraction
@@ -289,7 +293,7 @@ _NORMAL = (
     *(0.0967, 0.1944, 0.2949, 0.4013, 0.5171, 0.6474, 0.8011, 1.0),
 )
 NORMAL_4 = Map(4, jnp.bfloat16, _signed_extreme, *_table(_NORMAL))
-# Second moments: the next step divides by their roots, so relative errors count and zero is none of
-# the levels. No scales in bfloat16: at a decay of .999 they would never fall.
+# For second moments: the next step divides by their roots, so relative errors count and zero is no
+# level. Scales in bfloat16 would never fall at a decay of .999, which rounds back to the old value.
 OCTAVES_8 = Map(8, None, _largest_of_non_negative, *_octaves(8, 3))
 OCTAVES_4 = Map(4, None, _largest_of_non_negative, *_octaves(4, 0))

@@ -1,8 +1,8 @@
 r"""Column normalization: a stateless direction from the scale of columns alone (SCALE).
 
-A column of a JAX kernel [inputs, outputs] holds the weights that feed one output. With X one leaf,
-or one matrix of a batch, the transformation divides every column by its own size. It has two uses,
-which differ in the size that columns end with:
+A column of a JAX kernel [inputs, outputs] holds the weights that feed one output. The
+transformation divides every column by its own norm. It has two uses, which give columns different
+norms; X is one leaf, or one matrix of a batch:
 
 .. math::
     \text{an update X, m x n:}\quad
@@ -24,9 +24,9 @@ from gum_optax import _checks, _mesh
 from gum_optax._numerics import at_least_float32, safe_scale
 from gum_optax._paths import PyTree
 
-# Columns below this share of |R_j| are taken for rounding errors: the precision of bfloat16, in
-# which gradients often come, and to which TPUs round the operands of products. Where E is zero in
-# exact arithmetic, |E_j| / |R_j| was measured at 3e-7 in float32, and 2e-3 with bfloat16 gradients.
+# Columns below this share of |R_j| are taken for rounding errors. It is the precision of bfloat16,
+# in which gradients often come, and to which TPUs round the operands of products. Where E is zero
+# in exact arithmetic, |E_j| / |R_j| was measured at 3e-7 in float32, 2e-3 with bfloat16 gradients.
 _NOISE = 2.0**-8
 
 
@@ -35,27 +35,28 @@ def normalize_columns(eps: float | jax.Array = 1e-8) -> optax.GradientTransforma
 
     **By itself**, it gives every column (the vector along axis -2, the input dimension of a kernel)
     a root mean square of one, as SCALE's code does; the paper divides by the norm instead, which
-    differs by the square root of the dimension. With momentum for the output head alone, that is
-    SCALE:
+    differs by the square root of the dimension. Together with momentum for the output head alone,
+    this is SCALE:
 
     .. math:: X_j \leftarrow X_j / \max(\operatorname{rms}(X_j),\ \epsilon)
 
     **For the residual of a low-rank method**, ``residuals.through(normalize_columns())``, it also
     receives the projected gradients ``R = P'G`` as the extra argument ``projected``. The residual
-    ``E = G - P P'G`` of a wide matrix has m - r directions, which a polar factor would set to one.
-    Every column gets an equal share of their Frobenius norm, so that :math:`\|E\|_F^2 = m - r`:
+    ``E = G - P P'G`` of a wide matrix has rank m - r, and its polar factor would have m - r
+    singular values one, a squared Frobenius norm of m - r. Every column gets an equal share of it,
+    so that :math:`\|E\|_F^2 = m - r`:
 
     .. math:: E_j \leftarrow \sqrt{\frac{m - r}{n}} \frac{E_j}{
         \max(\|E_j\|_2,\ 2^{-8} \|R_j\|_2)}
 
-    The second term keeps columns small that are nothing but rounding errors of the projection, in
-    bfloat16 at worst.
+    The second term of the maximum keeps a column small that consists of rounding errors of the
+    projection, which are largest in bfloat16.
 
     Zero columns stay zero. Squares neither overflow nor underflow.
 
     Args:
-      eps: the least root mean square that a column is divided by, >= 0. It has no effect on
-        residuals.
+      eps: a lower bound of the root mean square that a column is divided by, >= 0. It has no effect
+        on residuals.
 
     Returns:
       A stateless ``optax.GradientTransformationExtraArgs`` for trees of arrays ``[..., m, n]``.

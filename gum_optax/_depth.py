@@ -1,7 +1,8 @@
 """Ranks that depend on depth: groups cut into bands of layers, with one rank each.
 
-A group has one rank, so that the matrices of one role are first divided into *bands*, each of
-neighbouring layers.
+A group has one rank. For ranks by depth, the matrices of one role are therefore divided into
+*bands* of neighbouring layers, and each band is a group: ``by_band`` divides, ``rank_by_depth``
+gives the ranks.
 
 Tests: tests/library/test_inclusion.py.
 """
@@ -17,15 +18,16 @@ from gum_optax._groups import Group, GroupBy, by_role
 def by_band(layers: int, bands: int = 4) -> GroupBy:
     """Groups matrices by role and by depth: ``LowRank(group_by=by_band(...))``.
 
-    The first number in a leaf's path is the number of its layer. Leaves without one, such as stacks
-    of all layers, are grouped by role alone.
+    The first number in a leaf's path is taken for the number of its layer. Leaves without a number,
+    such as stacks of all layers, are grouped by role alone.
 
     Args:
-      layers: the number of layers.
-      bands: how many groups each role has, at most ``layers``.
+      layers: the number of layers, an int >= 1.
+      bands: the number of groups of each role, an int from 1 to ``layers``.
 
     Returns:
-      A ``group_by``, with roles such as ``layers/*/q@1/4``: the band counts from 0.
+      A function for ``LowRank.group_by``. Its roles have the band, counted from 0, and the number
+      of bands: ``layers/*/q@1/4``.
 
     Raises:
       TypeError, ValueError: if an argument is no int >= 1, or ``bands`` exceeds ``layers``.
@@ -45,24 +47,26 @@ def by_band(layers: int, bands: int = 4) -> GroupBy:
         role = by_role(path, leaf)
         if found is None:
             return role
+        # Layers beyond the stated number, such as an extra final one, join the last band.
         layer = min(int(found.group()), layers - 1)
+        # The suffix is how `rank_by_depth` finds the band: a group knows its role, not its layers.
         return f"{role}@{layer * bands // layers}/{bands}"
 
     return name
 
 
 def rank_by_depth(mean: int, slope: float) -> Callable[[Group], int]:
-    """Ranks in an arithmetic progression over bands: ``LowRank(rank=rank_by_depth(...))``.
+    """Sets ranks in an arithmetic progression over bands: ``LowRank(rank=rank_by_depth(...))``.
 
     Band i of b has rank ``mean + slope (b - 1) / 2 - slope i``, rounded: a positive slope gives the
-    first layers more. The mean over all bands is ``mean`` up to rounding; at slope 0 all have it.
+    first layers higher ranks. The mean over all bands is ``mean`` up to rounding.
 
     Args:
-      mean: the mean rank, an int >= 1, and that of groups without bands.
-      slope: how much less each band has than the one before it.
+      mean: the mean rank, an int >= 1, which is also the rank of groups without bands.
+      slope: the difference of rank between a band and the next, any real number.
 
     Returns:
-      A ``rank`` for `LowRank`, to be used with `by_band`. Ranks are at least 1.
+      A function for ``LowRank.rank``, to be used with `by_band`. Ranks are at least 1.
 
     Raises:
       TypeError, ValueError: if ``mean`` is no int >= 1.
@@ -87,6 +91,8 @@ def rank_by_depth(mean: int, slope: float) -> Callable[[Group], int]:
         if found is None:
             return mean
         band, bands = map(int, found.groups())
+        # The progression is centred, so that its mean is `mean` whatever the slope. A steep slope
+        # would take the last bands below rank 1.
         return max(1, round(mean + slope * (bands - 1) / 2 - slope * band))
 
     return rank

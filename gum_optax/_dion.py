@@ -1,4 +1,4 @@
-r"""Dion2: Muon whose orthogonalization sees the rows with the largest momentum alone.
+r"""Dion2: Muon that orthogonalizes only the rows with the largest momentum at each step.
 
 Tests: tests/library/test_neighbours.py.
 """
@@ -30,18 +30,19 @@ def scale_by_dion2(
     .. math::
         M \leftarrow M + G, \qquad O = \text{polar}(M_I), \qquad M_I \leftarrow \text{decay}\, M_I
 
-    Rows in I are updated by O, others not at all: they add up gradients until their turn comes.
-    The state is that of Muon; an orthogonalization takes ``fraction`` of the arithmetic or less,
-    and its operand is smaller by as much where it is sent between devices.
+    Rows in I are updated by O. The other rows are not updated and accumulate gradients until they
+    are chosen. The state is the same as Muon's. An orthogonalization takes at most ``fraction`` of
+    the arithmetic, and its operand shrinks by the same factor where it is sent between devices.
 
     Args:
       fraction: the share of rows, in (0, 1]. At 1 it is Muon whose momentum decays after its use.
-      decay: what is left of momentum that was used, in [0, 1].
+      decay: the factor of momentum that was used, in [0, 1].
       orthogonalizer: a stateless transformation of matrices, by default `scale_by_polar`.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` for trees of matrices ``[..., m, n]``; the state
-      is M, in the dtypes of the gradients. Scale by shape and learning rate behind it.
+      is M, in the dtypes of the parameters. Updates of chosen rows have singular values of about
+      one, so a scale by shape and the learning rate come after it.
 
     Raises:
       TypeError, ValueError: if an argument is malformed.
@@ -64,13 +65,14 @@ def scale_by_dion2(
         return jax.tree.map(jnp.zeros_like, params)
 
     def one(gradient: jax.Array, momentum: jax.Array) -> tuple[jax.Array, jax.Array]:
+        # M <- M + G, transposed so that its rows run along the shorter side: [*batch, m, n], m <= n
         tall = gradient.shape[-2] > gradient.shape[-1]
         wide = (momentum + gradient).mT if tall else momentum + gradient
         rows = math.ceil(fraction * wide.shape[-2])
         # 1. I: the rows with the largest momentum.
         chosen = jax.lax.top_k(jnp.sum(jnp.abs(wide), axis=-1), rows)[1]  # [*batch, rows]
-        # 2. Their polar factor is the update; they decay, and the others wait.
-        used = jnp.take_along_axis(wide, chosen[..., None], axis=-2)
+        # 2. The update is their polar factor, zero in the other rows; only they decay.
+        used = jnp.take_along_axis(wide, chosen[..., None], axis=-2)  # M_I, [*batch, rows, n]
         polar: Any = orthogonalizer.update(used, orthogonalizer.init(used))[0]
         direction = _put_rows(jnp.zeros_like(wide), chosen, polar)
         left = _put_rows(wide, chosen, (decay * used).astype(wide.dtype))

@@ -1,16 +1,17 @@
-r"""Random directions, in which estimators look at a loss: how they are made, and kept as factors.
+r"""Random directions for gradient estimates from losses: distributions, and low-rank factors.
 
 A *direction* is one array for each leaf of the parameters. It is a function of the key, the step,
 the sample and the leaf's path, so that nothing is stored between its uses, and it is the same on
-every host and at every sharding.
+every host and under every sharding.
 
-A *draw* makes a direction for an occasion in the run. An estimator perturbs weights by the
-direction z and, with the slope c along it, estimates the gradient leaf by leaf as
+A *draw* makes a direction for an occasion, a point in the run. An estimator perturbs the weights by
+the direction z, measures the slope c of the loss along it, and estimates the gradient of each leaf
+as
 
 .. math:: \hat g = c\; w\; z
 
-where the weight w, one number for each leaf, makes the estimate unbiased (or, as SubZero's and
-LOZO's papers do, leaves it unbiased up to a constant).
+where the weight w, one number for each leaf, makes the estimate unbiased (or, as in the papers of
+SubZero and LOZO, unbiased up to a constant).
 
 Tests: tests/library/test_estimators.py.
 """
@@ -32,7 +33,7 @@ class Dense(NamedTuple):
 
     Attributes:
       value: z, in the leaf's shape, float32 or wider.
-      weight: w, what the estimate multiplies it by.
+      weight: w, the factor of this direction in the estimate.
     """
 
     value: jax.Array
@@ -49,7 +50,7 @@ class Factors(NamedTuple):
     Attributes:
       left: ``[*batch, rows, r]``.
       right: ``[*batch, columns, r]``.
-      weight: w, what the estimate multiplies it by.
+      weight: w, the factor of this direction in the estimate.
     """
 
     left: jax.Array
@@ -65,12 +66,12 @@ Direction: TypeAlias = Dense | Factors
 
 
 class Occasion(NamedTuple):
-    """Where in a run a direction is drawn: all that it may depend on, beside its leaf.
+    """A point in a run where a direction is drawn: all that a draw depends on beside its leaf.
 
     Attributes:
       key: ``uint32[2]``, threefry key data of the run.
       step: int32 scalar, steps taken.
-      sample: the number of the direction among those of one step.
+      sample: int32 scalar, the number of this direction among the directions of one step.
     """
 
     key: jax.Array
@@ -78,20 +79,21 @@ class Occasion(NamedTuple):
     sample: jax.Array
 
     def keys_of(self, paths: Sequence[str]) -> jax.Array:
-        """A key for each leaf, another one at every step and for every sample."""
-        # The first number keeps these keys apart from those of periods.
+        """Returns a key for each leaf, ``[leaves]``, different at every step and sample."""
+        # The first number, 0 here and 1 below, keeps both kinds of keys apart.
         return self._folded(paths, 0, self.step, self.sample)
 
     def keys_of_period(self, paths: Sequence[str], period: int) -> jax.Array:
-        """A key for each leaf that stays for ``period`` steps, and for all samples of a step."""
+        """Returns a key for each leaf that stays for ``period`` steps and all their samples."""
         return self._folded(paths, 1, jax.lax.div(self.step, _int32(period)))
 
     def _folded(self, paths: Sequence[str], *numbers: Any) -> jax.Array:
         key = jax.random.wrap_key_data(self.key, impl="threefry2x32")
         for number in numbers:
             key = jax.random.fold_in(key, number)
-        # All paths at once: one hash to compile, and not one for each leaf.
+        # The path as a number. Unlike Python's own hash, a checksum is the same in every process.
         names = np.array([crc32(path.encode()) for path in paths], np.uint32)
+        # All paths at once: one hash to compile instead of one for each leaf.
         return jax.vmap(jax.random.fold_in, (None, 0))(key, names)
 
 
@@ -101,8 +103,8 @@ class Directions(NamedTuple):
     Attributes:
       draw: ``(occasion, params) -> tree of directions``, in the structure of the parameters, each a
         `Dense` or `Factors`.
-      number: ``(params) -> int``, how many directions one sample adds up; by default one.
-      skip: ``(occasion, params) -> bool scalar``: whether the direction has weight zero, so that
+      number: ``(params) -> int``, the number of directions that one sample sums over; by default 1.
+      skip: ``(occasion, params) -> bool scalar``, true if the direction has weight zero, so that
         its losses need not be computed; None: never.
     """
 
@@ -112,10 +114,10 @@ class Directions(NamedTuple):
 
 
 def gaussian() -> Directions:
-    r"""Draws every entry from the normal distribution: MeZO's directions.
+    r"""Draws every entry from the standard normal distribution: MeZO's directions.
 
-    The estimate of a linear loss is unbiased, with second moment ``(d + 2) |g|^2`` for d
-    parameters.
+    For a linear loss with gradient g of d parameters, the estimate is unbiased, with second moment
+    ``(d + 2) |g|^2``.
 
     Returns:
       `Directions`, drawn anew at every step.
@@ -131,10 +133,10 @@ def gaussian() -> Directions:
 
 
 def sphere() -> Directions:
-    r"""Draws from the unit sphere of all parameters together, and weights by their number d.
+    r"""Draws from the unit sphere of all parameters together, with their number d as the weight.
 
-    The estimate of a linear loss is unbiased, with second moment ``d |g|^2``: a little less than
-    `gaussian`'s. The step of the perturbation is ``eps`` in norm, not ``eps`` for each parameter.
+    For a linear loss, the estimate is unbiased, with second moment ``d |g|^2``, a little less than
+    with `gaussian`. The whole perturbation has the norm ``eps``, not ``eps`` for each parameter.
 
     Returns:
       `Directions`, drawn anew at every step.
@@ -157,31 +159,31 @@ def sphere() -> Directions:
 
 
 def low_rank(rank: int = 2, period: int = 50) -> Directions:
-    r"""Draws matrices ``U V'`` with Gaussian factors, of which V stays for a period: LOZO.
+    r"""Draws matrices ``U V'`` with Gaussian factors, where V is kept for a period: LOZO.
 
     .. math:: \hat G = c\, U V^\top / r
 
     V ``[short side, r]`` is drawn every ``period`` steps, U ``[long side, r]`` at every step.
     Estimates of one period share the span of V, so that `gum_optax.low_rank` keeps their momentum
-    at rank r without loss: that is LOZO-M, see the example. (The paper has V on the input side of
-    a layer, whichever is shorter.) Vectors and scalars get `gaussian` directions.
+    at rank r without loss: this is LOZO-M, see the example. (In the paper, V is on the input side
+    of a layer, whichever side is shorter.) Vectors and scalars get `gaussian` directions.
 
-    The official code multiplies by no 1/r, which belongs to its learning rate, and at refreshes
-    updates along another direction than the one it tried. Here one function makes both.
+    The official code leaves the factor 1/r to the learning rate, and at refreshes it updates along
+    another direction than the one it evaluated. Here one function makes both directions.
 
     Args:
-      rank: r, an int >= 1. Leaves are taken as matrices, the last two axes, with others as batch.
-      period: steps for which V stays, an int >= 1.
+      rank: r, an int >= 1. The last two axes of a leaf are a matrix, the others batch axes.
+      period: the number of steps for which V is kept, an int >= 1.
 
     Returns:
-      `Directions`. Factors are kept as such, see `zeroth_order` for models that can use them.
+      `Directions` as `Factors`; `zeroth_order` describes how a model can use them.
 
     Raises:
       TypeError, ValueError: if an argument is no int >= 1.
 
     Example:
-      LOZO-M is LOZO and a low-rank optimizer with the same rank and period. Its state is r numbers
-      for each one of the long side:
+      LOZO-M combines LOZO with a low-rank optimizer of the same rank and period. The momentum of a
+      matrix is r numbers for each entry of the long side:
 
       >>> import optax
       >>> import gum_optax
@@ -201,8 +203,9 @@ def low_rank(rank: int = 2, period: int = 50) -> Directions:
     def direction(key: jax.Array, period_key: jax.Array, leaf: Any) -> Factors:
         *batch, rows, columns = leaf.shape
         long, short = max(rows, columns), min(rows, columns)
-        now = _normal(key, (*batch, long, rank), leaf)
-        kept = _normal(period_key, (*batch, short, rank), leaf)
+        now = _normal(key, (*batch, long, rank), leaf)  # U
+        kept = _normal(period_key, (*batch, short, rank), leaf)  # V
+        # U V' for a tall leaf, V U' for a wide one.
         left, right = (now, kept) if rows >= columns else (kept, now)
         return Factors(left, right)
 
@@ -210,27 +213,27 @@ def low_rank(rank: int = 2, period: int = 50) -> Directions:
 
 
 def orthonormal(rank: int = 8, period: int = 1000, *, align_norms: bool = True) -> Directions:
-    r"""Draws matrices ``U Z V'`` in random subspaces that stay for a period: SubZero.
+    r"""Draws matrices ``U Z V'`` in random subspaces that are kept for a period: SubZero.
 
-    U ``[rows, r]`` and V ``[columns, r]`` are orthonormal, from QR decompositions of Gaussians, for
-    ``period`` steps; Z ``[r, r]`` is Gaussian at every step. They are made anew from their key at
-    every step, so that nothing is stored:
+    U ``[rows, r]`` and V ``[columns, r]`` are orthonormal, from QR decompositions of Gaussian
+    matrices, and stay the same for ``period`` steps; Z ``[r, r]`` is Gaussian and drawn at every
+    step. All three are recomputed from their keys at every step, so that nothing is stored:
 
     .. math::
         D = \mu\, U Z V^\top, \quad \mu = \sqrt{mn / r^2}, \quad \hat G = c\, D
 
-    With U and V fixed, the expectation is ``mu^2 U U' G V V'``, and over all of them G: unbiased
-    with mu, and not without. The estimate has the second moment ``(mn + 2 mn / r^2) |G|^2``, which
-    is no less than MeZO's: between two refreshes there are r^2 unknowns in place of mn, and that is
-    the gain. Vectors and scalars get `gaussian` directions.
+    With U and V fixed, the expectation is ``mu^2 U U' G V V'``; over random U and V it is G. The
+    estimate is unbiased with mu, and not without it. Its second moment for a linear loss,
+    ``(mn + 2 mn / r^2) |G|^2``, is not below MeZO's. The gain is that between two refreshes there
+    are r^2 unknowns instead of mn. Vectors and scalars get `gaussian` directions.
 
     Args:
       rank: r, an int >= 1, clipped to the short side of each matrix.
-      period: steps for which U and V stay, an int >= 1.
-      align_norms: whether to use mu, as the paper's code does; its algorithm has mu = 1.
+      period: the number of steps for which U and V are kept, an int >= 1.
+      align_norms: whether to use mu, as the paper's code does; in the paper's algorithm, mu = 1.
 
     Returns:
-      `Directions`. Factors are kept as such, see `zeroth_order` for models that can use them.
+      `Directions` as `Factors`; `zeroth_order` describes how a model can use them.
 
     Raises:
       TypeError, ValueError: if ``rank`` or ``period`` is no int >= 1.
@@ -250,9 +253,10 @@ def orthonormal(rank: int = 8, period: int = 1000, *, align_norms: bool = True) 
         *batch, m, n = leaf.shape
         r = min(rank, m, n)
         of_rows, of_columns = jax.random.split(period_key)
-        u = jnp.linalg.qr(_normal(of_rows, (*batch, m, r), leaf))[0]
-        v = jnp.linalg.qr(_normal(of_columns, (*batch, n, r), leaf))[0]
+        u = jnp.linalg.qr(_normal(of_rows, (*batch, m, r), leaf))[0]  # [*batch, m, r]
+        v = jnp.linalg.qr(_normal(of_columns, (*batch, n, r), leaf))[0]  # [*batch, n, r]
         z = _normal(key, (*batch, r, r), leaf)
+        # |U Z V'|^2 is r^2 in expectation; mu makes it mn, as with Gaussian entries.
         mu = (m * n / r**2) ** 0.5 if align_norms else 1.0
         # D = (mu U Z) V'
         return Factors(mu * (u @ z), v)
@@ -261,25 +265,25 @@ def orthonormal(rank: int = 8, period: int = 1000, *, align_norms: bool = True) 
 
 
 def coordinates(probabilities: PyTree | float) -> Directions:
-    r"""Tries single parameters, each one with its own probability p.
+    r"""Estimates single derivatives, each parameter being drawn with its own probability p.
 
     .. math:: \hat g = \sum_{i \in I} \frac{c_i}{p_i} e_i,
         \qquad i \in I \text{ independently with probability } p_i
 
-    Unbiased for any p > 0, with variance ``sum_i g_i^2 (1 / p_i - 1)``. A parameter with p = 0 is
-    never tried, and the estimate of its derivative is zero. Two losses are computed for each
-    parameter that is drawn. It goes through *all* parameters one after the other, so it is for few:
-    heads, adapters, hyperparameters.
+    The estimate is unbiased for any p > 0, with variance ``sum_i g_i^2 (1 / p_i - 1)``. A parameter
+    with p = 0 is never drawn, and the estimate of its derivative is zero. Each drawn parameter
+    takes two losses. The loop runs over *all* parameters one after the other, so it suits small
+    numbers of them: heads, adapters, hyperparameters.
 
     Args:
       probabilities: a tree like the parameters, of arrays that broadcast to them, or one number for
-        all; see `gum_optax.samplers.water_filling` for the best ones.
+        all, in [0, 1]; `gum_optax.samplers.water_filling` minimizes the variance.
 
     Returns:
-      `Directions`.
+      `Directions`, whose ``number`` is the number of parameters.
 
     Example:
-      Every parameter is tried, the gradient by central differences:
+      With p = 1 every parameter is drawn, which gives the gradient by central differences:
 
       >>> import jax
       >>> import jax.numpy as jnp
@@ -296,7 +300,7 @@ def coordinates(probabilities: PyTree | float) -> Directions:
     given = jax.tree.leaves(probabilities)
 
     def drawn(occasion: Occasion, params: PyTree) -> list[tuple[jax.Array, jax.Array]]:
-        """Of each leaf, which entries are drawn, and their probabilities."""
+        """Returns for each leaf a mask of the drawn entries, and their probabilities."""
         named = leaves_with_names(params)
         each = given * len(named) if len(given) == 1 else given
         if len(each) != len(named):
@@ -307,7 +311,8 @@ def coordinates(probabilities: PyTree | float) -> Directions:
         found = []
         # The d directions of one sample belong to one set I.
         occasion = occasion._replace(sample=jax.lax.div(occasion.sample, _int32(number(params))))
-        # Other keys than those of `sphere`, on whose directions `hybrid` has p depend.
+        # Not the keys of `sphere`: `hybrid` computes p from the directions that those give, and the
+        # draw has to be independent of p.
         keys = occasion.keys_of(["coordinates of " + path for path, _ in named])
         for key, (_, leaf), p in zip(keys, named, each, strict=True):
             p = jnp.broadcast_to(jnp.asarray(p, jnp.float32), leaf.shape)
@@ -321,7 +326,8 @@ def coordinates(probabilities: PyTree | float) -> Directions:
         return jax.lax.rem(occasion.sample, _int32(number(params)))
 
     def units(occasion: Occasion, params: PyTree) -> list[jax.Array]:
-        """e_i, as one array of booleans for each leaf."""
+        """Returns the unit vector e_i as one boolean array for each leaf."""
+        # i counts the entries of all leaves, laid end to end.
         start, found, wanted = 0, [], position(occasion, params)
         for leaf in jax.tree.leaves(params):
             found.append((jnp.arange(leaf.size) + start == wanted).reshape(leaf.shape))
@@ -331,6 +337,7 @@ def coordinates(probabilities: PyTree | float) -> Directions:
     def draw(occasion: Occasion, params: PyTree) -> PyTree:
         leaves, treedef = jax.tree.flatten(params)
         parts = zip(leaves, units(occasion, params), drawn(occasion, params), strict=True)
+        # z = e_i with weight w = 1 / p_i if i is drawn, and 0 otherwise.
         return treedef.unflatten(
             Dense(
                 unit.astype(compute_dtype(leaf)),
@@ -347,7 +354,7 @@ def coordinates(probabilities: PyTree | float) -> Directions:
 
 
 def compute_dtype(leaf: Any) -> Any:
-    """Float32, or float64 for float64 leaves: a perturbation of bfloat16 weights is lost in it."""
+    """Returns float32, or float64 for float64 leaves: bfloat16 would round perturbations away."""
     return jnp.promote_types(leaf.dtype, jnp.float32)
 
 
@@ -361,7 +368,7 @@ def _normal(key: jax.Array, shape: tuple[int, ...], leaf: Any) -> jax.Array:
 
 
 def _normal_directions(occasion: Occasion, params: PyTree) -> PyTree:
-    """Gaussian entries for every leaf."""
+    """Draws Gaussian entries for every leaf."""
     named = leaves_with_names(params)
     keys = occasion.keys_of([path for path, _ in named])
     dense = [Dense(_normal(key, x.shape, x)) for key, (_, x) in zip(keys, named, strict=True)]
@@ -371,7 +378,7 @@ def _normal_directions(occasion: Occasion, params: PyTree) -> PyTree:
 def _matrix_by_matrix(
     direction: Callable[[jax.Array, jax.Array, Any], Factors], period: int, weight: float = 1.0
 ) -> Callable[[Occasion, PyTree], PyTree]:
-    """The draw that makes factors for matrices, ``(key, key of the period, leaf) -> factors``.
+    """Turns a function ``(key, key of the period, leaf) -> factors`` into a draw of whole trees.
 
     Vectors and scalars get Gaussian entries.
     """
@@ -380,17 +387,20 @@ def _matrix_by_matrix(
         named = leaves_with_names(params)
         paths = [path for path, _ in named]
         keys, period_keys = occasion.keys_of(paths), occasion.keys_of_period(paths, period)
-        # Leaves alike draw together, which is the same and compiles once: factors are small.
+        # 1. Leaves of equal shape and dtype are drawn together: the same values, compiled once.
+        #    Their factors live at the same time, which costs little since they are small.
         alike: dict[Any, list[int]] = {}
         for position, (_, leaf) in enumerate(named):
             alike.setdefault((leaf.shape, leaf.dtype), []).append(position)
         drawn: dict[int, Direction] = {}
         for (shape, dtype), positions in alike.items():
             at, leaf = np.array(positions), jax.ShapeDtypeStruct(shape, dtype)
+            # 2. Vectors and scalars: [positions, *shape].
             if len(shape) < 2:
                 values = jax.vmap(lambda key, leaf=leaf: _normal(key, leaf.shape, leaf))(keys[at])
                 drawn |= {position: Dense(values[i]) for i, position in enumerate(positions)}
                 continue
+            # 3. Matrices: [positions, *batch, rows, r] and [positions, *batch, columns, r].
             left, right, _ = jax.vmap(
                 lambda key, period_key, leaf=leaf: direction(key, period_key, leaf)
             )(keys[at], period_keys[at])

@@ -1,8 +1,9 @@
 """Evidence that a leaf is no matrix, from its name and from the shapes of the whole tree.
 
-With L layers, width d and V tokens, a leaf may be a vector ``[d]`` or a stack of them ``[L, d]``, a
-table ``[V, d]``, or a head ``[d, V]``; `dimension_numbers` describes these. A *part* of a path is
-a name between two ``/``, and a *word* is a word of a part: ``LayerNorm_1`` has layer and norm.
+With L layers, width d and V tokens, a leaf may be a vector ``[d]`` or a stack of vectors
+``[L, d]``, a table ``[V, d]``, or a head ``[d, V]``; `dimension_numbers` describes these. A *part*
+of a path is a name between two ``/``, and a *word* is a word of a part: ``LayerNorm_1`` has the
+words layer and norm.
 
 Tests: tests/library/test_dimension_numbers.py.
 """
@@ -26,8 +27,8 @@ _VECTORS = {"bias", "biases", "scale", "norm", "norms", "layernorm", "rmsnorm", 
 _POSITIONS = {"pos", "position", "positional", "positions"}
 _WEAK = {*_VECTORS, *_POSITIONS, "table", "head"}
 
-# These say how a value is stored, not what it is: the last word of `norm_weight` is norm, that of
-# `positional_encoding` is positional. The letter d is left of `BatchNorm2d`.
+# Words for the form of a value, not for its role. They do not count as the last word, which is norm
+# in `norm_weight` and positional in `positional_encoding`. The letter d remains of `BatchNorm2d`.
 _HOLDERS = {
     *("weight", "weights", "kernel", "w", "param", "params", "gamma", "beta", "g", "d"),
     *("enc", "encoding", "encodings"),
@@ -38,12 +39,12 @@ def evidence_against_matrices(named: Sequence[tuple[str, Any]]) -> list[str]:
     """Returns for each leaf of one tree the evidence that it is no matrix, or ""."""
     paths = [path for path, _ in named]
     shapes = [tuple(leaf.shape) for _, leaf in named]
-    # 1. The number of axes, then names: each leaf for itself.
+    # 1. The number of axes, then the name: each leaf by itself.
     found = [
         "vector" if len(shape) < 2 else _name_evidence(path)
         for path, shape in zip(paths, shapes, strict=True)
     ]
-    # 2. Shapes: all leaves of the tree together. Each step sees only what is still open.
+    # 2. Shapes: all leaves of the tree together. Each step judges only leaves without evidence.
     for position in _stacked_vectors(paths, shapes, found):
         found[position] = "stacked vectors"
     for position, vocabulary in _heads(paths, shapes, found):
@@ -52,7 +53,7 @@ def evidence_against_matrices(named: Sequence[tuple[str, Any]]) -> list[str]:
 
 
 def stacks_of_scales(named: Sequence[tuple[str, Any]]) -> list[_Shape]:
-    """Shapes of stacked norms, ``[L, d]`` or ``[d, L]``: they show which layers are scanned."""
+    """Returns shapes of stacked norms, ``[L, d]`` or ``[d, L]``: they show scanned layers."""
     scales = {f"name: {word}" for word in (*_VECTORS, "ln")} - {"name: bias", "name: biases"}
     return [
         tuple(leaf.shape)
@@ -62,7 +63,10 @@ def stacks_of_scales(named: Sequence[tuple[str, Any]]) -> list[_Shape]:
 
 
 def is_no_table(path: str) -> bool:
-    """Whether a path has no name of a table: of tokens, positions, or of nothing in particular."""
+    """Returns whether a path has no name of a table, of tokens, positions or nothing in particular.
+
+    A name of a head counts as no name of a table.
+    """
     return is_head(path) or not _name_evidence(path)
 
 
@@ -93,9 +97,9 @@ def _heads(
 ) -> Iterator[tuple[int, int]]:
     """Finds heads by the vocabulary that an embedding shows: yields (position, V).
 
-    The head is the only unnamed leaf with the sizes {V, d}, in either order. Where several have
-    them (a byte-level model whose MLP is as wide as the vocabulary), shapes cannot decide. Where a
-    head of these sizes is named, no other is looked for.
+    The head is the only unnamed leaf with the sizes {V, d}, in either order. Where several leaves
+    have these sizes (a byte-level model whose MLP is as wide as the vocabulary), shapes cannot
+    decide. Where a head of these sizes is named, there is no search for another one.
     """
     flat = [position for position, shape in enumerate(shapes) if len(set(shape)) == len(shape) == 2]
     # {V, d} -> the embedding's shape.
@@ -112,13 +116,14 @@ def _heads(
 
 
 def _is_embedding(path: str) -> bool:
-    """Whether a table is named as one of tokens: positions and relative biases show no V."""
+    """Returns whether a path names a table of tokens: positions and relative biases show no V."""
     words = _all_words(path)
     others = {*_POSITIONS, *_VECTORS, "wpe", "posemb"}
     return not _EMBEDDINGS.isdisjoint(words) and others.isdisjoint(words) and not is_head(path)
 
 
 def is_head(path: str) -> bool:
+    """Returns whether a path names an output head."""
     # `vocab_proj` is a head, `vocab_embed` is not.
     return any(
         _naming_word(part) in {*_HEADS, "head"} and _EMBEDDINGS.isdisjoint(_words(part))

@@ -1,4 +1,4 @@
-r"""Momentum that is kept as a singular value decomposition of rank r: MoFaSGD.
+r"""Momentum in the form of a singular value decomposition of rank r: MoFaSGD.
 
 With U [m, r], s [r], V [n, r] the momentum of one matrix, one step is
 
@@ -12,8 +12,8 @@ With U [m, r], s [r], V [n, r] the momentum of one matrix, one step is
 
     U_+ = U' U'', \quad V_+ = V' V'', \qquad \text{update } U_+ V_+^\top
 
-``U' S V''`` is beta times the momentum plus the part of G in the tangent space at it, exactly; what
-is kept is the best approximation of rank r.
+``U' S V''`` is exactly beta times the momentum plus the part of G in the tangent space of the
+rank-r matrices at the momentum. The state keeps the best approximation of rank r.
 
 Tests: tests/library/test_factored_momentum.py.
 """
@@ -33,7 +33,7 @@ _NOISE = 1e-6
 
 
 class Factored(NamedTuple):
-    """The momentum of one leaf, ``left @ diag(values) @ right.mT``.
+    """Momentum of one leaf, ``left @ diag(values) @ right.mT``.
 
     Attributes:
       left: U, ``[*batch, m, r]``.
@@ -61,22 +61,23 @@ class FactoredMomentumState(NamedTuple):
 def scale_by_factored_momentum(
     rank: int = 32, beta: float | jax.Array = 0.9
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Keeps momentum at rank r, and updates by its polar factor ``U V'``: MoFaSGD.
+    r"""Keeps momentum at rank r and updates by its polar factor ``U V'``: MoFaSGD.
 
-    At full rank it is Muon with an exact polar factor. The momentum starts in the r leading
-    singular directions of the first gradient. Its state is ``r (m + n + 1)`` numbers for each
-    matrix; a step has two thin QRs of ``2 r`` columns and the SVD of a ``2 r x 2 r`` matrix.
+    At full rank this is Muon with an exact polar factor. The momentum starts in the r leading
+    singular directions of the first gradient. The state is ``r (m + n + 1)`` numbers for each
+    matrix; a step takes two thin QRs of ``2 r`` columns and the SVD of a ``2 r x 2 r`` matrix.
 
-    This is the paper's update. Its code divides by clipped singular values instead, may add the
-    part of the gradient outside of both subspaces, and starts from the weights' singular vectors.
+    This is the update of the paper. The authors' code divides by clipped singular values instead,
+    may add the part of the gradient outside both subspaces, and starts from the singular vectors of
+    the weights.
 
     Args:
       rank: r, an int >= 1, clipped to the short side of each matrix.
       beta: decay of momentum, in [0, 1). Gradients are added with weight one.
 
     Returns:
-      An ``optax.GradientTransformationExtraArgs`` for trees of matrices ``[..., m, n]``: directions
-      with singular values one (zero for a zero momentum), in the dtypes of the gradients.
+      An ``optax.GradientTransformationExtraArgs`` for trees of matrices ``[..., m, n]``. Its
+      updates have singular values one (zero for a zero momentum), in the dtypes of the gradients.
 
     Raises:
       TypeError, ValueError: if an argument is malformed; from ``init``, if a leaf has fewer than
@@ -119,14 +120,14 @@ def scale_by_factored_momentum(
     def run(updates: PyTree, state: FactoredMomentumState) -> tuple[PyTree, FactoredMomentumState]:
         def one(gradient: jax.Array, old: Factored) -> tuple[jax.Array, Factored]:
             wide = gradient.astype(old.left.dtype)
-            # 0. Zeros are no basis: the first gradient brings one.
+            # The state starts with zeros, which are no basis: the first gradient gives one.
             left, right = jax.lax.cond(
                 state.count == 0,
                 lambda: _leading(wide, old.values.shape[-1]),
                 lambda: (old.left, old.right),
             )
             new = _step(old._replace(left=left, right=right), wide, beta)
-            # Directions without a singular value are no part of the momentum.
+            # U V', without the directions in which the momentum is zero up to rounding.
             keep = new.values > _NOISE * jnp.max(new.values, axis=-1, keepdims=True)
             direction = matmul(new.left * keep[..., None, :], new.right.mT)
             return direction.astype(gradient.dtype), new
@@ -147,11 +148,11 @@ def scale_by_factored_momentum(
 
 
 def _step(old: Factored, gradient: jax.Array, beta: Any) -> Factored:
-    """One step of the equations above, for matrices ``[*batch, m, n]``."""
+    """Computes one step of the equations above, for matrices ``[*batch, m, n]``."""
     u, s, v = old
     r = s.shape[-1]
     eye = jnp.broadcast_to(jnp.eye(r, dtype=s.dtype), (*s.shape, r))
-    # 1. What is read of the gradient: r (m + n) + r^2 numbers.
+    # 1. Three sketches are all that a step reads of the gradient: r (m + n) + r^2 numbers.
     a = matmul(gradient, v)  # [m, r]
     c = matmul(gradient.mT, u)  # [n, r]
     k = matmul(u.mT, a)  # [r, r]
@@ -170,7 +171,7 @@ def _step(old: Factored, gradient: jax.Array, beta: Any) -> Factored:
 
 
 def _leading(matrices: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
-    """The leading singular vectors of both sides."""
+    """Returns the leading singular vectors, ``[*batch, m, r]`` and ``[*batch, n, r]``."""
     u, _, vt = jnp.linalg.svd(matrices, full_matrices=False)
     return u[..., :rank], vt.mT[..., :rank]
 

@@ -1,4 +1,4 @@
-r"""Second moments in few numbers: Adam-mini's, one for a block, and AdaLomo's, rows and columns.
+r"""Second moments in few numbers: one per block (Adam-mini), or rows and columns (AdaLomo).
 
 Tests: tests/library/test_neighbours.py.
 """
@@ -17,7 +17,7 @@ from gum_optax._paths import PyTree, leaves_with_names
 from gum_optax._rates import Mask, Number, ScalarOrSchedule
 
 Blocks: TypeAlias = Callable[[str, Any], Sequence[int]]
-"""``(path, leaf) -> axes`` that one second moment is shared over; none: Adam's own."""
+"""``(path, leaf) -> axes``, over which entries share one second moment; no axes: as in Adam."""
 
 
 class AdamMiniState(NamedTuple):
@@ -35,12 +35,12 @@ class AdamMiniState(NamedTuple):
 
 
 def by_output(path: str, leaf: Any) -> Sequence[int]:
-    """One second moment for each output neuron, for each token, and for each norm.
+    """Shares one second moment per output neuron, per token, and per norm.
 
-    That is the column of a kernel ``[..., inputs, outputs]``, the row of an embedding (a leaf with
-    "embed" in its name), all of a vector; biases keep Adam's. Adam-mini has one for each *head* of
-    queries and keys: for kernels ``[width, heads, head size]`` return ``(-3, -1)`` in a function of
-    your own.
+    A block is the column of a kernel ``[..., inputs, outputs]``, the row of an embedding (a leaf
+    with "embed" in its name), or a whole vector; biases keep a moment for each entry. Adam-mini
+    shares one per *head* of queries and keys: for kernels ``[width, heads, head size]`` return
+    ``(-3, -1)`` in a function of your own.
 
     Args:
       path: the leaf's path, its parts joined by ``/``.
@@ -70,13 +70,13 @@ def scale_by_adam_mini(
         v_b \leftarrow b_2 v_b + (1 - b_2) \text{mean}(G_b^2), \qquad
         U_b = \frac{m_b / (1 - b_1^t)}{\sqrt{v_b / (1 - b_2^t)} + \epsilon}
 
-    It saves the second moment alone: half of Adam's state.
+    It saves nearly all of the second moment, which is half of Adam's state.
 
     Args:
       b1: decay of the first moment, in [0, 1).
       b2: decay of the second moment, in [0, 1).
-      eps: added to the root.
-      blocks: ``(path, leaf) -> axes`` that a block has whole; see `by_output`. With no axes at all
+      eps: added to the root, >= 0.
+      blocks: ``(path, leaf) -> axes`` over which a block extends, see `by_output`. Without axes
         this is Adam.
 
     Returns:
@@ -106,7 +106,7 @@ def scale_by_adam_mini(
 
     def init(params: PyTree) -> AdamMiniState:
         leaves, treedef = jax.tree.flatten(params)
-        # One number stands for a block: its axes are kept with length one.
+        # nu: [..., 1, ...], with length one on the axes of a block, so that it broadcasts to them.
         nu = [
             jnp.zeros(jax.eval_shape(lambda x, a=axes: _mean(x, a), leaf).shape, leaf.dtype)
             for leaf, axes in zip(leaves, axes_of(params), strict=True)
@@ -119,8 +119,9 @@ def scale_by_adam_mini(
     ) -> tuple[PyTree, AdamMiniState]:
         del params
         count = jnp.asarray(optax.safe_increment(state.count))
+        # 1. m <- b1 m + (1 - b1) G
         mu: Any = optax.tree.update_moment(updates, state.mu, b1, 1)
-        # v_b <- b2 v_b + (1 - b2) mean(G_b^2)
+        # 2. v_b <- b2 v_b + (1 - b2) mean(G_b^2), one number for each block
         leaves, treedef = jax.tree.flatten(updates)
         squares = treedef.unflatten(
             _mean(leaf**2, axes) for leaf, axes in zip(leaves, axes_of(updates), strict=True)
@@ -128,6 +129,7 @@ def scale_by_adam_mini(
         nu = jax.tree.map(
             lambda old, new: (b2 * old + (1 - b2) * new).astype(old.dtype), state.nu, squares
         )
+        # 3. U = m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)
         m: Any = optax.tree.bias_correction(mu, b1, count)
         v: Any = optax.tree.bias_correction(nu, b2, count)
         directions = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), m, v)
@@ -144,9 +146,9 @@ def adalomo(
     weight_decay: Number = 0.0,
     weight_decay_mask: Mask = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""AdaLomo's update rule, as a chain of optax's transformations.
+    r"""AdaLomo's update rule: a factored second moment, no momentum, and relative step sizes.
 
-    Rows and columns of a matrix have a second moment each, momentum has none:
+    Each row and each column of a matrix has a second moment, and there is no first moment:
 
     .. math::
         \rho \leftarrow \beta \rho + (1 - \beta)\, \text{rowmean}(G^2), \quad
@@ -158,16 +160,17 @@ def adalomo(
         u \leftarrow u / \max(1, \text{rms}(u) / \text{clip}), \quad
         W \leftarrow W - \eta \max(10^{-3}, \text{rms}(W)) (u + \lambda W)
 
-    The state is ``m + n`` numbers for each matrix. The other half of the paper, updates inside of
-    the backward pass, so that not all gradients live at once, is no property of an optimizer: see
-    `backward` for what this library has in its place. Of leaves with more axes, the two longest are
-    factored, and sizes are those of the leaf.
+    The state is ``m + n`` numbers for each matrix. Of leaves with more axes, the two longest axes
+    are factored, and root mean squares are taken over the whole leaf. The paper also applies
+    updates inside the backward pass, so that not all gradients live at once. No optimizer can do
+    this; `backward` has another way to hold fewer gradients.
 
     Args:
       learning_rate: a number, or a schedule of the step count; the paper advises 5e-4 to 1e-3.
-      decay_rate: the power of t in beta.
+      decay_rate: the power of t in beta, without its sign, >= 0.
       clip: the largest root mean square of a leaf's update before the learning rate, > 0.
-      weight_decay: lambda, decoupled, and multiplied by the weights' size as the update is.
+      weight_decay: lambda, decoupled; like the update it is multiplied by the weights' root mean
+        square.
       weight_decay_mask: which leaves decay, as in ``optax.add_decayed_weights``.
 
     Returns:
@@ -192,19 +195,25 @@ def adalomo(
     _checks.hyperparameter("weight_decay", weight_decay)
     return optax.with_extra_args_support(
         optax.chain(
-            # Small matrices are factored, too: optax leaves those below 128 whole by default.
+            # 1. u = G / sqrt(V). Small matrices are factored, too: by default, optax does not
+            #    factor those with a side below 128.
             optax.scale_by_factored_rms(
                 decay_rate=decay_rate, epsilon=1e-30, min_dim_size_to_factor=1
             ),
+            # 2. u <- u / max(1, rms(u) / clip)
             optax.clip_by_block_rms(clip),
+            # 3. -eta (u + lambda W)
             optax.add_decayed_weights(weight_decay, weight_decay_mask),
             optax.scale_by_learning_rate(learning_rate),
+            # 4. Last, so that it scales weight decay as well: times max(1e-3, rms(W)).
             optax.scale_by_param_block_rms(1e-3),
         )
     )
 
 
 def _mean(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """Returns the mean over axes, which are kept with length one."""
+    # The mean of no entries would be NaN.
     if not axes or math.prod(x.shape) == 0:
         return x
     return jnp.mean(x, axis=axes, keepdims=True)

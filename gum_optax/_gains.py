@@ -1,7 +1,7 @@
-r"""Gains: matrices are scaled by what an optimizer did to their projection (Fira, APOLLO).
+r"""Gains: matrices scaled as a low-rank optimizer scales their projections (Fira, APOLLO).
 
-A low-rank optimizer sees ``R = P'G`` and gives an update D. The ratio of their norms, the *gain*,
-tells how much it enlarges a direction; the part of G that it does not see is given the same gain:
+A low-rank optimizer maps ``R = P'G`` to an update D. The ratio of their norms is its *gain*. The
+part of G that it does not see is scaled by the same gain:
 
 .. math::
     S_j = \frac{\|D_j\|}{\|R_j\| + \epsilon}\, X_j \quad\text{(per column)}, \qquad
@@ -32,22 +32,27 @@ def scale_by_gain(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Scales matrices by the gain of a low-rank optimizer: the rule of Fira and of APOLLO.
 
-    For `residuals.through` (Fira) and `residuals.guided` (APOLLO), which tell it, as extra
-    arguments, the projected gradients R and their update D. See the module for the formulas.
+    It is made for `residuals.through` (Fira) and `residuals.guided` (APOLLO), which pass the
+    projected gradients R and their updates D as extra arguments. Then with X the residual (Fira) or
+    the gradient (APOLLO) of a wide matrix,
 
-    The *norm-growth limiter* keeps the norm of a matrix's result from growing faster than
-    ``growth_limit`` per step. A norm of zero limits nothing, unlike in the official codes, where a
-    matrix whose gradient was once zero stays frozen for 1,387 steps.
+    .. math::
+        S_j = \frac{\|D_j\|}{\|R_j\| + \epsilon}\, X_j \quad\text{(per column)}, \qquad
+        S = \frac{\|D\|_F}{\|R\|_F + \epsilon}\, X \quad\text{(per matrix)}
+
+    The *norm-growth limiter* lets the norm of a matrix's result grow by at most the factor
+    ``growth_limit`` per step. After a result of norm zero it does not limit, unlike the official
+    codes, where a matrix whose gradient was once zero stays frozen for 1,387 steps.
 
     Args:
-      per: ``"column"``: one gain for each column of a wide matrix; ``"matrix"``: one for all of it.
+      per: ``"column"``: one gain per column of a wide matrix; ``"matrix"``: one per matrix.
       growth_limit: the largest ratio of the norms of two successive steps, > 0; None: no limit.
-      eps: added to the norm that is divided by, > 0.
+      eps: added to the norm of R in the denominator, > 0.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` for trees of wide matrices ``[..., m, n]``. Its
-      state is the last norm of each matrix, ``[...]``, float32 or wider. ``update`` needs
-      ``projected`` and ``projected_update``, trees alike with arrays ``[..., r, n]``.
+      state is the norm of each matrix's last result, ``[...]``, float32 or wider. ``update`` needs
+      ``projected`` and ``projected_update``, trees like the updates with arrays ``[..., r, n]``.
 
     Raises:
       TypeError, ValueError: if an argument is malformed, and from ``update``, if the extra
@@ -68,8 +73,8 @@ def scale_by_gain(
     axes = -2 if per == "column" else (-2, -1)
 
     def init(params: PyTree) -> PyTree:
-        # z: the norm of the last result of each matrix; zero stands for none. In bfloat16 a growth
-        # of 1 % would be rounded to 0.8 or 1.6 %.
+        # z: the norm of the last result of each matrix; zero before the first. Not in bfloat16,
+        # which would round a growth of 1 % to 0.8 or 1.6 %.
         def none_yet(leaf: jax.Array) -> jax.Array:
             return jnp.zeros(leaf.shape[:-2], at_least_float32(leaf.dtype))
 
@@ -81,6 +86,7 @@ def scale_by_gain(
         result = gain * x  # S, [..., m, n]
         if growth_limit is None:
             return result, last
+        # S <- S / max(1, |S| / (limit (z + eps))), and z <- |S| of the limited result
         size = norm(result, (-2, -1))[..., 0, 0]  # |S|, [...]
         excess = jnp.maximum(size / (growth_limit * (last + eps)), 1.0)
         divisor = jnp.where(last > 0, excess, 1.0)

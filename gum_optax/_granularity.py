@@ -2,7 +2,8 @@ r"""Projection granularity: rows of a gradient cut into pieces, or merged, befor
 
 A gradient G [m, n] of granularity c becomes ``[m c, n / c]``, row by row: every row is cut into c
 pieces. With c = 1/f, f rows are merged. The coordinates of a projection to rank r then have
-``m c r`` numbers: at a fixed number, finer pieces mean a lower rank. VLoRP and ProjFactor.
+``m c r`` numbers: at a fixed number, finer pieces mean a lower rank. The methods are VLoRP
+(`regrained`) and ProjFactor (`projfactor`).
 
 Tests: tests/library/test_granularity.py.
 """
@@ -26,26 +27,27 @@ def regrained(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Runs a transformation on matrices whose rows are cut into pieces: VLoRP's granularity.
 
-    With Haar bases, as here, the variance of a projection depends on the number of coordinates
-    alone, and not on how they are divided among pieces and rank; with the paper's Gaussian ones
-    fine pieces have a little more. The paper's preference for them is empirical.
+    With Haar bases, as here, the variance of a projection depends only on the number of
+    coordinates, not on how they are divided among pieces and rank. With the Gaussian bases of the
+    paper, fine pieces have a slightly larger variance; the paper prefers them on empirical grounds.
 
     Args:
       inner: a transformation of matrices, such as `low_rank`. It projects the shorter side of the
-        pieces ``[m c, n / c]``, which is the paper's for ``n / c <= m c``.
-      granularity: c > 0: a whole number of pieces in a row, or the inverse of a whole number of
-        rows to merge.
+        reshaped matrices ``[m c, n / c]``, which is the paper's side if ``n / c <= m c``.
+      granularity: c > 0, either a whole number of pieces per row, or the inverse of a whole number
+        of rows to merge.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` for trees of matrices ``[..., m, n]``. Its state
-      is that of ``inner`` for ``[..., m c, n / c]``.
+      is the state of ``inner`` for matrices ``[..., m c, n / c]``.
 
     Raises:
-      TypeError, ValueError: if an argument is malformed; from ``init`` and ``update``, if the
-        pieces do not come out even.
+      TypeError, ValueError: if an argument is malformed; from ``init`` and ``update``, if a leaf
+        has fewer than two axes or cannot be cut into pieces of equal length.
 
     Example:
-      VLoRP with SGD, unbiased. Eight pieces a row at rank 1 take what rank 8 takes without pieces:
+      Unbiased VLoRP with SGD. Eight pieces per row at rank 1 need the memory of rank 8 without
+      pieces:
 
       >>> import optax
       >>> import gum_optax
@@ -69,11 +71,13 @@ def regrained(
         raise ValueError(f"`granularity` must be a whole number of pieces, got {granularity!r}.")
     run: Any = optax.with_extra_args_support(inner)
 
+    # [..., m, n] -> [..., m c, n / c]
     def shape_of(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         if len(shape) < 2:
             raise ValueError(f"`regrained` needs matrices, got shape {shape} at `{path}`.")
         *batch, m, n = shape
         rows, columns = round(m * granularity), round(n / granularity)
+        # Equal sizes are not enough: a piece must lie within one row, or consist of whole rows.
         if rows * columns != m * n or (n % columns and columns % n):
             raise ValueError(
                 f"`granularity` {granularity!r} does not divide the matrix {m} x {n} at `{path}`."
@@ -83,6 +87,7 @@ def regrained(
     def cut(tree: PyTree | None) -> PyTree | None:
         if tree is None:
             return None
+        # Descriptions in the place of arrays, as `memory_plan` has them, have no `reshape`.
         leaves = [
             jax.ShapeDtypeStruct(shape_of(path, leaf.shape), leaf.dtype)
             if isinstance(leaf, jax.ShapeDtypeStruct)
@@ -105,7 +110,7 @@ def projfactor(
 ) -> LowRank:
     r"""The compression of ProjFactor: momentum in random bases, a factored second moment outside.
 
-    With ``R = P'G``, and M the inner transformation's momentum of it,
+    With ``R = P'G``, and M the momentum that the inner transformation makes of R,
 
     .. math::
         \hat G = P R, \quad
@@ -116,15 +121,15 @@ def projfactor(
         U = P M / (\sqrt{V} + \epsilon) \cdot \sqrt{1 - b_2^t}, \qquad
         V = \rho \kappa^\top / \textstyle\sum \rho
 
-    Momentum is to be an average with its own correction, ``optax.ema(0.9)``. The state is
-    ``r n + m + n`` numbers beside the basis. Within `regrained`, rows and columns are those of the
-    pieces; the paper's are those of the whole matrix.
+    The inner transformation should be a bias-corrected average, ``optax.ema(0.9)``. The state is
+    ``r n + m + n`` numbers beside the basis. Within `regrained`, the second moment has the rows and
+    columns of the reshaped matrix; in the paper, those of the original one.
 
     Args:
       rank: as for `LowRank`.
       period: as for `LowRank`.
       b2: decay of the second moment, in [0, 1).
-      eps: added to the root.
+      eps: added to the root, >= 0.
       **parts: any other option of `LowRank`.
 
     Returns:
@@ -140,8 +145,8 @@ def projfactor(
       ...     gum_optax.low_rank(optax.ema(0.9), gum_optax.projfactor(rank=1)), granularity=8)
 
     References:
-      Miao et al., VLoRP, arXiv 2505.01744; momentum is neither reset nor rotated at a refresh, as
-      in its code.
+      Miao et al., VLoRP, arXiv 2505.01744; as in its code, momentum is neither reset nor rotated
+      at a refresh.
     """
     _checks.hyperparameter("b2", b2, below=1.0)
     _checks.hyperparameter("eps", eps)
@@ -154,11 +159,12 @@ def projfactor(
 
 
 def _factored(b2: float, eps: float) -> Residual:
-    """The rule that divides expanded updates by a factored second moment of expanded gradients."""
+    """Makes the rule that divides ``P M`` by the root of a factored second moment of ``P R``."""
 
     def init(group: Group) -> State:
         shape = (*group.batch, group.m, group.n)
         dtype = group.compute_dtype
+        # t, and for each leaf rho [*batch, m] and kappa [*batch, n].
         return (
             jnp.zeros((), jnp.int32),
             tuple(
@@ -173,6 +179,7 @@ def _factored(b2: float, eps: float) -> Residual:
         count, moments = state
         count = jnp.asarray(optax.safe_increment(count))
         group, leaves, new = frame.group, [], []
+        # Leaf by leaf, so that only one leaf has full-size temporaries at a time.
         parts = [_codec.split(group, part) for part in (frame.basis, updates.low, encoded.low)]
         for basis, low, projected, gradient, (rows, columns) in zip(
             *parts, gradients, moments, strict=True
@@ -182,7 +189,8 @@ def _factored(b2: float, eps: float) -> Residual:
             rows = b2 * rows + (1 - b2) * jnp.sum(square, -1)
             columns = b2 * columns + (1 - b2) * jnp.sum(square, -2)
             new.append((rows, columns))
-            # 2. V = rho kappa' / sum(rho), which is zero only where nothing has come yet.
+            # 2. V = rho kappa' / sum(rho), [*batch, m, n]; the sum is zero only as long as all
+            #    gradients were.
             total = jnp.sum(rows, -1, keepdims=True)[..., None]
             second = rows[..., :, None] * (columns[..., None, :] / jnp.where(total > 0, total, 1))
             # 3. U = sqrt(1 - b2^t) P M / (sqrt(V) + eps)

@@ -6,7 +6,7 @@ layers, or several leaves with batch axes. The mathematics is stated for *wide* 
 *tall* leaves are transposed on the way in and out.
 
 A group that cannot gain from compression is *uncompressed*: the inner transformation runs on its
-leaves as they are.
+leaves themselves.
 
 Tests: tests/library/test_groups.py.
 """
@@ -30,7 +30,7 @@ GroupBy: TypeAlias = Callable[[str, Any], str]
 
 
 def by_role(path: str, leaf: Any) -> str:
-    """Groups matrices whose paths are equal after their numbers are replaced by ``*``.
+    """Groups matrices whose paths are equal once their numbers are replaced by ``*``.
 
     Args:
       path: the leaf's path, its parts joined by ``/``.
@@ -51,7 +51,7 @@ def by_role(path: str, leaf: Any) -> str:
 def by_shape(path: str, leaf: Any) -> str:
     """Groups matrices of equal shape, whatever their role (q with o, gate with up).
 
-    Fewer, larger groups have fewer slots in all, and a smaller sampling probability.
+    Fewer, larger groups have fewer slots in total and a smaller sampling probability.
 
     Args:
       path: the leaf's path, its parts joined by ``/``.
@@ -72,20 +72,20 @@ def by_shape(path: str, leaf: Any) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """The N matrices of one role, as a function of `LowRank.rank` or a sampler sees them.
+    """The N matrices of one role, as a rank function or a residual rule sees them.
 
     Attributes:
       name: the key of the group's state: its role with ``.`` in the place of ``/``.
       leaves: positions of its leaves among the tree's flattened leaves.
       shape: a leaf's shape ``[*batch, rows, columns]``.
       dtype: the leaves' dtype.
-      sharding: the leaves' sharding, where it is known.
-      rank: r, the columns of a basis; 0 while it is not decided.
-      uncompressed: why the group runs uncompressed; empty for a compressed one.
-      role: what ``group_by`` calls the group, such as ``layers/*/attn/q``. Its draws come from it.
+      sharding: the leaves' sharding, None where it is unknown.
+      rank: r, the number of columns of a basis; 0 until it is decided.
+      uncompressed: the reason why the group is uncompressed; empty for a compressed group.
+      role: the name from ``group_by``, such as ``layers/*/attn/q``; draws are seeded by it.
 
     Example:
-      Attention at rank 32, everything else at a quarter of the short side:
+      Rank 32 for attention, a quarter of the short side for everything else:
 
       >>> import gum_optax
       >>> def rank(group):
@@ -111,8 +111,9 @@ class Group:
     def lead(self) -> tuple[int, ...]:
         """Sizes of the leading axes of the group's state.
 
-        One axis over the leaves, then their batch axes, which stay apart so that each can be
-        sharded as the leaf's is; without the first if the group is a single leaf with batch axes.
+        One axis over the leaves, then their batch axes, which are not merged, so that each can be
+        sharded as in the leaf. The first axis is left out if the group is a single leaf with batch
+        axes.
         """
         alone = len(self.leaves) == 1 and self.batch
         return self.batch if alone else (len(self.leaves), *self.batch)
@@ -129,7 +130,7 @@ class Group:
 
     @property
     def tall(self) -> bool:
-        """Whether the leaves have more rows than columns, so that they are transposed."""
+        """True if the leaves have more rows than columns, so that they are transposed."""
         return self.shape[-2] > self.shape[-1]
 
     @property
@@ -168,11 +169,13 @@ class Group:
         return self._inherit("batch", "m", "n")
 
     def _inherit(self, *sides: str | None) -> NamedSharding | None:
-        """The leaves' sharding for an array with the named sides; None is a replicated axis."""
+        """Returns the leaves' sharding for an array with the named sides; None: replicated."""
         if self.sharding is None:
             return None
+        # 1. The mesh axes of each axis of the leaf, [*batch, rows, columns], as sides m <= n.
         *batch, rows, columns = _mesh.spec_entries(self.sharding, len(self.shape))
         m, n = (columns, rows) if self.tall else (rows, columns)
+        # 2. The mesh axes of each named side.
         # The axis over separate leaves is new, so no mesh axis shards it.
         lead = [None] * (len(self.lead) - len(batch)) + batch
         entries = {"lead": lead, "batch": batch, "m": [m], "n": [n], None: [None]}
@@ -182,23 +185,27 @@ class Group:
 def find_groups(tree: PyTree, group_by: GroupBy) -> list[Group]:
     """Groups the leaves of a tree; empty leaves belong to no group.
 
-    Of `by_role`, a name without a number joins the numbered ones: ``blk`` is the first ``blk_*``.
-    Leaves that ``group_by`` puts together but that differ in shape or dtype become several groups,
-    told apart by a suffix of the name.
+    Under `by_role`, a name without a number joins the numbered ones: ``blk`` is the first of
+    ``blk_*``. Leaves to which ``group_by`` gives one role but that differ in shape or dtype become
+    several groups, whose names have different suffixes.
 
     Args:
       tree: arrays or ``jax.ShapeDtypeStruct``; the last two axes are a matrix, others are batch.
       group_by: for example `by_role`.
 
+    Returns:
+      The groups, with ranks that are not decided yet (0).
+
     Raises:
       ValueError: if a leaf has fewer than two axes.
       TypeError: if a leaf is not real floating point, or ``group_by`` returns no str.
     """
-    # 1. Positions of leaves by key, and for each key by shape and dtype.
+    # 1. Positions of leaves by key, and for each key by shape and dtype: role -> kind -> positions.
     keys: dict[str, dict[tuple[Any, Any], list[int]]] = {}
     named = leaves_with_names(tree)
     for position, (path, leaf) in enumerate(named):
         _check_matrix(path, leaf)
+        # A leaf without entries has no basis and nothing to update.
         if math.prod(leaf.shape) == 0:
             continue
         key = group_by(path, leaf)
@@ -208,13 +215,15 @@ def find_groups(tree: PyTree, group_by: GroupBy) -> list[Group]:
         kinds.setdefault((leaf.shape, jnp.dtype(leaf.dtype)), []).append(position)
     if group_by is by_role:
         keys = _with_first_of_its_role(keys)
-    # 2. One group for each kind, under a name of its own.
+    # 2. One group for each kind. Its name is a key of the state, its role seeds draws, and both
+    #    have to be unique: two roles may become one name, since `/` and `.` become the same.
     groups: dict[str, Group] = {}
     roles: set[str] = set()
     for key, kinds in keys.items():
         for (shape, dtype), positions in kinds.items():
             role = _unused(_with_kind(key, shape, dtype, list(kinds)), roles)
             name = _unused(state_key(role), groups)
+            # The group's arrays can only follow a sharding that all of its leaves share.
             sharding = _mesh.common_sharding([named[position][1] for position in positions])
             groups[name] = Group(name, tuple(positions), shape, dtype, sharding, role=role)
             roles.add(role)
@@ -222,7 +231,7 @@ def find_groups(tree: PyTree, group_by: GroupBy) -> list[Group]:
 
 
 def state_key(role: str) -> str:
-    """A role as the key of a state: trees are flattened, and saved, with ``/`` between keys."""
+    """Returns a role as a key of states, without ``/``, which checkpoints put between keys."""
     return role.replace("/", ".")
 
 
@@ -236,13 +245,15 @@ def _with_first_of_its_role(keys: dict[str, _Kinds]) -> dict[str, _Kinds]:
     Only leaves of equal shape and dtype are joined, under the name with the most stars.
     """
 
+    # `blk_*` and `blk` are both `blk`, in each part of a path.
     def without_numbers(key: str) -> str:
         return re.sub(r"_\*(?=/|$)", "", key)
 
-    # Role and kind -> the name that has them.
+    # 1. (role without numbers, kind) -> the key with the most stars, which is written last.
     names: dict[tuple[str, Any], str] = {}
     for key in sorted(keys, key=lambda key: key.count("*")):
         names |= {(without_numbers(key), kind): key for kind in keys[key]}
+    # 2. The leaves of all keys under that key, in the order of the tree.
     joined: dict[str, _Kinds] = {}
     for key, kinds in keys.items():
         for kind, positions in kinds.items():
@@ -252,13 +263,14 @@ def _with_first_of_its_role(keys: dict[str, _Kinds]) -> dict[str, _Kinds]:
 
 
 def _unused(name: str, taken: Container[str]) -> str:
-    """The name, with a mark if it is taken: a suffixed name can be another group's own."""
+    """Returns the name, with a mark if it is taken: a suffix can produce another group's name."""
     while name in taken:
         name += "'"
     return name
 
 
 def _with_kind(key: str, shape: tuple[int, ...], dtype: Any, kinds: Sequence[Any]) -> str:
+    """Adds shape and dtype to a key where they are needed to tell its kinds apart."""
     if len({kind[0] for kind in kinds}) > 1:
         key += f"[{','.join(map(str, shape))}]"
     if len({kind[1] for kind in kinds if kind[0] == shape}) > 1:

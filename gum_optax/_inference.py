@@ -1,8 +1,8 @@
-"""`infer`: the matrices of a model, from the way in which a function uses its parameters.
+"""`infer`: finds the matrices of a model from the way in which a function uses its parameters.
 
-`_usage` follows every axis of every leaf through the function's jaxpr. Here the uses of one leaf
-are weighed against each other: they agree on a matrix, they show that the leaf is none, or they
-decide nothing, which is told in a warning.
+`_usage` follows every axis of every leaf through the function's jaxpr. This module compares the
+uses of one leaf. They agree on a matrix, they show that the leaf is no matrix, or they leave the
+question open, and then a warning names the leaf.
 
 Tests: tests/library/test_infer.py.
 """
@@ -28,40 +28,40 @@ _Axes = frozenset[int]
 def infer(function: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any) -> PyTree:
     """Finds matrices by the way in which a function uses them; nothing is computed.
 
-    The function is traced on shapes, and each leaf is followed to the products that it is part of:
-    axes that are contracted with activations are the reduction side, axes that the product keeps
-    are the output side, and all others (scanned layers, experts, the two halves of a fused kernel
-    that is taken apart) are batch axes. So neither names nor conventions matter, and weights
-    ``[out, in]`` are told from ``[in, out]``. No matrices are
+    The function is traced on shapes, and each leaf is followed to the products that it takes part
+    in. Axes that are contracted with activations are the reduction side, axes that the product
+    keeps are the output side, and all others (scanned layers, experts, the parts of a fused kernel
+    that is split) are batch axes. So neither names nor conventions matter, and weights
+    ``[out, in]`` are told from ``[in, out]``. The following leaves are not matrices:
 
-    - *tables*: looked up by an array of indices, also where they are the head at the same time;
-    - *heads*: kept axes of the size of the vocabulary that a table shows, with no parameter behind
-      them, or a name such as ``lm_head``;
+    - *tables*: looked up by an array of indices, even if they serve as the head, too;
+    - *heads*: the kept axes have the size of the vocabulary that a table shows, and no parameter
+      is multiplied with the result; or the leaf has a name such as ``lm_head``;
     - *vectors*: only added to activations or multiplied by them, in any number of axes;
     - kernels of depthwise convolutions, and of patch embeddings (applied to the inputs themselves,
       with strides as large as their window).
 
-    Of a gradient inside the function, the forward products decide.
+    If the function computes a gradient, the products of its forward pass decide.
 
     Args:
       function: any function of the parameters that JAX can trace: ``function(params, *args,
         **kwargs)``.
-      params: arrays or ``jax.ShapeDtypeStruct``, in any tree, such as one of Linen, the state of
-        an NNX model or an Equinox module. Leaves that are no arrays are passed on as they are.
-      *args: further arguments, such as a batch; only shapes and dtypes of their arrays matter.
-        Arguments that are no arrays are passed on as they are.
-      **kwargs: likewise.
+      params: arrays or ``jax.ShapeDtypeStruct``, in any tree: Linen parameters, the state of an
+        NNX model, an Equinox module. Leaves that are no arrays are passed on unchanged.
+      *args: further arguments, such as a batch. Only shapes and dtypes of their arrays matter;
+        arguments that are no arrays are passed on unchanged.
+      **kwargs: further keyword arguments, treated as ``args``.
 
     Returns:
       A tree like ``params`` of ``MuonDimensionNumbers`` or None, for ``weight_dimension_numbers``
       here or ``muon_weight_dimension_numbers`` of ``optax.contrib.muon``.
 
     Raises:
-      TypeError: if ``function`` cannot be called; whatever it raises on tracers.
+      TypeError: if ``function`` cannot be called. Errors of ``function`` itself pass through.
 
     Warns:
-      UserWarning: once, with every leaf on which the function decides nothing, and the reason: it
-        is not used, or used in two ways, or by a primitive that is not known. They get None.
+      UserWarning: once, with every leaf that the function leaves open, and the reason: the leaf is
+        not used, or is used in two ways, or by a primitive without a rule. These leaves get None.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -81,8 +81,9 @@ def infer(function: Callable[..., Any], params: PyTree, *args: Any, **kwargs: An
     if not callable(function):
         raise TypeError(f"`function` must be a function of the parameters, got {function!r}.")
     named = leaves_with_names(params)
+    # 1. All uses of all leaves.
     walk = _walked(function, params, args, kwargs)
-    # One verdict for each leaf that is an array; others are none of ours.
+    # 2. One verdict for each leaf. The walk counts arrays alone, so `position` does as well.
     shapes = iter(walk.shapes)
     verdicts: list[_Verdict] = []
     position = 0
@@ -96,6 +97,7 @@ def infer(function: Callable[..., Any], params: PyTree, *args: Any, **kwargs: An
         is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
         verdicts.append(verdict if is_float else _Verdict("no floating-point numbers"))
         position += 1
+    # 3. One warning for all leaves that are left open.
     open_cases = [
         f"`{path}` {list(leaf.shape)} {verdict.why}"
         for (path, leaf), verdict in zip(named, verdicts, strict=True)
@@ -105,7 +107,7 @@ def infer(function: Callable[..., Any], params: PyTree, *args: Any, **kwargs: An
         warnings.warn(
             f"`infer` cannot decide on {len(open_cases)} of {len(named)} leaves, which get None "
             f"and so the fallback: {'; '.join(open_cases[:8])}"
-            f"{'; ...' if len(open_cases) > 8 else ''}. Where they are matrices, replace None by "
+            f"{'; ...' if len(open_cases) > 8 else ''}. If they are matrices, replace None by "
             "`optax.contrib.MuonDimensionNumbers(reduction_axis, output_axis)` in the result.",
             stacklevel=2,
         )
@@ -114,7 +116,13 @@ def infer(function: Callable[..., Any], params: PyTree, *args: Any, **kwargs: An
 
 @dataclasses.dataclass(frozen=True)
 class _Verdict:
-    """What a leaf is: a matrix, or none for a reason, or not decided for a reason."""
+    """The verdict on a leaf: a matrix, no matrix for a reason, or undecided for a reason.
+
+    Attributes:
+      why: the reason; empty for a matrix.
+      numbers: the axes of a matrix; None otherwise.
+      decided: false if the uses contradict each other or show nothing.
+    """
 
     why: str = ""
     numbers: optax.contrib.MuonDimensionNumbers | None = None
@@ -138,12 +146,14 @@ def _walked(
         for i, value in zip(arrays, values, strict=True):
             filled[i] = value
         params, args, kwargs = treedef.unflatten(filled)
-        # Whatever is returned, its arrays are all that is traced.
+        # A jaxpr can only return arrays; the function may return anything beside them.
         return [x for x in jax.tree.leaves(function(params, *args, **kwargs)) if _is_array(x)]
 
     jaxpr = jax.make_jaxpr(of_arrays)([leaves[i] for i in arrays])
     shapes = [tuple(leaves[i].shape) for i in arrays if i < count]
     walk = Walk(shapes, RULES)
+    # Each parameter enters as a view of its own leaf, with one axis of the leaf in each of its own;
+    # all other arguments are data.
     views = [
         Value((View(leaf, tuple(frozenset([axis]) for axis in range(len(shape)))),), weights=True)
         for leaf, shape in enumerate(shapes)
@@ -165,11 +175,13 @@ def _verdict(
     """Decides on one leaf from all of its uses."""
     if len(shape) < 2:
         return _Verdict("vector")
-    # 1. Products that contract some axes and keep others; the rest tells why a leaf is no matrix.
+    # 1. Products that contract some axes and keep others. The other uses are only needed for the
+    #    reason why a leaf is no matrix.
     products = _unmirrored([product for use in uses if (product := _product(use)) is not None])
     gathered = {axis for use in uses for axis, role in use.roles if role == "gathered"}
     in_products = {axis for product in products for axis in product.inputs | product.kept}
-    # 2. A table, though it may be the head as well; matrices that are looked up are experts.
+    # 2. A table, even if it is the head as well: the axis that is looked up is an axis of its
+    #    products. Matrices that are looked up along another axis are experts.
     if gathered & in_products or (gathered and not products):
         return _Verdict("table: looked up by an array of indices")
     if not products:
@@ -177,7 +189,8 @@ def _verdict(
     notes = {product.use.note for product in products if product.use.note}
     if notes:
         return _Verdict(notes.pop())
-    # 3. All products must agree; an axis that one of them takes apart is a batch axis for all.
+    # 3. All products must agree. An axis along which the result of one of them is split is a batch
+    #    axis for all.
     inputs = products[0].inputs
     outputs = frozenset.intersection(*(product.outputs for product in products))
     if any(product.inputs != inputs for product in products):
@@ -199,7 +212,13 @@ def _verdict(
 
 @dataclasses.dataclass(frozen=True)
 class _Product:
-    """A use as a matrix: its input side, all axes that it keeps, and those of them that stay."""
+    """A use as a product with a matrix.
+
+    Attributes:
+      use: the use.
+      inputs: the axes of the input side.
+      kept: all axes that the product keeps, from which `outputs` is derived.
+    """
 
     use: Use
     inputs: _Axes
@@ -207,12 +226,12 @@ class _Product:
 
     @property
     def outputs(self) -> _Axes:
-        # A product that is taken apart along one of several axes is several products.
+        """The axes of the output side: a product whose result is split is several products."""
         return (self.kept - self.use.unpacked) or self.kept
 
 
 def _product(use: Use) -> _Product | None:
-    """The product that a use is, or None."""
+    """Returns a use as a product with a matrix, or None if it is none."""
 
     def having(role: str) -> _Axes:
         return frozenset(axis for axis, given in use.roles if given == role)
@@ -239,10 +258,10 @@ def _unmirrored(products: list[_Product]) -> list[_Product]:
 
 
 def _without_products(uses: Sequence[Use], lost: Collection[str]) -> _Verdict:
-    """Why a leaf is not multiplied as a matrix is, and whether that is certain."""
+    """Returns the verdict on a leaf that is in no product with activations."""
     roles = {role for use in uses for _, role in use.roles}
     if lost:
-        return _Verdict(f"is used by {_listed(lost)}, of which no rule is known", decided=False)
+        return _Verdict(f"is used by {_listed(lost)}, for which there is no rule", decided=False)
     if not roles:
         return _Verdict("is not used in a product or sum with activations", decided=False)
     if "elementwise" in roles:
@@ -255,7 +274,7 @@ def _listed(names: Collection[str]) -> str:
 
 
 def _described(products: Sequence[_Product]) -> str:
-    """For messages: ``contracted [0], kept [1] and contracted [0, 1], kept [2]``."""
+    """Describes products: ``contracted [0], kept [1] and contracted [0, 1], kept [2]``."""
     texts = dict.fromkeys(
         f"contracted {sorted(product.inputs)}, kept {sorted(product.kept)}" for product in products
     )
@@ -263,6 +282,6 @@ def _described(products: Sequence[_Product]) -> str:
 
 
 def _as_given(axes: _Axes) -> int | tuple[int, ...]:
-    """One axis as an int, several as a tuple, as people write them."""
+    """Returns one axis as an int and several as a tuple, as in hand-written numbers."""
     first, *others = sorted(axes)
     return (first, *others) if others else first

@@ -1,10 +1,13 @@
-"""The interception of weights in a model that knows nothing of it.
+"""Interception of the weights of an unmodified model.
 
-A loss is traced to a jaxpr, JAX's program of primitive operations, and that is run again operation
-by operation. A weight runs through it as a `View`: its value, and where each of its axes lies in
-the matrices of its leaf. Casts, transposes, reshapes and slices of layers give another view; a
-dense product becomes `_taps.product`; loops, branches and recomputed blocks are entered. Whatever
-else meets a weight gets its value, tapped by `_taps.weight`.
+A loss is traced to a jaxpr, JAX's program of primitive operations, and an interpreter runs the
+jaxpr operation by operation. A weight runs through it as a `View`: its value, and the place of each
+of its axes in the matrices of its leaf.
+
+1. Casts, transposes, reshapes and slices of layers return another view.
+2. A dense product becomes `_taps.product`, whose backward pass projects without G.
+3. Loops, branches and recomputed blocks are entered by an interpreter of their own.
+4. Any other operation gets the value of the weight, tapped by `_taps.weight`.
 
 Tests: tests/library/test_interception.py.
 """
@@ -28,8 +31,8 @@ class View:
 
     Attributes:
       value: the array.
-      axes: one for each of the value's.
-      tap: entries of the value's batch axes, in their order.
+      axes: one `Axis` for each axis of the value.
+      tap: its tap, with the batch axes of the value in front, in their order.
       leaf: the position of the weight among the leaves of the parameters.
       group: the key of its group's slots.
     """
@@ -46,7 +49,7 @@ class Met(NamedTuple):
 
     Attributes:
       leaf: the position of the weight among the leaves of the parameters.
-      place: tells one place in the program from another.
+      place: the identity of the operation in the program.
       why: the operation that needs the weight's value; empty for a dense product.
     """
 
@@ -60,12 +63,12 @@ class Interpreter:
     """Runs a jaxpr in which weights are views.
 
     Attributes:
-      slots: by group, ``[slots, m, n]``; each tap takes them and hands them on.
+      slots: by group, ``[slots, m, n]``; each tap takes them and passes them on.
       whole: whether a weight is tapped where it enters a loop, so that one G serves all its uses.
-      projector: from the key of a group, `Site`.projector.
-      residual: as of `Site`.
+      projector: maps the key of a group to `Site`.projector.
+      residual: passed on to every `Site`.
       met: the uses of weights so far.
-      place: where the program is.
+      place: the operation at which the program is.
     """
 
     slots: dict[Any, jax.Array]
@@ -76,21 +79,23 @@ class Interpreter:
     place: int = 0
 
     def inside(self, slots: dict[Any, jax.Array]) -> "Interpreter":
-        """An interpreter of a program within this one."""
+        """Returns an interpreter for a program within this one, which carries slots of its own."""
+        # `met` stays shared: uses within loops and branches count as well.
         return dataclasses.replace(self, slots=dict(slots))
 
     # Taps --------------------------------------------------------------------------------
 
     def enter(self, value: Any) -> Any:
-        """Taps a weight at the entrance of a program, where that is wanted."""
+        """Taps a weight where it enters a loop if `whole` asks for it; returns others unchanged."""
         return self.tapped(value, "entrance") if self.whole else value
 
     def tapped(self, value: Any, why: str) -> Any:
-        """The array of a view, whose gradient is compressed when it has arisen."""
+        """Returns the array of a view, with a tap that compresses its gradient."""
         if not isinstance(value, View):
             return value
         self.met.add(Met(value.leaf, self.place, why))
         projector = self.projector(value.group)
+        # The slots run through the tap, so that its backward pass can add G of drawn matrices.
         site = Site(value.axes, _type_of(value.tap.low), projector, self.residual)
         tapped: Any = _taps.weight(site, value.value, value.tap, self.slots.get(value.group))
         array, slots = tapped
@@ -98,13 +103,15 @@ class Interpreter:
         return array
 
     def keep(self, group: Any, slots: jax.Array | None) -> None:
+        """Takes over the slots that a tap passed on; a group without slots has None."""
         if slots is not None:
             self.slots[group] = slots
 
     # Running -----------------------------------------------------------------------------
 
     def run(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
-        """The results of a jaxpr, arrays or views."""
+        """Runs a jaxpr on arrays and views, and returns its results, arrays or views."""
+        # Variable of the jaxpr -> its value.
         known: dict[Any, Any] = dict(
             zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True)
         )
@@ -130,8 +137,12 @@ class Interpreter:
 class _Within:
     """A program inside an operation, as a function of slots and arrays alone.
 
+    JAX's control flow takes functions of arrays. So views are taken apart into arrays in front of
+    the operation, and put together again inside of it.
+
     Attributes:
-      arrays: what the function is given beside the slots: the operands, with views taken apart.
+      arrays: the arguments of the function beside the slots: the operands, with views taken apart.
+      returned: position of a result -> position of the operand that it is, for weights.
     """
 
     def __init__(self, outer: Interpreter, jaxpr: Any, consts: Sequence[Any], values: Any):
@@ -140,8 +151,9 @@ class _Within:
         self.returned: dict[int, int] = {}
 
     def run(self, slots: Any, arrays: Sequence[Any]) -> tuple[Interpreter, list[Any], list[Any]]:
-        """An interpreter that ran the program, its operands and its results."""
+        """Runs the program; returns the interpreter that ran it, its operands and its results."""
         inner = self.outer.inside(slots)
+        # Views again, on the arrays that the operation passed in.
         args = [
             dataclasses.replace(value, value=parts[0], tap=parts[1])
             if isinstance(value, View)
@@ -156,7 +168,10 @@ class _Within:
         return inner.slots, [inner.tapped(result, "result") for result in results]
 
     def __call__(self, slots: Any, arrays: Sequence[Any]) -> tuple[Any, list[Any]]:
-        """Likewise, but a weight that comes back as it went in, as by `nnx.remat`, is no use."""
+        """Runs the program; a weight that is returned unchanged, as by `nnx.remat`, is not tapped.
+
+        Its place among the results is None, which `with_returned` fills with the operand.
+        """
         inner, args, results = self.run(slots, arrays)
         at = {id(arg): i for i, arg in enumerate(args) if isinstance(arg, View)}
         self.returned = {k: at[id(r)] for k, r in enumerate(results) if id(r) in at}
@@ -166,7 +181,7 @@ class _Within:
         ]
 
     def with_returned(self, results: Sequence[Any]) -> list[Any]:
-        """The results of a call, and the weights that came back."""
+        """Returns the results of a call, with the weights that it returned unchanged."""
         return [
             self.values[self.returned[k]] if k in self.returned else result
             for k, result in enumerate(results)
@@ -180,14 +195,16 @@ def _parts(value: Any) -> Any:
 def _bind(equation: Any, values: Sequence[Any]) -> list[Any]:
     """Runs an operation on arrays."""
     bound = equation.primitive.get_bind_params(equation.params)
+    # Parameters alone in JAX 0.10; older versions return a pair with functions in front.
     functions, params = bound if isinstance(bound, tuple) else ([], bound)
+    # The context of tracing, such as the mesh that was set, holds for this operation as well.
     with equation.ctx.manager:
         results = equation.primitive.bind(*functions, *values, **params)
     return list(results) if equation.primitive.multiple_results else [results]
 
 
 def _type_of(array: Any) -> jax.ShapeDtypeStruct:
-    """Shape, dtype and, on Explicit axes, sharding."""
+    """Returns shape, dtype and, on Explicit axes, sharding."""
     sharding: Any = jax.typeof(array).sharding
     known = None if sharding.mesh.empty else sharding
     return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=known)
@@ -197,7 +214,7 @@ def _type_of(array: Any) -> jax.ShapeDtypeStruct:
 
 
 def _same_axes(run: Interpreter, equation: Any, values: list[Any]) -> list[Any] | None:
-    """Casts, copies and constraints."""
+    """Casts, copies and constraints: the value changes, its axes do not."""
     if len(values) > 1:
         return None
     (view,) = values
@@ -214,13 +231,15 @@ def _barrier(run: Interpreter, equation: Any, values: list[Any]) -> list[Any]:
 
 
 def _transpose(run: Interpreter, equation: Any, values: list[Any]) -> list[Any] | None:
+    """Transposes the axes, and the tap where batch axes change their order."""
     view: View = values[0]
     order = equation.params["permutation"]
     axes = tuple(view.axes[i] for i in order)
+    # The new order of the batch axes among themselves: tap arrays are [*batch, ...].
     batch = _taps.positions(view.axes, "batch")
     moved = [batch.index(i) for i in order if i in batch]
     tap = view.tap
-    if moved != sorted(moved):  # Batch axes that change places do so in the tap.
+    if moved != sorted(moved):
         tap = jax.tree.map(
             lambda leaf: leaf.transpose([*moved, *range(len(moved), leaf.ndim)]), tap
         )
@@ -239,12 +258,17 @@ def _reshape(run: Interpreter, equation: Any, values: list[Any]) -> list[Any] | 
 
 
 def _reshaped(axes: tuple[Axis, ...], shape: Sequence[int]) -> tuple[Axis, ...] | None:
-    """The axes after a reshape, or None if it mixes sides or touches a batch axis."""
+    """Returns the axes after a reshape, or None if it mixes sides or touches a batch axis.
+
+    For example, a kernel ``[d, heads * size]`` that becomes ``[d, heads, size]`` has two axes of
+    the side columns, with the strides ``size`` and 1.
+    """
     # Axes of length one come and go, unless they are batch axes, which the tap has too.
     left = [axis for axis in axes if axis.size != 1 or axis.side == "batch"]
     result: list[Axis] = []
-    rest: Axis | None = None  # What is left of an axis that is split.
+    rest: Axis | None = None  # The remainder of an axis that is being split.
     for size in shape:
+        # 1. A batch axis stays, and an axis of length one is new.
         if rest is None and left and left[0].side == "batch" and left[0].size == size:
             result.append(left.pop(0))
             continue
@@ -255,16 +279,18 @@ def _reshaped(axes: tuple[Axis, ...], shape: Sequence[int]) -> tuple[Axis, ...] 
             if not left:
                 return None
             rest = left.pop(0)
-        while rest.size < size:  # Merge with the next, if the two are neighbours of one side.
+        # 2. Merge with the next axis, if the two are neighbours of one side in memory.
+        while rest.size < size:
             if not left or rest.side == "batch":
                 return None
             inner = left.pop(0)
             if inner.side != rest.side or rest.stride != inner.stride * inner.size:
                 return None
             rest = Axis(inner.side, inner.stride, rest.size * inner.size)
+        # 3. Split: the outer part is this axis and has the larger stride; the inner part is left
+        #    for the next axes.
         if rest.side == "batch" or rest.size % size:
             return None
-        # Split: the outer part has the larger stride.
         inner_size = rest.size // size
         result.append(Axis(rest.side, rest.stride * inner_size, size))
         rest = None if inner_size == 1 else Axis(rest.side, rest.stride, inner_size)
@@ -272,10 +298,11 @@ def _reshaped(axes: tuple[Axis, ...], shape: Sequence[int]) -> tuple[Axis, ...] 
 
 
 def _squeeze(run: Interpreter, equation: Any, values: list[Any]) -> list[Any]:
-    """Drops axes of length one; of a batch axis, this picks a matrix."""
+    """Drops axes of length one; for a batch axis, this picks its only matrix."""
     (view,) = values
     dropped = set(equation.params["dimensions"])
     batch = _taps.positions(view.axes, "batch")
+    # The same index into the batch axes of the tap.
     index = tuple(0 if i in dropped else slice(None) for i in batch)
     (value,) = _bind(equation, [view.value])
     return [
@@ -318,7 +345,10 @@ def _dynamic_slice(run: Interpreter, equation: Any, values: list[Any]) -> list[A
 
 
 def _of_layers(view: View, value: jax.Array, take: Any) -> list[Any] | None:
-    """The view of a slice, whose tap is sliced likewise; None if it cuts rows or columns."""
+    """Returns the view of a slice of layers, with the same slice of its tap.
+
+    None if it cuts rows or columns: the tap projects whole matrices.
+    """
     if any(
         axis.side != "batch" and axis.size != size
         for axis, size in zip(view.axes, value.shape, strict=True)
@@ -333,19 +363,23 @@ def _of_layers(view: View, value: jax.Array, take: Any) -> list[Any] | None:
 
 def _product(run: Interpreter, equation: Any, values: list[Any]) -> list[Any] | None:
     """A dense product of one weight with an activation."""
+    # G itself is needed for new bases and for residuals; a product of two weights has no tokens.
     if run.whole or run.residual or all(isinstance(value, View) for value in values):
         return None
+    # 1. Which operand is the weight, and which of its axes are contracted or shared.
     of_weight = int(isinstance(values[1], View))
     view, x = values[of_weight], values[1 - of_weight]
     contracting, batch = equation.params["dimension_numbers"]
     contracted, shared = contracting[of_weight], batch[of_weight]
-    # Every layer that the view has must be a batch axis of the product, and nothing else may be.
+    # 2. The product must be y = x W for each matrix W. Every batch axis of the view must be a batch
+    #    axis of the product, and no other axis may be one; exactly one side is contracted, whole.
     if sorted(shared) != _taps.positions(view.axes, "batch"):
         return None
     sides = {view.axes[i].side for i in contracted if view.axes[i].side != "one"}
     free = [i for i in range(len(view.axes)) if i not in contracted and i not in shared]
     if len(sides) != 1 or sides & {view.axes[i].side for i in free}:
         return None
+    # 3. The same product with a tap.
     run.met.add(Met(view.leaf, run.place, ""))
     options = {k: v for k, v in equation.params.items() if k != "dimension_numbers"}
     form = _taps.Product(
@@ -363,13 +397,13 @@ def _product(run: Interpreter, equation: Any, values: list[Any]) -> list[Any] | 
 
 
 def _call(run: Interpreter, equation: Any, values: list[Any]) -> list[Any]:
-    """A jitted function: its operations, as if they stood here."""
+    """A jitted function: its operations run as if they stood here."""
     closed = equation.params.get("jaxpr") or equation.params["call_jaxpr"]
     return run.run(closed.jaxpr, closed.consts, values)
 
 
 def _checkpoint(run: Interpreter, equation: Any, values: list[Any]) -> list[Any]:
-    """A block that is computed anew in the backward pass."""
+    """A block that is recomputed in the backward pass (`jax.checkpoint`)."""
     params = equation.params
     within = _Within(run, params["jaxpr"], [], values)
     again = jax.checkpoint(within, policy=params["policy"], prevent_cse=params["prevent_cse"])
@@ -378,8 +412,9 @@ def _checkpoint(run: Interpreter, equation: Any, values: list[Any]) -> list[Any]
 
 
 def _cond(run: Interpreter, equation: Any, values: list[Any]) -> list[Any]:
-    """A branch on a value. Branches have equal results, so weights among them are arrays."""
+    """A branch on a value. A weight among the results is tapped in each branch."""
     index, *operands = values
+    # The branches may return different weights in one place, so no view can describe the result.
     branches = [
         _Within(run, branch.jaxpr, branch.consts, operands)
         for branch in equation.params["branches"]
@@ -395,11 +430,14 @@ def _cond(run: Interpreter, equation: Any, values: list[Any]) -> list[Any]:
 
 def _scan(run: Interpreter, equation: Any, values: list[Any]) -> list[Any]:
     """A loop: over the layers of a stacked weight, or with the same weights in every turn."""
+    # 1. Operands: constants of all turns, the carry, and arrays of one entry for each turn.
     params = equation.params
     n_consts, n_carry = scan_counts(params)
     consts, carry = values[:n_consts], values[n_consts : n_consts + n_carry]
     xs = values[n_consts + n_carry :]
     body = params["jaxpr"]
+    # 2. Weights stay views as constants and as stacks of layers. Others are tapped outside: a carry
+    #    may be another array after the first turn, and a slice of rows is no matrix.
     carry = [run.tapped(value, "carry of a loop") for value in carry]
     consts = [run.enter(value) for value in consts]
     xs = [
@@ -407,6 +445,7 @@ def _scan(run: Interpreter, equation: Any, values: list[Any]) -> list[Any]:
         for x in xs
     ]
 
+    # 3. The slots are carried along, so that every layer adds its drawn matrices to them.
     def turn(state: Any, sliced: Any) -> Any:
         slots, carry = state
         inner = run.inside(slots)
@@ -433,7 +472,7 @@ def _scan(run: Interpreter, equation: Any, values: list[Any]) -> list[Any]:
 
 
 _Rule = Callable[[Interpreter, Any, list[Any]], "list[Any] | None"]
-# What leaves the axes of a weight as they are.
+# Operations that leave the axes of a weight unchanged.
 _UNCHANGING = (
     *("convert_element_type", "reduce_precision", "copy", "copy_p"),
     *("sharding_constraint", "mesh_cast", "reshard", "layout_constraint"),

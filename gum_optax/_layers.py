@@ -1,4 +1,4 @@
-"""`layer_by_layer`: an optax transformation that takes the layers of a scanned model in turn.
+"""`layer_by_layer`: updates the layers of a scanned model one after the other.
 
 Tests: tests/library/test_layers.py.
 """
@@ -13,6 +13,7 @@ import optax
 from jax import lax
 
 from gum_optax import _checks
+from gum_optax import dimension_numbers as dims
 from gum_optax._low_rank import keep_dtypes
 from gum_optax._paths import PyTree, is_stand_in, leaves_with_names
 
@@ -21,8 +22,8 @@ class LayersState(NamedTuple):
     """State of `layer_by_layer`.
 
     Attributes:
-      layers: by the number of layers, as text, the inner state of one layer with an axis of layers
-        in front: ``[L, ...]``.
+      layers: number of layers L, as text -> the inner states of the layers, stacked along a new
+        first axis: ``[L, ...]``.
       rest: the inner state of the leaves that are not stacked.
     """
 
@@ -33,32 +34,35 @@ class LayersState(NamedTuple):
 def layer_by_layer(
     inner: optax.GradientTransformation, axes: PyTree | Callable[[PyTree], PyTree]
 ) -> optax.GradientTransformationExtraArgs:
-    """Updates the layers of a scanned model one after the other, in the memory of one.
+    """Updates the layers of a scanned model one after the other, in the memory of one layer.
 
     ``nn.scan``, ``nnx.scan``, MaxText and levanter hold each weight of all L layers in one array.
-    An update of such arrays computes on all layers at once, and what it computes in between takes
-    the memory of L layers: a quantized state unpacked to float32, the iterates of Newton-Schulz.
-    Here a loop updates layer after layer, in place:
+    An update of such arrays computes on all layers at once, and its temporaries take the memory of
+    L layers: a quantized state unpacked to float32, the iterates of Newton-Schulz. This wrapper
+    updates layer after layer in a loop, in place:
 
         for i = 1, ..., L:   U_i, S_i = inner(G_i, S_i, W_i)
 
     The inner transformation sees a tree like the parameters, in which stacked leaves lack the axis
-    of layers and others are ``optax.MaskedNode``; a second one, with its own state, has the others.
-    So the result is that of separate layers, each with an optimizer of its own. That is the same as
-    without this wrapper for all that treats leaves or matrices apart, such as AdamW, Muon, Lion and
-    `quantized` around them. What looks at the whole tree belongs around it:
-    ``optax.chain(optax.clip_by_global_norm(1.0), layer_by_layer(...))``. `low_rank`, which draws
-    layers and groups them, is not for the inside.
+    of layers and the other leaves are ``optax.MaskedNode``. The other leaves are updated in a
+    separate call, with a state of their own. So the result is the same as for separate layers, each
+    with its own optimizer. For transformations that treat leaves or matrices separately, such as
+    AdamW, Muon, Lion and `quantized` around them, it is also the same as without this wrapper.
+
+    A transformation that looks at the whole tree goes around this one:
+    ``optax.chain(optax.clip_by_global_norm(1.0), layer_by_layer(...))``. `low_rank`, which groups
+    layers and draws among them, does not work inside of it.
 
     The axis of layers must not be sharded: each turn would fetch its layer from another device.
 
     Args:
       inner: any ``optax.GradientTransformation``.
-      axes: the axis of layers, an int, of each stacked leaf, and None for the others: a tree like
-        the parameters or a prefix of it, or a function that makes one from the parameters.
+      axes: the axis of layers, an int, for each stacked leaf, and None for the others: a tree like
+        the parameters, a prefix of it, or a function from the parameters to such a tree.
 
     Returns:
-      An ``optax.GradientTransformationExtraArgs`` with a `LayersState`.
+      An ``optax.GradientTransformationExtraArgs`` with a `LayersState`; updates have the dtypes of
+      the gradients.
 
     Raises:
       TypeError, ValueError: if an argument is malformed; at ``init`` if ``axes`` does not fit the
@@ -85,7 +89,7 @@ def layer_by_layer(
         found = _Stacks(params, axes)
         layers = {}
         for count in found.counts:
-            # Types of one layer decide those of the state; a loop keeps their shardings.
+            # The state of one layer has the types of one layer's arrays; a loop keeps shardings.
             leaves = found.in_front(params, count)
             states = lax.map(lambda one, count=count: run.init(found.tree(one, count)), leaves)
             layers[str(count)] = states
@@ -103,12 +107,12 @@ def layer_by_layer(
         def tree(leaves: list[Any] | None, count: int | None) -> PyTree:
             return None if leaves is None else found.tree(leaves, count)
 
-        # 1. What is not stacked, at once.
+        # 1. Leaves that are not stacked, in one call.
         new, rest = run.update(tree(leaves, None), state.rest, tree(weights, None), **extra_args)
         leaves = found.replaced(leaves, new, None)
 
-        # 2. Layer after layer. Its update takes the place of its gradient, and its new state the
-        #    place of the old one, so that the loop allocates one layer.
+        # 2. Layer after layer. The update of a layer overwrites its gradient, and its new state
+        #    overwrites the old one, so that the loop allocates one layer.
         def turn(count: int, i: jax.Array, carried: Any) -> Any:
             leaves, states = carried
             one = found.layer(leaves, i, count)
@@ -121,8 +125,9 @@ def layer_by_layer(
                 )
                 return found.replaced(one, new, count), keep_dtypes(state, old)
 
-            # The condition always holds. Without one, XLA fuses an update into each write, which
-            # then reads what another writes, and copies all layers at each turn on CPUs.
+            # The condition always holds. Without one, XLA fuses an update into each of the writes;
+            # a write then reads what another one overwrites, and on CPUs XLA copies all layers at
+            # each turn.
             new, state = lax.cond(i < count, updated, lambda: (one, old))
             put = lambda s, value: lax.dynamic_update_index_in_dim(s, value, i, 0)  # noqa: E731
             return found.written(leaves, new, i, count), jax.tree.map(put, states, state)
@@ -137,10 +142,13 @@ def layer_by_layer(
 
 
 class _Stacks:
-    """Which leaves are stacked, along which axis, and how many layers each has.
+    """The stacked leaves of a tree: along which axis, and with how many layers each.
+
+    In its methods, "leaves of ``count`` layers" are the stacked leaves whose axis of layers has
+    this length; ``count=None`` means the leaves that are not stacked.
 
     Attributes:
-      counts: the numbers of layers that occur; most models have one.
+      counts: the numbers of layers that occur, in rising order; most models have one.
     """
 
     def __init__(self, params: PyTree, axes: PyTree | Callable[[PyTree], PyTree]):
@@ -157,7 +165,7 @@ class _Stacks:
         self.counts = sorted({size for size in self._sizes if size is not None})
 
     def tree(self, leaves: list[Any], count: int | None) -> PyTree:
-        """The parameters' tree with the leaves of so many layers (None: those without)."""
+        """Returns the parameters' tree with the leaves of ``count`` layers, the others masked."""
         mine = [
             leaf if size == count else optax.MaskedNode()
             for leaf, size in zip(leaves, self._sizes, strict=True)
@@ -165,12 +173,12 @@ class _Stacks:
         return jax.tree.unflatten(self._treedef, mine)
 
     def in_front(self, params: PyTree, count: int) -> list[Any]:
-        """Leaves of so many layers with these on the first axis; None for others."""
+        """Returns leaves of ``count`` layers with the axis of layers in front; None for others."""
         parts = zip(jax.tree.leaves(params), self._axes, self._sizes, strict=True)
         return [jnp.moveaxis(x, a, 0) if size == count else None for x, a, size in parts]  # pyright: ignore[reportArgumentType]
 
     def layer(self, leaves: list[Any], i: jax.Array, count: int) -> list[Any]:
-        """Layer i of the leaves that have so many; the others as they are."""
+        """Returns layer i of the leaves of ``count`` layers, and the others unchanged."""
         parts = zip(leaves, self._axes, self._sizes, strict=True)
         return [
             lax.dynamic_index_in_dim(x, i, a, keepdims=False) if size == count else x  # pyright: ignore[reportArgumentType]
@@ -178,7 +186,7 @@ class _Stacks:
         ]
 
     def replaced(self, leaves: list[Any], new: PyTree, count: int | None) -> list[Any]:
-        """The leaves of so many layers are those of a tree of updates, in their old dtypes."""
+        """Replaces the leaves of ``count`` layers by a tree of updates, in their old dtypes."""
         values = iter(jax.tree.leaves(new))
         return [
             next(values).astype(leaf.dtype) if size == count else leaf
@@ -186,7 +194,7 @@ class _Stacks:
         ]
 
     def written(self, leaves: list[Any], new: list[Any], i: jax.Array, count: int) -> list[Any]:
-        """The leaves of so many layers, with these values in layer i."""
+        """Writes values into layer i of the leaves of ``count`` layers."""
         parts = zip(leaves, new, self._axes, self._sizes, strict=True)
         return [
             lax.dynamic_update_index_in_dim(x, value, i, a) if size == count else x  # pyright: ignore[reportArgumentType]
@@ -195,8 +203,9 @@ class _Stacks:
 
 
 def _broadcast(params: PyTree, axes: PyTree | Callable[[PyTree], PyTree]) -> list[Any]:
-    """The axis of each leaf."""
-    chosen = axes(params) if callable(axes) else axes
+    """Returns the axis of layers of each leaf, in the order of ``jax.tree.leaves``."""
+    # A module with axes in the place of weights is a tree, although it is callable.
+    chosen = axes(params) if dims.is_function(axes) else axes
     try:
         full = jax.tree.broadcast(chosen, params, is_leaf=lambda x: x is None)
     except ValueError as error:
@@ -207,7 +216,7 @@ def _broadcast(params: PyTree, axes: PyTree | Callable[[PyTree], PyTree]) -> lis
 
 
 def _axis(name: str, leaf: Any, axis: Any) -> int | None:
-    """A leaf's axis of layers, counted from the front."""
+    """Returns a leaf's axis of layers counted from the front, or raises if it has no such axis."""
     if axis is None:
         return None
     if isinstance(axis, bool) or not isinstance(axis, int):

@@ -1,8 +1,11 @@
-"""The ledger: while one is open, ``init`` functions write down what they keep for which leaves.
+"""The ledger: a list of rows that ``init`` functions write while it is open.
 
-`memory_plan` describes any transformation by running its ``init`` on shapes with a ledger open. So
-treatments, their reasons and their bytes are told by the code that decides them, however deep it
-sits inside chains, masks and wrappers.
+`memory_plan` describes any transformation by running its ``init`` on shapes with a ledger open.
+Each row states the state that is kept for some leaves, its bytes and the reason. It is written by
+the code that decides this, however deep that code sits inside chains, masks and wrappers.
+
+A ledger is a context variable, not an argument: ``init`` of an optax transformation takes the
+parameters alone, and the wrappers between `memory_plan` and `low_rank` may be anybody's.
 
 Tests: tests/library/test_memory.py.
 """
@@ -25,14 +28,14 @@ class PlanRow:
     """One line of a `MemoryPlan`.
 
     Attributes:
-      name: the group's name, or for fallback leaves their role.
+      name: the group's name, or the role of fallback leaves.
       treatment: ``sampled``, ``low rank``, ``uncompressed``, ``fallback``, or ``shared`` (step
-        counts, keys, and whatever wrappers keep).
-      why: the reason, where the treatment is no compression: for example ``rank 128 >= 64``.
+        counts, keys, and the state of wrappers).
+      why: the reason why there is no compression, for example ``rank 128 >= 64``; empty otherwise.
       count: number of matrices, or of fallback leaves.
-      shape: a matrix's shape as stored, or a fallback leaf's.
-      rank: r, or None where nothing is projected.
-      slots: number of slots, or None where nothing is sampled.
+      shape: a matrix's shape as stored, or a fallback leaf's shape.
+      rank: r, or None without projection.
+      slots: number of slots, or None without sampling.
       bytes: optimizer state, in bytes.
       adamw_bytes: the two moments that AdamW keeps for the same leaves, in bytes.
     """
@@ -49,6 +52,7 @@ class PlanRow:
 
 
 _open: contextvars.ContextVar[list[PlanRow] | None] = contextvars.ContextVar("ledger", default=None)
+# How the wrappers around the running `init` will pack its state: identity without such a wrapper.
 _packed: contextvars.ContextVar[Callable[[PyTree], PyTree]] = contextvars.ContextVar(
     "packed", default=lambda state: state
 )
@@ -56,7 +60,8 @@ _packed: contextvars.ContextVar[Callable[[PyTree], PyTree]] = contextvars.Contex
 
 @contextlib.contextmanager
 def opened() -> Iterator[list[PlanRow]]:
-    """Opens a ledger, and gives the list that rows are written to."""
+    """Opens a ledger and yields the list to which rows are written."""
+    # The token brings back an outer ledger, if one was open.
     rows: list[PlanRow] = []
     token = _open.set(rows)
     try:
@@ -67,7 +72,7 @@ def opened() -> Iterator[list[PlanRow]]:
 
 @contextlib.contextmanager
 def closed() -> Iterator[None]:
-    """Closes the ledger: what is written meanwhile is written nowhere."""
+    """Closes the ledger: rows that are written meanwhile are discarded."""
     token = _open.set(None)
     try:
         yield
@@ -76,7 +81,7 @@ def closed() -> Iterator[None]:
 
 
 def write(rows: Callable[[], Iterator[PlanRow]]) -> None:
-    """Writes rows to the open ledger; without one, ``rows`` is not even called."""
+    """Writes rows to the open ledger; without one, ``rows`` is not called at all."""
     ledger = _open.get()
     if ledger is None:
         return
@@ -86,13 +91,14 @@ def write(rows: Callable[[], Iterator[PlanRow]]) -> None:
 
 
 def count() -> int:
-    """The rows that the open ledger has, 0 without one."""
+    """Returns the number of rows in the open ledger, 0 without one."""
     return len(_open.get() or ())
 
 
 @contextlib.contextmanager
 def resting(pack: Callable[[PyTree], PyTree]) -> Iterator[None]:
-    """Counts states as a wrapper packs them, in rows that are written by what it wraps."""
+    """Counts the bytes of packed states in the rows that a wrapped transformation writes."""
+    # Wrappers nest: the inner one packs first, as it will at the end of a step.
     outer = _packed.get()
     token = _packed.set(lambda state: outer(pack(state)))
     try:
@@ -102,13 +108,14 @@ def resting(pack: Callable[[PyTree], PyTree]) -> Iterator[None]:
 
 
 def bytes_at_rest(init: Callable[..., PyTree], *args: Any) -> int:
-    """Bytes of the state ``init(*args)`` between two steps; nothing is allocated."""
+    """Returns the bytes of the state ``init(*args)`` between two steps; nothing is allocated."""
     packed = _packed.get()
     return bytes_of(jax.eval_shape(lambda *args: packed(init(*args)), *args))
 
 
 def bytes_of(tree: PyTree) -> int:
-    """Bytes of all arrays of a tree, or of their descriptions."""
+    """Returns the bytes of all arrays of a tree, or of their descriptions."""
+    # By functions of jnp, since leaves may be Python numbers or NumPy arrays.
     return sum(
         math.prod(jnp.shape(leaf)) * jnp.result_type(leaf).itemsize
         for leaf in jax.tree.leaves(tree)
@@ -116,12 +123,14 @@ def bytes_of(tree: PyTree) -> int:
 
 
 def bytes_beyond(init: Callable[[Any], PyTree], params: PyTree, nothing: PyTree) -> int:
-    """Bytes that a state of ``params`` has beyond one of ``nothing``; nothing is allocated.
+    """Returns the bytes that a state of ``params`` has beyond one of ``nothing``.
 
-    An ``init`` that only works on the whole tree, such as that of ``optax.flatten`` or of a mask,
-    says nothing about a part of it: 0, which leaves its bytes to the row of all that is shared.
+    The difference leaves out step counts and the like, which all leaves share. An ``init`` that
+    only works on the whole tree, as for ``optax.flatten`` or a mask, cannot be asked about a part
+    of it. Then the result is 0, and the bytes go to the row of shared state. Nothing is allocated.
     """
     try:
         return bytes_at_rest(init, params) - bytes_at_rest(init, nothing)
+    # A user's `init` may raise anything on a tree that it was not made for.
     except Exception:
         return 0

@@ -1,7 +1,8 @@
-r"""`low_rank`: any optax transformation, run on gradients in low-rank coordinates.
+r"""`low_rank`: runs any optax transformation on gradients in low-rank coordinates.
 
-`LowRank` says how gradients are compressed. `low_rank` compresses them, runs an ordinary optax
-transformation, the *inner* transformation, on the compressed values, and expands its updates:
+A `LowRank` value describes how gradients are compressed. `low_rank` compresses them, runs an
+ordinary optax transformation, the *inner* transformation, on the compressed values, and expands its
+updates:
 
 .. math::
     G \;\xrightarrow{\text{encode}}\; (P^\top G, \dots) \;\xrightarrow{\text{inner}}\; (L, \dots)
@@ -43,7 +44,7 @@ STATE_VERSION = 5
 1. Matrices of several batch axes had one leading axis in the state.
 2. The leading axes of the state are the batch axes of the leaves.
 3. Groups: ``residual`` and ``uncompressed`` are fields, ``Compressed.full`` is called ``residual``.
-4. ``period`` tells which period bases and draws are of.
+4. A new field ``period`` is the number of the period to which bases and draws belong.
 5. Names of groups have ``.`` in the place of ``/``.
 """
 
@@ -57,17 +58,19 @@ class LowRank:
     Attributes:
       rank: r, an int >= 1, or a function of a `Group` that returns one: ``lambda group: group.m //
         4``. A group with rank >= m is uncompressed.
-      period: K, the steps between two refreshes of bases and draws, an int >= 1 (GaLore's
+      period: K, the number of steps between two refreshes of bases and draws, an int >= 1 (GaLore's
         ``update_proj_gap``). Step 0 is a refresh.
-      residual: what becomes of the part of a gradient that its basis leaves out, see `residuals`.
-      projector: how a basis comes from a gradient, see `projectors`.
-      carry: what the inner state keeps at a refresh, see `carries`.
-      storage: how the inner state rests between steps, see `storages`.
-      group_by: ``(path, leaf) -> role``: which matrices form a group, over which layers are
-        sampled; `by_role`, `by_shape` or your own.
-      key: an int seed or a threefry key. The draw of a period depends on this key, the number of
-        the period and the group's role alone: it is equal on every host, at every sharding, after
-        every resume, but for ``jax_threefry_partitionable``, which changes all bits of JAX.
+      residual: the rule for the part of a gradient outside its basis, see `residuals`.
+      projector: the function that makes a basis from a gradient, see `projectors`.
+      carry: the function that makes the inner state of a new period from the old one, see
+        `carries`.
+      storage: the form of the inner state between steps, see `storages`.
+      group_by: ``(path, leaf) -> role``. Matrices of one role form a group, among which layers are
+        sampled; `by_role`, `by_shape` or your own function.
+      key: an int seed or a threefry key. The draw of a period depends only on this key, the number
+        of the period and the group's role: it is equal on every host, under every sharding and
+        after every resume, as long as the flag ``jax_threefry_partitionable`` stays the same, which
+        changes all random bits of JAX.
 
     Raises:
       TypeError, ValueError: if an option is malformed.
@@ -91,7 +94,7 @@ class LowRank:
     key: Key = 0
 
     def __post_init__(self) -> None:
-        """Raises at once where an option cannot work."""
+        """Checks every option, so that errors come from this call and not from ``init``."""
         if not callable(self.rank):
             _checks.positive_int("rank", self.rank)
         _checks.positive_int("period", self.period)
@@ -103,12 +106,23 @@ class LowRank:
         _checks.key("key", self.key)
 
     def groups(self, tree: PyTree) -> list[Group]:
-        """The groups of a tree, each with its rank, or why it is uncompressed."""
+        """Returns the groups of a tree, each with its rank and, if uncompressed, the reason.
+
+        Args:
+          tree: arrays or ``jax.ShapeDtypeStruct``; the last two axes are a matrix, others batch.
+
+        Returns:
+          A list of `Group`.
+
+        Raises:
+          TypeError, ValueError: if a leaf is no real floating-point matrix, or if ``rank`` or
+            ``group_by`` returns something malformed.
+        """
         return [self._decide(group) for group in find_groups(tree, self.group_by)]
 
     def _decide(self, group: Group) -> Group:
         rank = self.rank(group) if callable(self.rank) else self.rank
-        # Of a function, the rank is only known here, so that the error names the group as well.
+        # The result of a rank function is only known here, so that the error names the group, too.
         rank = _checks.positive_int(f"rank` of the group `{group.name}", rank)
         why = f"rank {rank} >= {group.m}" if rank >= group.m else self.residual.uncompressed(group)
         return dataclasses.replace(group, rank=rank, uncompressed=why)
@@ -118,19 +132,19 @@ class LowRankState(NamedTuple):
     """State of `low_rank`: plain arrays in dicts keyed by group name.
 
     Attributes:
-      count: ``int32[]``, steps taken. It ends at ``2**31 - 1``, and with it the last period: from
-        then on bases and draws stay, as those of the inner transformation's own count do in optax.
-      period: ``int32[]``, the period that bases and draws are of; -1 before the first.
-      key: ``uint32[2]``, threefry key data; the draws are a function of it and of ``count`` alone.
+      count: ``int32[]``, steps taken. It stops at ``2**31 - 1``, as counts of optax do. From then
+        on the last period does not end.
+      period: ``int32[]``, the period to which bases and draws belong; -1 before the first.
+      key: ``uint32[2]``, threefry key data; draws are a function of it, the period and the role.
       basis: group -> ``[*lead, m, r]``, float32 (float64 for float64 parameters). The leading axes
         are N separate matrices, or the batch axes of one leaf, or leaves and their batch axes.
       slots: group -> ``int32[slots]``, the matrix that each slot serves; N is an empty slot. Groups
-        without slots are not in it.
+        without slots have no entry.
       residual: group -> the state of the residual rule.
-      inner: the inner state over group -> `Compressed`, ``low=[*lead, r, n]`` and
-        ``residual=[slots, m, n]``, packed by the storage.
-      uncompressed: the inner state over the leaves of uncompressed groups, packed likewise; None if
-        there are none.
+      inner: the inner state for a dict group -> `Compressed`, with ``low`` ``[*lead, r, n]`` and
+        ``residual`` ``[slots, m, n]``, packed by the storage.
+      uncompressed: the inner state for the leaves of uncompressed groups, packed by the storage;
+        None without such groups.
     """
 
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -149,23 +163,24 @@ def low_rank(
     r"""Runs an optax transformation on low-rank compressed gradients.
 
     Every ``period`` steps each matrix gets a new basis P of rank r from the gradient of that step.
-    At every step the inner transformation sees the projection ``P'G`` and what the residual rule
-    makes of ``G - P P'G``; its updates are expanded to the shapes of the parameters. See `LowRank`
-    for the parts, and `residuals` for which estimates are unbiased.
+    At every step the inner transformation sees the projection ``P'G`` and the residual rule's part
+    of ``G - P P'G``; its updates are expanded to the shapes of the parameters. See `LowRank` for
+    the options, and `residuals` for which estimates are unbiased.
 
-    Every leaf is taken as matrices: the last two axes, with leading axes as batch. Matrices of one
-    role form a group. A group that cannot gain from compression runs uncompressed and is never
-    restarted: one with rank >= m, or one that is always drawn. `memory_plan` shows each group, its
-    treatment and the reason, and ``init`` warns if most of the parameters are in such groups.
+    The last two axes of every leaf are a matrix, leading axes are batch axes. Matrices of one role
+    form a group. A group that cannot gain from compression (rank >= m, or every matrix always
+    drawn) runs through the inner transformation uncompressed and is never restarted. `memory_plan`
+    shows each group, its treatment and the reason, and ``init`` warns if most of the parameters are
+    in such groups.
 
-    The inner transformation is given compressed parameters if ``update`` is given any, so decoupled
-    weight decay inside it is compressed like a gradient; for exact weight decay chain it after
-    ``low_rank``. Schedules belong outside too, since the inner state may restart at each refresh.
+    If ``update`` is given parameters, the inner transformation gets them compressed, so decoupled
+    weight decay inside it is compressed like a gradient. For exact weight decay, chain it after
+    ``low_rank``. Schedules belong outside as well, since the inner state may restart at a refresh.
 
-    A matrix whose gradient is not finite has updates that are not finite until the next refresh;
-    other matrices are not touched. Momentum that is never restarted stays non-finite, such as that
-    of uncompressed groups, and that which a carry keeps. ``optax.apply_if_finite`` around the whole
-    skips such steps.
+    A matrix with a non-finite gradient has non-finite updates until the next refresh; other
+    matrices are not affected. Momentum that is never restarted stays non-finite: in uncompressed
+    groups, and where the carry keeps it. ``optax.apply_if_finite`` around the optimizer skips such
+    steps.
 
     Compression is computed in float32 (float64 for float64 leaves). The state keeps the dtypes of
     ``init``, and updates have the gradients' dtypes.
@@ -202,7 +217,7 @@ def low_rank(
     _checks.transformation("inner", inner)
     _checks.instance("compression", compression, LowRank, "such as `LowRank(rank=64)`")
     rule, storage = compression.residual, compression.storage
-    # Typed by optax for trees of parameters; here it is run on dicts of `Compressed`.
+    # Any: optax types it for trees of parameters, and here it runs on dicts of `Compressed`.
     run: Any = optax.with_extra_args_support(inner)
 
     def init(params: PyTree) -> LowRankState:
@@ -226,7 +241,7 @@ def low_rank(
         return state
 
     def unpacked(groups: Sequence[Group]) -> LowRankState:
-        """The state before the first step, with inner states that no storage has packed yet."""
+        """Returns the state before the first step, whose inner states are not packed yet."""
         compressed, uncompressed = divided(groups)
         return LowRankState(
             count=jnp.zeros((), jnp.int32),
@@ -255,7 +270,7 @@ def low_rank(
         basis: dict[str, jax.Array],
         slots: dict[str, jax.Array],
     ) -> LowRankState:
-        """The state in a period with these bases and draws; what it keeps is the carry's choice."""
+        """Returns the state in a new period, with these bases and draws, after the carry."""
         fresh = unpacked(groups)
         old = storages.unpack(storage, state.inner, fresh.inner)
         inner = keep_dtypes(compression.carry(fresh.inner, old, state.basis, basis), old)
@@ -283,8 +298,8 @@ def low_rank(
     def step(
         updates: PyTree, state: LowRankState, params: PyTree | None, extra_args: dict[str, Any]
     ) -> tuple[PyTree, LowRankState]:
-        # 0. Groups are a matter of shapes alone, so they are found anew; the state must fit them.
-        #    Arrays of NumPy, which reach a step outside of `jit`, become JAX's.
+        # 0. Groups depend on shapes alone, so they are found again and not stored; the state must
+        #    fit them. NumPy arrays, which reach a step outside of `jit`, become JAX arrays.
         updates = jax.tree.map(jnp.asarray, updates)
         leaves, treedef = jax.tree.flatten(updates, is_leaf=is_projected)
         parameters = None if params is None else _checks.matching_leaves(params, leaves, treedef)
@@ -294,7 +309,7 @@ def low_rank(
         _checks.fits(jax.eval_shape(packed, fresh), state, STATE_VERSION)
         projected = _are_projected(compressed, leaves)
 
-        # 1. What is projected: the gradients, or gradients corrected by earlier residuals.
+        # 1. The gradients, corrected by earlier residuals if the rule keeps any (error feedback).
         #    gradients[group]: leaves [*batch, rows, columns]
         gradients = {
             group.name: rule.correct(group, _leaves_of(group, leaves), state.residual[group.name])
@@ -303,7 +318,8 @@ def low_rank(
 
         # 2. A new period has new bases and new draws, both from this step. P is used in the step
         #    that makes it, so that an estimate never rests on a basis older than a period.
-        #    Projected gradients are in the bases of the state, which `backward.refresh` renewed.
+        #    Gradients that come projected are in the bases of the state; `backward.refresh` has
+        #    renewed those already.
         #    basis[group]: P [*lead, m, r];  slots[group]: int32 [slots]
         period = state.period if projected else period_of(compression, state.count)
         due = period != state.period
@@ -327,7 +343,7 @@ def low_rank(
             for group in compressed
         }
 
-        # 3. Gradients, and parameters, in coordinates of the bases.
+        # 3. Gradients and parameters in coordinates of the bases. A rule may weight the parts.
         #    encoded[group]: low = P'G [*lead, r, n], residual = drawn G - P P'G [slots, m, n]
         encoded = {name: rule.encode(frame, gradients[name]) for name, frame in frames.items()}
         encoded_parameters = None
@@ -337,9 +353,9 @@ def low_rank(
                 for name, frame in frames.items()
             }
 
-        # 4. The inner transformation, on a state that knows of the new bases. The state is chosen
-        #    entry by entry, which XLA fuses with the update of momentum; through the `cond` above,
-        #    every momentum would be copied at every step.
+        # 4. The inner transformation, on the state that the carry keeps at a refresh. The state is
+        #    selected entry by entry, which XLA fuses with the update of momentum; inside the `cond`
+        #    above, every momentum would be copied at every step.
         #    low_updates[group]: like encoded[group]
         inner_state = storages.unpack(storage, state.inner, fresh.inner)
         if not projected:
@@ -350,8 +366,9 @@ def low_rank(
             encoded, inner_state, encoded_parameters, **extra_args
         )
 
-        # 5. Back to the shapes of the parameters: U = P L, and what the rule makes of residuals.
-        #    Groups take turns, as their leaves do, so that XLA can apply an update and free it.
+        # 5. Back to the shapes of the parameters: U = P L, plus the rule's update of residuals.
+        #    Groups run one after the other, and so do their leaves, so that XLA can apply an update
+        #    and free it before the next.
         new_leaves: dict[int, Any] = {}
         residual, last = {}, None
         for name, frame in frames.items():
@@ -365,7 +382,7 @@ def low_rank(
             last = expanded[-1]
             new_leaves |= dict(zip(frame.group.leaves, expanded, strict=True))
 
-        # Uncompressed groups go through the inner transformation as they are.
+        # 6. Uncompressed groups, through the inner transformation with a state of its own.
         uncompressed_state = None
         if uncompressed:
             direct, uncompressed_state = run.update(
@@ -377,7 +394,8 @@ def low_rank(
             for group in uncompressed:
                 new_leaves |= dict(zip(group.leaves, direct[group.name], strict=True))
 
-        # Leaves without entries belong to no group and stay as they are.
+        # 7. Updates in the gradients' dtypes. Leaves without entries belong to no group, and their
+        #    update is their gradient.
         results = [new_leaves.get(i, leaf).astype(leaf.dtype) for i, leaf in enumerate(leaves)]
         new_state = packed(
             LowRankState(
@@ -397,7 +415,7 @@ def low_rank(
 
 
 def period_of(compression: LowRank, count: jax.Array) -> jax.Array:
-    """The number of the period that a step is in, from the steps before it."""
+    """Returns the number of the period of a step, from the number of steps before it."""
     return jax.lax.div(count, jnp.asarray(compression.period, count.dtype))
 
 
@@ -414,7 +432,7 @@ def _leaves_of(group: Group, leaves: Sequence[jax.Array]) -> list[jax.Array]:
 
 
 def _are_projected(groups: Sequence[Group], leaves: Sequence[Any]) -> bool:
-    """Whether the gradients of compressed groups came projected; all of them must, or none."""
+    """Returns whether the gradients came projected; either all compressed groups do, or none."""
     kinds = {
         is_projected(leaf): group.name for group in groups for leaf in _leaves_of(group, leaves)
     }
@@ -427,18 +445,21 @@ def _are_projected(groups: Sequence[Group], leaves: Sequence[Any]) -> bool:
 
 
 def _collect(groups: Sequence[Group], leaves: Sequence[jax.Array]) -> dict[str, list[jax.Array]]:
-    """Uncompressed leaves, as the inner transformation sees them."""
+    """Returns uncompressed leaves in the form that the inner transformation sees."""
     return {
         group.name: [leaf.astype(group.compute_dtype) for leaf in _leaves_of(group, leaves)]
         for group in groups
     }
 
 
-# What `init` checks ---------------------------------------------------------------------------
+# Checks of `init` -----------------------------------------------------------------------------
 
 
 def _stand_in_state() -> LowRankState:
-    """A prefix of every state, without a copy of the parameters: ``map_params`` changes nothing."""
+    """Returns a prefix of every state without copies of parameters, for ``map_params``.
+
+    That function then finds no parameters in the state and changes nothing.
+    """
     leaf: Any = jnp.zeros(())
     return LowRankState(*(leaf for _ in LowRankState._fields))
 

@@ -1,8 +1,8 @@
-"""`for_matrices`: an optimizer of a whole model from a direction for its matrices.
+"""`for_matrices`: builds an optimizer of a whole model from a direction for its matrices.
 
 A *direction* is a transformation without learning rate and sign. `for_matrices` divides a tree of
-parameters into matrices, which get the direction, and the rest, which gets the *fallback*.
-Dimension numbers say which axes of a leaf are a matrix's rows and columns, see
+parameters into matrices, which get the direction, and all other leaves, which get the *fallback*.
+Dimension numbers name the axes of a leaf that are a matrix's rows and columns, see
 `dimension_numbers`; the direction sees every matrix as ``[*batch, rows, columns]``.
 
 Tests: tests/library/test_recipes.py, tests/library/test_dimension_numbers.py.
@@ -39,40 +39,44 @@ def for_matrices(
     fallback: optax.GradientTransformation | Fallback | None = None,
     fallback_learning_rate: ScalarOrSchedule | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Makes an optimizer of a whole model from a direction for its matrices.
+    """Builds an optimizer of a whole model from a direction for its matrices.
 
     Matrices get the direction, decoupled weight decay and the learning rate; everything else gets
     the fallback. By default the matrices are the 2-D leaves that are not embeddings, heads,
-    position tables or stacks of vectors (`dimension_numbers.default`); leaves with three or more
-    axes go to the fallback, unless ``weight_dimension_numbers`` says what they are. One warning at
-    ``init`` names matrices that are not found, and what to write: of the default if there are any,
-    of a rule if they are most of the model. `memory_plan` shows where each leaf goes, and why.
+    position tables or stacks of vectors (`dimension_numbers.default`). Leaves with three or more
+    axes go to the fallback, unless ``weight_dimension_numbers`` describes them. ``init`` warns once
+    of leaves that may be matrices and are not compressed, with the argument that would compress
+    them: under the default if there are any, under a rule if they are most of the model.
+    `memory_plan` shows where each leaf goes, and why.
 
     Args:
-      direction: a transformation of matrices ``[*batch, rows, columns]``, such as `low_rank` around
-        something or `scale_by_polar`, without learning rate and sign.
+      direction: a transformation of matrices ``[*batch, rows, columns]`` without learning rate and
+        sign, such as `scale_by_polar`, or `low_rank` around another transformation.
       learning_rate: a number, or a schedule of the step count.
-      weight_decay: decoupled weight decay, multiplied by the learning rate; of the matrices and,
-        with the same mask, of a `Fallback`.
+      weight_decay: decoupled weight decay >= 0, multiplied by the learning rate. It applies to the
+        matrices and, with the same mask, to a `Fallback`.
       weight_decay_mask: a tree, prefix tree or function; True where weight decay applies.
       weight_dimension_numbers: ``optax.contrib.MuonDimensionNumbers`` for the parameters, a tree or
-        prefix tree of them (None: fallback), or a function that gives one; axes in neither list are
-        batch. See `dimension_numbers` for ready functions.
+        prefix tree of them (None: fallback), or a function from the parameters to one; axes in
+        neither list are batch axes. See `dimension_numbers` for ready functions.
       fallback: the optimizer of everything else: one of `fallbacks`, by default
-        ``fallbacks.adamw()``, or a transformation with a learning rate and weight decay of its own.
+        ``fallbacks.adamw()``, or a transformation with its own learning rate and weight decay.
       fallback_learning_rate: the learning rate of a `Fallback`, by default ``learning_rate``.
-        Embedding, head and norms often want a larger one than matrices.
+        Embedding, head and norms often need a larger one than matrices.
 
     Returns:
-      An ``optax.GradientTransformationExtraArgs``.
+      An ``optax.GradientTransformationExtraArgs``; updates have the dtypes of the gradients, and
+      the state keeps the dtypes of ``init``.
 
     Raises:
       TypeError, ValueError: if an argument is malformed, or if ``fallback_learning_rate`` is given
-        beside a transformation as ``fallback``, which has its own.
+        beside a transformation as ``fallback``, which has its own; from ``init``, if
+        ``weight_dimension_numbers`` does not fit the parameters; from ``update``, if the state was
+        made for other parameters.
 
     Example:
       Muon with six Newton-Schulz steps on compressed gradients, and Adafactor's second moment for
-      the rest:
+      all other leaves:
 
       >>> import optax
       >>> import gum_optax
@@ -84,6 +88,7 @@ def for_matrices(
     _checks.transformation("direction", direction)
     _checks.scalar_or_schedule("learning_rate", learning_rate)
     _checks.hyperparameter("weight_decay", weight_decay)
+    # 1. The fallback: a `Fallback` gets its rate and decay here, a transformation has its own.
     if fallback is None:
         fallback = fallbacks.adamw()
     if isinstance(fallback, Fallback):
@@ -92,7 +97,7 @@ def for_matrices(
         fallback = fallback.make(rate, weight_decay, weight_decay_mask)
     elif fallback_learning_rate is not None:
         raise ValueError(
-            f"`fallback_learning_rate` must be left out where `fallback` is a transformation, got "
+            f"`fallback_learning_rate` must be left out if `fallback` is a transformation, got "
             f"{fallback_learning_rate!r}: it is the learning rate of one of "
             "`gum_optax.fallbacks`."
         )
@@ -100,7 +105,7 @@ def for_matrices(
     fallback = _with_checked_state(fallback)
     decay = decoupled_decay(weight_decay, weight_decay_mask)
 
-    # U -> -learning_rate * (U + weight_decay * W), for the matrices alone.
+    # 2. U -> -learning_rate * (U + weight_decay * W), for the matrices alone.
     def matrix_optimizer(numbers: PyTree) -> optax.GradientTransformation:
         return optax.chain(
             as_matrices(direction, numbers), decay, optax.scale_by_learning_rate(learning_rate)
@@ -114,14 +119,14 @@ def _divide(
     fallback: optax.GradientTransformation,
     weight_dimension_numbers: dims.DimensionNumbers | None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Divides a tree into matrices and the rest, anew for the tree that each call is given.
+    """Divides a tree into matrices and other leaves, in each call again.
 
-    Labels are worked out once in every call (they depend on shapes and paths alone), because a tree
-    of labels made at ``init`` does not fit where containers differ between ``init`` and ``update``,
-    as under Flax NNX.
+    Labels depend on shapes and paths alone. They are recomputed in every call, because a tree of
+    labels from ``init`` does not fit if containers differ between ``init`` and ``update``, as under
+    Flax NNX.
 
     Args:
-      matrix_optimizer: from the tree of dimension numbers, the optimizer of the matrices.
+      matrix_optimizer: maps the tree of dimension numbers to the optimizer of the matrices.
       fallback: the optimizer of all other leaves.
       weight_dimension_numbers: see `dimension_numbers.resolve`.
     """
@@ -149,10 +154,10 @@ def _divide(
     def update(
         updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any
     ) -> tuple[PyTree, Any]:
-        # A projected gradient stands for a leaf, so that labels are those of shapes.
+        # Labels are computed on descriptions: a projected gradient stands for one whole leaf.
         shapes = described(updates)
         new_updates, new_state = bind(shapes).update(updates, state, params, **extra_args)
-        # A fallback or a weight decay may promote; the state must not drift, nor the updates.
+        # A fallback or weight decay may promote dtypes; neither state nor updates may drift.
         return keep_dtypes(new_updates, shapes), keep_dtypes(new_state, state)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -161,10 +166,11 @@ def _divide(
 def _with_checked_state(
     inner: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    """The transformation, with an error that names what its state has of other parameters.
+    """Adds a check to a transformation: an error names state that belongs to other parameters.
 
-    Transformations of optax do not look: where a parameter was resized they add arrays that do not
-    fit, or do, if one can be broadcast to the other, and go on with a state of another shape.
+    Transformations of optax do not check. After a parameter was resized they add arrays that do not
+    fit, which fails without a name; or one array broadcasts to the other, and training goes on with
+    a state of another shape.
     """
     run = optax.with_extra_args_support(inner)
 
@@ -187,11 +193,11 @@ def _with_checked_state(
 def as_matrices(
     inner: optax.GradientTransformation, numbers: PyTree
 ) -> optax.GradientTransformationExtraArgs:
-    """Shows leaves to ``inner`` as ``[*batch, rows, columns]``, rows being the reduction axes.
+    """Shows leaves to ``inner`` as ``[*batch, rows, columns]``; rows are the reduction axes.
 
     Args:
       inner: a transformation of matrices.
-      numbers: a tree like the parameters of ``MuonDimensionNumbers`` or ``MaskedNode``.
+      numbers: a tree like the parameters, of ``MuonDimensionNumbers`` or ``MaskedNode``.
     """
     inner = optax.with_extra_args_support(inner)
 
@@ -213,7 +219,7 @@ def as_matrices(
         matrices = _map_matrices(_describe, numbers, params)
         written = _ledger.count()
         state = inner.init(matrices)
-        # `low_rank` tells of its groups. Where there is none, nobody has told of the matrices.
+        # `low_rank` writes rows for its groups. Without one in `inner`, they are written here.
         if _ledger.count() == written:
             _ledger.write(lambda: _full_rank_rows(inner, matrices))
         return state
@@ -231,7 +237,7 @@ def as_matrices(
 
 
 def _map_matrices(function: Callable[..., Any], numbers: PyTree, *trees: PyTree) -> PyTree:
-    """``function(numbers, *leaves)`` on each matrix; the trees may hold them in boxes."""
+    """Applies ``function(numbers, *leaves)`` to each matrix; the trees may hold boxes."""
 
     def on_leaf(number: Any, *boxes: Any) -> Any:
         # A leaf of the fallback stays masked; a box is opened, and closed around the result.
@@ -248,6 +254,7 @@ def _map_matrices(function: Callable[..., Any], numbers: PyTree, *trees: PyTree)
 
 
 def _to_matrix(numbers: dims.MuonDimensionNumbers, leaf: Any) -> Any:
+    """Returns a leaf as matrices ``[*batch, rows, columns]``."""
     if isinstance(leaf, Projected):
         return _of_matrix(_to_matrix, numbers, leaf)
     batch, rows, columns = dims.axes(leaf.shape, numbers)
@@ -260,7 +267,10 @@ def _to_matrix(numbers: dims.MuonDimensionNumbers, leaf: Any) -> Any:
 def _of_matrix(
     function: Callable[..., Any], numbers: dims.MuonDimensionNumbers, leaf: Projected
 ) -> Projected:
-    """A `Projected` gradient of the leaf as a matrix; projections are of matrices already."""
+    """Reshapes the `Projected` gradient of a leaf to the leaf's matrices.
+
+    Only the shape and the residual change: projections ``P'G`` belong to the matrices already.
+    """
     shape = _describe(numbers, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)).shape
     residual = None if leaf.residual is None else function(numbers, leaf.residual)
     return dataclasses.replace(leaf, shape=shape, residual=residual)
@@ -269,6 +279,7 @@ def _of_matrix(
 def _from_matrix(
     numbers: dims.MuonDimensionNumbers, like: jax.Array, matrix: jax.Array
 ) -> jax.Array:
+    """Returns matrices as a leaf of the shape of ``like``, the inverse of `_to_matrix`."""
     batch, rows, columns = dims.axes(like.shape, numbers)
     # [*batch, rows, columns] -> [*batch axes, *row axes, *column axes] -> axes in the leaf's order
     order = batch + rows + columns
@@ -277,15 +288,16 @@ def _from_matrix(
 
 
 def _describe(numbers: dims.MuonDimensionNumbers, leaf: Any) -> Any:
-    """Shape, dtype and sharding of `_to_matrix`, of an array or of a description of one."""
+    """Returns shape, dtype and sharding of `_to_matrix` of an array or a description."""
     if isinstance(leaf, Projected):
         return _of_matrix(_describe, numbers, leaf)
     batch, rows, columns = dims.axes(leaf.shape, numbers)
     sharding = _mesh.sharding_of(leaf)
     entries = _mesh.spec_entries(sharding, len(leaf.shape))
-    # Axes of the matrix, each made of axes of the leaf: one for each batch axis, rows, columns.
+    # 1. Axes of the result, each made of axes of the leaf: one for each batch axis, rows, columns.
     sides = [*((axis,) for axis in batch), rows, columns]
     sizes = [[leaf.shape[axis] for axis in side] for side in sides]
+    # 2. The mesh axes of rows and columns. Batch axes are not merged and keep theirs.
     spec = [
         _mesh.merged_entry([entries[axis] for axis in side], size)
         for side, size in zip(sides[len(batch) :], sizes[len(batch) :], strict=True)
@@ -300,10 +312,10 @@ def _describe(numbers: dims.MuonDimensionNumbers, leaf: Any) -> Any:
 def _full_rank_rows(
     direction: optax.GradientTransformation, matrices: PyTree
 ) -> Iterator[_ledger.PlanRow]:
-    """One row for the matrices of each role, with the bytes that they add to the state."""
+    """Yields one row for the matrices of each role, with the bytes that they add to the state."""
     leaves, treedef = jax.tree.flatten(matrices)
     for group in find_groups(matrices, by_role):
-        # The tree with nothing but this group, and the tree with nothing.
+        # Two trees: only this group, and no leaf at all. The difference of their states counts.
         alone = [leaf if i in group.leaves else None for i, leaf in enumerate(leaves)]
         trees = treedef.unflatten(alone), treedef.unflatten([None] * len(leaves))
         yield _ledger.PlanRow(
@@ -324,9 +336,9 @@ def _fallback_rows(
     params: PyTree,
     weight_dimension_numbers: dims.DimensionNumbers | None,
 ) -> Iterator[_ledger.PlanRow]:
-    """One row for the fallback leaves of each role, with the bytes that they add to the state."""
+    """Yields one row for the fallback leaves of each role, with the bytes that they add."""
+    # 1. Leaves with equal name without numbers, shape, dtype and reason share a row.
     numbers = dims.resolve(params, weight_dimension_numbers)
-    # A role is what leaves of one line have in common: name without numbers, shape, dtype, reason.
     boxes, treedef = jax.tree.flatten(params, is_leaf=is_box)
     masked = [optax.MaskedNode()] * len(boxes)
     roles: dict[tuple[Any, ...], list[int]] = {}
@@ -337,7 +349,7 @@ def _fallback_rows(
             role = (name, tuple(leaf.shape), leaf.dtype, reasons[position])
             roles.setdefault(role, []).append(position)
     for (name, shape, dtype, why), positions in roles.items():
-        # The tree with nothing but these leaves, and the tree with nothing.
+        # 2. Two trees: only these leaves, and no leaf at all. The difference of states counts.
         alone = [box if i in positions else masked[i] for i, box in enumerate(boxes)]
         trees = treedef.unflatten(alone), treedef.unflatten(masked)
         yield _ledger.PlanRow(

@@ -1,4 +1,4 @@
-"""`memory_plan`: what every group of a model costs in optimizer state, from shapes alone.
+"""`memory_plan`: the optimizer state of every group of a model in bytes, from shapes alone.
 
 Tests: tests/library/test_memory.py.
 """
@@ -16,10 +16,11 @@ from gum_optax import _ledger
 from gum_optax._ledger import PlanRow
 from gum_optax._paths import PyTree
 
-_TERMINAL = 80
+_TERMINAL = 80  # columns
 _HEADER = ("group", "count", "shape", "rank", "slots", "state", "/ AdamW")
-# One for all plans: JAX keeps what it has traced of it.
+# One AdamW for all plans, so that JAX can reuse its traces.
 _ADAMW = optax.adamw(1.0)
+# The order of sections in a table.
 _TREATMENTS = ("sampled", "low rank", "uncompressed", "fallback", "shared")
 
 
@@ -28,10 +29,10 @@ class MemoryPlan:
     """Bytes of optimizer state, group by group. ``str()`` gives a table of 80 columns.
 
     Attributes:
-      rows: one `PlanRow` for each group, for each role of fallback leaves, and for what they share.
+      rows: one `PlanRow` for each group, for each role of fallback leaves, and for shared state.
       parameter_bytes: bytes of the parameters.
-      adamw_bytes: state of ``optax.adamw`` for the same parameters.
-      notes: what ``init`` warns of, such as matrices that are not found, and what to write.
+      adamw_bytes: bytes of the state of ``optax.adamw`` for the same parameters.
+      notes: the warnings of ``init``, such as matrices that are not found, with remedies.
     """
 
     rows: tuple[PlanRow, ...]
@@ -41,24 +42,25 @@ class MemoryPlan:
 
     @property
     def total_bytes(self) -> int:
-        """The state that the transformation allocates, in bytes."""
+        """Bytes of the state that the transformation allocates."""
         return sum(row.bytes for row in self.rows)
 
     def __str__(self) -> str:
         cells = [_cells(row) for row in self.rows]
+        # 1. A column of numbers is as wide as its longest; the name gets the columns left over.
         widths = [max(map(len, column)) for column in zip(_HEADER, *cells, strict=True)]
-        # Numbers have the width of their longest; the name has the columns that they leave.
         widths[0] = min(widths[0] + 2, _TERMINAL - sum(widths[1:]) - 2 * len(widths[1:]))
         names = _shortened([row[0] for row in cells], widths[0] - 2)
         header = _line(_HEADER, widths)
         lines, section = [header, "-" * len(header)], ""
         for row, name, (_, *numbers) in zip(self.rows, names, cells, strict=True):
-            # A line for each treatment and reason, and the rows that have it below.
+            # 2. One heading for each treatment and reason, with its rows below.
             heading = f"{row.treatment}: {row.why}" if row.why else row.treatment
             if heading != section:
                 section = heading
                 lines.append(heading)
             lines.append(_line((f"  {name}", *numbers), widths))
+        # 3. Totals, and the warnings.
         share = _percent(self.total_bytes, self.adamw_bytes)
         lines.append(
             f"state {_human(self.total_bytes)}, {share} of AdamW's {_human(self.adamw_bytes)} "
@@ -72,17 +74,17 @@ class MemoryPlan:
 def memory_plan(tx: optax.GradientTransformation, params: PyTree) -> MemoryPlan:
     """Plans the optimizer state of a transformation from shapes alone; nothing is allocated.
 
-    ``tx.init`` is traced on shapes, and every `low_rank` and `for_matrices` in it tells its groups,
-    how it treats them and why. So the plan is that of any composition: in chains, under masks, with
-    a quantized or an own inner transformation.
+    ``tx.init`` is traced on shapes, and every `low_rank` and `for_matrices` in it reports its
+    groups, their treatment and the reason. So a plan exists for any composition: in chains, under
+    masks, with quantized or user-defined inner transformations.
 
     Args:
       tx: any ``optax.GradientTransformation``.
-      params: real arrays, ``jax.ShapeDtypeStruct`` in their place, or a Flax NNX model (also
-        from ``nnx.eval_shape``), of which every ``nnx.Param`` counts.
+      params: arrays, ``jax.ShapeDtypeStruct`` in their place, or a Flax NNX model (also from
+        ``nnx.eval_shape``), all of whose ``nnx.Param`` count.
 
     Returns:
-      A `MemoryPlan` whose ``total_bytes`` equals, to the byte, what ``tx.init(params)`` allocates.
+      A `MemoryPlan` whose ``total_bytes`` equals the bytes of ``tx.init(params)`` exactly.
 
     Raises:
       TypeError, ValueError: as ``tx.init`` does.
@@ -102,12 +104,13 @@ def memory_plan(tx: optax.GradientTransformation, params: PyTree) -> MemoryPlan:
       state 52.0 MiB, 15 % of AdamW's 352.0 MiB (parameters 176.0 MiB)
     """
     params = _pure(params)
+    # 1. Trace `init`, which writes rows and warns. Through a new function: JAX would reuse a trace
+    #    of `tx.init` itself, and then no rows would be written.
     with warnings.catch_warnings(record=True) as told, _ledger.opened() as rows:
         warnings.simplefilter("always", UserWarning)
-        # A function of its own: a trace of `tx.init` that JAX has kept would write no rows.
         total = _ledger.bytes_of(jax.eval_shape(lambda params: tx.init(params), params))
     adamw = _ledger.bytes_of(jax.eval_shape(_ADAMW.init, params))
-    # Whatever nobody claims is shared: step counts, keys, and what wrappers keep of their own.
+    # 2. Bytes in no row are shared: step counts, keys, and the state of wrappers.
     shared = total - sum(row.bytes for row in rows)
     claimed = sum(row.adamw_bytes for row in rows)
     rows.append(
@@ -119,7 +122,7 @@ def memory_plan(tx: optax.GradientTransformation, params: PyTree) -> MemoryPlan:
 
 
 def _pure(params: PyTree) -> PyTree:
-    """Every ``nnx.Param`` of an NNX model; anything else is a tree of arrays already."""
+    """Returns every ``nnx.Param`` of an NNX model; other trees are returned unchanged."""
     nnx = sys.modules.get("flax.nnx")  # A model can only come from a Flax that is loaded.
     if nnx is not None and isinstance(params, nnx.Module):
         return nnx.state(params, nnx.Param)
@@ -127,6 +130,8 @@ def _pure(params: PyTree) -> PyTree:
 
 
 def _cells(row: PlanRow) -> tuple[str, ...]:
+    """Returns a row as text, one cell for each column of `_HEADER`."""
+
     def optional(value: int | None) -> str:
         return "-" if value is None else str(value)
 
@@ -142,19 +147,19 @@ def _cells(row: PlanRow) -> tuple[str, ...]:
 
 
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    """Cells beside each other: the name to the left, numbers to the right."""
+    """Joins cells into a line: names are aligned to the left, numbers to the right."""
     name, *numbers = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
     numbers = [cell.strip().rjust(len(cell)) for cell in numbers]
     return "  ".join([name, *numbers]).rstrip()
 
 
 def _shortened(names: Sequence[str], width: int) -> list[str]:
-    """Names cut in the middle to a width; those that are then equal are told apart by a number."""
+    """Cuts names in the middle to a width, and numbers those that have become equal."""
 
     def cut(name: str, width: int) -> str:
         if len(name) <= width:
             return name
-        # The end says more than the start: it names the weight.
+        # Twice as much of the end as of the start: the end names the weight.
         start = (width - 3) // 3
         return name[:start] + "..." + name[len(name) - (width - 3 - start) :]
 

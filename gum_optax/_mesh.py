@@ -1,12 +1,12 @@
 """Meshes: shardings of arrays and their parts, and computation on Explicit axes.
 
-A mesh axis is in one of two modes. On an *Auto* axis XLA propagates shardings, and while a function
-is traced they are unknown. On an *Explicit* axis they are part of an array's type, and an operation
-whose result's sharding does not follow from its operands' is an error. The library is written for
-Auto axes; `in_auto_mode` runs it on Explicit ones.
+A mesh axis is in one of two modes. On an *Auto* axis XLA propagates shardings, and they are unknown
+while a function is traced. On an *Explicit* axis they are part of an array's type, and an operation
+is an error if the sharding of its result does not follow from its operands. The library is written
+for Auto axes; `in_auto_mode` runs it on Explicit ones.
 
-The *entries* of a sharding are those of its ``PartitionSpec``: one for each array axis, the mesh
-axis (or axes) that shard it, or None.
+The *entries* of a sharding are the entries of its ``PartitionSpec``, one for each array axis: the
+mesh axis (or axes) that shards it, or None.
 
 Tests: tests/library/test_sharding.py.
 """
@@ -23,10 +23,11 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from gum_optax._paths import PyTree
 
 Entries: TypeAlias = Sequence[Any]
+"""For each array axis a mesh axis, a tuple of mesh axes, or None."""
 
 
 def sharding_of(leaf: Any) -> NamedSharding | None:
-    """The sharding of an array, a ``ShapeDtypeStruct`` or a traced array; None where unknown."""
+    """Returns the sharding of an array, traced or not, or of a description; None if unknown."""
     if isinstance(leaf, jax.core.Tracer):
         sharding = jax.typeof(leaf).sharding
         return sharding if _is_explicit(sharding.mesh) else None
@@ -35,7 +36,7 @@ def sharding_of(leaf: Any) -> NamedSharding | None:
 
 
 def common_sharding(leaves: Sequence[Any]) -> NamedSharding | None:
-    """The sharding that leaves of equal shape share; an axis on which they differ is replicated."""
+    """Returns the sharding that leaves of equal shape share; axes that differ are replicated."""
     shardings = [sharding_of(leaf) for leaf in leaves]
     # Leaves on different meshes, or without one, have nothing in common.
     first = shardings[0]
@@ -50,18 +51,19 @@ def common_sharding(leaves: Sequence[Any]) -> NamedSharding | None:
 
 
 def spec_entries(sharding: NamedSharding | None, ndim: int) -> tuple[Any, ...]:
-    """The entries of a sharding, one for each of ``ndim`` axes; all None without a sharding."""
+    """Returns the entries of a sharding, one for each of ``ndim`` axes; None without a sharding."""
+    # A spec may be shorter than the array: axes behind its end are replicated.
     spec = tuple(sharding.spec) if sharding else ()
     return spec + (None,) * (ndim - len(spec))
 
 
 def sharding_like(like: NamedSharding | None, entries: Entries) -> NamedSharding | None:
-    """A sharding with the given entries on the mesh of another; None if there is none."""
+    """Returns a sharding with the given entries on the mesh of another; None if that is None."""
     return None if like is None else NamedSharding(like.mesh, PartitionSpec(*entries))
 
 
 def parts(sharding: NamedSharding | None, entry: Any) -> int:
-    """The number of parts into which an entry of a sharding cuts an axis."""
+    """Returns the number of parts into which an entry of a sharding cuts an axis."""
     if sharding is None or entry is None:
         return 1
     axes = entry if isinstance(entry, tuple) else (entry,)
@@ -69,7 +71,7 @@ def parts(sharding: NamedSharding | None, entry: Any) -> int:
 
 
 def merged_entry(entries: Entries, sizes: Sequence[int]) -> Any:
-    """The entry of several array axes merged into one, in row-major order.
+    """Returns the entry of several array axes merged into one, in row-major order.
 
     Only the outermost axis longer than one may be sharded: the merged axis is then cut into the
     same contiguous blocks. Otherwise the merged axis is replicated.
@@ -80,15 +82,15 @@ def merged_entry(entries: Entries, sizes: Sequence[int]) -> Any:
 
 
 def on_mesh(array: jax.Array) -> bool:
-    """Whether an array, traced or not, is laid out on a mesh."""
+    """Returns whether an array, traced or not, is laid out on a mesh."""
     return not jax.typeof(array).sharding.mesh.empty
 
 
 def gather_rows(matrices: jax.Array) -> jax.Array:
     """Constrains rows of ``[..., m, n]`` to be replicated; columns and batch are left to XLA.
 
-    Products with an m x m matrix on the left are then local, and those along n need one all-reduce.
-    Without the constraint, XLA gathers rows again at each of them.
+    Products with an m x m matrix on the left are then local, and products that sum over n need one
+    all-reduce. Without the constraint, XLA gathers rows again for each product.
     """
     return gather(matrices, axis=-2)
 
@@ -96,6 +98,7 @@ def gather_rows(matrices: jax.Array) -> jax.Array:
 def gather(array: jax.Array, axis: int) -> jax.Array:
     """Constrains an axis to be replicated, on a mesh of Auto axes; others are left to XLA."""
     mesh = jax.typeof(array).sharding.mesh
+    # On Explicit axes a sharding is part of the type, which a constraint cannot change.
     if not on_mesh(array) or any(kind is not AxisType.Auto for kind in mesh.axis_types):
         return array
     entries: list[Any] = [PartitionSpec.UNCONSTRAINED] * array.ndim
@@ -111,12 +114,15 @@ def in_auto_mode(function: Callable[..., Any], *args: PyTree, like: Callable[[],
     type, and JAX refuses to mix the two: see `handing_over`.
 
     Args:
-      function: takes trees, and returns a tree of arrays.
-      *args: its arguments; leaves that are not arrays reach it as they are.
-      like: returns a tree of arrays or their descriptions like the result, whose shardings the
-        result gets on Explicit axes; not called without them.
+      function: takes trees and returns a tree of arrays.
+      *args: its arguments; leaves that are not arrays are passed through.
+      like: returns a tree like the result, of arrays or descriptions, with the shardings for the
+        result on Explicit axes. It is not called if there are no such axes.
+
+    Returns:
+      The result of ``function``.
     """
-    # 1. Is any argument on Explicit axes? If not, there is nothing to change.
+    # 1. If no argument is on Explicit axes, there is nothing to change.
     leaves, treedef = jax.tree.flatten(args)
     arrays = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)}
     meshes = [jax.typeof(array).sharding.mesh for array in arrays.values()]
@@ -124,12 +130,12 @@ def in_auto_mode(function: Callable[..., Any], *args: PyTree, like: Callable[[],
     if mesh is None:
         return function(*args)
 
-    # 2. `auto_axes` takes arrays alone, so that other leaves are put back inside.
+    # 2. `auto_axes` takes arrays only, so other leaves are put back inside.
     def call(arrays: dict[int, jax.Array]) -> Any:
         all_leaves = [arrays.get(i, leaf) for i, leaf in enumerate(leaves)]
         return function(*jax.tree.unflatten(treedef, all_leaves))
 
-    # 3. On the way out each result needs a stated sharding; an unknown one is replicated.
+    # 3. Each result needs a stated sharding; one whose sharding is unknown is replicated.
     def sharding(leaf: Any) -> NamedSharding:
         known = sharding_of(leaf)
         return NamedSharding(mesh, known.spec if known else PartitionSpec())
@@ -142,13 +148,19 @@ def handing_over(
     make_inner: Callable[..., optax.GradientTransformation],
     **hyperparameters: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    """``wrap(make_inner(**hyperparameters))``, for a ``wrap`` that runs in Auto mode.
+    """Returns ``wrap(make_inner(**hyperparameters))``, for a ``wrap`` that runs in Auto mode.
 
     Under ``optax.inject_hyperparams`` a hyperparameter is a traced array, which an inner
-    transformation would close over with its Explicit type. So it travels as an extra argument of
-    ``update``, and the inner transformation is made of it inside. Plain numbers need no such help.
+    transformation would close over with its Explicit type. So hyperparameters travel as an extra
+    argument of ``update``, and the inner transformation is made inside. Plain numbers do not need
+    this.
+
+    Args:
+      wrap: makes a transformation from an inner one, and passes extra arguments on to it.
+      make_inner: makes the inner transformation from hyperparameters.
+      **hyperparameters: numbers or arrays.
     """
-    # Made at once in any case, so that a value that cannot work raises at once.
+    # Made here in any case, so that a malformed value raises now and not in the first step.
     inner = make_inner(**hyperparameters)
     if not any(isinstance(value, jax.Array) for value in hyperparameters.values()):
         return wrap(inner)

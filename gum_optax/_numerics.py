@@ -11,16 +11,16 @@ import numpy as np
 
 
 def at_least_float32(*dtypes: Any) -> np.dtype:
-    """Returns the dtype in which to compute with numbers of these: float32, or float64.
+    """Returns the dtype for computation with these dtypes: float64 if one of them is, or float32.
 
-    ``jnp.promote_types`` refuses to tell where ``jax_numpy_dtype_promotion`` is strict.
+    ``jnp.promote_types`` raises under a strict ``jax_numpy_dtype_promotion``.
     """
     wide = any(jnp.dtype(dtype) == np.float64 for dtype in dtypes)
     return np.dtype(np.float64 if wide else np.float32)
 
 
 def matmul_highest(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Returns ``a @ b`` at the dtype's full precision.
+    """Returns ``a @ b``, ``[..., m, k] @ [..., k, n]``, at the dtype's full precision.
 
     By default TPUs and GPUs round float32 operands to 8 to 11 bits.
     """
@@ -35,8 +35,8 @@ def safe_scale(x: jax.Array, axis: int | tuple[int, ...] | None = None) -> jax.A
       axis: the axis or axes to take the maximum over, which the result keeps with length 1; by
         default all axes, which gives a scalar.
     """
-    # Products of entries such as 1e-30 or 1e30 would leave the range of float32, and so would the
-    # inverse of a denormal scale.
+    # Without a scale, products of entries such as 1e-30 or 1e30 leave the range of float32. The
+    # inverse of a denormal scale would leave it as well, hence the lower bound.
     entry = jnp.max(jnp.abs(x), axis=axis, keepdims=axis is not None)
     return jnp.where(entry > 0, jnp.maximum(entry, 100 * jnp.finfo(x.dtype).tiny), 1)
 

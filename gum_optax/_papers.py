@@ -1,7 +1,7 @@
-"""Compressions named after their papers: what each method makes of bases, residuals and moments.
+"""Compressions named after their papers: each chooses bases, a residual rule and a carry.
 
 Each is a `LowRank` with other defaults, for every optimizer: ``adamw(1e-3, galore())`` is GaLore,
-``gum(0.02, galore())`` GaLore-Muon.
+``gum(0.02, galore())`` is GaLore-Muon.
 
 Tests: tests/library/test_recipes.py, tests/library/test_gains.py.
 """
@@ -16,7 +16,7 @@ from gum_optax._low_rank import LowRank
 
 
 def galore(rank: Any = 128, period: int = 200, **parts: Any) -> LowRank:
-    """The compression of GaLore: exact singular subspaces, the residual is dropped. Biased.
+    """The compression of GaLore: exact singular subspaces, without residuals. It is biased.
 
     Moments continue over a refresh. Matrices are projected on their short side, as in the paper.
 
@@ -39,6 +39,7 @@ def galore(rank: Any = 128, period: int = 200, **parts: Any) -> LowRank:
     References:
       Zhao et al., GaLore, arXiv 2403.03507.
     """
+    # Options in `parts` take the place of the paper's.
     own = {"residual": residuals.drop(), "projector": projectors.svd, "carry": carries.keep}
     return LowRank(rank, period, **own | parts)
 
@@ -52,7 +53,9 @@ def golore(
     after: projectors.Projector = projectors.random_orthonormal,
     **parts: Any,
 ) -> LowRank:
-    """The compression of GoLore: GaLore's, then random subspaces, where noise rules the gradient.
+    """The compression of GoLore: GaLore at first, then random subspaces when noise dominates.
+
+    Once noise dominates the gradient, as late in training, its singular subspaces follow the noise.
 
     Args:
       rank: as for `LowRank`.
@@ -75,7 +78,7 @@ def golore(
     References:
       He et al., GoLore, arXiv 2410.11289.
     """
-    # GaLore, with a schedule of projectors in place of one.
+    # GaLore with a schedule of projectors.
     step = _checks.non_negative_int("switch_step", switch_step)
     return galore(rank, period, projector=projectors.switch(before, after, step), **parts)
 
@@ -83,7 +86,10 @@ def golore(
 def fira(
     rank: Any = 128, period: int = 200, *, growth_limit: float | None = 1.01, **parts: Any
 ) -> LowRank:
-    """The compression of Fira: GaLore's, and the residual beside it, at the optimizer's gain.
+    """The compression of Fira: GaLore plus the residual, scaled by the optimizer's gain.
+
+    The gain of a column is the ratio of the norms of its projected update and projected gradient,
+    see `scale_by_gain`.
 
     Args:
       rank: as for `LowRank`.
@@ -104,20 +110,21 @@ def fira(
     References:
       Chen et al., Fira, arXiv 2410.01623. Its factor alpha on the whole update is a learning rate.
     """
+    # "residual" can be given in `parts` as well, which then decides.
     residual = residuals.through(scale_by_gain(growth_limit=growth_limit))
     return galore(rank, period, **{"residual": residual} | parts)
 
 
 def frugal(rank: Any = 128, period: int = 200, *, scale: float = 1.0, **parts: Any) -> LowRank:
-    """The compression of FRUGAL: GaLore's, and the signs of the residual beside it.
+    """The compression of FRUGAL: GaLore plus the signs of the residual.
 
-    Moments restart at a refresh, as in its code.
+    Moments restart at a refresh, as in the authors' code.
 
     Args:
       rank: as for `LowRank`.
       period: as for `LowRank`.
-      scale: the size of an entry of the residual's update, > 0: 1 for pretraining, 0.1 for
-        fine-tuning.
+      scale: the absolute value of each entry of the residual's update before the learning rate,
+        > 0; the authors use 1 for pretraining and 0.1 for fine-tuning.
       **parts: any other option of `LowRank`.
 
     Returns:
@@ -134,6 +141,7 @@ def frugal(rank: Any = 128, period: int = 200, *, scale: float = 1.0, **parts: A
       Zmushko et al., FRUGAL, arXiv 2411.07837, with its projections by SVD.
     """
     _checks.hyperparameter("scale", scale)
+    # U = P D + scale sign(E)
     signs = residuals.through(optax.chain(optax.scale_by_sign(), optax.scale(scale)))
     return galore(rank, period, **{"residual": signs, "carry": carries.restart} | parts)
 
@@ -141,10 +149,11 @@ def frugal(rank: Any = 128, period: int = 200, *, scale: float = 1.0, **parts: A
 def apollo(
     rank: Any = 128, period: int = 200, *, growth_limit: float | None = 1.01, **parts: Any
 ) -> LowRank:
-    """The compression of APOLLO: gradients scaled column by column, at the gain of a projection.
+    """The compression of APOLLO: whole gradients, each column scaled by the gain of a projection.
 
-    Bases are random and orthonormal. APOLLO's are Gaussian, with gains smaller by ``sqrt(r / m)``;
-    with these, a column's update has about the norm of Adam's at any rank.
+    Bases are random and orthonormal here. The Gaussian bases of the paper give gains smaller by
+    ``sqrt(r / m)``; with orthonormal bases, a column's update has about the norm of Adam's update
+    at any rank.
 
     Args:
       rank: as for `LowRank`.
@@ -169,7 +178,7 @@ def apollo(
 
 
 def apollo_mini(period: int = 200, *, growth_limit: float | None = 1.01, **parts: Any) -> LowRank:
-    """The compression of APOLLO-Mini: rank one, and one gain for the whole matrix.
+    """The compression of APOLLO-Mini: rank one and a single gain for each matrix.
 
     Args:
       period: as for `LowRank`.
@@ -195,6 +204,8 @@ def apollo_mini(period: int = 200, *, growth_limit: float | None = 1.01, **parts
 def _guided(
     rank: Any, period: int, gain: optax.GradientTransformation, parts: dict[str, Any]
 ) -> LowRank:
+    """Returns the compression that updates by whole gradients, scaled by a gain."""
+    # U = gain(R, D) G, where D is Adam's update of R: only the norms of D and R matter.
     own = {
         "residual": residuals.guided(gain),
         "projector": projectors.random_orthonormal,

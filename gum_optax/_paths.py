@@ -1,4 +1,4 @@
-"""Names of leaves: key paths as text, and the Flax boxes that must not show in them.
+"""Names of leaves: key paths as text, without the Flax boxes around arrays.
 
 A leaf's *name* is its key path joined by ``/``, as in ``layers/3/attn/q/kernel``. A *box* is a
 container of one array, such as a Flax NNX variable or a Linen ``Partitioned``: it appears in the
@@ -33,14 +33,15 @@ def path_name(path: Sequence[Any]) -> str:
 
 
 def is_attribute(path: Sequence[Any], name: str) -> bool:
-    """Whether a key path ends with an attribute of an object, as in Equinox, boxed or not."""
+    """Returns whether a key path ends with an attribute of an object, boxed or not."""
+    # The last two entries: behind the attribute, a box may add one of its own.
     return any(
         isinstance(entry, jax.tree_util.GetAttrKey) and entry.name == name for entry in path[-2:]
     )
 
 
 def is_box(node: Any) -> bool:
-    """Whether a node is a container of one array that it holds in an attribute ``value``."""
+    """Returns whether a node is a container of one array in an attribute ``value``."""
     # Only the node itself is opened, so `path` has one entry for each child.
     if is_projected(node):
         return False
@@ -53,12 +54,12 @@ def is_box(node: Any) -> bool:
 
 
 def is_stand_in(tree: PyTree) -> bool:
-    """Whether a tree merely stands for parameters, as in ``optax.tree.map_params``.
+    """Returns whether a tree is only a placeholder for parameters, as in ``optax.tree.map_params``.
 
     That function calls ``init`` with an object of its own that has no leaves and is no container.
     Its type is private, so it is recognized by these two properties. An empty dict is a container:
-    a model without matrices, and no stand-in. A user's own node without leaves passes for a
-    stand-in, which does no harm: without leaves there is nothing to keep state for.
+    a model without matrices, and no placeholder. A user's own node without leaves passes for a
+    placeholder, which does no harm: without leaves there is no state to keep.
     """
     if tree is None or isinstance(tree, collections.abc.Collection):
         return False
@@ -66,6 +67,7 @@ def is_stand_in(tree: PyTree) -> bool:
 
 
 def _opens_box(entry: Any) -> bool:
+    # The attributes in which Linen's `Partitioned` and variables of NNX hold their arrays.
     return getattr(entry, "name", None) in ("value", "raw_value")
 
 

@@ -1,6 +1,8 @@
-"""The rules of primitives that compute entry by entry, move axes, or run other jaxprs.
+"""Rules of primitives that compute entry by entry, move axes, or run other jaxprs.
 
-See `_usage` for the words, and `_products` for products and lookups.
+`_usage` defines the terms (view, use, trail, role), `_products` has the rules of products and
+lookups. A rule receives the walk, the equation and the values of its operands, and returns the
+values of its results.
 
 Tests: tests/library/test_infer.py.
 """
@@ -30,15 +32,18 @@ from gum_optax._usage import (
 def _elementwise(walk: Walk, equation: Any, values: list[Value]) -> list[Value]:
     """Weights alone stay weights, as in ``W / norm(W)``; with activations the view ends."""
     shape = shape_of(equation.outvars[0])
+    # Scalars scale a weight or an activation and show no axis of a leaf.
     arrays = [i for i, atom in enumerate(equation.invars) if shape_of(atom)]
     views = []
     for i in arrays:
         others = [values[j] for j in arrays if j != i]
         for view in values[i].views:
-            # A view that was broadcast over activations is a bias or a scale. What lookups and
-            # products of weights have left has fewer axes anyway.
+            # 1. A view that is broadcast over axes of no leaf is a bias or a scale. Results of
+            #    lookups and of products of weights may lack axes without being broadcast.
             whole = all(axes or size == 1 for axes, size in zip(view.axes, shape, strict=True))
             derived = any(role in ("gathered", "inner") for _, role in view.roles)
+            # 2. Trails go through every elementwise operation, weights only through operations on
+            #    weights alone.
             if view.use is not None or not others:
                 views.append(view)
             elif any(other.data for other in others) or not (whole or derived):
@@ -49,13 +54,15 @@ def _elementwise(walk: Walk, equation: Any, values: list[Value]) -> list[Value]:
 
 
 def _comparison(walk: Walk, equation: Any, values: list[Value]) -> list[Value]:
+    """The result shows no leaf any more; a comparison of integers makes one-hot vectors."""
     walk.forget(equation.primitive.name, values)
+    # Of floats it makes masks, which select entries and look nothing up.
     integers = all(map(is_integer, equation.invars))
     return [dataclasses.replace(mixed(values), indicator=integers)]
 
 
 def _each_alone(walk: Walk, equation: Any, values: list[Value]) -> list[Value]:
-    """One result like each operand, as of ``optimization_barrier`` and ``psum``."""
+    """Each result shows the same leaves as its operand: ``optimization_barrier``, ``psum``."""
     return values
 
 
@@ -68,7 +75,7 @@ def _random(walk: Walk, equation: Any, values: list[Value]) -> list[Value]:
 
 
 def _rearranging(rearrange: Callable[[Any, Axes], Iterable[frozenset[int]]]) -> Rule:
-    """The rule of a primitive from what it does to the axes of its first operand."""
+    """Makes the rule of a primitive from a function of the axes of its first operand."""
 
     def rule(walk: Walk, equation: Any, values: list[Value]) -> list[Value]:
         first = values[0]
@@ -95,15 +102,16 @@ def _broadcast(equation: Any, axes: Axes) -> Axes:
     source, target = shape_of(equation.invars[0]), equation.params["shape"]
     result = [NONE] * len(target)
     for i, j in enumerate(equation.params["broadcast_dimensions"]):
-        # An axis of length one that is repeated is not the leaf's any more.
+        # An axis of length one that is repeated is no longer the leaf's.
         result[j] = axes[i] if source[i] == target[j] else NONE
     return tuple(result)
 
 
 def _reshape(equation: Any, axes: Axes) -> Axes:
-    """Cuts both shapes into the shortest runs of equal size; a run's axes are made of each other.
+    """Cuts both shapes into the shortest runs of axes with equal products of sizes.
 
-    ``[4096, 8, 128] -> [4096, 1024]`` has the runs 4096 and 8 x 128.
+    ``[4096, 8, 128] -> [4096, 1024]`` has the runs 4096 and 8 x 128. The axes of the target in a
+    run are made of the axes of the source in the same run.
     """
     source, target = shape_of(equation.invars[0]), shape_of(equation.outvars[0])
     result: list[frozenset[int]] = []
@@ -120,9 +128,10 @@ def _reshape(equation: Any, axes: Axes) -> Axes:
             elif len(result) + length < len(target):
                 size_out *= target[len(result) + length]
                 length += 1
-            else:  # Sizes of zero.
+            else:  # An axis of length zero: no products can be equal.
                 return tuple([NONE] * len(target))
-        # 2. An axis that goes on alone keeps its place; others are made of the whole run.
+        # 2. Every axis of the run is made of all its leaf axes. Of several axes, one of length one
+        #    is new and made of none.
         made_of = frozenset().union(*run)
         result += [
             made_of if size > 1 or length == 1 else NONE
@@ -132,7 +141,7 @@ def _reshape(equation: Any, axes: Axes) -> Axes:
 
 
 def _tile(equation: Any, axes: Axes) -> Axes:
-    # An axis that is repeated is not the leaf's any more.
+    # An axis that is repeated is no longer the leaf's.
     repeats = equation.params["reps"]
     return tuple(NONE if n > 1 else axis for axis, n in zip(axes, repeats, strict=True))
 
@@ -145,7 +154,7 @@ def _all_gather(equation: Any, axes: Axes) -> Axes:
 
 
 def _reduction(walk: Walk, equation: Any, values: list[Value]) -> list[Value]:
-    """Sums over activations keep trails; norms of weights are of no interest."""
+    """Reductions keep trails of products; views of weights end, as in norms of weights."""
     trails = [
         view.moved(_without(view.axes, equation.params["axes"]))
         for view in values[0].views
@@ -162,8 +171,9 @@ def _without(axes: Sequence[Any], left_out: Sequence[int]) -> tuple[Any, ...]:
 
 
 def _slice(walk: Walk, equation: Any, values: list[Value]) -> list[Value]:
-    """Slices of any kind: an axis of length one that remains is left by a later squeeze."""
+    """Slices keep all axes; an axis that a slice reduces to length one is left for a squeeze."""
     shape = shape_of(equation.invars[0])
+    # A product that is cut into single entries along an axis is unpacked: q, k, v = x @ W.
     for view in values[0].views:
         if view.use is None:
             continue
@@ -175,6 +185,7 @@ def _slice(walk: Walk, equation: Any, values: list[Value]) -> list[Value]:
 
 
 def _unstack(walk: Walk, equation: Any, values: list[Value]) -> list[Value]:
+    """Takes an axis apart, which unpacks a product along it."""
     axis = equation.params["axis"]
     for view in values[0].views:
         whole = walk.is_whole(view, axis, shape_of(equation.invars[0])[axis])
@@ -184,11 +195,12 @@ def _unstack(walk: Walk, equation: Any, values: list[Value]) -> list[Value]:
 
 
 def _concatenate(walk: Walk, equation: Any, values: list[Value]) -> list[Value]:
-    """Weights beside weights are fused kernels; beside activations, tokens of their own."""
+    """Weights beside weights are fused kernels; weights beside activations are learned tokens."""
     return _beside(walk, values)
 
 
 def _stack(walk: Walk, equation: Any, values: list[Value]) -> list[Value]:
+    """A concatenation along a new axis, which is no leaf's."""
     axis = equation.params["axis"]
     deeper = [
         value.showing(
@@ -200,10 +212,12 @@ def _stack(walk: Walk, equation: Any, values: list[Value]) -> list[Value]:
 
 
 def _update_slice(walk: Walk, equation: Any, values: list[Value]) -> list[Value]:
+    # The array and the update; positions, the other operands, show no leaf.
     return _beside(walk, values[:2])
 
 
 def _beside(walk: Walk, values: Sequence[Value]) -> list[Value]:
+    """The rule of arrays that are joined: a weight that is joined to activations is a vector."""
     views = []
     for value in values:
         for view in value.views:
@@ -220,6 +234,7 @@ def _beside(walk: Walk, values: Sequence[Value]) -> list[Value]:
 def _scan(walk: Walk, equation: Any, values: list[Value]) -> list[Value]:
     """Scanned arrays lose their first axis in the body, and results gain one."""
     consts, carry = scan_counts(equation.params)
+    # The axis over layers is no axis of the body's arrays, so it will be a batch axis of the leaf.
     slices = [
         value.showing(view.moved(view.axes[1:]) for view in value.views)
         for value in values[consts + carry :]
@@ -237,6 +252,8 @@ def _scan(walk: Walk, equation: Any, values: list[Value]) -> list[Value]:
 
 
 def _while(walk: Walk, equation: Any, values: list[Value]) -> list[Value]:
+    # Operands: constants of the condition, constants of the body, carried values. The condition
+    # itself returns one boolean and shows no matrix.
     tests, consts = equation.params["cond_nconsts"], equation.params["body_nconsts"]
     constants, carried = values[tests : tests + consts], values[tests + consts :]
 
@@ -249,7 +266,10 @@ def _while(walk: Walk, equation: Any, values: list[Value]) -> list[Value]:
 def _until_stable(
     body: Callable[[Sequence[Value]], list[Value]], carried: Sequence[Value]
 ) -> tuple[list[Value], list[Value]]:
-    """Runs a loop's body until what it carries no longer changes; views and kinds only grow."""
+    """Runs a loop's body until its carried values no longer change.
+
+    Views and kinds of values only grow and there are finitely many, so this ends.
+    """
     carried = list(carried)
     while True:
         results = body(carried)
@@ -260,10 +280,12 @@ def _until_stable(
 
 
 def _content(value: Value) -> Any:
+    # As sets: the order of views depends on the turn.
     return set(value.views), value.data, value.weights
 
 
 def _cond(walk: Walk, equation: Any, values: list[Value]) -> list[Value]:
+    """A result may come from any branch, and depends on the choice as well."""
     chosen, *operands = values
     results = [walk.run(branch, operands) for branch in equation.params["branches"]]
     of_index = Value(data=chosen.data, weights=chosen.weights)

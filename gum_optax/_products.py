@@ -1,6 +1,6 @@
-"""The rules of primitives that use weights: products, convolutions and lookups.
+"""Rules of primitives that use weights: products, convolutions and lookups.
 
-See `_usage` for the words.
+`_usage` defines the terms (view, use, trail, role).
 
 Tests: tests/library/test_infer.py.
 """
@@ -14,7 +14,9 @@ from gum_optax._usage import NONE, Value, View, Walk, mixed, roles_of_all, shape
 
 
 def gather(walk: Walk, equation: Any, values: list[Value]) -> list[Value]:
-    """A scalar index leaves an axis as a scan does; an array of indices looks rows up."""
+    """A scalar index drops an axis, as a scan does; an array of indices looks up rows."""
+    # 1. Axes of the operand that the result keeps, and whether there is an array of indices: it
+    #    adds axes to the result beside the axes of the slices (`offset_dims`).
     numbers, sizes = equation.params["dimension_numbers"], equation.params["slice_sizes"]
     shape, found = shape_of(equation.invars[0]), shape_of(equation.outvars[0])
     left = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
@@ -22,19 +24,23 @@ def gather(walk: Walk, equation: Any, values: list[Value]) -> list[Value]:
     lookups = len(found) > len(numbers.offset_dims)
     views = []
     for view in values[0].views:
+        # 2. The leaf's axes in the result, and those that were looked up.
         axes = [NONE] * len(found)
         for position, axis in zip(numbers.offset_dims, remaining, strict=True):
             axes[position] = view.axes[axis]
         looked_up = {a for axis in numbers.collapsed_slice_dims for a in view.axes[axis]}
         roles = view.roles
+        # 3. A scalar index into a product takes it apart: q = (x @ W)[..., 0, :].
         if view.use is not None:
             for axis, size in enumerate(shape):
                 whole = walk.is_whole(view, axis, size)
                 if whole is not None and sizes[axis] == 1 and not lookups:
                     walk.uses[view.use].unpacked.add(whole)
+        # 4. A lookup is a use of its own. The view goes on, since experts are multiplied later.
         elif lookups and looked_up:
             roles |= {(axis, "gathered") for axis in looked_up}
             walk.record(dataclasses.replace(view, roles=roles), ())
+            # Indices from the data are tokens; others, such as positions, show no vocabulary.
             if values[1].data:
                 walk.vocabularies |= {walk.shapes[view.leaf][axis] for axis in looked_up}
         views.append(dataclasses.replace(view, axes=tuple(axes), roles=roles))
@@ -46,6 +52,7 @@ def gather(walk: Walk, equation: Any, values: list[Value]) -> list[Value]:
 
 
 def dot(walk: Walk, equation: Any, values: list[Value]) -> list[Value]:
+    """A product of two arrays (``dot_general``)."""
     contracted, batch = equation.params["dimension_numbers"]
     return _product(walk, equation, values[:2], contracted, batch, batch)
 
@@ -55,6 +62,7 @@ def ragged_dot(walk: Walk, equation: Any, values: list[Value]) -> list[Value]:
     numbers = equation.params["ragged_dot_dimension_numbers"]
     contracted, (left, right) = numbers.dot_dimension_numbers
     groups = tuple(numbers.rhs_group_dimensions)
+    # The axis over groups is in the right operand alone: rows of the result belong to one each.
     out_batch = (tuple(left), tuple(right))
     return _product(
         walk, equation, values[:2], contracted, (tuple(left), (*right, *groups)), out_batch
@@ -69,23 +77,34 @@ def _product(
     batch: Sequence[Sequence[int]],
     out_batch: Sequence[Sequence[int]],
 ) -> list[Value]:
-    """A sum of products; axes of the result are batch axes, then the free ones of each side."""
+    """The rule of a sum of products of two operands, called sides here.
+
+    Args:
+      walk: collects uses.
+      equation: the product.
+      values: of both operands.
+      contracted: for each side the axes that are summed over.
+      batch: for each side its batch axes.
+      out_batch: for each side the batch axes that the result has. The axes of the result are
+        these, then the free axes of the left side, then the free axes of the right side.
+    """
     ranks = [len(shape_of(atom)) for atom in equation.invars[:2]]
     free = [
         [i for i in range(rank) if i not in {*contracted[side], *batch[side]}]
         for side, rank in enumerate(ranks)
     ]
-    # Axes of each side in the result: batch axes first, None where they come from the other side.
+    # For each axis of the result, the axis of this side; None if it comes from the other side.
     kept = [
         [*out_batch[0], *free[0], *([None] * len(free[1]))],
         [*out_batch[1], *([None] * len(free[0])), *free[1]],
     ]
     views: list[View] = []
-    # Learned vectors that are repeated for each example play the part of activations.
+    # Learned vectors that are repeated for each example, such as queries, act as activations.
     repeated = [_is_repeated(equation.invars[i], values[i], batch[i]) for i in (0, 1)]
     for side in (0, 1):
         mine, other = values[side], values[1 - side]
         for view in mine.views:
+            # 1. A trail ends in the next product.
             if view.use is not None:
                 _follow(walk, equation, view, side, other, contracted, batch)
                 continue
@@ -93,12 +112,13 @@ def _product(
                 walk.record(view, roles_of_all(view, "elementwise"))
                 continue
             summed = [a for axis in contracted[side] for a in view.axes[axis]]
+            # 2. Weights times weights, W = A B, are a weight, whose shared axis is inner to both.
             if other.weights and not other.data and not repeated[1 - side]:
-                # W = A B: a weight made of two, whose shared axis is inner to both.
                 roles = view.roles | {(axis, "inner") for axis in summed}
                 axes = [NONE if axis is None else view.axes[axis] for axis in kept[side]]
                 views.append(dataclasses.replace(view, axes=tuple(axes), roles=roles))
                 continue
+            # 3. Weights times activations. A product with one-hot vectors is a lookup.
             role = "gathered" if other.indicator else "contracted"
             if other.indicator and other.data:
                 walk.vocabularies |= {walk.shapes[view.leaf][axis] for axis in summed}
@@ -115,14 +135,14 @@ def _product(
             ]
             views += _trail(walk, view.leaf, use, axes, output)
     result = mixed(values)
-    # Constants that are multiplied with weights are inputs that the function has captured.
+    # A constant that is multiplied with weights is an input that the function has captured.
     alone = result.weights and not all(value.weights for value in values)
     data = result.data or alone or any(repeated)
     return [dataclasses.replace(result, data=data).showing(views)]
 
 
 def _is_repeated(atom: Any, value: Value, batch: Sequence[int]) -> bool:
-    """Whether weights have an axis, summed over or kept, that is no leaf's."""
+    """Returns whether weights have an axis, summed over or kept, that is no leaf's."""
     weights = [view for view in value.views if view.use is None]
     return bool(weights) and any(
         size > 1 and axis not in batch and not any(view.axes[axis] for view in weights)
@@ -133,7 +153,11 @@ def _is_repeated(atom: Any, value: Value, batch: Sequence[int]) -> bool:
 def _trail(
     walk: Walk, leaf: int, use: int, axes: Sequence[frozenset[int]], output: set[int]
 ) -> list[View]:
-    """A trail where it can tell something: several free axes, or the size of a vocabulary."""
+    """Starts a trail if it can decide something, or returns no view.
+
+    Several free axes may be unpacked later, and an output as large as a vocabulary may be a head.
+    Other products need no trail, and walks are faster without.
+    """
     size = math.prod(walk.shapes[leaf][axis] for axis in output)
     if len(output) > 1 or size in walk.vocabularies:
         return [View(leaf, tuple(axes), use=use)]
@@ -149,13 +173,14 @@ def _follow(
     contracted: Sequence[Sequence[int]],
     batch: Sequence[Sequence[int]],
 ) -> None:
-    """Ends a trail in a product with other parameters, and tells what it is to them."""
+    """Ends a trail in a product with other parameters, and adds the findings to its use."""
     assert view.use is not None
     use, shape = walk.uses[view.use], shape_of(equation.invars[side])
     weights = [v for v in other.views if v.use is None]
+    # 1. Parameters that contract the product: it is no output of the model.
     if weights and any(view.axes[axis] for axis in contracted[side]):
         use.followed = True
-    # Experts: each has weights of its own for its part of the product.
+    # 2. Experts: along a shared batch axis, each part of the product meets weights of its own.
     for mine, theirs in zip(batch[side], batch[1 - side], strict=False):
         whole = walk.is_whole(view, mine, shape[mine])
         if whole is not None and any(v.axes[theirs] for v in weights):
@@ -168,6 +193,8 @@ def convolution(walk: Walk, equation: Any, values: list[Value]) -> list[Value]:
     channels_out, channels_in, *space = equation.params["dimension_numbers"].rhs_spec
     shape = shape_of(equation.invars[1])
     window = [shape[axis] for axis in space]
+    # 1. Two kinds of kernels are no matrices: one input channel for each group, and the windows of
+    #    an image, side by side (the inputs of the model depend on no weights).
     note = ""
     if equation.params["feature_group_count"] > 1 and shape[channels_in] == 1:
         note = "depthwise convolution"
@@ -177,6 +204,7 @@ def convolution(walk: Walk, equation: Any, values: list[Value]) -> list[Value]:
         and list(equation.params["window_strides"]) == window
     ):
         note = "patch embedding"
+    # 2. The use of every other kernel: (space and input channels) x output channels.
     for view in kernel.views:
         if view.use is None:
             summed = {a for axis in (channels_in, *space) for a in view.axes[axis]}

@@ -1,4 +1,4 @@
-"""`quantized`: any optax transformation, with its state in few bits between two steps.
+"""`quantized`: keeps the state of any optax transformation in few bits between two steps.
 
 Tests: tests/library/test_quantized.py.
 """
@@ -33,19 +33,19 @@ def quantized(
 
     The inner transformation computes on a state in float32 (float64 for float64 parameters),
     whatever the dtype of the parameters; updates have the gradients' dtypes. Integers, keys and
-    small arrays stay as they are, and so do bases of `low_rank`, which must stay orthonormal.
+    small arrays are not packed, and neither are bases of `low_rank`, which must stay orthonormal.
 
-    It composes like any transformation: around whole optimizers or a part of a chain, inside masks,
-    partitions and ``optax.inject_hyperparams``. In a `LowRank` the storage is an option of its own.
+    It can go around whole optimizers or parts of a chain, inside masks, partitions and
+    ``optax.inject_hyperparams``. In a `LowRank` the storage is an option.
 
     Args:
-      inner: any ``optax.GradientTransformation``; its ``init`` must be a function of shapes and
-        dtypes as far as structure goes, as is that of every transformation of optax.
-      storage: how the state rests, see `storages`.
-      smallest: arrays of fewer numbers stay as they are, an int >= 0.
+      inner: any ``optax.GradientTransformation``. The structure of its state must depend on shapes
+        and dtypes alone, as in every transformation of optax.
+      storage: how arrays are packed, see `storages`.
+      smallest: arrays with fewer numbers are not packed, an int >= 0.
 
     Returns:
-      An ``optax.GradientTransformationExtraArgs``, whose state is that of ``inner``, packed.
+      An ``optax.GradientTransformationExtraArgs``, whose state is the state of ``inner``, packed.
 
     Raises:
       TypeError, ValueError: if an argument is malformed; at ``update`` if the state was made for
@@ -70,6 +70,7 @@ def quantized(
     _checks.instance("storage", storage, storages.Storage, "of `gum_optax.storages`")
     smallest = _checks.non_negative_int("smallest", smallest)
     run = optax.with_extra_args_support(inner)
+    # Bases of `low_rank` are not packed.
     resting = storages.by_path(lambda path: storages.plain() if _BASIS(path) else storage)
     pack = partial(storages.pack, resting, smallest=smallest)
 
@@ -84,14 +85,16 @@ def quantized(
     ) -> tuple[PyTree, Any]:
         if is_stand_in(updates):
             return updates, state
-        # 1. The shapes of the state before it was packed; warnings of `init` were given there.
+        # 1. The shapes of the state before it was packed. `init` has warned already, when the
+        #    caller ran it.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             like = jax.eval_shape(run.init, updates if params is None else params)
         expected = jax.eval_shape(pack, like)
         containers, state = jax.tree.structure(state), _regrouped(like, expected, state)
         _checks.same_shapes(expected, state)
-        # 2. Unpack, update, pack.
+        # 2. (U, S) = inner(G, unpack(S)), then pack(S), in the dtypes and containers of the state
+        #    that came in.
         unpacked = storages.unpack(resting, state, like, smallest)
         new_updates, new_state = run.update(updates, unpacked, params, **extra_args)
         packed = jax.tree.leaves(keep_dtypes(pack(new_state), state))
@@ -101,9 +104,9 @@ def quantized(
 
 
 def _regrouped(like: PyTree, expected: PyTree, state: PyTree) -> PyTree:
-    """Gives packed arrays the containers of ``init``.
+    """Puts packed arrays into the containers that ``init`` makes.
 
-    Flax NNX makes mappings of the NamedTuples that its variables hold, once a step has set them.
+    Flax NNX turns the NamedTuples inside its variables into mappings once a step has set them.
     """
 
     def on_leaf(_: Any, want: PyTree, rest: PyTree) -> PyTree:
@@ -113,13 +116,14 @@ def _regrouped(like: PyTree, expected: PyTree, state: PyTree) -> PyTree:
     try:
         return jax.tree.map(on_leaf, like, expected, state)
     except ValueError:
-        # Made for other parameters, which this tells by name; so it does where a leaf is masked.
+        # The structures differ, so the state was made for other parameters: raise the error that
+        # names the array. A masked leaf, which has no array, must count as one for this.
         _checks.same_shapes(_with_masks(expected), _with_masks(state))
         return state
 
 
 def _with_masks(tree: PyTree) -> PyTree:
-    """The tree with a scalar in the place of every masked leaf, so that it counts as one."""
+    """Replaces every masked leaf by a scalar, so that it counts as an array."""
 
     def is_mask(node: Any) -> bool:
         return isinstance(node, optax.MaskedNode)

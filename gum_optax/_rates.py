@@ -1,4 +1,4 @@
-"""Learning rates and decoupled weight decay: their types, and the decay that optimizers share.
+"""Types of learning rates and masks, and the decoupled weight decay that optimizers share.
 
 Tests: tests/library/test_fallbacks.py, tests/library/test_recipes.py.
 """
@@ -17,12 +17,18 @@ ScalarOrSchedule: TypeAlias = float | jax.Array | optax.Schedule
 """A learning rate: a number, or a function of the step count."""
 
 Mask: TypeAlias = PyTree | Callable[[PyTree], PyTree] | None
-"""True for the leaves that something applies to: a tree or prefix tree, or a function of one."""
+"""True for the leaves that weight decay applies to: a tree, a prefix tree, or a function."""
 
 
 def decoupled_decay(weight_decay: Number, mask: Mask) -> optax.GradientTransformation:
-    """U -> U + weight_decay * W, before the learning rate."""
-    # Without decay there is no transformation to run; a traced value may be anything.
+    """Returns the transformation ``U -> U + weight_decay * W``, for use before the learning rate.
+
+    Args:
+      weight_decay: a number or a traced scalar, >= 0.
+      mask: the leaves that decay; None: all.
+    """
+    # Without decay there is nothing to run, and `update` needs no `params`. A traced value cannot
+    # be compared.
     if isinstance(weight_decay, int | float) and weight_decay == 0:
         return optax.identity()
     return optax.add_decayed_weights(weight_decay, mask)

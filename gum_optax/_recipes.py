@@ -1,10 +1,12 @@
 """Recipes: optimizers by name.
 
-An optimizer takes a compression, so that every pair is one call:
+An optimizer takes a compression, so that every pair of the two is one call:
 
 - ``gum(0.02, LowRank())`` is GUM, ``gum(0.02, galore())`` is GaLore-Muon;
 - ``adamw(1e-3, LowRank())`` is unbiased AdamW, ``adamw(1e-3, galore())`` is GaLore;
-- ``muon(0.02)`` compresses no gradients: its momentum is quantized.
+- ``muon(0.02)`` compresses no gradients but quantizes its momentum.
+
+Each recipe is a direction for matrices, which `for_matrices` completes to an optimizer.
 
 Tests: tests/library/test_recipes.py.
 """
@@ -49,19 +51,20 @@ def scale_by_gum(
         \qquad\text{(drawn matrices)}
 
     where NS is Muon's Newton-Schulz iteration. The gradient estimate that momentum sees is
-    unbiased. NS removes scale, so within one branch 1/q and 1/(1-q) do not change a direction.
+    unbiased; the update, after NS, is not. NS is invariant to scale, so the factors 1/q and
+    1/(1-q) do not change the direction of a matrix within a period.
 
-    Every leaf is taken as matrices (its last two axes); `gum` chooses leaves.
+    The last two axes of every leaf are a matrix; `gum` selects the leaves.
 
     Args:
-      compression: rank, period, gamma and the rest, see `LowRank`.
+      compression: rank, period, number of drawn layers and other options, see `LowRank`.
       beta: momentum decay, in [0, 1).
       nesterov: whether to use Nesterov momentum.
-      orthogonalizer: what follows momentum, by default `scale_by_polar()`.
+      orthogonalizer: the transformation after momentum, by default `scale_by_polar()`.
 
     Returns:
-      An ``optax.GradientTransformationExtraArgs``: directions without learning rate, sign or shape
-      scaling, in the gradients' shapes and dtypes.
+      An ``optax.GradientTransformationExtraArgs``. Its updates are directions without learning
+      rate, sign or shape scaling, in the gradients' shapes and dtypes.
 
     Raises:
       TypeError, ValueError: if an argument is malformed, and as `low_rank` does.
@@ -86,10 +89,11 @@ def scale_by_gum(
     _checks.hyperparameter("beta", beta, below=1.0)
     _checks.transformation("orthogonalizer", orthogonalizer)
 
-    # Muon's direction: R <- beta R + G, U = NS(R).
+    # The inner transformation is Muon's direction: R <- beta R + G, U = NS(R).
     def muon(beta: Number) -> optax.GradientTransformation:
         return optax.chain(optax.trace(decay=beta, nesterov=nesterov), orthogonalizer)
 
+    # `beta` may be traced, as under `optax.inject_hyperparams`, so it is handed over.
     return _mesh.handing_over(partial(low_rank, compression=compression), muon, beta=beta)
 
 
@@ -107,7 +111,7 @@ def gum(
     fallback: optax.GradientTransformation | Fallback | None = None,
     fallback_learning_rate: ScalarOrSchedule | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""GUM: GaLore Unbiased with Muon, in place of ``optax.contrib.muon``.
+    r"""GUM, GaLore Unbiased with Muon: a replacement for ``optax.contrib.muon``.
 
     Matrices get `scale_by_gum`, Muon's shape scaling, decoupled weight decay and the learning rate;
     everything else gets the fallback, see `for_matrices`. With ``galore()`` as compression this is
@@ -115,13 +119,13 @@ def gum(
 
     Args:
       learning_rate: a number, or a schedule of the step count.
-      compression: rank, period, full-rank layers and the rest, see `LowRank`.
+      compression: rank, period, number of drawn layers and other options, see `LowRank`.
       beta: as for `scale_by_gum`.
       nesterov: as for `scale_by_gum`.
       orthogonalizer: as for `scale_by_gum`.
       consistent_rms: if given, updates are scaled by ``consistent_rms * sqrt(max(fan_in,
-        fan_out))`` (0.2 matches AdamW's RMS, arXiv 2502.16982); by default by ``sqrt(max(1, fan_out
-        / fan_in))``.
+        fan_out))``, where 0.2 matches the root mean square of AdamW's updates (arXiv 2502.16982);
+        by default by ``sqrt(max(1, fan_out / fan_in))``.
       weight_decay: as for `for_matrices`.
       weight_decay_mask: as for `for_matrices`.
       weight_dimension_numbers: as for `for_matrices`.
@@ -149,8 +153,9 @@ def gum(
       Pan et al., Unbiased Gradient Low-Rank Projection, arXiv 2510.17802.
       Jordan et al., Muon, https://kellerjordan.github.io/posts/muon/
     """
+    # Checked here, since a function of the update would raise at the first step only.
     _consistent_rms(consistent_rms)
-    # Low-rank Muon, then the factor that makes updates of all shapes move outputs alike.
+    # Low-rank Muon, then Muon's factor for the shape of each matrix.
     direction = scale_by_gum(
         compression, beta=beta, nesterov=nesterov, orthogonalizer=orthogonalizer
     )
@@ -179,21 +184,22 @@ def muon(
     fallback: optax.GradientTransformation | Fallback | None = None,
     fallback_learning_rate: ScalarOrSchedule | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Muon at full rank, with momentum in 8 bits: in place of ``optax.contrib.muon``.
+    r"""Muon at full rank with momentum in 8 bits: a replacement for ``optax.contrib.muon``.
 
-    Matrices get momentum that rests in a storage, Newton-Schulz, Muon's shape scaling, decoupled
-    weight decay and the learning rate; everything else gets the fallback, see `for_matrices`:
+    Matrices get momentum that is packed between steps, Newton-Schulz, Muon's shape scaling,
+    decoupled weight decay and the learning rate; everything else gets the fallback, see
+    `for_matrices`:
 
     .. math::
         M \leftarrow \beta \hat M + G, \quad U = \text{NS}(M), \quad
         \hat M = \text{unpack}(\text{pack}(M))
 
-    Momentum in 8 bits has an eighth of the bytes of AdamW's moments. Relative errors of small
-    entries do not grow in a polar factor, as they do in Adam's quotients.
+    Momentum in 8 bits takes an eighth of the bytes of AdamW's moments. Relative errors of small
+    entries do not grow in a polar factor, unlike in Adam's quotients.
 
     Args:
       learning_rate: a number, or a schedule of the step count.
-      storage: how momentum rests between steps, see `storages` and `quantized`.
+      storage: how momentum is packed between steps, see `storages` and `quantized`.
       beta: as for `scale_by_gum`.
       nesterov: as for `scale_by_gum`.
       orthogonalizer: as for `scale_by_gum`.
@@ -226,6 +232,7 @@ def muon(
     _checks.hyperparameter("beta", beta, below=1.0)
     _checks.transformation("orthogonalizer", orthogonalizer)
     _consistent_rms(consistent_rms)
+    # M <- beta M + G with M packed between steps, then NS, then the factor of the shape.
     direction = optax.chain(
         quantized(optax.trace(decay=beta, nesterov=nesterov), storage),
         orthogonalizer,
@@ -255,18 +262,20 @@ def adamw(
     fallback: optax.GradientTransformation | Fallback | None = None,
     fallback_learning_rate: ScalarOrSchedule | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """AdamW on compressed gradients, in place of ``optax.adamw``.
+    """AdamW on compressed gradients: a replacement for ``optax.adamw``.
 
-    With the default compression Adam sees unbiased estimates of the gradients; with ``galore()``
-    this is GaLore, whose factor alpha on the updates of matrices is a learning rate of their own:
+    Matrices get Adam on compressed gradients, decoupled weight decay and the learning rate;
+    everything else gets the fallback, see `for_matrices`. With the default compression Adam sees
+    unbiased estimates of the gradients. With ``galore()`` this is GaLore; its factor alpha on the
+    updates of matrices is a separate learning rate:
     ``adamw(alpha * rate, galore(), fallback_learning_rate=rate)``.
 
     Args:
       learning_rate: a number, or a schedule of the step count.
-      compression: rank, period, full-rank layers and the rest, see `LowRank`.
-      b1: decay of the first moment, in [0, 1); of the default fallback, too.
-      b2: decay of the second moment, in [0, 1); of the default fallback, too.
-      eps: added to the root of the second moment; of the default fallback, too.
+      compression: rank, period, number of drawn layers and other options, see `LowRank`.
+      b1: decay of the first moment, in [0, 1), also in the default fallback.
+      b2: decay of the second moment, in [0, 1), also in the default fallback.
+      eps: added to the root of the second moment, >= 0, also in the default fallback.
       weight_decay: as for `for_matrices`.
       weight_decay_mask: as for `for_matrices`.
       weight_dimension_numbers: as for `for_matrices`.
@@ -291,9 +300,10 @@ def adamw(
     _checks.hyperparameter("b1", b1, below=1.0)
     _checks.hyperparameter("b2", b2, below=1.0)
     _checks.hyperparameter("eps", eps)
-    # The default fallback is the same AdamW, on gradients as they are.
+    # The default fallback is the same AdamW on uncompressed gradients.
     if fallback is None:
         fallback = fallbacks.adamw(b1, b2, eps)
+    # Hyperparameters may be traced, as under `optax.inject_hyperparams`, so they are handed over.
     direction = _mesh.handing_over(
         partial(low_rank, compression=compression), optax.scale_by_adam, b1=b1, b2=b2, eps=eps
     )
@@ -318,7 +328,7 @@ def _consistent_rms(value: Any) -> None:
 
 
 def _scale_by_shape(consistent_rms: Number | None) -> optax.GradientTransformation:
-    """Muon's shape scaling of matrices ``[..., fan_in, fan_out]``.
+    """Returns Muon's shape scaling of matrices ``[..., fan_in, fan_out]``.
 
     References:
       ``sqrt(max(1, fan_out / fan_in))``: Jordan et al., Muon. ``consistent_rms * sqrt(max(fan_in,
@@ -326,6 +336,7 @@ def _scale_by_shape(consistent_rms: Number | None) -> optax.GradientTransformati
     """
 
     def scale(update: jax.Array) -> jax.Array:
+        # Without entries, fan_in may be zero.
         if update.size == 0:
             return update
         # A matrix maps fan_in inputs (rows) to fan_out outputs (columns).
@@ -334,6 +345,7 @@ def _scale_by_shape(consistent_rms: Number | None) -> optax.GradientTransformati
             factor = jnp.sqrt(max(1.0, fan_out / fan_in))
         else:
             factor = jnp.sqrt(float(max(fan_in, fan_out))) * consistent_rms
+        # A traced `consistent_rms` is float32 and would promote updates in half precision.
         return (factor * update).astype(update.dtype)
 
     return optax.stateless(lambda updates, params: jax.tree.map(scale, updates))

@@ -1,7 +1,7 @@
-"""A refresh: the bases of a new period, from the gradients of its first step, and its draws.
+"""A refresh: bases of a new period from the gradients of its first step, and new draws.
 
-Randomness is a function of the seed, the period and a group's role, so that it is equal on every
-host, at every sharding and after every resume.
+Random numbers are a function of the seed, the period and the group's role, so that they are equal
+on every host, under every sharding and after every resume.
 
 Tests: tests/library/test_low_rank.py, tests/library/test_unbiased.py for the draws.
 """
@@ -28,14 +28,14 @@ def new_period(
     rule: residuals.Residual,
     old: dict[str, jax.Array],
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-    """The bases of a period, and the matrices that its slots serve.
+    """Returns the bases of a period, and the matrices that its slots serve.
 
     Args:
       groups: the compressed groups.
-      gradients: by group, the leaves that bases come from.
+      gradients: by group, the leaves from which bases are made.
       key: the seed of all periods, ``uint32[2]``.
       period: the number of the period, an int32 scalar.
-      projector: that of this step.
+      projector: the projector of this step.
       rule: the residual rule, which draws.
       old: by group, the bases of the last period, ``[*lead, m, r]``.
 
@@ -52,19 +52,19 @@ def new_period(
 def draw(
     groups: Sequence[Group], key: jax.Array, period: jax.Array, rule: residuals.Residual
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-    """All that is random in a period.
+    """Draws all random numbers of a period.
 
     Returns:
-      By group, the matrices that its slots serve, ``int32[slots]``, and a key for each of its N
-      matrices, with which a projector makes the basis. Groups without slots have no entry in the
-      first, so that no array is empty.
+      Two dicts by group: the matrices that its slots serve, ``int32[slots]``, and a typed key for
+      each of its N matrices, for the projector. Groups without slots have no entry in the first, so
+      that no array is empty.
     """
     slots, keys = {}, {}
     for group in groups:
         own = _period_key(key, period, group.role)
-        # The draw uses the key itself and the bases one folded from it: the two are independent,
-        # which is what the estimate's unbiasedness rests on.
-        # A key for each matrix: random bases of equal gradients differ.
+        # The draw uses the key itself and the bases a key folded from it. So the two are
+        # independent, on which the unbiasedness of the estimate rests.
+        # Each matrix has a key, so that random bases of equal gradients differ.
         keys[group.name] = jax.random.split(jax.random.fold_in(own, 1), group.count)
         if rule.slots(group):
             slots[group.name] = rule.draw(group, own)
@@ -72,10 +72,10 @@ def draw(
 
 
 def _alike(groups: Sequence[Group], basis: dict[str, jax.Array]) -> list[list[Group]]:
-    """Groups whose matrices have one shape and rank, off meshes: one loop serves all of them.
+    """Collects groups of equal shape, rank and dtype, for which one loop can make all bases.
 
-    A projector is most of what there is to compile, and the seven roles of a transformer have two
-    or three shapes. On a mesh roles are laid out in different ways, and stay apart.
+    The projector takes most of the compile time, and the seven roles of a transformer have two or
+    three shapes. On a mesh roles have different shardings, so each group has a loop of its own.
     """
     found: dict[Any, list[Group]] = {}
     for group in groups:
@@ -86,10 +86,10 @@ def _alike(groups: Sequence[Group], basis: dict[str, jax.Array]) -> list[list[Gr
 
 
 def _period_key(key: jax.Array, period: jax.Array, role: str) -> jax.Array:
-    """The key of one group in one period: a function of seed, period and role alone.
+    """Returns the key of one group in one period, a function of seed, period and role alone.
 
     Layers that are separate leaves have a number in their path (``layers/*/q``), stacked layers do
-    not (``layers/q``): the two name the same matrices and get the same draws.
+    not (``layers/q``). Both name the same matrices, so both get the same draws.
     """
     name = role.replace("*/", "")
     typed = jax.random.wrap_key_data(key, impl="threefry2x32")
@@ -104,7 +104,8 @@ def _new_bases(
     keys: dict[str, jax.Array],
     previous: dict[str, jax.Array],
 ) -> dict[str, jax.Array]:
-    """Projects one matrix after the other, so that temporaries are those of one matrix."""
+    """Makes one basis after the other, so that one matrix has temporaries at a time."""
+    # 1. The input of the loop: for each group a function from an index to a gradient [m, n].
     old = [previous[group.name] for group in groups]  # [*lead, m, r] each
     dtype, shape = old[0].dtype, old[0].shape[-2:]
     takes = [_codec.matrix_at(group, gradients[group.name], dtype) for group in groups]
@@ -120,6 +121,7 @@ def _new_bases(
             )
         return basis.astype(dtype)
 
+    # 2. A loop over the matrices of all groups: (number of the group, index in it, key, old basis).
     counts = [group.count for group in groups]
     bases = jax.lax.map(
         one,
@@ -130,6 +132,7 @@ def _new_bases(
             _joined([part.reshape(-1, *shape) for part in old]),
         ),
     )  # [matrices of all groups, m, r]
+    # 3. Back to one array [*lead, m, r] for each group.
     ends = np.cumsum(counts)
     return {
         group.name: bases[end - group.count : end].reshape(part.shape)

@@ -1,4 +1,4 @@
-"""`stochastic_rounding`: weights in bfloat16 that small updates still move.
+"""`stochastic_rounding`: trains weights in bfloat16 without losing small updates.
 
 Tests: tests/library/test_rounding.py.
 """
@@ -21,8 +21,8 @@ class RoundingState(NamedTuple):
     """State of `stochastic_rounding`.
 
     Attributes:
-      step: ``int32[]``, the number of updates so far; with the key it decides the random bits. It
-        wraps, so that bits repeat after ``2**32`` updates.
+      step: ``int32[]``, the number of updates so far; with the key it determines the random bits.
+        It wraps around, so that bits repeat after ``2**32`` updates.
       inner: the state of the wrapped optimizer.
     """
 
@@ -33,34 +33,35 @@ class RoundingState(NamedTuple):
 def stochastic_rounding(
     inner: optax.GradientTransformation, key: int | jax.Array = 0
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Trains weights in bfloat16 without a copy in float32: sums are rounded up or down at random.
+    r"""Trains weights in bfloat16 without a float32 copy: sums are rounded up or down at random.
 
     bfloat16 keeps eight binary digits, so an update below 1/512 of a weight is lost when the sum is
-    rounded to nearest. Rounding to one of the two neighbours a < b of the sum, to each with the
-    probability that makes the mean right, loses nothing on average:
+    rounded to nearest. Stochastic rounding chooses one of the two neighbours a < b of the sum, with
+    the probabilities that make its mean exact:
 
     .. math::
         x = W + U, \quad P(W' = b) = \frac{x - a}{b - a}, \quad \operatorname{E} W' = x
 
-    The inner transformation sees gradients and weights in float32, so its state is that of float32
-    weights (put `quantized` around it to have less), and so are the updates that come back: with
-    them ``optax.apply_updates`` gives the rounded sum, exactly. Nothing may change these updates
-    afterwards, so this is the outermost transformation. Leaves of other dtypes are left alone.
+    The inner transformation sees gradients and weights in float32, so its state has the dtypes of
+    float32 weights (`quantized` inside this wrapper packs it). The returned updates are float32,
+    too: ``optax.apply_updates`` turns them into exactly the rounded sum. Nothing may change these
+    updates afterwards, so this must be the outermost transformation. Leaves of other dtypes are
+    updated as without this wrapper.
 
     Args:
       inner: a whole optimizer, with its learning rate.
-      key: a seed, or a threefry key (typed, or raw ``uint32[2]``), of the random bits. They do not
-        depend on a mesh.
+      key: a seed or a threefry key (typed, or raw ``uint32[2]``) for the random bits, which do not
+        depend on the mesh.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``; its ``update`` needs ``params``. The state is a
-      `RoundingState`, four bytes beside that of ``inner``.
+      `RoundingState`, four bytes more than the state of ``inner``.
 
     Raises:
       TypeError, ValueError: if an argument is malformed; at ``update``, if ``params`` is missing.
 
     Example:
-      A thousand updates of a thousandth of what bfloat16 resolves:
+      A thousand updates, each far too small for bfloat16:
 
       >>> import jax, jax.numpy as jnp, optax
       >>> import gum_optax
@@ -111,7 +112,7 @@ def stochastic_rounding(
 
 
 def _wide(tree: PyTree) -> PyTree:
-    """The same in float32, where it is in bfloat16."""
+    """Converts bfloat16 leaves to float32 and leaves others unchanged."""
 
     def widen(leaf: Any) -> Any:
         if isinstance(leaf, Projected):
@@ -124,24 +125,25 @@ def _wide(tree: PyTree) -> PyTree:
 
 
 def _rounded_move(key: jax.Array, weight: jax.Array, move: jax.Array) -> jax.Array:
-    """The float32 update U' for which ``W + U'`` is the sum ``W + U``, rounded at random."""
+    """Returns the float32 update U' for which ``W + U'`` is the sum ``W + U`` rounded at random."""
     if weight.dtype != jnp.bfloat16:
         return move
 
     def rounded(key: jax.Array, weight: jax.Array, move: jax.Array) -> jax.Array:
         old = weight.astype(jnp.float32)
-        # W + (W' - W) is W' again: both are numbers of eight digits, and float32 keeps 24.
+        # U' = W' - W. The sum W + U' is exactly W': both have eight digits, and float32 keeps 24.
         return round_at_random(key, old + move).astype(jnp.float32) - old
 
     return _mesh.in_auto_mode(rounded, key, weight, move, like=lambda: move)
 
 
 def round_at_random(key: jax.Array, x: jax.Array) -> jax.Array:
-    """Rounds a float32 array to bfloat16, each entry up or down, right on average.
+    """Rounds a float32 array to bfloat16, each entry up or down, with the exact mean.
 
-    Adding random bits below the last one that is kept carries into it as often as it should; what
-    is not finite stays as it is.
+    Random bits are added below the last bit that is kept. They carry into it with the probability
+    (x - a) / (b - a). Entries that are not finite are converted without rounding.
     """
+    # bfloat16 is the upper half of float32, so integer arithmetic on the bits does it.
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
     kept = ((bits + noise) >> _DROPPED).astype(jnp.uint16)

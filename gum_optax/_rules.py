@@ -1,9 +1,9 @@
 """Ready rules: which axes of a leaf are a matrix, by conventions of names and shapes.
 
 A *layout* has a letter for each axis of a leaf: ``i`` for the input (reduction) side, ``o`` for the
-output side, ``b`` for batch axes; ``ioo`` is a query kernel ``[embed, heads, head_dim]``. It is
-aligned to the right: axes on its left are batch axes. A rule of layouts is a table of them, one for
-each kind of module, found by the parts of a leaf's path.
+output side, ``b`` for batch axes; ``ioo`` is a query kernel ``[embed, heads, head_dim]``. Layouts
+are aligned to the right: axes on their left are batch axes. A table maps a pattern for a part of
+the path, one for each kind of module, to a layout.
 
 Every rule leaves tables, heads and vectors to the fallback, by the evidence of `_evidence`.
 
@@ -33,14 +33,14 @@ _OUTPUT_INPUT = MuonDimensionNumbers(reduction_axis=-1, output_axis=-2)
 def default(params: PyTree) -> PyTree:
     """Takes 2-D leaves as matrices, except tables, heads and stacks of vectors.
 
-    Names decide first: embeddings, position tables, heads, biases, scales and norms. Shapes decide
-    where names are silent: a leaf such as ``norm_attn`` ``[L, d]`` is a stack of vectors if leaves
-    with three or more axes show L layers, and the only other leaf with the sizes of the embedding
-    ``[V, d]`` is the head, however it is called. Leaves with three or more axes are ambiguous and
-    are not matrices.
+    Names decide first: embeddings, position tables, heads, biases, scales and norms. If a name
+    decides nothing, shapes do. A leaf such as ``norm_attn`` ``[L, d]`` is a stack of vectors if
+    leaves with three or more axes show that there are L layers. The only other leaf with the sizes
+    of the embedding ``[V, d]`` is the head, whatever its name. Leaves with three or more axes are
+    ambiguous and are not taken as matrices.
 
-    A matrix is ``[in, out]``, but ``[out, in]`` where it is the attribute ``weight`` of an object,
-    as in Equinox.
+    A matrix is ``[in, out]``, or ``[out, in]`` if it is the attribute ``weight`` of an object, as
+    in Equinox.
 
     Args:
       params: arrays, or ``jax.ShapeDtypeStruct`` in their place.
@@ -54,8 +54,8 @@ def default(params: PyTree) -> PyTree:
       >>> dimension_numbers.default({"embed": jnp.ones((8, 4)), "up": jnp.ones((4, 16))})
       {'embed': None, 'up': MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)}
 
-      A weight with a misleading name is overridden by a callable of one's own, which can be passed
-      as ``weight_dimension_numbers``. To send a leaf to the fallback, write None:
+      A function of your own, passed as ``weight_dimension_numbers``, can correct this for a weight
+      with a misleading name. None sends a leaf to the fallback:
 
       >>> def mine(params):
       ...     numbers = dimension_numbers.default(params)
@@ -67,10 +67,11 @@ def default(params: PyTree) -> PyTree:
 
 
 def scanned_layers(params: PyTree, *, layer_axis: int = 0) -> PyTree:
-    """Takes leaves of three and more axes as stacks of matrices, their last two axes.
+    """Takes the last two axes of leaves with three or more axes as matrices.
 
-    For stacks of plain matrices alone, such as ``nn.scan`` over ``nn.Dense``, and experts; `flax`
-    knows attention kernels, too. 2-D leaves, and tables, heads and vectors, follow `default`.
+    This is for models with stacks of plain matrices, such as ``nn.scan`` over ``nn.Dense``, and
+    experts; `flax` knows attention kernels as well. 2-D leaves, tables, heads and vectors follow
+    `default`.
 
     Args:
       params: arrays, or ``jax.ShapeDtypeStruct`` in their place.
@@ -99,8 +100,8 @@ def scanned_layers(params: PyTree, *, layer_axis: int = 0) -> PyTree:
 def convolutions(params: PyTree) -> PyTree:
     """Takes Flax convolution kernels ``[*spatial, in, out]`` as matrices (spatial * in) x out.
 
-    Every leaf with three or more axes counts as such a kernel, so that modules may have any name;
-    `flax` finds those that are called convolutions. Other leaves follow `default`.
+    Every leaf with three or more axes counts as such a kernel, whatever the name of its module;
+    `flax` finds convolutions by name. Other leaves follow `default`.
 
     Args:
       params: arrays, or ``jax.ShapeDtypeStruct`` in their place.
@@ -124,23 +125,23 @@ def convolutions(params: PyTree) -> PyTree:
 def flax(params: PyTree, *, layer_axis: int | None = None) -> PyTree:
     """Takes the kernels of Flax models as matrices, by the names of their modules.
 
-    Known are, in Linen and NNX, and in models that follow their conventions (big_vision, nanodo,
-    MaxText, tunix, bonsai, Hugging Face's):
+    It knows the following kernels of Linen and NNX, and of models with their conventions
+    (big_vision, nanodo, MaxText, tunix, bonsai, Hugging Face):
 
     - ``query``, ``key``, ``value``, ``q_proj``, ...: ``[embed, heads, head_dim]``;
     - ``out``, ``o_proj``, ``attn_out_proj``, ...: ``[heads, head_dim, embed]``;
-    - fused ones (``qkv``, ``qkv_proj``): ``[embed, 3, heads, head_dim]``, three matrices;
+    - fused kernels (``qkv``, ``qkv_proj``): ``[embed, 3, heads, head_dim]``, three matrices;
     - experts: ``[experts, in, out]``;
-    - convolutions: ``[*spatial, in, out]``, save depthwise ones;
-    - all of these, and dense kernels, with one more axis over scanned layers, wherever it is.
+    - convolutions, except depthwise ones: ``[*spatial, in, out]``;
+    - all of these, and dense kernels, with an additional axis over scanned layers.
 
-    Embeddings of patches are input layers and go to the fallback as tables do. Other leaves follow
+    Patch embeddings are input layers and go to the fallback, like tables. Other leaves follow
     `default`.
 
     Args:
       params: arrays, or ``jax.ShapeDtypeStruct`` in their place.
-      layer_axis: the axis over scanned layers; by default the one of the first two whose sizes are
-        alike in all leaves that have an axis too many.
+      layer_axis: the axis over scanned layers; by default axis 0 or 1, along which all leaves
+        with an additional axis have the same size.
 
     Returns:
       A tree like ``params`` of ``MuonDimensionNumbers`` or None.
@@ -161,8 +162,8 @@ def flax(params: PyTree, *, layer_axis: int | None = None) -> PyTree:
 def maxtext(params: PyTree) -> PyTree:
     """Takes the kernels of MaxText models as matrices, scanned (over axis 1, its default) or not.
 
-    The numbers are those of MaxText's own ``get_muon_weight_dimension_numbers``, which can be
-    passed as ``weight_dimension_numbers`` itself; this rule needs no MaxText.
+    The result equals the tree of MaxText's own ``get_muon_weight_dimension_numbers`` where that is
+    correct; it can also be passed as ``weight_dimension_numbers``. This rule works without MaxText.
 
     Args:
       params: arrays, or ``jax.ShapeDtypeStruct`` in their place.
@@ -183,10 +184,13 @@ def maxtext(params: PyTree) -> PyTree:
 def gemma(params: PyTree) -> PyTree:
     """Takes the einsum weights of Gemma as matrices, as in google-deepmind/gemma and tunix.
 
-    ``q_einsum`` ``[heads, embed, head_dim]``; ``kv_einsum`` ``[2, heads, embed, head_dim]`` and
-    ``qkv_einsum``, two or three matrices; ``attn_vec_einsum`` ``[heads, head_dim, embed]``;
-    ``gating_einsum`` ``[2, hidden, embed]`` or ``[2, embed, hidden]``, two matrices, told apart by
-    the ``linear`` beside it. Other leaves follow `flax`.
+    - ``q_einsum``: ``[heads, embed, head_dim]``;
+    - ``kv_einsum``: ``[2, heads, embed, head_dim]``, two matrices, and ``qkv_einsum``, three;
+    - ``attn_vec_einsum``: ``[heads, head_dim, embed]``;
+    - ``gating_einsum``: ``[2, hidden, embed]`` or ``[2, embed, hidden]``, two matrices. The weight
+      ``linear`` of the same module shows which of the two it is.
+
+    Other leaves follow `flax`.
 
     Args:
       params: arrays, or ``jax.ShapeDtypeStruct`` in their place.
@@ -200,7 +204,7 @@ def gemma(params: PyTree) -> PyTree:
       >>> dimension_numbers.gemma({"q_einsum": {"w": jnp.ones((4, 64, 16))}})
       {'q_einsum': {'w': MuonDimensionNumbers(reduction_axis=1, output_axis=(0, 2))}}
     """
-    # The hidden width is the input side of `linear`, in any number of experts.
+    # Module -> hidden width, the input side of its `linear` [*experts, hidden, embed].
     hidden = {
         _parent(path, "linear"): leaf.shape[-2]
         for path, leaf in leaves_with_names(params)
@@ -221,9 +225,10 @@ def gemma(params: PyTree) -> PyTree:
 def equinox_stacked(params: PyTree) -> PyTree:
     """Takes weights ``[out, in]`` as matrices, as in Equinox and levanter, stacked or not.
 
-    Of q, k and v projections all axes but the last are heads, of o projections all but the first
-    are. Stacks have one more axis in front, over layers (``eqx.filter_vmap``, haliax' ``Stacked``),
-    which their norms show: ``[L, d]``.
+    In q, k and v projections all axes but the last are the output side (heads and their size); in o
+    projections all axes but the first are the input side. Stacked layers (``eqx.filter_vmap``,
+    haliax' ``Stacked``) have an additional first axis over layers, which is recognized by norms
+    ``[L, d]``.
 
     Args:
       params: arrays, or ``jax.ShapeDtypeStruct`` in their place.
@@ -243,7 +248,7 @@ def equinox_stacked(params: PyTree) -> PyTree:
     def rule(path: str, leaf: Any) -> MuonDimensionNumbers | None:
         shape = leaf.shape
         batch = int(len(shape) > 2 and shape[0] in layers)
-        # Heads take all the axes that there are: "oi" is "oooi" for grouped queries.
+        # A side with heads takes all remaining axes: "oi" is "oooi" for grouped queries.
         others = len(shape) - batch - 1
         layout = _kind(_EQUINOX, path) or ("oi" if others == 1 else "")
         layout = {"oi": "o" * others + "i", "io": "o" + "i" * others}.get(layout, "")
@@ -255,6 +260,7 @@ def equinox_stacked(params: PyTree) -> PyTree:
 # Tables of layouts: a pattern that a part of the path matches in full, and a layout ---------------
 
 _FLAX = {
+    # The first match counts, so fused kernels come before their parts.
     r"(fused_)?(qkv|kv)(_proj|_projection)?|query_key_value|c_attn|wqkv": "iboo",
     r"(q|k|v|query|key|value)(_proj|_projection)?|w[qkv]|w(q|kv)_b": "ioo",
     r"(o|out|output|attn_out|attention_out|attention_output)(_proj|_projection)?": "iio",
@@ -276,7 +282,7 @@ _CONVOLUTION = re.compile(r"[Cc]onv")
 
 
 def _kind(table: Mapping[str, str], path: str) -> str:
-    """The layout of the module that a leaf belongs to, or ""; the innermost part decides."""
+    """Returns the layout of the module of a leaf, or ""; the innermost matching part decides."""
     for part in reversed(path.split("/")):
         for pattern, layout in table.items():
             if re.fullmatch(pattern, part):
@@ -285,7 +291,7 @@ def _kind(table: Mapping[str, str], path: str) -> str:
 
 
 def _parent(path: str, module: str) -> str | None:
-    """The path of the module that holds ``module``, or None if the leaf is not that module's."""
+    """Returns the path of the module that holds ``module``, or None for leaves of others."""
     found = re.fullmatch(rf"(.*?)/?{module}(/w|/kernel)?", path)
     return found and found[1]
 
@@ -293,7 +299,10 @@ def _parent(path: str, module: str) -> str | None:
 def _of_layout(
     layout: str, shape: Sequence[int], layer_axis: int | None = None
 ) -> MuonDimensionNumbers:
-    """The numbers of a layout, aligned to the right of all axes but that of the layers."""
+    """Returns the dimension numbers of a layout, aligned to the right.
+
+    An axis over layers is skipped, wherever it is, and so becomes a batch axis.
+    """
     axes = [axis for axis in range(len(shape)) if axis != layer_axis][-len(layout) :]
     sides = [
         tuple(axis for axis, letter in zip(axes, layout, strict=True) if letter == side)
@@ -304,6 +313,7 @@ def _of_layout(
 
 
 def _of_convolution(shape: Sequence[int]) -> MuonDimensionNumbers:
+    # [*spatial, in, out]
     *inputs, output = range(len(shape))
     return MuonDimensionNumbers(tuple(inputs), output)
 
@@ -312,7 +322,7 @@ def _of_convolution(shape: Sequence[int]) -> MuonDimensionNumbers:
 
 
 def _flax_rule(params: PyTree, layer_axis: int | None) -> _OfLeaf:
-    """`flax` for one leaf, after a look at all of them for scanned layers."""
+    """Returns the rule `flax` for one leaf, after a search for scanned layers in all leaves."""
     named = leaves_with_names(params)
     evidence = evidence_against_matrices(named)
     deep = {
@@ -320,7 +330,7 @@ def _flax_rule(params: PyTree, layer_axis: int | None) -> _OfLeaf:
         for (path, leaf), found in zip(named, evidence, strict=True)
         if not found and len(leaf.shape) > 2 and not _CONVOLUTION.search(path)
     }
-    # 1. Leaves with one axis more than their kind has are scanned, and so are norms [L, d].
+    # 1. Leaves with more axes than their kind has are scanned, and so are norms [L, d].
     attention = [
         (layout, shape)
         for path, shape in deep.items()
@@ -329,7 +339,8 @@ def _flax_rule(params: PyTree, layer_axis: int | None) -> _OfLeaf:
     scanned = [shape for _, shape in attention] + stacks_of_scales(named)
     roles = {layout for layout, _ in attention}
 
-    # 2. Over layers all sizes are alike; a width may be alike in all, but it is larger.
+    # 2. The axis over layers is the one whose size varies least between leaves. If both sizes are
+    #    constant, the smaller one is the number of layers, and the larger one a width.
     def spread(axis: int) -> tuple[int, int]:
         sizes = {shape[axis] for shape in [*scanned, *_of_unknown_kind(deep)]}
         return len(sizes), sum(sizes)
@@ -344,12 +355,14 @@ def _flax_rule(params: PyTree, layer_axis: int | None) -> _OfLeaf:
         if _CONVOLUTION.search(path):
             # [*space, in, out]; depthwise kernels have one input channel.
             return _of_convolution(shape) if shape[-2] > 1 else None
-        # 3. A kernel that has just the axes of its kind is not scanned, if others of it are.
+        # 3. A kernel with exactly the axes of its kind is not scanned if others of its kind have an
+        #    additional axis.
         complete = len(shape) == len(layout) and layout in roles
         over = axis if shape[axis] in layers and not complete else None
+        # 4. The layout of the axes other than the axis over layers. Fused kernels have other forms,
+        #    too, [d, 3, d'] or [d, heads, 3 head_dim]; two axes are a plain matrix.
         rest = [size for i, size in enumerate(shape) if i != over]
         if layout == "iboo" and len(rest) == 3:
-            # [d, 3, d'] or [d, heads, 3 head_dim]
             layout = "ibo" if rest[1] == 3 else "ioo"
         if len(rest) == 2:
             layout = "io"
@@ -359,7 +372,7 @@ def _flax_rule(params: PyTree, layer_axis: int | None) -> _OfLeaf:
 
 
 def _of_unknown_kind(deep: Mapping[str, tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """Shapes of dense kernels with three axes: `flax` has no other explanation of them."""
+    """Returns shapes of deep leaves in no known module, which must be stacks of dense kernels."""
     return [shape for path, shape in deep.items() if not _kind(_FLAX, path)]
 
 
@@ -367,11 +380,14 @@ def _of_unknown_kind(deep: Mapping[str, tuple[int, ...]]) -> list[tuple[int, ...
 
 
 def _unknown(path: str, leaf: Any) -> None:
-    """Knows no leaf, and leaves all to what 2-D leaves are."""
+    """A rule that knows no leaf, so that 2-D leaves are matrices and others are not."""
 
 
 def _apply(rule: _OfLeaf, params: PyTree, otherwise: _OfLeaf = _unknown) -> PyTree:
-    """Maps a rule over the leaves that no evidence excludes; 2-D ones are matrices in any case."""
+    """Maps a rule over the leaves that no evidence excludes.
+
+    Leaves that the rule does not know go to ``otherwise``; 2-D leaves are matrices in any case.
+    """
     named = leaves_with_names(params)
     evidence = evidence_against_matrices(named)
     paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]

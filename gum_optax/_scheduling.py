@@ -1,9 +1,9 @@
-"""The order in which work on several matrices runs, where memory or speed depends on it.
+"""The order of work on several matrices, where memory or speed depends on it.
 
-Two means, for two places in which XLA's own order costs memory:
+Two functions, for two places in which XLA's own order costs memory:
 
-- `one_by_one` applies a function to the matrices of *one* array in a loop, so that temporaries of
-  one matrix exist at a time, not of all of them.
+- `one_by_one` applies a function to the matrices of *one* array in a loop, so that only the
+  temporaries of one matrix exist at a time.
 - `in_sequence` makes calls on *separate* arrays wait for one another, on CPUs.
 
 Neither changes the mathematics; a loop and a batch of products may round differently.
@@ -27,10 +27,10 @@ LARGE_SIDE = 256
 
 
 def is_large(matrices: jax.Array) -> bool:
-    """Whether each matrix of ``[..., m, n]`` keeps the machine busy by itself.
+    """Returns whether each matrix of ``[..., m, n]`` keeps the machine busy by itself.
 
-    Batching makes products of small matrices faster. It gains nothing for large ones, and their
-    temporaries, several times the size of the batch, are what memory runs out for.
+    Batching makes products of small matrices faster. For large matrices it gains nothing, and
+    temporaries of several times the size of the batch can exhaust the memory.
     """
     return min(matrices.shape[-2:]) > LARGE_SIDE
 
@@ -64,14 +64,14 @@ def one_by_one(function: Callable[[jax.Array], jax.Array], matrices: jax.Array) 
 
 
 def at(stacked: jax.Array, index: jax.Array) -> jax.Array:
-    """``stacked[index]`` for a traced index >= 0, whose sign ``[]`` would check at every use."""
+    """Returns ``stacked[index]`` for a traced index >= 0, without ``[]``'s check of its sign."""
     return jax.lax.dynamic_index_in_dim(
         stacked, index, keepdims=False, allow_negative_indices=False
     )
 
 
 def put(stacked: jax.Array, index: jax.Array, entry: jax.Array) -> jax.Array:
-    """``stacked.at[index].set(entry)``, likewise."""
+    """Returns ``stacked.at[index].set(entry)`` for a traced index >= 0, without that check."""
     return jax.lax.dynamic_update_index_in_dim(
         stacked, entry, index, axis=0, allow_negative_indices=False
     )
@@ -86,8 +86,8 @@ def in_sequence(
 
     Args:
       function: takes one entry of each column and returns an array.
-      *columns: iterables of equal length. The entries of the first are arrays, those of the others
-        may be anything.
+      *columns: iterables of equal length. The entries of the first are arrays; the entries of the
+        others may be anything.
       after: an array that the first call waits for, or None.
 
     Returns:
@@ -104,21 +104,21 @@ def in_sequence(
 
 
 def as_data(array: jax.Array) -> jax.Array:
-    """Returns the array, under ``jit`` as one whose values XLA does not know.
+    """Returns the array, under ``jit`` hidden from XLA's constant folding.
 
-    Of zeros that it knows, XLA computes what packs them while it compiles, on one core: half a
-    minute for the state of an embedding of 16,000 tokens.
+    XLA would evaluate the packing of zeros while it compiles, on one core: half a minute for the
+    state of an embedding of 16,000 tokens.
     """
     return jax.lax.optimization_barrier(array) if isinstance(array, jax.core.Tracer) else array
 
 
 def scheduled_after(value: jax.Array, after: jax.Array | None) -> jax.Array:
-    """Returns ``value``, which on CPUs is not ready before ``after`` is.
+    """Returns ``value``, scheduled after ``after`` on CPUs.
 
-    XLA's CPU backend schedules breadth first: left to itself it computes all updates before the
-    first of them is applied, and holds as many bytes of updates as there are parameters. The
-    backend drops an ``optimization_barrier`` before it schedules, so the order has to be a data
-    dependence. Other backends schedule for memory themselves.
+    XLA's CPU backend schedules breadth first. By itself it computes all updates before it applies
+    the first, and then holds as many bytes of updates as there are parameters. The backend drops an
+    ``optimization_barrier`` before it schedules, so the order has to be a data dependence. Other
+    backends schedule for memory themselves.
 
     Args:
       value: an array of any shape.
@@ -132,12 +132,14 @@ def scheduled_after(value: jax.Array, after: jax.Array | None) -> jax.Array:
     return _waiting(value, after)
 
 
-# Traced once for each pair of shapes; `inline` leaves the program that it is called in as it is.
+# `jit`, so that it is traced once for each pair of shapes; `inline`, so that no call is left in the
+# program.
 @partial(jax.jit, inline=True)
 def _waiting(value: jax.Array, after: jax.Array) -> jax.Array:
     def wait(value: jax.Array, after: jax.Array) -> jax.Array:
-        # One entry of `after` is enough. The factor is always one, max(first == first, 1), also for
-        # a NaN. XLA cannot know that, since a NaN differs from itself, and computes `after` first.
+        # One entry of `after` is enough. The factor max(first == first, 1) is always one, even for
+        # a NaN. XLA does not simplify it, since a NaN differs from itself, and so it computes
+        # `after` first.
         first = after[(0,) * after.ndim]
         one = jnp.maximum((first == first).astype(value.dtype), 1)
         return value * one

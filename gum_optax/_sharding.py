@@ -1,4 +1,4 @@
-"""`state_shardings`: derives the sharding of an optimizer state from that of the parameters.
+"""`state_shardings`: derives the sharding of an optimizer state from the parameters' sharding.
 
 Tests: tests/library/test_state_shardings.py.
 """
@@ -15,30 +15,31 @@ from gum_optax._paths import PyTree, leaves_with_names, path_name
 def state_shardings(
     tx: Any, params: PyTree, param_shardings: PyTree, mesh: Mesh | AbstractMesh | None = None
 ) -> PyTree:
-    """The shardings of an optimizer state, for ``jit(tx.init, out_shardings=...)`` and the like.
+    """Derives the shardings of an optimizer state from the shardings of the parameters.
 
-    State of a parameter's shape is sharded as the parameter. Of the low-rank state of a matrix
-    m x n, bases inherit the sharding of the m axis, low-rank values that of the n axis, slots both,
-    and all of them that of batch axes (stacked layers, experts), as far as it is the same for all
-    leaves of a group. Everything else is replicated.
+    The result is made for ``jit(tx.init, out_shardings=...)`` and for checkpoints. State with a
+    parameter's shape is sharded as the parameter. In the low-rank state of a matrix m x n, bases
+    ``[m, r]`` inherit the sharding of the m axis, low-rank values ``[r, n]`` the sharding of the n
+    axis, and slots ``[m, n]`` both. All of them inherit the sharding of batch axes (stacked layers,
+    experts), as far as it is equal for all leaves of a group. Everything else is replicated.
 
-    ``tx.init`` is traced with the shardings as part of the arrays' types, so this holds for any
-    optax transformation, whatever it is wrapped in; nothing is computed or allocated.
+    ``tx.init`` is traced with the shardings as part of the arrays' types, so this works for any
+    optax transformation with any wrappers. Nothing is computed or allocated.
 
     Args:
       tx: an ``optax.GradientTransformation``.
-      params: the parameters: arrays or ``ShapeDtypeStruct``, Flax variables or boxes of them.
-      param_shardings: a tree or prefix tree of ``jax.sharding.NamedSharding`` like ``params``, or
-        of ``PartitionSpec`` with ``mesh``. None is replicated.
-      mesh: the mesh of the partition specs; by default the one of ``jax.set_mesh``.
+      params: the parameters: arrays or ``ShapeDtypeStruct``, also in Flax variables or boxes.
+      param_shardings: a tree like ``params`` or a prefix tree, of ``jax.sharding.NamedSharding``,
+        or of ``PartitionSpec`` together with ``mesh``. None is replicated.
+      mesh: the mesh of the partition specs; by default the mesh of ``jax.set_mesh``.
 
     Returns:
-      A tree like ``tx.init(params)`` of ``NamedSharding``.
+      A tree like ``tx.init(params)``, of ``NamedSharding``.
 
     Raises:
-      TypeError, ValueError: if a spec is no sharding, names an axis that the mesh does not have or
-        uses one twice, has more entries than the parameter has axes, or cuts an axis into parts of
-        unequal size; if shardings are of different meshes; if there is no mesh.
+      TypeError, ValueError: if a spec is no sharding, names an axis that the mesh does not have,
+        uses an axis twice, has more entries than the parameter has axes, or cuts an axis into parts
+        of unequal size; if there are shardings of different meshes; if there is no mesh.
 
     Example:
       >>> import jax
@@ -57,7 +58,7 @@ def state_shardings(
     treedef = jax.tree.structure(params)
     specs = _specs(params, param_shardings)
     device_mesh = _only_mesh(specs, mesh)
-    # 2. The parameters as types that carry their shardings: on Explicit axes an array's type does.
+    # 2. The parameters as types with shardings, which only exist on Explicit axes.
     typed_mesh = _explicit(device_mesh)
     typed = [
         jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_typed(name, leaf, spec, typed_mesh))
@@ -67,9 +68,10 @@ def state_shardings(
     with jax.sharding.use_abstract_mesh(typed_mesh):
         state = jax.eval_shape(tx.init, treedef.unflatten(typed))
 
+    # 4. The same entries on the real mesh.
     def placed(leaf: Any) -> NamedSharding:
         entries = list(leaf.sharding.spec) if leaf.sharding else []
-        while entries and entries[-1] is None:  # As jit writes the specs of its results.
+        while entries and entries[-1] is None:  # The form in which jit states specs of results.
             entries.pop()
         return NamedSharding(device_mesh, PartitionSpec(*entries))
 
@@ -77,9 +79,9 @@ def state_shardings(
 
 
 def _specs(params: PyTree, param_shardings: PyTree) -> list[Any]:
-    """One sharding, spec or None for each leaf of the parameters."""
+    """Returns one sharding, spec or None for each leaf of the parameters."""
     flat = jax.tree_util.tree_flatten_with_path(param_shardings, is_leaf=_is_spec)[0]
-    # Flax containers of equal content can differ in metadata: paths are compared, not structures.
+    # Paths are compared, not structures: Flax containers of equal content can differ in metadata.
     if [path_name(path) for path, _ in flat] == [name for name, _ in leaves_with_names(params)]:
         return [spec for _, spec in flat]
     try:
@@ -94,7 +96,7 @@ def _specs(params: PyTree, param_shardings: PyTree) -> list[Any]:
 
 
 class _Box:
-    """Keeps a spec, or None, a leaf."""
+    """A leaf around a spec or None, which JAX would take for nodes of the tree."""
 
     def __init__(self, spec: Any):
         self.spec = spec
@@ -105,7 +107,7 @@ def _is_spec(node: Any) -> bool:
 
 
 def _only_mesh(specs: list[Any], mesh: Mesh | AbstractMesh | None) -> Mesh | AbstractMesh:
-    """The one mesh that is meant."""
+    """Returns the mesh of all shardings, or raises if there is none or more than one."""
     named = {spec.mesh for spec in specs if isinstance(spec, NamedSharding)}
     meshes = named | ({mesh} if mesh is not None else set())
     if len(meshes) > 1:
@@ -115,21 +117,21 @@ def _only_mesh(specs: list[Any], mesh: Mesh | AbstractMesh | None) -> Mesh | Abs
     current = jax.sharding.get_mesh()
     if current.empty:
         raise ValueError(
-            "`mesh` is needed where `param_shardings` holds no NamedSharding and no mesh is set by "
+            "`mesh` is needed if `param_shardings` holds no NamedSharding and no mesh is set by "
             "`jax.set_mesh`."
         )
     return current
 
 
 def _explicit(mesh: Mesh | AbstractMesh) -> AbstractMesh:
-    """The same mesh with every axis Explicit, so that types carry shardings."""
+    """Returns the mesh with every axis Explicit, so that types carry shardings."""
     return AbstractMesh(
         mesh.axis_sizes, mesh.axis_names, axis_types=(AxisType.Explicit,) * len(mesh.axis_names)
     )
 
 
 def _typed(name: str, leaf: Any, spec: Any, mesh: AbstractMesh) -> NamedSharding:
-    """The sharding of one parameter on a mesh, or an error that names the parameter."""
+    """Returns the sharding of one parameter on a mesh, or raises an error with its name."""
     if isinstance(spec, NamedSharding):
         spec = spec.spec
     if spec is None:
@@ -139,7 +141,7 @@ def _typed(name: str, leaf: Any, spec: Any, mesh: AbstractMesh) -> NamedSharding
             f"`param_shardings` of `{name}` must be a NamedSharding, a PartitionSpec or None, got "
             f"{spec!r}."
         )
-    # Each entry as a tuple of mesh axes, also if it is one axis or none.
+    # Each entry as a tuple of mesh axes, even for one axis or none.
     entries = [() if e is None else e if isinstance(e, tuple) else (e,) for e in spec]
     where = f"`param_shardings` of `{name}` is {spec}"
     if len(entries) > len(leaf.shape):

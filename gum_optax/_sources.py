@@ -1,9 +1,9 @@
-"""Where the matrices of a model lie in an optimizer: the way from a weight to its basis.
+"""Sources: every `low_rank` in an optimizer, with its matrices and the place of its state.
 
 The backward pass can only project gradients if it knows which leaves are matrices, along which
-axes, in which group, and where in the optimizer's state their bases are. As in a ledger, the code
-that decides this writes it down while ``init`` is traced, so it is right through chains, masks and
-wrappers.
+axes, in which group, and where in the optimizer's state their bases are. As in `_ledger`, the code
+that decides this writes it down while ``init`` is traced, so it is correct for any chains, masks
+and wrappers.
 
 Tests: tests/library/test_backward.py.
 """
@@ -28,12 +28,12 @@ class Source:
     """One `low_rank` of an optimizer, and the matrices that reach it.
 
     Attributes:
-      groups: its compressed groups. Their leaves count those of the tree that it was given.
+      groups: its compressed groups. Their leaves are positions in the tree that it was given.
       names: the names of the leaves of that tree, in order.
       compression: its `LowRank`.
-      renewed: ``(state, basis, slots) -> state``: the state in a new period.
-      state: the state that its ``init`` made; what `find` returns has the shapes of its arrays.
-      place: the position of that state among all states of `low_rank` in the optimizer's.
+      renewed: ``(state, basis, slots) -> state``, which moves a state to a new period.
+      state: the state that its ``init`` made; in the result of `find`, descriptions of its arrays.
+      place: the position of that state among all states of `low_rank` in the optimizer's state.
     """
 
     groups: Sequence[Group]
@@ -46,12 +46,12 @@ class Source:
 
 @dataclasses.dataclass
 class Notes:
-    """What is written down while an ``init`` is traced.
+    """A record of one trace of ``init``.
 
     Attributes:
       sources: every `low_rank`.
-      numbers: by the name of a leaf, the axes that are its rows and columns. A leaf without an
-        entry reaches its `low_rank` as it is.
+      numbers: name of a leaf -> the axes that are its rows and columns. A leaf without an entry
+        reaches its `low_rank` unchanged.
     """
 
     sources: list[Source] = dataclasses.field(default_factory=list)
@@ -62,13 +62,13 @@ _open: contextvars.ContextVar[Notes | None] = contextvars.ContextVar("notes", de
 
 
 def write(make_source: Callable[[], Source]) -> None:
-    """Writes a `low_rank` down, if anybody asks."""
+    """Adds a `low_rank` to the open notes; without open notes, ``make_source`` is not called."""
     if (notes := _open.get()) is not None:
         notes.sources.append(make_source())
 
 
 def write_numbers(params: PyTree, numbers: PyTree) -> None:
-    """Writes down which axes of the leaves are matrices; the two trees have the same masks."""
+    """Adds the axes of matrices to the open notes; the two trees have the same masked leaves."""
     if (notes := _open.get()) is not None:
         given = jax.tree.leaves(
             numbers, is_leaf=lambda node: isinstance(node, dims.MuonDimensionNumbers)
@@ -79,7 +79,7 @@ def write_numbers(params: PyTree, numbers: PyTree) -> None:
 
 @contextlib.contextmanager
 def opened(notes: Notes | None) -> Iterator[None]:
-    """Writes what follows into these notes; None: nowhere, as for an ``init`` that only probes."""
+    """Opens notes for the time being; None: writes nothing, as for an ``init`` that only probes."""
     token = _open.set(notes)
     try:
         yield
@@ -98,14 +98,15 @@ def find(
       kind: the type of the states of `low_rank`.
 
     Raises:
-      ValueError: if a state of `low_rank` cannot be found in that of ``tx``.
+      ValueError: if a state of `low_rank` cannot be found in the state of ``tx``.
     """
     notes = Notes()
     places: list[int | None] = []
 
+    # 1. Trace `init` with open notes. A state of `low_rank` is recognized in the whole state by the
+    #    identity of its traced arrays, wherever wrappers have put it.
     def init(params: PyTree) -> Any:
         state = tx.init(params)
-        # A state is told by its arrays: the same traced ones, wherever they were put.
         known = [_identity(found) for found in states(state, kind)]
         for source in notes.sources:
             own = _identity(source.state)
@@ -118,9 +119,10 @@ def find(
         return state
 
     with opened(notes), warnings.catch_warnings():
-        # The caller's own `init` has warned of what is not compressed.
+        # The caller's own `init` has warned of uncompressed matrices already.
         warnings.simplefilter("ignore", UserWarning)
         jax.eval_shape(init, params)
+    # 2. A wrapper that packs the state, such as `quantized`, has arrays of its own: no place.
     if not notes.sources or None in places:
         raise ValueError(
             "`tx` has no compressed gradients that can be found from outside: "
@@ -142,18 +144,18 @@ def _identity(state: Any) -> list[int]:
 
 
 def states(state: Any, kind: type) -> list[Any]:
-    """The states of a type in a tree of states, in order."""
+    """Returns the states of a type in a tree of states, in order."""
     is_one = lambda node: isinstance(node, kind)  # noqa: E731
     return [node for node in jax.tree.leaves(state, is_leaf=is_one) if is_one(node)]
 
 
 def with_states(state: Any, kind: type, new: Sequence[Any]) -> Any:
-    """The tree of states with the arrays of others in the places of those of a type."""
+    """Replaces the states of a type in a tree of states by new ones, in order."""
     is_one = lambda node: isinstance(node, kind)  # noqa: E731
     left = iter(new)
 
     def on_node(node: Any) -> Any:
-        # A wrapper may keep the arrays in boxes of its own, as for Flax NNX.
+        # Only the arrays are replaced: a wrapper may keep them in boxes, as for Flax NNX.
         if is_one(node):
             return jax.tree.structure(node).unflatten(jax.tree.leaves(next(left)))
         return node

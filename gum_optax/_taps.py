@@ -1,4 +1,4 @@
-r"""Taps: places in a model where the gradient of a weight is compressed as it arises.
+r"""Taps: places in a model where the backward pass compresses the gradient of a weight.
 
 For a dense product ``y = x W`` with one token in each row, the gradient of W is
 :math:`G = x^\top dy`. Its projection needs no G:
@@ -7,19 +7,19 @@ For a dense product ``y = x W`` with one token in each row, the gradient of W is
     P^\top G = (x P)^\top dy \quad\text{(W is wide)}, \qquad
     P^\top G^\top = (dy\, P)^\top x \quad\text{(W is tall)}
 
-There are two kinds of taps. Both leave the forward pass as it is, and both are linear in G, so that
-the several uses of a weight add up, in loops too.
+There are two kinds of taps. Both leave the forward pass unchanged, and both are linear in G, so
+that several uses of a weight add up, even in loops.
 
-- `product` is a product with a weight, whose backward pass computes ``P'G`` by the formulas above,
-  in 2 T r (m + n) operations for T tokens instead of 2 T m n, and G of drawn matrices alone.
-- `weight` is the identity on a weight. Its backward pass is given G, of this weight alone, and
-  hands on what is needed of it. It serves every use of a weight, rules that read whole residuals,
-  and refreshes, where the new basis comes from G.
+- `product` is a product with a weight. Its backward pass computes ``P'G`` by the formulas above, in
+  2 T r (m + n) operations for T tokens instead of 2 T m n, and makes G of drawn matrices only.
+- `weight` is the identity on a weight. Its backward pass receives G of this weight alone, and
+  passes on the projection, a new basis or the residual. It works for every use of a weight, for
+  rules that read whole residuals, and for refreshes, where the new basis comes from G.
 
-What a tap finds is the *cotangent* of an argument that takes no part in the forward pass: ``low``
-of the tap for ``P'G``, ``basis`` for a new basis, the weight itself for residuals. Slots are an
-argument and a result, so that a loop over layers carries them along: on the way back, every drawn
-matrix adds its G to them.
+A tap returns its results as *cotangents* of arguments that do not take part in the forward pass:
+``low`` of the tap for ``P'G``, ``basis`` for a new basis, the weight itself for residuals. Slots
+are an argument and a result, so that a loop over layers carries them; in the backward pass every
+drawn matrix adds its G to them.
 
 Tests: tests/library/test_backward.py.
 """
@@ -39,13 +39,13 @@ from gum_optax.projectors import Projector
 
 
 class Tap(NamedTuple):
-    """What the backward pass must know of the matrices of one leaf, or of a part of them.
+    """The data of a tap for the matrices of one leaf, or of some of its layers.
 
     Attributes:
       basis: P, ``[*batch, m, r]``.
-      low: zeros ``[*batch, r, n]``.
+      low: zeros ``[*batch, r, n]``, whose cotangent is ``P'G``; None in the backward pass.
       slot: ``int32[*batch]``, the slot that serves a matrix; the number of slots if none does.
-      key: ``uint32[*batch, 2]``, with which a projector makes a new basis; None in other steps.
+      key: ``uint32[*batch, 2]``, for the projector at a refresh; None in other steps.
     """
 
     basis: jax.Array
@@ -58,7 +58,7 @@ class Axis(NamedTuple):
     """An axis of a weight, and its place in the matrices of the leaf.
 
     Attributes:
-      side: ``"batch"``, ``"rows"``, ``"columns"``, or ``"one"``: of length one, and none of these.
+      side: ``"batch"``, ``"rows"``, ``"columns"``, or ``"one"`` for other axes of length one.
       stride: the distance of neighbours along rows or columns in row-major order.
       size: the length.
     """
@@ -69,13 +69,13 @@ class Axis(NamedTuple):
 
 
 class Site(NamedTuple):
-    """What is known of a tap without its values.
+    """The static part of a tap: all that is known without the values of arrays.
 
     Attributes:
       axes: the weight's axes.
       low: shape, dtype and sharding of `Tap`.low.
-      projector: makes the new basis from G; None: the basis stays.
-      residual: whether the weight's cotangent is ``G - P P'G``; otherwise it is zero.
+      projector: makes the new basis from G; None: the basis is kept.
+      residual: if true, the weight's cotangent is ``G - P P'G``; otherwise it is zero.
     """
 
     axes: tuple[Axis, ...]
@@ -85,13 +85,13 @@ class Site(NamedTuple):
 
 
 def positions(axes: tuple[Axis, ...], side: str) -> list[int]:
-    """The axes of one side: those of rows and of columns in row-major order."""
+    """Returns the positions of the axes of one side; of rows and columns in row-major order."""
     found = [i for i, axis in enumerate(axes) if axis.side == side]
     return found if side in ("batch", "one") else sorted(found, key=lambda i: -axes[i].stride)
 
 
 def length(axes: tuple[Axis, ...], side: str) -> int:
-    """The product of the lengths of the axes of one side."""
+    """Returns the product of the lengths of the axes of one side."""
     return math.prod(axis.size for axis in axes if axis.side == side)
 
 
@@ -102,14 +102,14 @@ def length(axes: tuple[Axis, ...], side: str) -> int:
 def weight(
     site: Site, value: jax.Array, tap: Tap, slots: jax.Array | None
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Returns a weight and the slots as they are; in the backward pass, compresses the gradient."""
+    """Returns a weight and the slots unchanged; the backward pass compresses the gradient."""
     del site, tap
     return value, slots
 
 
 def _weight_forward(site: Site, value: Any, tap: Tap, slots: Any) -> Any:
-    # Of what is kept here, a loop over layers stacks a copy for each of them: not the weight, nor
-    # the zeros.
+    # A loop over layers stacks a copy of everything kept here for each layer. So neither the weight
+    # nor the zeros are kept.
     return weight(site, value, tap, slots), tap._replace(low=None)
 
 
@@ -121,14 +121,14 @@ def _weight_backward(site: Site, tap: Tap, cotangents: Any) -> Any:
         tall = shape[-2] > shape[-1]
         matrices = gradient.transpose(order).reshape(shape).astype(tap.basis.dtype)
         wide = matrices.mT if tall else matrices
-        # 2. At a refresh the basis comes from it, one matrix after the other.
+        # 2. At a refresh, new bases from the gradient, one matrix after the other.
         basis = tap.basis
         if site.projector is not None:
             basis = _new_basis(site.projector, wide, tap)
         # 3. R = P'G [*batch, r, n], and G of drawn matrices.
         low = basis.mT @ wide
         slots = _add_to_slots(slots, tap.slot, lambda where: wide[where])
-        # 4. E = G - P R, which lies as the weight does.
+        # 4. E = G - P R, in the axes of the weight.
         residual = jnp.zeros_like(gradient)
         if site.residual:
             left_out = wide - basis @ low
@@ -152,7 +152,7 @@ _SIDES = ("one", "batch", "rows", "columns")
 
 
 def _new_basis(projector: Projector, wide: jax.Array, tap: Tap) -> jax.Array:
-    """The bases of wide matrices ``[*batch, m, n]``, one after the other."""
+    """Makes bases ``[*batch, m, r]`` of wide matrices ``[*batch, m, n]``, one after the other."""
     assert tap.key is not None
 
     def one(arguments: Any) -> jax.Array:
@@ -171,14 +171,15 @@ def _new_basis(projector: Projector, wide: jax.Array, tap: Tap) -> jax.Array:
 
 
 class Product(NamedTuple):
-    """A dense product, as ``lax.dot_general`` is given it.
+    """The static part of a dense product of a weight and an activation.
 
     Attributes:
-      site: the weight. Its axes are contracted on one side, or are batch axes of the product.
-      side: which: ``"rows"`` or ``"columns"``.
-      of_weight: the weight's position among the two operands.
-      dimension_numbers: as of ``lax.dot_general``.
-      options: its other arguments, in pairs of name and value.
+      site: the weight. The axes of one of its sides are contracted, its batch axes are batch axes
+        of the product.
+      side: the contracted side, ``"rows"`` or ``"columns"``.
+      of_weight: the weight's position among the two operands, 0 or 1.
+      dimension_numbers: the argument of ``lax.dot_general``.
+      options: the other arguments of ``lax.dot_general``, in pairs of name and value.
     """
 
     site: Site
@@ -188,7 +189,7 @@ class Product(NamedTuple):
     options: tuple[tuple[str, Any], ...]
 
     def __call__(self, x: jax.Array, value: jax.Array) -> jax.Array:
-        """The product of an activation with the weight."""
+        """Returns the product of an activation with the weight."""
         operands = (x, value) if self.of_weight else (value, x)
         return jax.lax.dot_general(*operands, self.dimension_numbers, **dict(self.options))
 
@@ -197,7 +198,7 @@ class Product(NamedTuple):
 def product(
     form: Product, x: jax.Array, value: jax.Array, tap: Tap, slots: jax.Array | None
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Returns the product, and the slots as they are; its backward pass makes no G."""
+    """Returns the product, and the slots unchanged; the backward pass makes no full G."""
     del tap
     return form(x, value), slots
 
@@ -209,15 +210,15 @@ def _product_forward(form: Product, x: Any, value: Any, tap: Tap, slots: Any) ->
 def _product_backward(form: Product, kept: Any, cotangents: Any) -> Any:
     x, value, tap = kept
     dy, slots = cotangents
-    # The way on to earlier layers: dx = dy W', as ever.
+    # The gradient for earlier layers, as without a tap: dx = dy W'.
     (dx,) = jax.linear_transpose(lambda x: form(x, value), x)(dy)
 
     def compress(tap: Tap, x: jax.Array, dy: jax.Array, slots: jax.Array | None) -> Any:
-        # 1. Tokens in rows: X [*batch, T, of the side contracted], Y [*batch, T, of the other].
+        # 1. Tokens in rows: X [*batch, T, contracted side], Y [*batch, T, other side].
         X, Y = _as_tokens(form, x, dy)
         dtype = X.dtype if X.dtype == Y.dtype else at_least_float32(X.dtype, Y.dtype)
         rows, columns = (X, Y) if form.side == "rows" else (Y, X)
-        # 2. G = rows' columns, or its transpose, is wide: m of `short`, n of `long`.
+        # 2. G = rows' columns or its transpose is wide: short [*batch, T, m], long [*batch, T, n].
         tall = rows.shape[-1] > columns.shape[-1]
         short, long = (columns, rows) if tall else (rows, columns)
         short, long = short.astype(dtype), long.astype(dtype)
@@ -226,7 +227,7 @@ def _product_backward(form: Product, kept: Any, cotangents: Any) -> Any:
         narrow = multiply(short, tap.basis.astype(dtype))
         low = multiply(narrow.mT, long, preferred_element_type=tap.basis.dtype)
 
-        # 4. G itself of drawn matrices.
+        # 4. G itself, of drawn matrices only.
         def whole(where: tuple[jax.Array, ...]) -> jax.Array:
             return multiply(short[where].mT, long[where], preferred_element_type=tap.basis.dtype)
 
@@ -242,20 +243,26 @@ product.defvjp(_product_forward, _product_backward)
 
 
 def _as_tokens(form: Product, x: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """An activation and the cotangent of its product, as matrices with one token in each row."""
+    """Returns an activation and the cotangent of its product with one token in each row.
+
+    The shapes are ``[*batch, T, contracted side]`` and ``[*batch, T, other side]``, both sides in
+    the row-major order of the leaf's matrices.
+    """
+    # 1. The numbers of `dot_general` for the activation x and for the weight w.
     axes, w = form.site.axes, form.of_weight
     contracted, batch = ((dims[1 - w], dims[w]) for dims in form.dimension_numbers)
     (x_contracted, w_contracted), (x_batch, w_batch) = contracted, batch
     batch_sizes = tuple(axes[i].size for i in positions(axes, "batch"))
-    # x -> [*batch, its free axes, contracted axes in row-major order]
+    # 2. x -> [*batch, its free axes (tokens), contracted axes in row-major order]. Axes of length
+    #    one may be contracted as well; their place does not matter.
     x_free = [i for i in range(x.ndim) if i not in x_contracted and i not in x_batch]
-    # Axes of length one may be contracted as well; their place does not matter.
     order = sorted(range(len(w_contracted)), key=lambda k: -axes[w_contracted[k]].stride)
     partner = dict(zip(w_batch, x_batch, strict=True))
     x_batch_order = [partner[i] for i in positions(axes, "batch")]
     X = x.transpose([*x_batch_order, *x_free, *(x_contracted[k] for k in order)])
     inner = math.prod(axes[i].size for i in w_contracted)
-    # dy: [batch axes in the product's order, free axes of lhs, free axes of rhs]
+    # 3. dy [batch axes in the product's order, free axes of lhs, free axes of rhs] -> [*batch,
+    #    tokens, free axes of the weight in row-major order].
     w_free = [i for i in range(len(axes)) if i not in w_contracted and i not in w_batch]
     at_batch = {axis: k for k, axis in enumerate(w_batch)}
     first = len(w_batch)
@@ -280,16 +287,17 @@ def _add_to_slots(
     serving: jax.Array,
     gradient_at: Callable[[tuple[jax.Array, ...]], jax.Array],
 ) -> jax.Array | None:
-    """Adds G of drawn matrices to their slots; of others, it is not even made.
+    """Adds G of drawn matrices to their slots; G of other matrices is not computed.
 
     Args:
       slots: ``[slots, m, n]``, or None.
       serving: ``int32[*batch]``, the slot of each matrix.
-      gradient_at: from an index into the batch axes, the matrix's G [m, n].
+      gradient_at: maps an index into the batch axes to the matrix's G [m, n].
     """
     if slots is None:
         return None
     number = slots.shape[0]
+    # Conditions, not products with zero: a branch that is not taken computes no G.
 
     def add(slots: jax.Array, slot: jax.Array, where: tuple[jax.Array, ...]) -> jax.Array:
         return slots.at[slot].add(gradient_at(where).astype(slots.dtype))
@@ -310,7 +318,7 @@ def _add_to_slots(
 
 
 def _cotangent(tap: Tap, basis: jax.Array, low: jax.Array) -> Tap:
-    """A tap that holds what was found; integers have cotangents without values."""
+    """Returns the cotangent of a tap; integers have cotangents without values (``float0``)."""
 
     def none(integers: jax.Array) -> Any:
         return np.zeros(integers.shape, jax.dtypes.float0)

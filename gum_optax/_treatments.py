@@ -1,7 +1,7 @@
-"""What becomes of each group: the zeros that its state starts from, and what people are told of it.
+"""The treatment of each group: the zeros of its initial state, and the reports about it.
 
-A group is compressed, or it is *uncompressed* for a reason that it carries. The rows of
-`memory_plan` and the warning of ``init`` are made here, beside the arrays whose bytes they count.
+A group is compressed, or it is *uncompressed* for a reason that is stored in it. The rows of
+`memory_plan` and the warning of ``init`` are made here, next to the arrays whose bytes they count.
 
 Tests: tests/library/test_memory.py, tests/library/test_recipes.py.
 """
@@ -19,7 +19,7 @@ from gum_optax._groups import Group
 
 
 def divided(groups: Sequence[Group]) -> tuple[list[Group], list[Group]]:
-    """Groups that are compressed, and groups that are not."""
+    """Divides groups into those that are compressed and those that are not."""
     compressed = [group for group in groups if not group.uncompressed]
     return compressed, [group for group in groups if group.uncompressed]
 
@@ -28,14 +28,16 @@ def divided(groups: Sequence[Group]) -> tuple[list[Group], list[Group]]:
 
 
 def zero_basis(group: Group) -> jax.Array:
-    """The basis before the first refresh, ``[*lead, m, r]``."""
+    """Returns the basis before the first refresh, zeros ``[*lead, m, r]``."""
+    # `device` is a sharding or None. `init` then makes every array where it belongs.
     shape = (*group.lead, group.m, group.rank)
     return jnp.zeros(shape, group.compute_dtype, device=group.basis_sharding)
 
 
 def zeros(groups: Sequence[Group], rule: residuals.Residual) -> dict[str, Compressed]:
-    """Compressed zeros of compressed groups, on which the inner state is initialized."""
+    """Returns compressed zeros of compressed groups, from which the inner state is initialized."""
 
+    # low [*lead, r, n]; residual [slots, m, n], or None without slots
     def of_group(group: Group) -> Compressed:
         low = (*group.lead, group.rank, group.n)
         slots = (rule.slots(group), group.m, group.n)
@@ -50,7 +52,7 @@ def zeros(groups: Sequence[Group], rule: residuals.Residual) -> dict[str, Compre
 
 
 def zero_leaves(groups: Sequence[Group]) -> dict[str, list[jax.Array]]:
-    """Zeros like the leaves of uncompressed groups, likewise."""
+    """Returns zeros like the leaves of uncompressed groups, for the inner state of those."""
     return {
         group.name: [
             jnp.zeros(group.shape, group.dtype, device=group.sharding) for _ in group.leaves
@@ -59,25 +61,27 @@ def zero_leaves(groups: Sequence[Group]) -> dict[str, list[jax.Array]]:
     }
 
 
-# What people are told ------------------------------------------------------------------------
+# Reports -------------------------------------------------------------------------------------
 
 
 def rows(
     inner: Any, rule: residuals.Residual, storage: storages.Storage, groups: Sequence[Group]
 ) -> Iterator[_ledger.PlanRow]:
-    """One row for each group, with the bytes that it adds to the state of `low_rank`."""
+    """Yields one row for each group, with the bytes that it adds to the state of `low_rank`."""
 
+    # The bytes of the inner state for `tree`, without those that it has for an empty tree.
     def inner_bytes(tree: Any) -> int:
-        # What the inner transformation keeps for `tree`, less what it keeps for nothing.
         return _ledger.bytes_beyond(lambda t: storages.pack(storage, inner.init(t)), tree, {})
 
     for group in groups:
         slots = rule.slots(group) if not group.uncompressed else 0
+        # 1. Uncompressed: only the inner state. `eval_shape`, so that no zeros are allocated.
         if group.uncompressed:
             treatment, size = (
                 "uncompressed",
                 inner_bytes(jax.eval_shape(lambda group=group: zero_leaves([group]))),
             )
+        # 2. Compressed: basis + state of the rule + int32 slots + inner state.
         else:
             basis = _ledger.bytes_of(jax.eval_shape(lambda group=group: zero_basis(group)))
             residual = _ledger.bytes_at_rest(lambda group=group: rule.init(group))
@@ -98,9 +102,9 @@ def rows(
 
 
 def warn_of_uncompressed(groups: Sequence[Group]) -> None:
-    """One warning, from the ``init`` that calls this, where most of the matrices are uncompressed.
+    """Warns once if most of the parameters of matrices are uncompressed.
 
-    It names the largest of these groups with their reasons, and what to write for the first.
+    The warning names the largest of these groups with their reasons, and a remedy for the first.
     """
     uncompressed = sorted(divided(groups)[1], key=_size, reverse=True)
     share = sum(map(_size, uncompressed)) / max(1, sum(map(_size, groups)))
@@ -117,6 +121,7 @@ def warn_of_uncompressed(groups: Sequence[Group]) -> None:
             "the inner transformation uncompressed"
         )
     more = f", and {len(uncompressed) - 3} more" if len(uncompressed) > 3 else ""
+    # The level shows the caller of the `init` that calls this.
     warnings.warn(
         f"{told}: {'; '.join(map(_named, uncompressed[:3]))}{more}. {_advice(uncompressed[0])}, or "
         "leave compression out; `gum_optax.memory_plan(tx, params)` shows every group.",
@@ -129,15 +134,16 @@ def _size(group: Group) -> int:
 
 
 def _named(group: Group) -> str:
-    """A group, its matrices, and why it is uncompressed."""
+    """Describes a group, its matrices, and the reason why it is uncompressed."""
     shape = " x ".join(map(str, group.shape[-2:]))
     return f"`{group.name}`, {group.count} of {shape}: {group.uncompressed}"
 
 
 def _advice(group: Group) -> str:
-    """What to write, which depends on the reason."""
+    """Returns the remedy for the reason why a group is uncompressed."""
     if group.rank >= group.m:
         return f"Write for example `LowRank(rank={max(group.m // 4, 1)})`"
+    # Otherwise every matrix of the group is always drawn, since there are so few.
     return (
         "Layers are sampled within a group: write `LowRank(group_by=gum_optax.by_shape)` for "
         "larger groups, or `LowRank(residual=residuals.drop())` for none"

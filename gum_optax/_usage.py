@@ -1,24 +1,25 @@
-"""How a function uses its parameters: each axis of each leaf, followed through a jaxpr.
+"""The uses of parameters in a function: each axis of each leaf, followed through a jaxpr.
 
-Words of this module:
+Terms of this module:
 
-- a *view* is a variable of the jaxpr that shows a leaf: the leaf itself, or a cast, transposed,
-  reshaped or sliced one. It knows which axes of the leaf each of its own axes is made of;
-- a *use* is the point where a view meets other values, and gives each axis of the leaf a *role*;
-- a *trail* is a view of a product: it marks the axes that came from the leaf, to see what becomes
-  of them.
+- a *view* describes a variable of the jaxpr that shows a leaf: the leaf itself, or a cast,
+  transposed, reshaped or sliced one. For each of its axes it has the axes of the leaf that make it;
+- a *use* is a point where a view meets other values. It gives each axis of the leaf a *role*;
+- a *trail* is a view of a product. It marks the axes that came from the leaf, so that later
+  operations on them, such as splitting, are noticed.
 
 The roles of an axis in a use are
 
-- ``contracted``: summed over with activations, the input side of a matrix;
+- ``contracted``: summed over in a product with activations, the input side of a matrix;
 - ``free``: kept by the product, the output side;
-- ``inner``: summed over with other parameters, as r in ``W + A B``;
+- ``inner``: summed over in a product with other parameters, as r in ``W + A B``;
 - ``gathered``: looked up by an array of indices, or by one-hot vectors;
-- ``elementwise``: added to activations, or multiplied by them;
-- none: the axis was left before, by an index or a scan, so that it is a batch axis.
+- ``elementwise``: added to activations, or multiplied with them;
+- none: an index or a scan removed the axis before the use, so it is a batch axis.
 
-Each primitive has one small rule (`_primitives`, `_products`), from the values of its operands to
-those of its results. A primitive without a rule forgets its operands, and this is noted.
+Each primitive has one small rule (`_primitives`, `_products`) from the values of its operands to
+the values of its results. A primitive without a rule loses the views of its operands, and this is
+noted.
 
 Tests: tests/library/test_infer.py.
 """
@@ -42,11 +43,11 @@ NONE: frozenset[int] = frozenset()
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """One leaf as a variable shows it.
+    """One leaf in a variable.
 
     Attributes:
       leaf: the position of the leaf.
-      axes: for each axis of the variable, the leaf's axes in it.
+      axes: for each axis of the variable, the leaf's axes that make it.
       roles: roles of axes that the variable no longer has.
       use: None for a view of a weight; for a trail the position of the use that began it.
     """
@@ -57,13 +58,13 @@ class View:
     use: int | None = None
 
     def moved(self, axes: Iterable[frozenset[int]]) -> "View":
-        """The same leaf in a variable with other axes."""
+        """Returns the view of the same leaf in a variable with other axes."""
         return dataclasses.replace(self, axes=tuple(axes))
 
 
 @dataclasses.dataclass(frozen=True)
 class Value:
-    """Everything that is known of a variable.
+    """Everything that is known about a variable.
 
     Attributes:
       views: the leaves that it shows.
@@ -78,7 +79,7 @@ class Value:
     indicator: bool = False
 
     def showing(self, views: Iterable[View]) -> "Value":
-        """The same kind of value with other views, each kept once."""
+        """Returns the same kind of value with other views, each of them once."""
         return dataclasses.replace(self, views=tuple(dict.fromkeys(views)))
 
 
@@ -89,8 +90,8 @@ class Use:
     Attributes:
       leaf: the position of the leaf.
       roles: pairs (axis of the leaf, role).
-      note: what kind of product is no matrix, such as a depthwise convolution; "" otherwise.
-      unpacked: free axes along which the product is taken apart, as in ``q, k, v = x @ W``.
+      note: a kind of product that is no matrix, such as a depthwise convolution; "" otherwise.
+      unpacked: free axes along which the product is split, as in ``q, k, v = x @ W``.
       followed: whether other parameters contract the product later, so that it is no output.
     """
 
@@ -105,13 +106,14 @@ class Walk:
     """Walks through a jaxpr and collects the uses of all leaves.
 
     Attributes:
-      uses: all uses, each kind once.
-      lost: leaf -> the primitives that no rule knows.
+      shapes: the shape of each leaf.
+      uses: all uses; equal ones (same leaf, roles and note) are stored once.
+      lost: leaf -> primitives without a rule that it met.
       vocabularies: sizes of axes that are looked up by the data.
     """
 
     def __init__(self, shapes: Sequence[tuple[int, ...]], rules: Mapping[str, "Rule"]):
-        """Prepares for leaves of the given shapes, with a rule for each primitive."""
+        """Starts without uses, for leaves of the given shapes and a rule for each primitive."""
         self.shapes = shapes
         self._rules = rules
         self.uses: list[Use] = []
@@ -123,7 +125,8 @@ class Walk:
         """Walks through one jaxpr, and returns the values of its results."""
         known: dict[Any, Value] = {}
         if isinstance(jaxpr, ClosedJaxpr):
-            # Captured integers are token ids as a rule; captured floats may be masks of weights.
+            # Constants that the function captured: integer arrays are usually token ids, so they
+            # count as data; floats may be masks of weights, so they do not.
             known |= {
                 variable: Value(data=bool(variable.aval.shape) and is_integer(variable))
                 for variable in jaxpr.jaxpr.constvars
@@ -131,6 +134,7 @@ class Walk:
             jaxpr = jaxpr.jaxpr
         known |= dict(zip(jaxpr.invars, arguments, strict=True))
 
+        # Literals and other constants depend on nothing.
         def read(atom: Any) -> Value:
             return Value() if isinstance(atom, Literal) else known.get(atom, Value())
 
@@ -141,6 +145,7 @@ class Walk:
 
     def record(self, view: View, roles: Iterable[tuple[int, str]], note: str = "") -> int:
         """Notes a use of a view, and returns its position among all uses."""
+        # Loops run their body several times, and layers repeat: equal uses are stored once.
         use = Use(view.leaf, view.roles | frozenset(roles), note)
         key = use.leaf, use.roles, note
         if key not in self._positions:
@@ -149,27 +154,35 @@ class Walk:
         return self._positions[key]
 
     def forget(self, name: str, values: Iterable[Value]) -> None:
-        """Notes that a primitive loses the weights that it is given."""
+        """Notes that a primitive loses the weights among its operands."""
         for value in values:
             for view in value.views:
+                # The end of a trail loses nothing: its use is recorded already.
                 if view.use is None:
                     self.lost.setdefault(view.leaf, set()).add(name)
 
     def is_whole(self, view: View, axis: int, size: int) -> int | None:
-        """The leaf's axis that an axis of a variable is, neither merged nor cut; or None."""
+        """Returns the leaf's axis that equals an axis of a variable, or None.
+
+        None if the axis is merged from several, is a part of one, or has length one.
+        """
         if len(view.axes[axis]) != 1:
             return None
         [of_leaf] = view.axes[axis]
         return of_leaf if size == self.shapes[view.leaf][of_leaf] > 1 else None
 
     def _step(self, equation: Any, values: list[Value]) -> list[Value]:
+        """Returns the values of an equation's results: by a rule, by its body, or as lost."""
+        # 1. A primitive with a rule.
         name = equation.primitive.name
         rule = self._rules.get(name)
         if rule is not None:
             return rule(self, equation, values)
+        # 2. A call of another jaxpr, which is walked through as if it stood here.
         body = _only_body(equation)
         if body is not None:
             return self.run(body, values)
+        # 3. Any other primitive: its results still depend on its operands, but show no leaf.
         self.forget(name, values)
         return [mixed(values)] * len(equation.outvars)
 
@@ -182,27 +195,31 @@ Rule: TypeAlias = Callable[[Walk, Any, list[Value]], list[Value]]
 
 
 def mixed(values: Sequence[Value]) -> Value:
-    """A value that depends on all that others depend on, and shows no leaf."""
+    """Returns a value that depends on everything that the others depend on, without views."""
     return Value(data=any(v.data for v in values), weights=any(v.weights for v in values))
 
 
 def joined(*values: Value) -> Value:
-    """A value that may be any of several, of equal shape: the results of branches."""
+    """Returns a value that may be any of several of equal shape, as the results of branches."""
     return mixed(values).showing(view for value in values for view in value.views)
 
 
 def is_integer(variable: Any) -> bool:
-    """Whether a variable holds integers."""
+    """Returns whether a variable holds integers."""
     return jnp.issubdtype(variable.aval.dtype, jnp.integer)
 
 
 def shape_of(atom: Any) -> tuple[int, ...]:
-    """The shape of a variable or a literal."""
+    """Returns the shape of a variable or a literal."""
     return tuple(atom.aval.shape)
 
 
 def _only_body(equation: Any) -> Any:
-    """The jaxpr that a primitive such as ``jit``, ``remat`` or ``shard_map`` calls, or None."""
+    """Returns the jaxpr that a primitive calls, such as ``jit`` or ``shard_map``, or None.
+
+    It must be the only one, and its operands and results must match the primitive's.
+    """
+    # A Pallas kernel works on references to blocks of its operands.
     if equation.primitive.name == "pallas_call":
         return None
     bodies = [v for v in equation.params.values() if isinstance(v, Jaxpr | ClosedJaxpr)]
@@ -221,12 +238,12 @@ def _only_body(equation: Any) -> Any:
 
 
 def roles_of_all(view: View, role: str) -> list[tuple[int, str]]:
-    """One role for all axes that a view still has."""
+    """Gives one role to all axes that a view still has."""
     return [(axis, role) for axes in view.axes for axis in axes]
 
 
 def scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
-    """How many of a scan's operands are the same in every turn, and how many are carried."""
+    """Returns the numbers of a scan's operands that are constant and that are carried."""
     if "num_consts" in params:
         return params["num_consts"], params["num_carry"]
     consts, carry, _ = params["ft_in"].unpack()  # JAX 0.11 and later.

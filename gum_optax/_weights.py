@@ -1,8 +1,9 @@
-"""The weights of a model and what an optimizer does to them, for a backward pass that compresses.
+"""The weights of a model and their places in an optimizer, for a backward pass that compresses.
 
-Three things meet here: a loss as a program, the places of matrices in an optimizer's state
+Three parts come together here: a loss as a program, the places of matrices in an optimizer's state
 (`_sources`), and taps on weights (`_taps`), which an interpreter puts into the program
-(`_interception`).
+(`_interception`). `Model` makes the taps, `differentiated` runs the program, and `Model.gradients`
+and `Model.renewed` build gradients and states from the results.
 
 Tests: tests/library/test_backward.py.
 """
@@ -28,7 +29,13 @@ from gum_optax._projected import Projected
 
 
 class Program(NamedTuple):
-    """A loss as a jaxpr of the leaves of the parameters, and the structure of its results."""
+    """A loss as a jaxpr.
+
+    Attributes:
+      closed: the jaxpr, a function of the leaves of the parameters.
+      results: the structure of its results.
+      has_aux: whether the loss returns a pair (value, aux).
+    """
 
     closed: Any
     results: Any
@@ -38,6 +45,10 @@ class Program(NamedTuple):
 def traced(
     loss: Callable[..., Any], params: PyTree, args: Any, kwargs: Any, has_aux: bool
 ) -> Program:
+    """Traces a loss, or raises if it does not return a real scalar (with aux, a pair).
+
+    All other arguments become constants of the jaxpr, since only parameters are followed.
+    """
     closed, shapes = jax.make_jaxpr(
         lambda params: loss(params, *args, **kwargs), return_shape=True
     )(params)
@@ -53,7 +64,15 @@ def traced(
 
 
 class Weight(NamedTuple):
-    """One leaf of a compressed group: its position among the parameters, and in its group."""
+    """One leaf of a compressed group.
+
+    Attributes:
+      leaf: its position among the parameters.
+      source: the position of its `low_rank` among the sources.
+      group: its group.
+      number: its position in the group.
+      axes: the place of each of its axes in its matrices.
+    """
 
     leaf: int
     source: int
@@ -68,12 +87,13 @@ class Weight(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What a backward pass finds.
+    """The results of a backward pass.
 
     Attributes:
       leaves: by position, gradients of leaves that are not compressed, and residuals.
-      taps: by position, the cotangents ``(basis, low)`` of taps.
-      slots: by group, G of drawn matrices ``[slots, m, n]``.
+      taps: by position, the cotangents of taps: new basis ``[*batch, m, r]`` and ``P'G``
+        ``[*batch, r, n]``.
+      slots: by group, G of drawn matrices, ``[slots, m, n]``.
     """
 
     leaves: dict[int, jax.Array]
@@ -82,16 +102,18 @@ class Found(NamedTuple):
 
 
 class Model:
-    """The parameters of a model, and what an optimizer does to each of them.
+    """The parameters of a model and their places in an optimizer.
 
     Attributes:
       leaves: the parameters.
-      sources: each `low_rank` of the optimizer.
-      weights: the compressed leaves.
+      names: their names.
+      sources: each `low_rank` of the optimizer, with its present state.
+      weights: the compressed leaves, in the order of the parameters.
     """
 
     def __init__(self, tx: optax.GradientTransformation, params: PyTree, state: Any):
         self.leaves, self._treedef = jax.tree.flatten(params)
+        # 1. Each `low_rank` of the optimizer, and its state among the states that were passed.
         found, numbers = _sources.find(tx, params, LowRankState)
         states = _sources.states(state, LowRankState)
         if len(states) <= max(source.place for source in found):
@@ -100,6 +122,8 @@ class Model:
             dataclasses.replace(source, state=_plain(source, states[source.place]))
             for source in found
         ]
+        # 2. Each leaf of each group. A source counts the leaves of the tree that it was given, in
+        #    which others may be masked, so leaves are found by name.
         names = [name for name, _ in leaves_with_names(params)]
         self.names = names
         position = {name: i for i, name in enumerate(names)}
@@ -114,9 +138,9 @@ class Model:
         self.weights.sort(key=lambda weight: weight.leaf)
 
     def zero_slots(self) -> dict[Any, jax.Array]:
-        """Slots before any gradient was added, ``[slots, m, n]`` for each group that has them.
+        """Returns empty slots for gradients, ``[slots, m, n]`` for each group that has any.
 
-        They have the dtype of the weights, as full gradients have.
+        They have the dtype of the weights, like gradients without compression.
         """
         return {
             (number, group.name): jnp.zeros(
@@ -134,11 +158,11 @@ class Model:
         slots: Sequence[dict[str, jax.Array]] | None = None,
         keys: Sequence[dict[str, jax.Array]] | None = None,
     ) -> dict[int, _taps.Tap]:
-        """A tap for each compressed leaf, by position.
+        """Returns a tap for each compressed leaf, by position.
 
         Args:
-          slots: by source and group, the matrices that slots serve; by default those of the state.
-          keys: by source and group, a key for each matrix.
+          slots: by source and group, the matrices that slots serve; by default as in the state.
+          keys: by source and group, a key for each matrix; None outside of refreshes.
         """
         taps: dict[int, _taps.Tap] = {}
         for number, source in enumerate(self.sources):
@@ -152,12 +176,13 @@ class Model:
         return taps
 
     def gradients(self, found: Found, residual: bool) -> PyTree:
-        """The tree of gradients, with those of compressed leaves projected."""
+        """Returns the tree of gradients, with a `Projected` for each compressed leaf."""
         leaves: list[Any] = [found.leaves.get(i) for i in range(len(self.leaves))]
         drawn = self._left_out_of_drawn(found)
         for weight in self.weights:
             source, like = self.sources[weight.source], self.leaves[weight.leaf]
-            # Projections on bases of another period are no gradients of this step.
+            # If the state is in another period, a refresh was forgotten: the projections are no
+            # gradients of this step, and NaN shows it.
             current = source.state.period == number_of(source)
             low = found.taps[weight.leaf][1]
             leaves[weight.leaf] = Projected(
@@ -170,7 +195,8 @@ class Model:
         return self._treedef.unflatten(leaves)
 
     def _left_out_of_drawn(self, found: Found) -> dict[Any, jax.Array]:
-        """``E = G - P R`` of the matrices in slots, from their G; zero in empty slots."""
+        """Returns ``E = G - P R`` of the matrices in slots, from their G; zero in empty slots."""
+        # Group -> position in the group -> R of that leaf.
         lows: dict[Any, dict[int, jax.Array]] = {}
         for weight in self.weights:
             lows.setdefault(weight.key, {})[weight.number] = found.taps[weight.leaf][1]
@@ -180,6 +206,7 @@ class Model:
                 if (key := (number, group.name)) not in found.slots:
                     continue
                 serves = source.state.slots[group.name]
+                # P [N, m, r] and R [N, r, n] of all matrices; the drawn ones are gathered.
                 parts = [lows[key][i] for i in range(len(group.leaves))]
                 low = _codec.join(group, parts).reshape(group.count, group.rank, group.n)
                 basis = source.state.basis[group.name].reshape(group.count, group.m, group.rank)
@@ -190,8 +217,8 @@ class Model:
         return result
 
     def renewed(self, program: Program, due: jax.Array) -> list[LowRankState]:
-        """The states of all sources, with those that are due in a new period."""
-        # 1. All that is random in the new period.
+        """Returns the states of all sources; those that are due are in a new period."""
+        # 1. The random numbers of the new period.
         slots, keys = [], []
         for source in self.sources:
             rule = source.compression.residual
@@ -202,19 +229,23 @@ class Model:
             projectors.resolve(source.compression.projector, source.state.count)
             for source in self.sources
         ]
-        # 2. The bases, each from the gradient of one matrix at a time.
+        # 2. The bases, from the gradient of one matrix at a time: a backward pass with taps on
+        #    whole weights, which needs no slots.
         taps = self.taps(slots, keys)
         run = Interpreter({}, whole=True, projector=lambda key: resolved[key[0]])
         stacked = {w.leaf for w in self.weights if _taps.positions(w.axes, "batch")}
         at_root = frozenset(w.leaf for w in self.weights) - stacked
         if stacked:
-            # A stack is tapped in the loop over its layers, which must be one and no other use.
+            # A stack is tapped inside the loop over its layers, so that G of one layer exists at a
+            # time. If it has any other use, or several, its G is a sum, and it is tapped in front
+            # of all uses. A trial run, of shapes alone, counts them.
             trial = dataclasses.replace(run, met=set())
             jax.eval_shape(lambda: differentiated(self, program, trial, taps, at_root)[0])
             uses = [met.leaf for met in trial.met]
             at_root |= {leaf for leaf in stacked if uses.count(leaf) != 1}
         _, found = differentiated(self, program, run, taps, at_root)
-        # 3. States that know of them.
+        # 3. The states with new bases. Sources may differ in period, so each is selected by its own
+        #    `due`; a single source is due whenever this runs.
         states = []
         for number, source in enumerate(self.sources):
             basis = {}
@@ -245,21 +276,22 @@ def differentiated(
     Args:
       model: the parameters.
       program: the loss.
-      run: how weights are tapped; its slots are not used.
-      taps: by position, those of compressed leaves.
+      run: decides how weights are tapped; its slots are not used.
+      taps: by position, the taps of compressed leaves.
       at_root: positions of weights that are tapped before anything uses them.
 
     Returns:
-      The value of the loss, or its pair with aux, and what the backward pass found.
+      The value of the loss, or its pair with aux, and the results of the backward pass.
     """
     weights = {weight.leaf: weight for weight in model.weights}
-    # What is differentiated: leaves that are not compressed, all of them where residuals are
-    # wanted, the arguments of taps that stand for what they find, and slots.
+    # 1. The arguments of differentiation: leaves that are not compressed, or all leaves if
+    #    residuals are wanted; bases and zeros, whose cotangents are the results of taps; and slots.
+    #    A refresh keeps no gradient of a matrix and needs no slots.
     plain = {i: leaf for i, leaf in enumerate(model.leaves) if run.residual or i not in weights}
     lows = {leaf: (tap.basis, tap.low) for leaf, tap in taps.items()}
-    # Of a basis' gradients none is kept, so that whole ones need no slots.
     zeros = {} if run.whole else model.zero_slots()
 
+    # 2. The loss as a function of them: each compressed leaf enters the program as a view.
     def function(plain: Any, lows: Any, slots: Any) -> Any:
         inner = run.inside(slots)
         values: list[Any] = []
@@ -276,6 +308,7 @@ def differentiated(
         results = [inner.tapped(result, "result") for result in results]
         return (results[0], inner.slots), results
 
+    # 3. The backward pass, from a cotangent of one for the loss and zero for the slots.
     (value, _), pull, results = jax.vjp(function, plain, lows, zeros, has_aux=True)
     found = Found(*pull((jnp.ones_like(value), zeros)))
     return jax.tree.unflatten(program.results, [value, *results[1:]]), found
@@ -287,10 +320,10 @@ def _parts_of(
     slots: dict[str, jax.Array],
     keys: dict[str, jax.Array] | None,
 ) -> list[_taps.Tap]:
-    """The taps of the leaves of a group."""
+    """Returns the taps of the leaves of a group."""
     lead = group.lead
     low = jnp.zeros((*lead, group.rank, group.n), group.compute_dtype, device=group.low_sharding)
-    # serving[i]: the slot of matrix i. An empty slot says N, which is out of bounds and dropped.
+    # serving[i]: the slot of matrix i. An empty slot serves N, which is out of bounds and dropped.
     served = slots.get(group.name, jnp.zeros((0,), jnp.int32))
     numbers = jnp.arange(len(served), dtype=jnp.int32)
     serving = jnp.full((group.count,), len(served), jnp.int32).at[served].set(numbers, mode="drop")
@@ -304,10 +337,11 @@ def _parts_of(
 def _axes(
     shape: tuple[int, ...], numbers: dims.MuonDimensionNumbers | None
 ) -> tuple[_taps.Axis, ...]:
-    """Each axis of a leaf, as it lies in the leaf's matrices."""
+    """Returns the place of each axis of a leaf in the leaf's matrices."""
     numbers = numbers or dims.MuonDimensionNumbers(-2, -1)
     batch, rows, columns = dims.axes(shape, numbers)
     found = {i: _taps.Axis("batch", 0, shape[i]) for i in batch}
+    # Several axes of one side are merged in row-major order: the last one is the fastest.
     for side, members in (("rows", rows), ("columns", columns)):
         stride = 1
         for i in reversed(members):
@@ -317,15 +351,16 @@ def _axes(
 
 
 def number_of(source: _sources.Source) -> jax.Array:
-    """The number of the period that the step of a source's state is in."""
+    """Returns the number of the period to which the next step of a source's state belongs."""
     return period_of(source.compression, source.state.count)
 
 
 def _plain(source: _sources.Source, state: LowRankState) -> LowRankState:
-    """The state with plain arrays, which wrappers may keep in boxes of their own.
+    """Returns the state with plain arrays, without the boxes in which wrappers may keep them.
 
     Raises:
-      ValueError: if this `low_rank` cannot have compressed gradients, or if the state is another's.
+      ValueError: if this `low_rank` cannot take compressed gradients, or if the state was made by
+        another optimizer or for other parameters.
     """
     reads = source.compression.residual.reads
     if reads not in ("projection", "residual"):

@@ -1,12 +1,13 @@
 r"""Gradients that are compressed in the backward pass: `value_and_grad` for low-rank optimizers.
 
-`low_rank` needs ``P'G``, r x n, of a gradient G, m x n. For ``y = x W`` the backward pass can make
-it without G, as ``(x P)' dy``. Then gradients, the buffers that sum them over microbatches and what
-data-parallel devices exchange take r/m of the memory, and the product that makes G, a third of the
-arithmetic of training, nearly vanishes.
+`low_rank` needs only ``P'G``, r x n, of a gradient G, m x n. For ``y = x W`` the backward pass can
+compute it without G, as ``(x P)' dy``. Then gradients, the buffers that sum them over microbatches
+and the messages between data-parallel devices take r/m of the memory. The product that makes G, a
+third of the arithmetic of training, nearly vanishes.
 
-The model is not changed. The loss is traced, every weight that an optimizer compresses is followed
-to the products that use it, and those get a backward pass of their own. A training step is::
+The model is not changed. The loss is traced, every weight that the optimizer compresses is followed
+to the products that use it, and these products get a backward pass of their own. A training step
+is::
 
     refresh = backward.refresh(loss, tx)
     value_and_grad = backward.value_and_grad(loss, tx)
@@ -18,17 +19,19 @@ to the products that use it, and those get a backward pass of their own. A train
         updates, state = tx.update(gradients, state, params)
         return optax.apply_updates(params, updates), state, value
 
-It takes the steps that `jax.value_and_grad` and ``tx.update`` take, up to rounding. A refresh costs
-a backward pass of its own, in which one full gradient exists at a time.
+Up to rounding, this takes the same steps as `jax.value_and_grad` and ``tx.update``. A refresh costs
+an additional backward pass, in which one full gradient exists at a time.
 
 **Accumulation.** The gradients are linear in the loss, so ``optax.microbatching.microbatch`` may
-sum those of parts of a batch. Bases come from whatever batch `refresh` is given; one part will do.
+sum the gradients of parts of a batch. Bases come from the batch that `refresh` is given; one part
+of a batch is enough.
 
-**Clipping** by a global norm sees the norm of what is kept, ``|P'G|`` and the residuals of drawn
-matrices, which is at most that of the gradient.
+**Clipping** by a global norm sees ``|P'G|`` and the norms of the residuals of drawn matrices. The
+norm of these is at most the norm of the gradient.
 
-**Residual rules that read the whole residual**, such as `residuals.through`, get it: in the place
-of the gradient, in its dtype. Memory is then that of full gradients, and only the refresh is apart.
+**Residual rules that read the whole residual**, such as `residuals.through`, get it in the place of
+the gradient, in its dtype. Then full gradients exist as without this module; only a refresh still
+holds one at a time.
 
 Tests: tests/library/test_backward.py, tests/library/test_interception.py.
 """
@@ -54,28 +57,28 @@ __all__ = ["Projected", "Use", "explain", "refresh", "value_and_grad"]
 def value_and_grad(
     loss: Callable[..., Any], tx: optax.GradientTransformation, *, has_aux: bool = False
 ) -> Callable[..., tuple[Any, PyTree]]:
-    """Makes a function of the value and the compressed gradients of a loss.
+    """Makes a function that returns the value and the compressed gradients of a loss.
 
     Args:
       loss: ``(params, *args, **kwargs) -> scalar``, or ``(scalar, aux)`` with ``has_aux``: any
         function that ``jax.grad`` can differentiate by its first argument.
-      tx: the optimizer, with one or more `low_rank` in it: `gum`, `adamw`, a chain of them.
+      tx: the optimizer, with one or more `low_rank` in it: `gum`, `adamw`, or a chain.
       has_aux: whether ``loss`` returns a pair.
 
     Returns:
-      ``(params, state, *args, **kwargs) -> (value, gradients)``, where ``state`` is that of ``tx``,
-      after `refresh`. Gradients have a `Projected` in the place of every compressed matrix, and
-      arrays elsewhere. All projections are NaN if the bases of the state are of another period than
-      its step, so that a forgotten `refresh` does not pass unnoticed.
+      ``(params, state, *args, **kwargs) -> (value, gradients)``, where ``state`` is the state of
+      ``tx`` after `refresh`. Gradients have a `Projected` in the place of every compressed matrix,
+      and arrays elsewhere. All projections are NaN if the bases in the state belong to another
+      period than its step, so that a forgotten `refresh` is noticed.
 
     Raises:
-      TypeError, ValueError: if an argument is malformed, if ``tx`` compresses nothing, or by a
-        residual rule that reads the gradient before it is projected (`residuals.feedback`); from
-        the function, if the value is no real scalar.
+      TypeError, ValueError: if an argument is malformed, if ``tx`` compresses nothing, or if its
+        residual rule reads the gradient before it is projected (`residuals.feedback`); from the
+        returned function, if the value of the loss is no real scalar.
 
     Warns:
-      UserWarning: if a matrix is not used in dense products alone, so that its gradient exists for
-        a moment; see `explain`.
+      UserWarning: if a matrix has uses other than dense products, so that its full gradient exists
+        for a short time; see `explain`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -94,11 +97,14 @@ def value_and_grad(
     _checks.transformation("tx", tx)
 
     def call(params: PyTree, state: Any, *args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
+        # 1. The matrices, their bases and draws, and the loss as a program.
         model = Model(tx, params, state)
         program = traced(loss, params, args, kwargs, has_aux)
+        # 2. Its backward pass, with taps where the program uses these matrices.
         residual = any(source.compression.residual.reads == "residual" for source in model.sources)
         run = Interpreter({}, residual=residual)
         result, found = differentiated(model, program, run, model.taps())
+        # 3. `run` has noted all uses. With whole residuals every full gradient exists anyway.
         if not residual:
             _warn_of_whole_gradients(model, run)
         return result, model.gradients(found, residual)
@@ -109,22 +115,21 @@ def value_and_grad(
 def refresh(
     loss: Callable[..., Any], tx: optax.GradientTransformation, *, has_aux: bool = False
 ) -> Callable[..., Any]:
-    """Makes a function that gives a state the bases and draws of a new period, when it is due.
+    """Makes a function that moves a state to a new period when one is due.
 
     Args:
-      loss: as of `value_and_grad`.
-      tx: as of `value_and_grad`.
-      has_aux: as of `value_and_grad`.
+      loss: as for `value_and_grad`.
+      tx: as for `value_and_grad`.
+      has_aux: as for `value_and_grad`.
 
     Returns:
-      ``(params, state, *args, **kwargs) -> state``. At the first step of a period the state has new
-      bases, from the gradients of this batch, new draws, and an inner state that the carry has
-      taken over; at other steps it comes back as it is, and nothing is computed. Called twice in a
-      step, it does nothing the second time. A weight that the loss does not depend on has a basis
-      of zeros.
+      ``(params, state, *args, **kwargs) -> state``. At the first step of a period the result has
+      new bases, from the gradients of this batch, new draws, and the inner state that the carry
+      keeps. At other steps the state is returned unchanged and nothing is computed; a second call
+      in a step does nothing. A weight on which the loss does not depend gets a basis of zeros.
 
     Raises:
-      TypeError, ValueError: as of `value_and_grad`.
+      TypeError, ValueError: as for `value_and_grad`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -143,14 +148,16 @@ def refresh(
 
     def call(params: PyTree, state: Any, *args: Any, **kwargs: Any) -> Any:
         model = Model(tx, params, state)
+        # due[i]: whether the step of source i is in another period than its bases.
         due = jnp.stack([source.state.period != number_of(source) for source in model.sources])
 
         def renew() -> list[LowRankState]:
             program = traced(loss, params, args, kwargs, has_aux)
             return model.renewed(program, due)
 
-        # A step that is not due must not pay for a backward pass.
+        # Inside of a `cond`: steps without a refresh must not pay for its backward pass.
         new = jax.lax.cond(jnp.any(due), renew, lambda: [s.state for s in model.sources])
+        # The new states at their places in the state of the optimizer.
         placed = dict(zip((source.place for source in model.sources), new, strict=True))
         every = _sources.states(state, LowRankState)
         return _sources.with_states(
@@ -161,13 +168,13 @@ def refresh(
 
 
 class Use(NamedTuple):
-    """How the gradient of one matrix, or of one stack of them, is compressed.
+    """The uses of one matrix, or of one stack of matrices, in a loss.
 
     Attributes:
       name: the leaf's name.
-      products: the number of dense products that use it; none of them makes its gradient.
-      others: the operations that need its value otherwise. For each, a full gradient exists until
-        it is compressed.
+      products: the number of dense products that use it; they need no full gradient.
+      others: all other operations that use it. For each, a full gradient exists until it is
+        compressed.
     """
 
     name: str
@@ -183,22 +190,22 @@ def explain(
     has_aux: bool = False,
     **kwargs: Any,
 ) -> list[Use]:
-    """Tells how the gradients of a loss would be compressed; nothing is computed.
+    """Lists the uses of all compressed matrices in a loss; nothing is computed.
 
     Args:
-      loss: as of `value_and_grad`.
-      tx: as of `value_and_grad`.
+      loss: as for `value_and_grad`.
+      tx: as for `value_and_grad`.
       params: parameters, or their ``jax.ShapeDtypeStruct`` descriptions.
       *args: further arguments of the loss, or descriptions of them.
-      has_aux: as of `value_and_grad`.
-      **kwargs: likewise.
+      has_aux: as for `value_and_grad`.
+      **kwargs: further keyword arguments of the loss, or descriptions of them.
 
     Returns:
       One `Use` for each compressed leaf, in the order of ``jax.tree.leaves``. A leaf that the loss
       does not use has neither products nor others.
 
     Raises:
-      TypeError, ValueError: as of `value_and_grad`.
+      TypeError, ValueError: as for `value_and_grad`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -214,6 +221,7 @@ def explain(
     """
     uses: list[Use] = []
 
+    # The same run as in `value_and_grad`, on shapes; only the notes of the interpreter are used.
     def trace(params: PyTree, state: Any, args: Any, kwargs: Any) -> None:
         model = Model(tx, params, state)
         program = traced(loss, params, args, kwargs, has_aux)
@@ -226,6 +234,8 @@ def explain(
 
 
 def _uses(model: Model, run: Interpreter) -> list[Use]:
+    """Returns the uses that a run has noted, one `Use` for each compressed leaf."""
+
     def use(leaf: int) -> Use:
         own = [met for met in run.met if met.leaf == leaf]
         others = tuple(sorted(met.why for met in own if met.why))
@@ -235,12 +245,13 @@ def _uses(model: Model, run: Interpreter) -> list[Use]:
 
 
 def _warn_of_whole_gradients(model: Model, run: Interpreter) -> None:
+    """Warns once of leaves whose full gradients exist for a short time."""
     others = [use for use in _uses(model, run) if use.others]
     if others:
         first = others[0]
         warnings.warn(
-            f"{len(others)} of {len(model.weights)} compressed leaves are not used in dense "
-            f"products alone, so a full gradient of each exists for a moment: `{first.name}` "
+            f"{len(others)} of {len(model.weights)} compressed leaves have uses other than "
+            f"dense products, so their full gradients exist for a short time: `{first.name}` "
             f"({', '.join(first.others)}). `gum_optax.backward.explain` lists them.",
             stacklevel=3,
         )

@@ -1,19 +1,20 @@
-"""Carries: what the inner state keeps when a period ends and its bases change.
+"""Carries: functions that decide what the inner state keeps at a refresh.
 
 A carry is a function ``(fresh, old, previous_basis, basis) -> state``:
 
-- ``fresh``: the inner state as ``init`` makes it;
+- ``fresh``: the initial inner state, as ``init`` makes it;
 - ``old``: the inner state before the refresh;
-- ``previous_basis``, ``basis``: the bases before and after, group -> ``[*lead, m, r]``; zero before
-  the first refresh.
+- ``previous_basis``, ``basis``: the bases before and after it, group -> ``[*lead, m, r]``; zero
+  before the first refresh.
 
-States of slots (`Compressed.residual`) must come from ``fresh``: slots serve other matrices from
-now on. Any function of this signature plugs into ``LowRank(carry=...)``.
+States of slots (`Compressed.residual`) must come from ``fresh``, since slots serve other matrices
+from then on. Any function of this signature can be passed as ``LowRank(carry=...)``.
 
-A ready carry finds the state of a group by its place. The inner transformation is run on a dict of
-groups, so a state that keeps the structure of its gradients holds such dicts: ``mu`` and ``nu`` of
-Adam, for example. A state that does not, such as that of ``optax.flatten``, mixes the momentum of
-slots with that of other matrices; then only `restart` is right, and the others raise.
+The carries of this module find the state of a group by its place. The inner transformation runs on
+a dict of groups, so a state with the structure of its gradients contains such dicts, for example
+``mu`` and ``nu`` of Adam. A state with another structure, as from ``optax.flatten``, mixes the
+momentum of slots with the momentum of other matrices. Then only `restart` is correct, and the other
+carries raise an error.
 
 Tests: tests/library/test_carries.py.
 """
@@ -31,14 +32,17 @@ from gum_optax._numerics import matmul_highest
 from gum_optax._paths import PyTree
 
 Bases: TypeAlias = dict[str, jax.Array]
+"""Group -> ``[*lead, m, r]``."""
+
 Carry: TypeAlias = Callable[[PyTree, PyTree, Bases, Bases], PyTree]
+"""``(fresh, old, previous_basis, basis) -> state``."""
 
 
 def restart(fresh: PyTree, old: PyTree, previous_basis: Bases, basis: Bases) -> PyTree:
-    """Restarts the whole inner state at every refresh: the paper's choice, and the default.
+    """Restarts the whole inner state at every refresh: the rule of GUM's paper, and the default.
 
     Args:
-      fresh: the inner state as ``init`` makes it.
+      fresh: the initial inner state.
       old: unused.
       previous_basis: unused.
       basis: unused.
@@ -58,13 +62,13 @@ def restart(fresh: PyTree, old: PyTree, previous_basis: Bases, basis: Bases) -> 
 
 
 def keep(fresh: PyTree, old: PyTree, previous_basis: Bases, basis: Bases) -> PyTree:
-    """Restarts slots; low-rank state continues in the new basis unrotated, as in GaLore.
+    """Restarts slots and keeps low-rank state unchanged, now in the new basis, as GaLore does.
 
-    A step count that the inner transformation shares between matrices, such as Adam's, continues,
-    so that restarted slots miss their bias correction.
+    A step count that all matrices share, such as Adam's, continues, so that restarted slots get no
+    bias correction.
 
     Args:
-      fresh: the inner state as ``init`` makes it.
+      fresh: the initial inner state.
       old: the inner state before the refresh.
       previous_basis: unused.
       basis: the bases by group, for their names.
@@ -87,16 +91,16 @@ def keep(fresh: PyTree, old: PyTree, previous_basis: Bases, basis: Bases) -> PyT
 
 
 def rotate(fresh: PyTree, old: PyTree, previous_basis: Bases, basis: Bases) -> PyTree:
-    r"""Restarts slots; low-rank momentum is carried into the new basis.
+    r"""Restarts slots and rotates low-rank momentum into the new basis.
 
     .. math:: R \leftarrow P_\text{new}^\top P_\text{old} R
 
-    The part of the momentum outside of the new basis is lost. This is right for momentum, which is
-    linear in the gradients. It takes ``r^2 (m + n)`` multiplications per matrix, at every step:
-    `low_rank` chooses between old and carried states entry by entry.
+    The part of the momentum outside the new basis is lost. The rule suits momentum, which is linear
+    in the gradients. It takes ``r^2 (m + n)`` multiplications per matrix at every step, since
+    `low_rank` selects between old and carried state entry by entry.
 
     Args:
-      fresh: the inner state as ``init`` makes it.
+      fresh: the initial inner state.
       old: the inner state before the refresh.
       previous_basis: by group, ``[*lead, m, r]``; zero before the first refresh.
       basis: by group, ``[*lead, m, r]``.
@@ -147,8 +151,8 @@ def projection_aware(b1: float = 0.9, b2: float = 0.999) -> Carry:
     Slots restart, as with `keep`. For a signed permutation C this is exact.
 
     Args:
-      b1: decay of the first moment, that of the inner Adam, in [0, 1).
-      b2: decay of the second moment, that of the inner Adam, in [0, 1).
+      b1: decay of the first moment, as in the inner Adam, in [0, 1).
+      b2: decay of the second moment, as in the inner Adam, in [0, 1).
 
     Returns:
       A carry. It raises a ValueError, at ``init`` of the optimizer, if the inner state has no
@@ -172,7 +176,7 @@ def projection_aware(b1: float = 0.9, b2: float = 0.999) -> Carry:
         def of_adam(state: Any) -> Any:
             if not _is_adam(state):
                 return state
-            t = jnp.maximum(state.count, 1)  # Before the first step both moments are 0.
+            t = jnp.maximum(state.count, 1)  # At t = 0 both moments are 0, and 1 - b^t is, too.
             mu, nu = dict(state.mu), dict(state.nu)
             for name in basis:
                 # A wrapper such as `optax.masked` may have put something else in place of a group.
@@ -204,7 +208,7 @@ def projection_aware(b1: float = 0.9, b2: float = 0.999) -> Carry:
 
 
 def _is_adam(node: Any) -> bool:
-    # By its type: AMSGrad's third moment, for one, would be left behind in the old basis.
+    # By type, not by fields: AMSGrad's third moment would stay behind in the old basis.
     return isinstance(node, optax.ScaleByAdamState)
 
 
@@ -219,7 +223,15 @@ def _each_group(
     old: PyTree,
     basis: Bases,
 ) -> PyTree:
-    """``old``, with low-rank states changed by group, and the slots of ``fresh``."""
+    """Returns ``old`` with low-rank states changed by group, and with the slots of ``fresh``.
+
+    Args:
+      carry: the name of the carry, for errors.
+      low_of: ``(group, low) -> low``, the change of a low-rank state ``[*lead, r, n]``.
+      fresh: the initial inner state.
+      old: the inner state before the refresh.
+      basis: by group, the new bases, for their names.
+    """
 
     def is_compressed(node: Any) -> bool:
         return isinstance(node, Compressed)
@@ -227,7 +239,8 @@ def _each_group(
     def is_by_group(node: Any) -> bool:
         if not isinstance(node, dict) or not basis or node.keys() != basis.keys():
             return False
-        # States by label, as in `optax.partition`, may have the names of groups; theirs lie deeper.
+        # The dict of labels of `optax.partition` may have the names of groups, too. Its values are
+        # whole states, in which the dicts of groups lie deeper.
         return any(map(is_compressed, node.values())) or not any(
             map(is_compressed, jax.tree.leaves(node, is_leaf=is_compressed))
         )
@@ -241,7 +254,7 @@ def _each_group(
     def merge(path: Any, new: Any, kept: Any) -> Any:
         if is_by_group(kept):
             return {name: of_group(name, new[name], kept[name]) for name in kept}
-        # Scalars such as step counts belong to all groups; arrays belong to nobody knows whom.
+        # Scalars such as step counts belong to all groups. The owner of any other array is unknown.
         if basis and jnp.ndim(kept) and jnp.issubdtype(jnp.result_type(kept), jnp.inexact):
             raise ValueError(
                 f"`carry=carries.{carry}` needs an `inner` whose state keeps the structure of its "
@@ -255,6 +268,8 @@ def _each_group(
 
 
 def _refuse_second_moments(state: PyTree) -> None:
+    """Raises if a state has compressed second moments, which optax calls ``nu``."""
+
     def is_compressed(node: Any) -> bool:
         return isinstance(node, Compressed)
 

@@ -1,18 +1,18 @@
-"""Decides which leaves are matrices, and which of their axes are rows and columns.
+"""Dimension numbers: which leaves are matrices, and which of their axes are rows and columns.
 
 A *matrix*, or a stack of matrices, maps hidden features to hidden features; the optimizers project
-it. All other leaves go to the *fallback*. With L layers, width d and V tokens they are
+it. All other leaves go to the *fallback*. With L layers, width d and V tokens these are
 
 - *vectors*: biases, scales and norms ``[d]``, and stacks of them, ``[L, d]``;
 - *tables*: one row for each token, ``[V, d]`` (an embedding), or for each position;
 - *heads*: the map from the width to the outputs, ``[d, V]``.
 
-Three kinds of evidence speak against a matrix, in this order: a leaf has fewer than two axes, its
-path contains a name of a table, a vector or a head, or its shape is that of stacked vectors or of
-the vocabulary. `explain` returns the one that decided. Every other 2-D leaf is a matrix.
+Three kinds of evidence speak against a matrix, in this order: a leaf has fewer than two axes; its
+path contains a name of a table, a vector or a head; its shape shows stacked vectors or the
+vocabulary. `explain` returns the evidence that decided. Every other 2-D leaf is a matrix.
 
-A function here maps parameters to a tree of ``optax.contrib.MuonDimensionNumbers`` (None: not a
-matrix, to the fallback) and can be passed as ``weight_dimension_numbers``.
+The rules of this module map parameters to a tree of ``optax.contrib.MuonDimensionNumbers`` (None:
+no matrix, to the fallback) and can be passed as ``weight_dimension_numbers``.
 
 Example:
   Convolution kernels as matrices, and everything else by the default rule:
@@ -45,17 +45,20 @@ from gum_optax._rules import scanned_layers as scanned_layers
 MuonDimensionNumbers = optax.contrib.MuonDimensionNumbers
 
 DimensionNumbers: TypeAlias = PyTree | Callable[[PyTree], PyTree]
-"""``MuonDimensionNumbers``, a tree or prefix tree of them, or a function that gives one."""
+"""``MuonDimensionNumbers``, a tree or prefix tree of them, or a function that returns one."""
 
 
 def first_of(*rules: DimensionNumbers) -> Callable[[PyTree], PyTree]:
-    """Makes a rule that takes each leaf by the first of several rules that knows it.
+    """Makes a rule that uses, for each leaf, the first of several rules that knows the leaf.
 
     Args:
-      *rules: functions of the parameters such as those of this module, or trees.
+      *rules: functions of the parameters, such as the rules of this module, or trees.
 
     Returns:
       A function from parameters to a tree of ``MuonDimensionNumbers`` or None.
+
+    Raises:
+      TypeError, ValueError: from that function, if a rule's tree does not fit the parameters.
 
     Example:
       >>> import jax.numpy as jnp
@@ -84,13 +87,14 @@ def resolve(
     Args:
       params: arrays, or ``jax.ShapeDtypeStruct`` in their place.
       dimension_numbers: a tree or prefix tree, a function that returns one, or None for `default`.
-        See `is_function` for trees that can be called.
+        `is_function` tells functions from trees that can be called.
 
     Returns:
       A list of ``MuonDimensionNumbers`` or None.
 
     Raises:
-      TypeError, ValueError: if the tree does not fit ``params`` or axes overlap, repeat or exceed.
+      TypeError, ValueError: if the tree does not fit ``params``, or if an axis is out of range or
+        used twice.
 
     Example:
       >>> import jax.numpy as jnp
@@ -107,8 +111,8 @@ def resolve(
     try:
         parts = [jax.tree.leaves(part) for part in prefix.flatten_up_to(params)]
     except ValueError as error:
-        # Flax' boxes are around numbers that were made of a model, and not around the arrays of an
-        # update: then names must be equal, in which boxes do not show.
+        # Numbers that were made from a Flax model are in boxes, the arrays of an update are not.
+        # So the structures differ, but names, which leave out boxes, must be equal.
         paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(tree, is_leaf)[0]]
         named = leaves_with_names(params)
         if [path_name(path) for path in paths] != [name for name, _ in named]:
@@ -124,7 +128,7 @@ def resolve(
         try:
             _check(leaf.shape, numbers)
         except (TypeError, ValueError) as error:
-            # Paths cost a walk of their own, so they are worked out for the message alone.
+            # Paths cost another walk through the tree, so they are only computed for the message.
             path = leaves_with_names(params)[position][0]
             raise type(error)(
                 f"`weight_dimension_numbers` of the leaf `{path}` with shape {tuple(leaf.shape)}"
@@ -136,18 +140,18 @@ def resolve(
 def explain(params: PyTree, numbers: Sequence[MuonDimensionNumbers | None]) -> list[str]:
     """Returns for each leaf a short reason why it is not a matrix, or "" if it is one.
 
-    The reasons are those of `default`, whichever function or tree the numbers come from:
+    The reasons follow the rule `default`, even if the numbers come from another function or a tree:
 
     - ``vector``: fewer than two axes;
     - ``name: embed``: the word of the path that matched;
     - ``stacked vectors``: ``[L, d]`` under a name such as ``norm_attn``;
     - ``head: vocabulary 32000``: the only unnamed leaf with the sizes of the embedding;
     - ``ambiguous axes``: three or more axes, and no rule for them;
-    - ``as given``: `default` takes the leaf as a matrix, and the numbers say None.
+    - ``as given``: `default` takes the leaf as a matrix, but the numbers are None.
 
     Args:
       params: arrays, or ``jax.ShapeDtypeStruct`` in their place.
-      numbers: what `resolve` returns for them.
+      numbers: the result of `resolve` for them.
 
     Returns:
       A list of strings in the order of ``jax.tree.leaves``.
@@ -175,15 +179,15 @@ def explain(params: PyTree, numbers: Sequence[MuonDimensionNumbers | None]) -> l
 
 
 def is_function(value: Any) -> bool:
-    """Tells a function of the parameters from a tree that happens to be callable.
+    """Distinguishes a function of the parameters from a tree that happens to be callable.
 
-    The root of an Equinox model is a registered tree with a ``__call__``. A function is a leaf.
+    The root of an Equinox model is a registered tree with a ``__call__``; a function is a leaf.
 
     Args:
       value: a function or a tree, for example ``weight_dimension_numbers``, a mask or labels.
 
     Returns:
-      True if the value is to be called.
+      True for a function, which is to be called with the parameters.
 
     Example:
       >>> from gum_optax import dimension_numbers
@@ -205,7 +209,10 @@ def axes(
       numbers: its dimension numbers.
 
     Returns:
-      Three tuples of axes; the batch axes are all that the numbers do not mention.
+      Three tuples of axes; the batch axes are the axes without dimension numbers.
+
+    Raises:
+      TypeError, ValueError: if an axis is no int or out of range.
 
     Example:
       >>> from gum_optax import dimension_numbers
@@ -223,7 +230,7 @@ def axes(
 
 
 def _check(shape: Sequence[int], numbers: Any) -> None:
-    """Raises an error whose message goes on after the leaf's path and shape."""
+    """Raises if numbers do not fit a shape; the message continues after the leaf's path."""
     if numbers is None:
         return
     if not isinstance(numbers, MuonDimensionNumbers):
@@ -241,6 +248,7 @@ def _check(shape: Sequence[int], numbers: Any) -> None:
 
 
 def _normalize(ndim: int, axis: int | Sequence[int]) -> tuple[int, ...]:
+    # One axis or several, from the front or the end -> a tuple of axes from the front.
     given = tuple(map(operator.index, np.atleast_1d(axis)))
     for a in given:
         if not -ndim <= a < ndim:

@@ -1,14 +1,14 @@
-r"""Displaced gradients: the gradient at a point near the weights, in place of that at the weights.
+r"""Displaced gradients: the gradient at a point near the weights instead of at the weights.
 
-.. math:: g = \nabla f(W + d(W)), \qquad W \leftarrow W - \eta\, \text{base}(g)
+.. math:: g = \nabla f(W + d(W)), \qquad W \leftarrow W - \eta\, \text{direction}(g)
 
-The *displacement* d is a function of the weights and the batch; any optax transformation follows as
-the base. Uphill it is SAM, downhill extrapolation:
+The *displacement* d is a function of the weights and the batch. The gradient g can go to any
+optimizer. An uphill displacement gives SAM, a downhill one extrapolation:
 
-- `ascent` of a gradient: SAM; of an estimate from `estimators`: AdaZo-SAM, which has one backward
-  pass in place of two; with low-rank Adam as base: LORENZA;
-- `extrapolation` of this batch's gradient (extragradient), or `along_previous` of the last one:
-  extrapolated SGD and Adam, for large batches.
+- `ascent` along a gradient is SAM; along an estimate from `estimators` it is AdaZo-SAM, with one
+  backward pass instead of two; followed by low-rank Adam it is LORENZA;
+- `extrapolation` along this batch's gradient (extragradient), or `along_previous` along the last
+  one, is extrapolated SGD or Adam, for large batches.
 
 Example:
   SAM in front of GUM:
@@ -23,9 +23,9 @@ Example:
   >>> sam = gum_optax.displaced(gradient, displacements.ascent(gradient, rho=0.05))
   >>> value, grads = sam({"w": jnp.ones((8, 4))}, jnp.eye(8))
 
-  LORENZA is AdaZo-SAM and low-rank Adam. Keyword arguments go to the displacement, here to its
-  estimator. (Its paper draws the probes within the optimizer's own bases, here they have bases of
-  their own.)
+  LORENZA is AdaZo-SAM followed by low-rank Adam. Keyword arguments go to the displacement, here to
+  its estimator. (In its paper the probes lie in the bases of the optimizer, here in bases of their
+  own.)
 
   >>> from gum_optax import estimators, projectors
   >>> probe = estimators.zeroth_order(loss, estimators.low_rank(rank=2, period=50))
@@ -45,6 +45,7 @@ import jax.numpy as jnp
 import optax
 
 from gum_optax import _checks
+from gum_optax import dimension_numbers as dims
 from gum_optax._paths import PyTree
 
 ValueAndGrad: TypeAlias = Callable[..., tuple[Any, PyTree]]
@@ -58,19 +59,19 @@ def displaced(value_and_grad: ValueAndGrad, displacement: Displacement | PyTree)
     """Returns a function that takes the gradient at displaced weights.
 
     Weights in half precision are displaced in float32, in which a small displacement is not lost,
-    and the loss is given them so. A model that wants bfloat16 rounds them itself.
+    and the loss gets them in float32. A model that computes in bfloat16 has to round them itself.
 
     Args:
-      value_and_grad: ``(params, *args) -> (value, gradient)``: ``jax.value_and_grad(loss)``, or
-        any function of the kind, with an auxiliary output, too.
-      displacement: ``(params, *args, **kwargs) -> tree`` like the parameters, such as `ascent`
-        makes, or the tree itself.
+      value_and_grad: ``(params, *args) -> (value, gradient)``: ``jax.value_and_grad(loss)`` or a
+        similar function, also with an auxiliary output.
+      displacement: ``(params, *args, **kwargs) -> tree like the parameters``, for example from
+        `ascent`, or such a tree.
 
     Returns:
       ``(params, *args, **kwargs) -> (value, gradient)``. Positional arguments go to both functions,
-      keyword arguments to the displacement alone: the ``key`` and ``step`` of an estimator, or the
-      ``previous`` gradient. The value is the one at the displaced weights, the gradient has the
-      dtypes of ``params``.
+      keyword arguments only to the displacement: the ``key`` and ``step`` of an estimator, or the
+      ``previous`` gradient. The value is the loss at the displaced weights, and the gradient has
+      the dtypes of ``params``.
 
     Raises:
       TypeError: if ``value_and_grad`` is no function; from the result, if keyword arguments are
@@ -90,7 +91,8 @@ def displaced(value_and_grad: ValueAndGrad, displacement: Displacement | PyTree)
     _checks.function("value_and_grad", value_and_grad, "(params, *args) -> (value, gradient)")
 
     def at_displaced(params: PyTree, *args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
-        if callable(displacement):
+        # 1. d, from a function or as given. A module of weights is a tree, although it is callable.
+        if dims.is_function(displacement):
             moved_by = displacement(params, *args, **kwargs)
         elif kwargs:
             raise TypeError(
@@ -99,7 +101,7 @@ def displaced(value_and_grad: ValueAndGrad, displacement: Displacement | PyTree)
             )
         else:
             moved_by = displacement
-        # g = grad f(W + d)
+        # 2. g = grad f(W + d), in the dtypes of W
         moved = jax.tree.map(lambda w, d: _wide(w) + d, params, moved_by)
         value, gradient = value_and_grad(moved, *args)
         return value, jax.tree.map(lambda g, w: g.astype(jnp.result_type(w)), gradient, params)
@@ -110,13 +112,13 @@ def displaced(value_and_grad: ValueAndGrad, displacement: Displacement | PyTree)
 def ascent(value_and_grad: ValueAndGrad, rho: float | jax.Array = 0.05) -> Displacement:
     r"""Moves uphill by a fixed distance: the displacement of SAM.
 
-    .. math:: d = \rho\; g / \|g\|, \qquad \text{0 where g is 0}
+    .. math:: d = \rho\; g / \|g\|, \qquad d = 0 \text{ if } g = 0
 
-    The norm is that of all parameters together.
+    The norm is taken over all parameters together.
 
     Args:
-      value_and_grad: makes g: ``jax.value_and_grad(loss)``, or an estimator. For a loss that is
-        linear, the estimate of `estimators.zeroth_order` never points downhill.
+      value_and_grad: returns g: ``jax.value_and_grad(loss)``, or an estimator. For a linear loss,
+        the estimate of `estimators.zeroth_order` never points downhill.
       rho: the distance, >= 0.
 
     Returns:
@@ -143,6 +145,7 @@ def ascent(value_and_grad: ValueAndGrad, rho: float | jax.Array = 0.05) -> Displ
 
     def displacement(params: PyTree, *args: Any, **kwargs: Any) -> PyTree:
         gradient = jax.tree.map(_wide, value_and_grad(params, *args, **kwargs)[1])
+        # rho / |g|, or 0. The inner `where` avoids a division by zero, which would give NaN.
         norm = optax.tree.norm(gradient)
         factor = jnp.where(norm > 0, rho / jnp.where(norm > 0, norm, 1), 0)
         return jax.tree.map(lambda g: factor.astype(g.dtype) * g, gradient)
@@ -153,12 +156,12 @@ def ascent(value_and_grad: ValueAndGrad, rho: float | jax.Array = 0.05) -> Displ
 def extrapolation(value_and_grad: ValueAndGrad, rate: float | jax.Array) -> Displacement:
     r"""Moves downhill along a gradient: ``d = -rate * g``, the extragradient method.
 
-    With the gradient of the same batch it costs a second backward pass. The base may be SGD with
+    The gradient of the same batch costs a second backward pass. The optimizer may be SGD with
     momentum, Adam, or any other.
 
     Args:
-      value_and_grad: makes g, usually ``jax.value_and_grad(loss)``.
-      rate: the extrapolation's own learning rate, >= 0. At 0 nothing changes.
+      value_and_grad: returns g, usually ``jax.value_and_grad(loss)``.
+      rate: the learning rate of the extrapolation, >= 0. At 0 there is no displacement.
 
     Returns:
       A displacement that passes all of its arguments on to ``value_and_grad``.
@@ -193,8 +196,8 @@ def extrapolation(value_and_grad: ValueAndGrad, rate: float | jax.Array) -> Disp
 def along_previous(rate: float | jax.Array) -> Displacement:
     r"""Moves downhill along the gradient of the step before: ``d = -rate * previous``.
 
-    It costs no second backward pass, and one copy of the gradient, which the training step keeps
-    and gives as the keyword argument ``previous`` (zeros at first).
+    It costs no second backward pass but the memory of one gradient, which the training step keeps
+    and passes as the keyword argument ``previous`` (zeros at first).
 
     Args:
       rate: as for `extrapolation`.
@@ -230,9 +233,10 @@ def along_previous(rate: float | jax.Array) -> Displacement:
 
 
 def _downhill(rate: float | jax.Array, gradient: PyTree) -> PyTree:
-    """``-rate * g`` of every leaf, in float32 or wider."""
+    """Returns ``-rate * g`` of every leaf, in float32 or wider."""
     return jax.tree.map(lambda g: -jnp.asarray(rate, g.dtype) * g, jax.tree.map(_wide, gradient))
 
 
 def _wide(x: Any) -> jax.Array:
+    """Returns an array in float32, or float64 if it has that."""
     return jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32))

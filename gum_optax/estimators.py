@@ -1,18 +1,18 @@
 r"""Estimators: gradients from values of a loss alone, without a backward pass (zeroth order).
 
 An *estimator* takes the place of ``jax.value_and_grad(loss)``; any optax transformation can follow.
-`zeroth_order` makes one of a loss and a distribution of *directions*:
+`zeroth_order` makes one from a loss and a distribution of *directions*:
 
 - `gaussian`: MeZO;
-- `low_rank`: LOZO; with `gum_optax.low_rank` behind it, LOZO-M;
+- `low_rank`: LOZO; followed by `gum_optax.low_rank`, LOZO-M;
 - `orthonormal`: SubZero;
-- `sphere` and `coordinates`, which `hybrid` mixes: ZO-HGD.
+- `sphere` and `coordinates`, mixed by `hybrid`: ZO-HGD.
 
-Directions are functions of key, step and path, so that a step stores none. It needs the weights,
-one perturbed copy of what is in use, and the activations of a forward pass.
+Directions are functions of key, step and path, so they are not stored. A step needs the memory of
+the weights, of a perturbed copy of the weights in use, and of the activations of a forward pass.
 
 Example:
-  A step of MeZO. The key stays for a whole run, the step counts:
+  A step of MeZO. The key is the same for a whole run, the step counts up:
 
   >>> import jax
   >>> import jax.numpy as jnp
@@ -66,7 +66,10 @@ def add(weight: jax.Array, direction: Direction, size: jax.Array) -> jax.Array:
     Args:
       weight: the leaf.
       direction: the direction z.
-      size: ``eps`` or ``-eps``.
+      size: ``eps`` or ``-eps``, a float32 scalar.
+
+    Returns:
+      The perturbed weight, in the shape of ``weight``.
     """
     dtype = compute_dtype(weight)
     return weight.astype(dtype) + size.astype(dtype) * direction.dense()
@@ -77,7 +80,7 @@ class Perturbed(NamedTuple):
 
     Attributes:
       weight: ``[*batch, rows, columns]``, the weight itself, in its own dtype.
-      left: ``[*batch, rows, r]``, with the size of the perturbation in it.
+      left: ``[*batch, rows, r]``, multiplied by the size of the perturbation.
       right: ``[*batch, columns, r]``.
     """
 
@@ -86,20 +89,23 @@ class Perturbed(NamedTuple):
     right: jax.Array
 
     def __rmatmul__(self, x: jax.Array) -> jax.Array:
-        """``x @ (weight + left @ right.mT)``, without that sum."""
+        """Returns ``x @ (weight + left @ right.mT)`` without computing the sum of weights."""
         return x @ self.weight + (x @ self.left) @ self.right.mT
 
 
 def as_factors(weight: jax.Array, direction: Direction, size: jax.Array) -> Any:
-    """Leaves a perturbation of low rank apart from its weight, for models that apply both.
+    """Keeps a low-rank perturbation separate from its weight, for models that apply both.
 
-    No matrix of the weight's size is made then. The loss finds a `Perturbed` wherever a leaf has a
-    direction of low rank. ``x @ perturbed`` works where ``x`` is an array of JAX.
+    Then no matrix of the weight's size is made. The loss gets a `Perturbed` in the place of every
+    leaf with a low-rank direction. ``x @ perturbed`` works if ``x`` is a JAX array.
 
     Args:
       weight: the leaf.
       direction: the direction z.
-      size: ``eps`` or ``-eps``.
+      size: ``eps`` or ``-eps``, a float32 scalar.
+
+    Returns:
+      A `Perturbed`, or the sum of `add` for a direction that is not of low rank.
 
     Example:
       >>> import jax.numpy as jnp
@@ -128,36 +134,36 @@ def zeroth_order(
 ) -> Estimator:
     r"""Estimates the gradient of a loss from its values at weights moved along random directions.
 
-    With z a direction, w its weights (see `Directions`) and all leaves moved together,
+    With z a direction and w its weights, one for each leaf (see `Directions`),
 
     .. math::
         c = \frac{L(\theta + \epsilon z) - L(\theta - \epsilon z)}{2 \epsilon}, \qquad
         \hat g = \text{mean of } c\, w z \text{ over the samples}
 
-    For a loss that is linear, or quadratic, c is the exact slope for any ``eps``.
+    For a linear or quadratic loss, c is the exact slope for any ``eps``.
 
-    **Precision.** The loss is given float32 copies of weights in half precision: bfloat16 has eight
-    digits, so that 1e-3 would vanish beside a weight above 0.5. A model that rounds its weights to
-    bfloat16 itself loses the perturbation again. The two losses are nearly equal, so compute them
-    in float32, with the mean over the batch, too.
+    **Precision.** The loss gets float32 copies of weights in half precision: bfloat16 has eight
+    binary digits, so that 1e-3 would be lost in the sum with a weight above 0.5. A model that
+    rounds its weights to bfloat16 loses the perturbation again. The two losses are nearly equal, so
+    compute them in float32, including the mean over the batch.
 
-    **Memory.** The two losses are computed one after the other, in a loop, and each makes the
-    direction anew; so does the gradient. Dropout must be the same in both, or off.
+    **Memory.** The two losses are computed one after the other, in a loop. Each draws the direction
+    again, and so does the gradient. Dropout must be the same in both losses, or off.
 
     Args:
       loss: ``(params, *args, **kwargs) -> scalar``.
-      directions: what z is, for example `gaussian()`.
+      directions: the distribution of z, for example `gaussian()`.
       eps: the size of the perturbation, > 0.
-      samples: independent directions to average over, an int >= 1; each costs two losses. What a
-        period fixes is common to them.
-      perturb: ``(leaf, direction, size) -> what the loss is given``: `add`, or `as_factors` for
-        models that can use perturbations of low rank.
+      samples: the number of independent directions to average over, an int >= 1; each costs two
+        losses. All of them share the parts of directions that are fixed for a period.
+      perturb: ``(leaf, direction, size) -> leaf for the loss``: `add`, or `as_factors` for models
+        that can use low-rank perturbations.
 
     Returns:
       ``(params, *args, key, step=0, **kwargs) -> (value, gradient)``. ``key`` is a seed or a
-      threefry key, the same for a whole run; ``step``, an int or int32 scalar, decides the
-      direction with it. ``value`` is the mean of the losses that were computed, float32 (not the
-      loss of ``params``; NaN if there were none), and the gradient has the dtypes of ``params``.
+      threefry key, the same for a whole run. With ``step``, an int or int32 scalar, it determines
+      the directions. ``value`` is the mean of the computed losses, float32 or wider (not the loss
+      at ``params``; NaN if no loss was computed), and the gradient has the dtypes of ``params``.
 
     Raises:
       TypeError, ValueError: if an argument is malformed; from the estimator, if the loss is no
@@ -191,8 +197,8 @@ def zeroth_order(
         size = jnp.asarray(eps, jnp.float32)
 
         def moved(occasion: Occasion, signed: jax.Array) -> jax.Array:
-            """The loss at ``params + signed * z``."""
-            # The direction is made inside of the loop over signs. Without the barrier XLA may make
+            """Returns the loss at ``params + signed * z``."""
+            # The direction is drawn inside of the loop over signs. Without the barrier XLA may draw
             # it once, before the loop, and keep it: as many numbers as there are weights.
             occasion, signed = jax.lax.optimization_barrier((occasion, signed))
             drawn = _leaves(directions.draw(occasion, params))
@@ -210,6 +216,7 @@ def zeroth_order(
             )
             return (plus - minus) / (2.0 * size).astype(plus.dtype), (plus + minus) / 2
 
+        # Skipped directions have slope 0 and no loss (NaN).
         def slope_or_nothing(occasion: Occasion) -> tuple[jax.Array, jax.Array]:
             if directions.skip is None:
                 return slope(occasion)
@@ -220,12 +227,13 @@ def zeroth_order(
             skipped = directions.skip(occasion, params)
             return jax.lax.cond(skipped, lambda: nothing, lambda: slope(occasion))
 
-        # 2. The gradient, with every direction made a second time: g = sum_k c_k w_k z_k / samples
+        # 2. The gradient, for which every direction is drawn again:
+        #    g = sum_k c_k w_k z_k / samples
         def along(occasion: Occasion, slope: jax.Array) -> PyTree:
             def one(leaf: jax.Array, direction: Direction) -> jax.Array:
                 factor = (slope * direction.weight / samples).astype(compute_dtype(leaf))
                 if isinstance(direction, Factors):
-                    # The factor goes to the small side.
+                    # One factor [rows, r] is scaled, not the whole matrix.
                     return direction._replace(left=factor * direction.left).dense()
                 return factor * direction.dense()
 
@@ -236,6 +244,8 @@ def zeroth_order(
         def rounded(gradient: PyTree) -> PyTree:
             return jax.tree.map(lambda g, x: g.astype(x.dtype), gradient, params)
 
+        # 3. One direction without a loop; several in two loops, first all slopes, then the sum of
+        #    the gradients, so that one direction exists at a time.
         number = directions.number(params) * samples
         if number == 1:
             c, value = slope_or_nothing(occasion)
@@ -252,7 +262,7 @@ def zeroth_order(
 
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, compute_dtype(x)), params)
         total, _ = jax.lax.scan(add_one, zeros, (occasions, slopes))
-        # Directions that were skipped have no losses.
+        # The mean over the directions that were not skipped.
         return jnp.nanmean(values), rounded(total)
 
     return estimate
@@ -265,31 +275,31 @@ def hybrid(
     eps: float | jax.Array = 1e-3,
     samples: int = 1,
 ) -> Estimator:
-    r"""Mixes random directions with single coordinates that seem large: ZO-HGD.
+    r"""Combines random directions with derivatives along large coordinates: ZO-HGD.
 
     .. math::
         \hat g = \alpha\, g_r + (1 - \alpha) \sum_{i \in I} \frac{g_i}{p_i} e_i, \qquad
         p_i = \min(1, \lambda |g_{r,i}|), \quad \textstyle\sum_i p_i = \text{tried}
 
-    where g_r is the mean over ``samples`` directions on the `sphere`, which also decides the
-    probabilities of `coordinates`, by water-filling. The set I is drawn after that, so the estimate
-    stays unbiased. Sizes below a hundredth of their mean count as such, so that every parameter has
-    a chance.
+    where g_r is the mean estimate over ``samples`` directions on the `sphere`. It also determines
+    the probabilities of `coordinates`, by water-filling. The set I is drawn independently of g_r
+    given these probabilities, so the estimate stays unbiased. Entries below a hundredth of the mean
+    size are raised to it, so that every parameter has a positive probability.
 
-    With few samples the sizes of g_r's entries are those of random numbers, and tell nothing of the
-    gradient's: take many. In all, ``2 * (samples + tried)`` losses are computed on average. For few
-    parameters only, as `coordinates`.
+    With few samples the sizes of g_r's entries are random and independent of the gradient's, so
+    take many. On average, ``2 * (samples + tried)`` losses are computed. Like `coordinates`, this
+    suits small numbers of parameters only.
 
     Args:
       loss: ``(params, *args, **kwargs) -> scalar``.
-      tried: the expected number of coordinates, > 0, at most the number of parameters.
+      tried: the expected number of drawn coordinates, > 0, at most the number of parameters.
       share: alpha, in [0, 1]: the weight of the random directions. With 0 and all coordinates
-        tried, the estimate is the gradient by central differences.
+        drawn, the estimate is the gradient by central differences.
       eps: as for `zeroth_order`.
-      samples: directions on the sphere.
+      samples: the number of directions on the sphere, an int >= 1.
 
     Returns:
-      An estimator, as from `zeroth_order`; its value is the mean loss on the sphere.
+      An estimator, as from `zeroth_order`; its value is the mean loss over the sphere's directions.
 
     Raises:
       TypeError, ValueError: if an argument is malformed.
@@ -311,7 +321,7 @@ def hybrid(
         params: PyTree, *args: Any, key: Any, step: Any = 0, **kwargs: Any
     ) -> tuple[jax.Array, PyTree]:
         value, g_r = random(params, *args, key=key, step=step, **kwargs)
-        # 1. Probabilities from all parameters together.
+        # 1. p = min(1, lambda |g_r|), from the entries of all parameters together, ``[d]``.
         leaves, treedef = jax.tree.flatten(g_r)
         sizes = jnp.concatenate([jnp.abs(leaf.astype(jnp.float32)).ravel() for leaf in leaves])
         sizes = jnp.maximum(sizes, 0.01 * jnp.mean(sizes))
@@ -321,7 +331,7 @@ def hybrid(
         p = treedef.unflatten(
             part.reshape(leaf.shape) for part, leaf in zip(parts, leaves, strict=True)
         )
-        # 2. Coordinates drawn by them.
+        # 2. g_c, the estimate of coordinates drawn with these probabilities, and the mixture.
         single = zeroth_order(loss, coordinates(p), eps)
         _, g_c = single(params, *args, key=key, step=step, **kwargs)
         return value, jax.tree.map(lambda r, c: (share * r + (1 - share) * c).astype(r.dtype),
@@ -331,4 +341,5 @@ def hybrid(
 
 
 def _leaves(drawn: PyTree) -> list[Direction]:
+    """Returns the direction of each leaf; to JAX directions are nodes."""
     return jax.tree.leaves(drawn, is_leaf=lambda node: isinstance(node, Dense | Factors))

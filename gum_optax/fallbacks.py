@@ -1,18 +1,18 @@
 """Fallbacks: optimizers of embedding, head, norms and biases, from AdamW to hardly any state.
 
-Compression and few bits leave little state to the matrices, and then AdamW's two moments of the
-tables fill the memory: 3.9 of the 5.5 GiB that GUM keeps for Llama-3-8B. A `Fallback` is the
-argument ``fallback`` of an optimizer such as `gum` or of `for_matrices`, from which it gets
-``fallback_learning_rate``, weight decay and its mask. For a table or head ``[V, d]`` they keep
+Once compression or few bits have reduced the state of the matrices, AdamW's two moments of tables
+dominate: 3.9 of the 5.5 GiB of GUM's state for Llama-3-8B. A `Fallback` is the argument
+``fallback`` of an optimizer such as `gum`, or of `for_matrices`, which passes it
+``fallback_learning_rate``, weight decay and the mask. The state for a table or head ``[V, d]`` is
 
 ============================  =======================  ====================================
-fallback                      state, bytes a number    what follows the gradient
+fallback                      bytes per parameter      update
 ============================  =======================  ====================================
 ``adamw()``                   8 (4 in bfloat16)        Adam's two moments
-``adamw(storage=int8())``     2                        the same, in 8 bits
+``adamw(storage=int8())``     2                        Adam's two moments in 8 bits
 ``factored(0.9)``             1                        Adafactor's update and 8-bit momentum
 ``factored()``                0 (V + d numbers)        Adafactor's update
-``columns()``                 1 for the head           columns of equal size
+``columns()``                 1 for the head           columns of equal norm
 ============================  =======================  ====================================
 
 Example:
@@ -43,7 +43,7 @@ from gum_optax._rates import Mask, Number, ScalarOrSchedule, decoupled_decay
 
 
 class Fallback(NamedTuple):
-    """An optimizer of what is no matrix, before its learning rate is known.
+    """An optimizer of the leaves that are no matrices, before its learning rate is known.
 
     Attributes:
       make: ``(learning_rate, weight_decay, mask) -> optax.GradientTransformation``.
@@ -58,13 +58,14 @@ def adamw(
     eps: Number = 1e-8,
     storage: storages.Storage | None = None,
 ) -> Fallback:
-    """AdamW, optax's: the default fallback.
+    """AdamW as in optax: the default fallback.
 
     Args:
       b1: decay of the first moment, in [0, 1).
       b2: decay of the second moment, in [0, 1).
-      eps: added to the root of the second moment.
-      storage: how both moments rest, see `quantized`; None: in the dtypes of the parameters.
+      eps: added to the root of the second moment, >= 0.
+      storage: how both moments are packed between steps, see `quantized`; None: not at all, in the
+        dtypes of the parameters.
 
     Returns:
       The `Fallback`.
@@ -97,22 +98,22 @@ def factored(
 ) -> Fallback:
     r"""Adafactor's update: a second moment of rows and columns, with or without momentum.
 
-    With G the gradient ``[..., V, d]``, and means over rows and columns of its square that decay by
-    :math:`\beta_t = 1 - t^{-0.8}`,
+    With G the gradient ``[..., V, d]``, and R and C the running means of the rows and columns of
+    its square with decay :math:`\beta_t = 1 - t^{-0.8}`,
 
     .. math::
         \hat V_{ij} = R_i C_j / \operatorname{mean}(R), \quad
         U = G / \sqrt{\hat V}, \quad U \leftarrow U / \max(1, \operatorname{rms}(U)), \quad
         M \leftarrow \beta_1 M + (1 - \beta_1) U
 
-    Updates have a root mean square of at most one, as Adam's have, so that learning rates carry
-    over; Adafactor's own scale by the size of the parameters is left out. Arrays without two axes
-    of 128 numbers or more keep a second moment for each number. Second moments are in float32.
+    Updates have a root mean square of at most one, like Adam's, so that learning rates carry over;
+    Adafactor's scale by the size of the parameters is left out. Arrays without two axes of length
+    128 or more keep a second moment for each number. Second moments are in float32.
 
     Args:
-      b1: decay of the momentum of updates (without its bias), in [0, 1); a plain 0 keeps none.
-      storage: how that momentum rests, see `quantized`.
-      decay_rate: the exponent of the decay of second moments.
+      b1: decay of the bias-corrected momentum of updates, in [0, 1); with a plain 0 there is none.
+      storage: how that momentum is packed between steps, see `quantized`.
+      decay_rate: the exponent of t in the decay of second moments, without its sign, >= 0.
 
     Returns:
       The `Fallback`.
@@ -130,13 +131,14 @@ def factored(
     """
     _checks.hyperparameter("b1", b1, below=1.0)
     _checks.hyperparameter("decay_rate", decay_rate)
-    # Also where nothing is stored.
+    # Checked even without momentum, so that a mistake does not depend on `b1`.
     _checks.instance("storage", storage, storages.Storage, "of `gum_optax.storages`")
-    # optax gives second moments the dtype of the parameters; in bfloat16 they would stop to change
-    # once the decay is within 2 ** -8 of one.
+    # 1. V, by optax. It has the dtype of the parameters there; in bfloat16 it would stop changing
+    #    once the decay is within 2 ** -8 of one.
     second = quantized(
         optax.scale_by_factored_rms(decay_rate=decay_rate), storages.cast(jnp.float32), smallest=0
     )
+    # 2. U <- U / max(1, rms(U)), and 3. momentum of U. A traced `b1` may be anything.
     direction = optax.chain(second, optax.clip_by_block_rms(1.0))
     if not (isinstance(b1, int | float) and b1 == 0):
         direction = optax.chain(direction, quantized(optax.ema(b1), storage))
@@ -149,22 +151,22 @@ def columns(
     *,
     is_head: Callable[[str], bool] = is_no_table,
 ) -> Fallback:
-    r"""SCALE's rule: columns of equal size, momentum for the head alone, and AdamW for vectors.
+    r"""SCALE's rule: columns of equal norm, momentum for the head alone, and AdamW for vectors.
 
     .. math::
         M \leftarrow \beta_1 M + (1 - \beta_1) G \quad\text{(head; elsewhere } M = G), \qquad
         U_j = M_j / \operatorname{rms}(M_j)
 
-    Columns are vectors along axis -2, so those of an embedding ``[V, d]`` hold one feature of all
-    tokens. Updates have a root mean square of one, Adam's of about 0.2: learning rates are a few
-    times smaller than AdamW's.
+    Columns are vectors along axis -2, so a column of an embedding ``[V, d]`` holds one feature of
+    all tokens. Updates have a root mean square of one, Adam's of about 0.2: use learning rates a
+    few times smaller than for AdamW.
 
     Args:
       b1: decay of the head's momentum, in [0, 1).
-      storage: how that momentum rests, see `quantized`.
-      is_head: ``path -> bool``, of paths such as ``"lm_head/kernel"``: which arrays have momentum;
-        by default those whose names are not names of embeddings and positions. Where the embedding
-        is also the head, it wants momentum: pass ``lambda path: True``.
+      storage: how that momentum is packed between steps, see `quantized`.
+      is_head: ``path -> bool`` for paths such as ``"lm_head/kernel"``, true for the arrays with
+        momentum; by default those without a name of embeddings or positions. An embedding that is
+        also the head needs momentum: pass ``lambda path: True``.
 
     Returns:
       The `Fallback`.
@@ -184,6 +186,7 @@ def columns(
     _checks.hyperparameter("b1", b1, below=1.0)
     _checks.function("is_head", is_head, "path -> bool")
 
+    # The label of each leaf, from its number of axes and its name.
     def kinds(tree: PyTree) -> PyTree:
         # A leaf in a box is labelled with its box, as in `for_matrices`.
         return jax.tree.structure(tree, is_leaf=is_box).unflatten(
@@ -204,7 +207,7 @@ def columns(
 
 
 def _of_direction(direction: optax.GradientTransformation) -> Fallback:
-    """Adds what is known later: U -> -learning_rate * (U + weight_decay * W)."""
+    """Makes a `Fallback` from a direction: U -> -learning_rate * (U + weight_decay * W)."""
 
     def make(rate: ScalarOrSchedule, decay: Number, mask: Mask) -> optax.GradientTransformation:
         return optax.chain(

@@ -1,16 +1,17 @@
-"""Projectors: functions from a gradient to a basis of the subspace that is kept of it.
+"""Projectors: functions from a gradient to an orthonormal basis.
 
 A projector is a function ``(key, gradient [m, n], rank, previous_basis [m, r]) -> basis [m, r]``
 with m <= n and r = min(rank, m). `low_rank` calls it for one matrix at a time, at every refresh,
 with the gradient in the dtype of its computation: float32, or float64 for float64 leaves. The basis
-has orthonormal columns in the same dtype, and is finite for every finite gradient, zero included.
+must have orthonormal columns in the same dtype, and be finite for every finite gradient, including
+zero.
 
-Any function of that signature can take the place of those here, whose options are set with
-``functools.partial``. The previous basis is zero before the first refresh; after a refresh from a
-gradient that was not finite, it need not be finite either.
+Any function of this signature can be passed as ``LowRank(projector=...)``; options of the
+projectors here are set with ``functools.partial``. The previous basis is zero before the first
+refresh. After a refresh from a non-finite gradient, it may be non-finite.
 
-A basis may depend on the gradient and on the random key and still leave the gradient estimate
-unbiased, because layers are sampled independently of it (arXiv 2510.17802).
+A basis may depend on the gradient and on the key without making the gradient estimate biased,
+because layers are sampled independently of it (arXiv 2510.17802).
 
 Example:
   The simplest projector keeps the first coordinates:
@@ -43,7 +44,7 @@ _SIGNATURE = "(key, gradient, rank, previous_basis) -> basis"
 
 
 def svd(key: jax.Array, gradient: jax.Array, rank: int, previous_basis: jax.Array) -> jax.Array:
-    """Computes the top left singular vectors by a full SVD: exact but slow (GaLore's projector).
+    """Computes the top left singular vectors by a full SVD: GaLore's projector, exact but slow.
 
     Args:
       key: unused.
@@ -80,21 +81,21 @@ def subspace_iteration(
 ) -> jax.Array:
     """Approximates the top left singular subspace by power iteration from the previous basis.
 
-    The iteration starts from the previous basis with a little Gaussian noise, and from noise alone
-    at the first refresh. Each iteration consists of two products with the gradient, and the rows
-    are orthonormalized after each of them, by Cholesky factors r x r (by Householder reflections
-    where those fail). Without the second orthonormalization, the start of the next product would
-    span fourth powers of the singular values, which float32 cannot represent.
+    The iteration starts from the previous basis plus a little Gaussian noise, and from noise alone
+    at the first refresh. Each iteration consists of two products with the gradient. The result is
+    orthonormalized after each product, by Cholesky factors r x r, or by Householder reflections if
+    those fail. Without the second orthonormalization, the start of the next product would contain
+    fourth powers of the singular values, which exceed the precision of float32.
 
-    Three iterations captured 99 % of the SVD's energy in every matrix at every refresh that was
-    recorded; two iterations nearly did.
+    In recorded runs, three iterations captured at least 99 % of the SVD's energy in every matrix at
+    every refresh; two iterations nearly did.
 
     Args:
-      key: for the noise.
+      key: a typed key for the noise.
       gradient: ``[m, n]``, m <= n, real floating point.
       rank: number of vectors to keep.
-      previous_basis: ``[m, r]``, the start; zero at the first refresh. A basis that is not finite,
-        as after a gradient that was not, counts as zero.
+      previous_basis: ``[m, r]``, the start; zero at the first refresh. A non-finite basis, as after
+        a non-finite gradient, counts as zero.
       iterations: number of power iterations, an int >= 1.
 
     Returns:
@@ -117,9 +118,9 @@ def subspace_iteration(
     noise = jax.random.normal(key, (gradient.shape[0], _rank(rank, gradient)), gradient.dtype)
     # A NaN in a gradient may spoil one period; starting from its basis would spoil all later ones.
     previous_basis = jnp.where(jnp.all(jnp.isfinite(previous_basis)), previous_basis, 0)
-    # start = P_old + 0.01 N / sqrt(m), the columns of N / sqrt(m) being about unit vectors. At the
-    # first refresh the noise is the whole start. Later it admits directions orthogonal to the
-    # previous basis: without it, a gradient whose support has moved would stay invisible.
+    # start = P_old + 0.01 N / sqrt(m), where columns of N / sqrt(m) have about unit length. At the
+    # first refresh the noise is the whole start. Later it adds directions orthogonal to the
+    # previous basis: without them, the iteration could never find a gradient orthogonal to it.
     start = previous_basis + 0.01 * noise / jnp.sqrt(gradient.shape[0])  # [m, r]
     return power_iteration_basis(gradient, start, iterations)
 
@@ -133,13 +134,13 @@ def randomized_svd(
     oversampling: int = 8,
     iterations: int = 2,
 ) -> jax.Array:
-    """Approximates the top left singular vectors by the SVD of a randomly sketched matrix.
+    """Approximates the top left singular vectors by the SVD of a random sketch.
 
     Args:
-      key: for the Gaussian sketch.
+      key: a typed key for the Gaussian sketch.
       gradient: ``[m, n]``, m <= n, real floating point.
       rank: number of vectors to keep.
-      previous_basis: unused; every refresh is independent of the last.
+      previous_basis: unused.
       oversampling: columns of the sketch beyond ``rank``, an int >= 0.
       iterations: power iterations on the sketch, an int >= 1.
 
@@ -164,7 +165,7 @@ def randomized_svd(
     oversampling = _checks.non_negative_int("oversampling", oversampling)
     iterations = _checks.positive_int("iterations", iterations)
     gradient = _unit_scale(gradient)
-    # 1. A basis W of somewhat more than r directions, from a Gaussian start.
+    # 1. A basis W of r + oversampling directions, from a Gaussian start.
     width = min(_rank(rank, gradient) + oversampling, gradient.shape[0])
     sketch = jax.random.normal(key, (gradient.shape[0], width), gradient.dtype)
     wide = power_iteration_basis(gradient, sketch, iterations)  # [m, width]
@@ -176,10 +177,10 @@ def randomized_svd(
 def random_orthonormal(
     key: jax.Array, gradient: jax.Array, rank: int, previous_basis: jax.Array
 ) -> jax.Array:
-    """Draws a uniformly random subspace, whatever the gradient (GoLore's projector).
+    """Draws a uniformly random subspace, independent of the gradient: GoLore's projector.
 
     Args:
-      key: for the subspace.
+      key: a typed key for the subspace.
       gradient: ``[m, n]``, m <= n; only its shape and dtype are used.
       rank: number of vectors to keep.
       previous_basis: unused.
@@ -205,10 +206,10 @@ def random_orthonormal(
 
 
 class switch(NamedTuple):
-    """Uses one projector before a step and another from that step on (GoLore's schedule).
+    """Uses one projector before a step and another from that step on: GoLore's schedule.
 
-    It is a schedule of projectors rather than a projector: `low_rank` asks it for the projector of
-    a step with ``at(step)``.
+    This is a schedule of projectors, not a projector: `low_rank` calls ``at(step)`` for the
+    projector of a step.
 
     Attributes:
       before: the projector of refreshes at steps ``< step``.
@@ -241,21 +242,22 @@ class switch(NamedTuple):
 
 
 def grassmann(step: float = 1.0) -> Projector:
-    r"""Turns the previous basis towards the gradient along a geodesic: SubTrack++'s projector.
+    r"""Rotates the previous basis towards the gradient along a geodesic: SubTrack++'s projector.
 
-    With ``A = S'G`` and ``E = G - S A`` for the previous basis S, a step of gradient descent on the
-    energy that S leaves out, whose slope is :math:`-2 E A^\top`, turns one direction of S:
+    For the previous basis S, let ``A = S'G`` and ``E = G - S A``. The energy :math:`\|E\|_F^2`
+    outside S has the gradient :math:`-2 E A^\top` in S. A step of gradient descent on it rotates
+    one direction of S:
 
     .. math::
         \frac{2 E A^\top}{\|G\|_F^2} \approx \sigma u v^\top, \qquad
         S \leftarrow (S v \cos\theta + u \sin\theta) v^\top + S (I - v v^\top), \quad
         \theta = \text{step} \cdot \sigma
 
-    The first basis, and that after one that was not finite, is `svd`'s. Published steps count in
-    units of ``1 / |G|^2``; these do not, so that scaling a loss changes nothing.
+    The first basis comes from `svd`, and so does the basis after a non-finite one. Unlike the step
+    of the paper, this one is relative to ``|G|^2``, so that scaling the loss changes nothing.
 
     Args:
-      step: the angle for sigma = 1, its largest value, in radians, > 0.
+      step: the angle in radians for sigma = 1, the largest possible value; > 0.
 
     Returns:
       A projector.
@@ -272,25 +274,27 @@ def grassmann(step: float = 1.0) -> Projector:
       ...     rank=64, projector=projectors.grassmann(), carry=carries.projection_aware()))
 
     References:
-      Rajabi et al., SubTrack++, arXiv 2502.01586. The equations, not its code, in which the
-      subspaces of tall matrices never move.
+      Rajabi et al., SubTrack++, arXiv 2502.01586. This follows the equations, not the authors'
+      code, in which the subspaces of tall matrices never move.
     """
     _checks.hyperparameter("step", step)
 
     def turned(gradient: jax.Array, basis: jax.Array) -> jax.Array:
-        # Range first: |G|^2 of large or small gradients would leave that of float32.
+        # 1. Scale first: |G|^2 of large or small gradients would leave the range of float32.
         unit = _unit_scale(gradient)
         low = matmul_highest(basis.T, unit)  # A, [r, n]
         slope = 2 * matmul_highest(unit - matmul_highest(basis, low), low.T)  # 2 E A', [m, r]
         energy = jnp.sum(unit**2)
+        # 2. The leading singular triple of the slope, and the angle theta = step sigma.
         u, sigma, vt = jnp.linalg.svd(slope, full_matrices=False)
         angle = step * sigma[0] / jnp.where(energy > 0, energy, 1)
         u, v = u[:, :1], vt[:1].T  # [m, 1], [r, 1]
-        # S + ((cos - 1) S v + sin u) v'
+        # 3. S <- S + ((cos theta - 1) S v + sin theta u) v'
         moved = (jnp.cos(angle) - 1) * matmul_highest(basis, v) + jnp.sin(angle) * u
         new = basis + matmul_highest(moved, v.T)
-        # Turns amplify what a basis lacks of orthonormality (to 0.2 within 300 in float32), so each
-        # repairs it, without a change of sign: S <- S (3 I - S'S) / 2.
+        # 4. Rotations amplify deviations from orthonormality (to 0.2 within 300 of them in
+        #    float32), so each one repairs the basis, without flipping signs:
+        #    S <- S (3 I - S'S) / 2
         return 1.5 * new - 0.5 * matmul_highest(new, matmul_highest(new.T, new))
 
     def projector(

@@ -1,20 +1,22 @@
-r"""Residual rules: the answer to the question, what becomes of the part that a basis leaves out?
+r"""Residual rules: the treatment of the part of a gradient outside its basis.
 
 A basis P splits a gradient into its projection and its residual, ``G = P P'G + (G - P P'G)``. The
-projection always goes through the inner transformation. For the residual there are these rules:
+projection always goes through the inner transformation. The rules differ in the residual:
 
-- `drop` forgets it (GaLore), and so does `rescaled`, which makes up for its size (VLoRP);
-- `sampled` sends that of a few drawn matrices through the inner transformation at full size, with
-  weights that make the gradient estimate unbiased (GUM);
-- `through` gives it an optax transformation of its own, and adds the two updates (Fira, FRUGAL);
-- `guided` gives such a transformation the whole gradient, and takes its update alone (APOLLO);
+- `drop` discards it (GaLore); `rescaled` discards it and scales the projection up (VLoRP);
+- `sampled` sends the residuals of a few drawn matrices through the inner transformation at full
+  size, with weights that make the gradient estimate unbiased (GUM);
+- `through` sends it through a separate optax transformation and adds the two updates (Fira,
+  FRUGAL);
+- `guided` sends the whole gradient through a separate transformation and takes only its update
+  (APOLLO);
 - `feedback` adds it to the next gradient (LDAdam, Dion).
 
-A rule is a `Residual`: a few functions of one group of matrices. Any `Residual` plugs into
-``LowRank(residual=...)``; replace functions of a ready one with ``_replace``.
+A rule is a `Residual`: a few functions of one group of matrices. Any `Residual` can be passed as
+``LowRank(residual=...)``; ``_replace`` changes functions of an existing one.
 
 Example:
-  GaLore-Muon whose residual takes a sign step at a hundredth of the size:
+  GaLore-Muon that adds a hundredth of the sign of the residual:
 
   >>> import optax
   >>> import gum_optax
@@ -40,7 +42,10 @@ from gum_optax._groups import Group
 from gum_optax._scheduling import in_sequence
 
 State: TypeAlias = Any
-"""What a rule keeps for a group between steps: any tree of arrays."""
+"""The state of a rule for one group: any tree of arrays."""
+
+
+# The defaults of `Residual`: gradients P'G without slots, and updates P L.
 
 
 def _keep_gradients(group: Group, gradients: Leaves, state: State) -> Leaves:
@@ -63,25 +68,27 @@ class Residual(NamedTuple):
     """A residual rule, as functions of one group.
 
     Leaves are arrays ``[*batch, rows, columns]``, in the order of the group. A `Frame` holds the
-    group with its bases and slots. The functions are traced, and must not depend on values.
+    group with its bases and slots. The functions are traced and must not depend on values. In each
+    step they run in the order ``correct``, ``encode``, inner transformation, ``decode``.
 
     Attributes:
-      init: ``(group) -> state``, by default nothing.
-      correct: ``(group, gradients, state) -> gradients``, what is projected, by default the
-        gradients.
+      init: ``(group) -> state``; by default there is no state.
+      correct: ``(group, gradients, state) -> gradients``, the gradients to be projected; by default
+        unchanged.
       draw: ``(group, key) -> int32[slots]``, the matrix that each slot serves in a period; only
-        called for a group with slots.
-      encode: ``(frame, gradients) -> Compressed``, what the inner transformation sees; it also
+        called for groups with slots.
+      encode: ``(frame, gradients) -> Compressed``, the input of the inner transformation. It also
         encodes parameters, so it must be linear. By default the projection.
-      decode: ``(frame, updates, encoded, gradients, state) -> (updates, state)``: the updates of
-        the leaves from those of the inner transformation, where ``encoded`` is what it saw. By
+      decode: ``(frame, updates, encoded, gradients, state) -> (updates, state)``, from the updates
+        of the inner transformation to the updates of the leaves; ``encoded`` is its input. By
         default the expansion of ``updates.low``.
-      slots: ``(group) -> int``, the number of full-size matrices that ``encode`` gives beside the
+      slots: ``(group) -> int``, the number of full-size matrices from ``encode`` beside the
         projections; by default 0.
-      uncompressed: ``(group) -> str``: why a group had better run uncompressed; empty if not.
-      reads: what these functions read of gradients, for `backward`: ``"projection"`` (and the
-        residuals of drawn matrices), ``"residual"`` (those of all matrices, too) or
-        ``"gradient"``, which the backward pass cannot give in parts.
+      uncompressed: ``(group) -> str``, the reason why a group should run uncompressed; empty if it
+        should not.
+      reads: the parts of gradients that these functions read, for `backward`: ``"projection"`` (and
+        the residuals of drawn matrices), ``"residual"`` (and the residuals of all matrices), or
+        ``"gradient"`` (whole gradients, which the backward pass does not compute).
     """
 
     init: Callable[[Group], State] = lambda group: ()
@@ -97,6 +104,8 @@ class Residual(NamedTuple):
 def drop() -> Residual:
     """Drops the residual: GaLore's rule, which is biased.
 
+    The dropped part never returns. If noise dominates the gradient, it can be the whole signal.
+
     Returns:
       A `Residual` without state and without slots.
 
@@ -111,10 +120,11 @@ def drop() -> Residual:
 
 
 def rescaled() -> Residual:
-    r"""Drops the residual, and multiplies the projection by m / r: unbiased with random bases.
+    r"""Drops the residual and multiplies the projection by m / r: unbiased with random bases.
 
-    For bases drawn uniformly, ``E[P P'] = r / m``, so that ``(m / r) P P'G`` is G in the mean, with
-    the second moment ``(m / r) |G|^2``. With bases from the gradient itself it is not unbiased.
+    For bases drawn uniformly, ``E[P P'] = (r / m) I``, so that the mean of ``(m / r) P P'G`` is G
+    and its second moment ``(m / r) |G|^2``. With bases from the gradient itself the estimate is
+    biased.
 
     Returns:
       A `Residual` without state and without slots.
@@ -127,10 +137,11 @@ def rescaled() -> Residual:
       ...     residual=residuals.rescaled(), projector=projectors.random_orthonormal))
 
     References:
-      Miao et al., VLoRP, arXiv 2505.01744, with Gaussian matrices in place of bases.
+      Miao et al., VLoRP, arXiv 2505.01744, with Gaussian matrices instead of bases.
     """
 
     def encode(frame: Frame, gradients: Leaves) -> Compressed:
+        # (m / r) P'G
         factor = frame.group.m / frame.basis.shape[-1]
         return Compressed(factor * _codec.project(frame, gradients), None)
 
@@ -143,38 +154,39 @@ def sampled(
     form: Literal["exclusive", "additive"] = "exclusive",
     undrawn: optax.GradientTransformation | None = None,
 ) -> Residual:
-    r"""Gives a few drawn matrices their residual at full size: GUM's rule, which is unbiased.
+    r"""Sends the residuals of a few drawn matrices on at full size: GUM's rule, which is unbiased.
 
-    In every period each of a group's N matrices is drawn with probability q, the same for all or,
-    by `samplers.unequal`, its own. In the *exclusive*
-    form of the paper, the inner transformation sees
+    In every period each of a group's N matrices is drawn with probability q, which is the same for
+    all matrices or, with `samplers.unequal`, different. In the *exclusive* form of the paper, the
+    inner transformation sees
 
     .. math::
         P^\top G / (1 - q) \;\text{(undrawn matrices)}, \qquad
         (G - P P^\top G) / q \;\text{(drawn matrices)}
 
-    and a drawn matrix takes the second update *instead of* the first. In the *additive* form it
-    sees ``P'G`` of all matrices, and a drawn matrix takes the update of ``(G - P P'G) / q``
-    *beside* that of its projection, so that it does not lose its leading directions for a period.
-    Either way, the expectation over the draw of the decoded estimate is G. With s the residual's
-    share of ``|G|^2``, the variances of the two estimates, as shares of ``|G|^2``, are
+    and a drawn matrix takes the second update *instead of* the first. In the *additive* form, the
+    inner transformation sees ``P'G`` of all matrices, and a drawn matrix takes the update of
+    ``(G - P P'G) / q`` *in addition to* the update of its projection, so that it does not lose its
+    leading directions for a period. In both forms, the decoded estimate has the expectation G over
+    the draw. With s the residual's share of ``|G|^2``, the variances of the two estimates relative
+    to ``|G|^2`` are
 
     .. math::
         (1 - s) \frac{q}{1 - q} + s \frac{1 - q}{q} \quad\text{(exclusive)}, \qquad
         s \frac{1 - q}{q} \quad\text{(additive)}
 
     Only the gradient estimate is unbiased. The update, after a nonlinear transformation such as
-    Adam or Newton-Schulz, is not. Nor is it if ``undrawn`` is given.
+    Adam or Newton-Schulz, is not. With ``undrawn``, the estimate is not unbiased either.
 
-    The group's state holds one slot m x n for each matrix that can be drawn. A group whose matrices
-    are always drawn, such as one of a single matrix, is uncompressed.
+    The group's state holds one slot m x n for each matrix that can be drawn at the same time. A
+    group whose matrices are always drawn, such as a group of a single matrix, is uncompressed.
 
     Args:
-      full_rank: gamma, the matrices of a group that are drawn in a period: an int >= 0, clipped to
-        ``N // 2``, or a function of `gum_optax.samplers`.
+      full_rank: gamma, the number of matrices of a group that are drawn in a period, an int >= 0,
+        clipped to ``N // 2``; or a function of `gum_optax.samplers`.
       form: ``"exclusive"`` or ``"additive"``, see above.
-      undrawn: an optax transformation for the residuals of undrawn matrices, as in `through`; its
-        updates are added to theirs. None: these residuals are dropped.
+      undrawn: an optax transformation for the residuals of undrawn matrices, as in `through`, whose
+        updates are added to the other updates of these matrices. None: the residuals are dropped.
 
     Returns:
       A `Residual`.
@@ -193,7 +205,8 @@ def sampled(
     sampler = full_rank if callable(full_rank) else samplers.fixed_size(full_rank)
     _checks.function("full_rank", sampler, "(count) -> samplers.Sampling")
     _checks.one_of("form", form, ("exclusive", "additive"))
-    # The forms differ in two places: the weight of P'G, and what a drawn matrix takes beside F.
+    # The forms differ in two places: the weight of P'G, and whether a drawn matrix keeps P L beside
+    # F, the update of its slot.
     additive = form == "additive"
     transform = None if undrawn is None else _transform_of("undrawn", undrawn)
 
@@ -214,7 +227,7 @@ def sampled(
         return Compressed(low if additive else low / undrawn_share(frame), residual)
 
     def undrawn_share(frame: Frame) -> Any:
-        """1 - q, a number or one for each matrix, ``[*lead, 1, 1]``."""
+        """Returns 1 - q: one number, or one for each matrix, ``[*lead, 1, 1]``."""
         q = sampling(frame.group).probability
         if isinstance(q, np.ndarray):
             return (1.0 - q).reshape(*frame.group.lead, 1, 1).astype(frame.group.compute_dtype)
@@ -227,7 +240,7 @@ def sampled(
         new_state = []
 
         def update_of(basis, low, position, *of_leaf):
-            # U = P L; an undrawn matrix adds the transformed residual, if that is asked for.
+            # U = P L, for an undrawn matrix plus its transformed residual if `undrawn` is given.
             expanded = update = basis @ low
             if transform is not None:
                 added, of_leaf_state = transform(frame.group, basis, low, *of_leaf)
@@ -242,7 +255,7 @@ def sampled(
 
         columns = [range(len(gradients))]
         if transform is not None:
-            # What encoding divided by 1 - q is P'G again.
+            # P'G again, which `encode` has divided by 1 - q.
             share = 1.0 if additive else undrawn_share(frame)
             columns += [_codec.split(frame.group, encoded.low * share), gradients, state]
         leaves = _leaf_by_leaf(frame, update_of, updates.low, gradients, *columns)
@@ -260,7 +273,7 @@ def sampled(
 
 
 def through(transformation: optax.GradientTransformation) -> Residual:
-    r"""Sends the residual through an optax transformation, and adds the two updates: Fira, FRUGAL.
+    r"""Sends the residual through an optax transformation and adds the two updates: Fira, FRUGAL.
 
     With ``E = G - P P'G``, and D the inner transformation's update of ``P'G``, the update is
 
@@ -268,10 +281,10 @@ def through(transformation: optax.GradientTransformation) -> Residual:
         U = P D + \text{transformation}(E)
 
     The transformation sees the residual of one leaf at a time, as wide matrices ``[*batch, m, n]``,
-    m <= n, and has a state for each leaf, which a refresh does not touch. As extra arguments it is
-    given ``projected`` (``P'G``, ``[*batch, r, n]``) and ``projected_update`` (``D``, likewise), so
-    that it can measure the residual against them. It is given no parameters. A transformation that
-    keeps full-size state costs full-size memory: stateless ones are the point of this rule.
+    m <= n, and has a state for each leaf, which does not change at a refresh. It receives the extra
+    arguments ``projected`` (``P'G``) and ``projected_update`` (``D``), both ``[*batch, r, n]``, so
+    that it can scale the residual relative to them, and no parameters. A transformation with
+    full-size state costs full-size memory, so this rule is meant for stateless ones.
 
     Args:
       transformation: any optax transformation, for example `gum_optax.normalize_columns`.
@@ -280,10 +293,10 @@ def through(transformation: optax.GradientTransformation) -> Residual:
       A `Residual` without slots.
 
     Raises:
-      TypeError: if ``transformation`` is none.
+      TypeError: if ``transformation`` is no optax transformation.
 
     Example:
-      Low-rank Muon beside a column-normalized residual, without any full-size state:
+      Low-rank Muon plus the column-normalized residual, without any full-size state:
 
       >>> import gum_optax
       >>> residual = gum_optax.residuals.through(gum_optax.normalize_columns())
@@ -298,8 +311,8 @@ def through(transformation: optax.GradientTransformation) -> Residual:
 def guided(transformation: optax.GradientTransformation) -> Residual:
     r"""Sends the whole gradient through an optax transformation, guided by the projection: APOLLO.
 
-    The inner transformation's update D of ``R = P'G`` is not expanded. It only tells the
-    transformation, as `through` does, what an optimizer would do to the gradient:
+    The inner transformation's update D of ``R = P'G`` is not expanded. The transformation receives
+    it as an extra argument, as with `through`, and scales the gradient as D scales R:
 
     .. math::
         U = \text{transformation}(G;\, R, D)
@@ -312,7 +325,7 @@ def guided(transformation: optax.GradientTransformation) -> Residual:
       A `Residual` without slots.
 
     Raises:
-      TypeError: if ``transformation`` is none.
+      TypeError: if ``transformation`` is no optax transformation.
 
     Example:
       >>> import gum_optax
@@ -333,15 +346,15 @@ def feedback(decay: float = 0.0) -> Residual:
     .. math::
         B = G + E, \qquad E \leftarrow B - (1 - \text{decay}) P P^\top B
 
-    With decay 0 nothing is ever lost: the decoded gradients and the last error add up to the sum of
-    all gradients. With decay mu, E is Dion's momentum. The basis comes from B, too; both methods
-    refresh it at every step, ``LowRank(period=1)``.
+    With decay 0 nothing is ever lost: the sum of the decoded gradients and the last error equals
+    the sum of all gradients. With decay mu, E is Dion's momentum. The basis is also computed from
+    B; both methods refresh it at every step, ``LowRank(period=1)``.
 
-    The buffer has a matrix's full size, so no memory is saved over momentum SGD. It is never
-    restarted: an entry that is not finite stays so.
+    The buffer has the full size of a matrix, so this saves no memory over SGD with momentum. It is
+    never restarted, so a non-finite entry stays non-finite.
 
     Args:
-      decay: the share of ``P P'B`` that stays in the buffer, in [0, 1).
+      decay: the share of ``P P'B`` that is kept in the buffer, in [0, 1).
 
     Returns:
       A `Residual` without slots.
@@ -374,7 +387,7 @@ def feedback(decay: float = 0.0) -> Residual:
     def decode(
         frame: Frame, updates: Compressed, encoded: Compressed, gradients: Leaves, state: State
     ) -> tuple[Leaves, State]:
-        # `gradients` are the corrected ones. E <- B - (1 - decay) P R, with R = P'B.
+        # `gradients` are B, the corrected ones. E <- B - (1 - decay) P R, with R = P'B.
         kept, _ = _expand(frame, encoded, encoded, gradients, ())
         error = [b - (1.0 - decay) * k for b, k in zip(gradients, kept, strict=True)]
         # U = P D
@@ -391,14 +404,14 @@ def _leaf_by_leaf(
     gradients: Leaves,
     *columns: Sequence[Any],
 ) -> list[jax.Array]:
-    """The updates of a group's leaves, each made after the one before, in the gradients' dtypes.
+    """Makes the updates of a group's leaves, one after the other, in the gradients' dtypes.
 
     Args:
       frame: the group's bases and slots.
-      update_of: ``(basis, low, *column entries) -> wide update``, of one leaf.
+      update_of: ``(basis, low, *column entries) -> wide update``, for one leaf.
       low: the inner transformation's updates, ``[*lead, r, n]``.
       gradients: the leaves, for their dtypes.
-      *columns: what else ``update_of`` is given, one entry for each leaf.
+      *columns: further arguments of ``update_of``, one entry for each leaf.
     """
     group = frame.group
 
@@ -419,12 +432,12 @@ def _sent(
     part: _Part,
     combine: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
 ) -> Residual:
-    """The rule that sends a part of the gradient through a transformation, leaf by leaf.
+    """Makes the rule that sends a part of the gradient through a transformation, leaf by leaf.
 
     Args:
-      transformation: what the part is sent through.
-      part: which part.
-      combine: ``(basis, D, sent part [*batch, m, n]) -> update``.
+      transformation: the transformation of the part.
+      part: selects the part, the residual or the whole gradient.
+      combine: ``(basis, D, transformed part [*batch, m, n]) -> update``.
     """
     transform = _transform_of("transformation", transformation, part)
 
@@ -442,7 +455,7 @@ def _sent(
         def update_of(basis, low, *of_leaf):
             sent, of_leaf_state = transform(frame.group, basis, low, *of_leaf)
             new_state.append(of_leaf_state)
-            # U = P D + transformation(E), or what the rule makes of them.
+            # U = P D + transformation(E) for `through`, transformation(G) for `guided`.
             return combine(basis, low, sent)
 
         columns = [_codec.split(frame.group, encoded.low), gradients, state]
@@ -455,7 +468,7 @@ def _sent(
 def _transform_of(
     name: str, transformation: optax.GradientTransformation, part: _Part = _codec.left_out
 ) -> Callable[..., tuple[jax.Array, State]]:
-    """``transformation.update`` as a function of one leaf's gradient and projections."""
+    """Returns ``transformation.update`` as a function of one leaf's gradient and projections."""
     _checks.transformation(name, transformation)
     inner: Any = optax.with_extra_args_support(transformation)
 
@@ -469,7 +482,10 @@ def _transform_of(
 
 
 def _of_slots(q: float | np.ndarray, frame: Frame) -> Any:
-    """The probability of each slot's matrix, ``[slots, 1, 1]``; an empty slot may have any."""
+    """Returns the probability of each slot's matrix, ``[slots, 1, 1]``, or one for all.
+
+    The probability of an empty slot does not matter, since its residual is zero.
+    """
     if not isinstance(q, np.ndarray):
         return q
     assert frame.slots is not None
@@ -478,6 +494,7 @@ def _of_slots(q: float | np.ndarray, frame: Frame) -> Any:
 
 
 def _always_drawn(sampling: samplers.Sampling, group: Group) -> str:
+    """Returns the reason for no compression if all matrices are always drawn, or ""."""
     if np.any(np.asarray(sampling.probability) < 1.0):
         return ""
     return "single matrix" if group.count == 1 else "always drawn"

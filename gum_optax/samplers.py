@@ -1,11 +1,11 @@
-"""Samplers: how many matrices of a group are drawn for a period, and which.
+"""Samplers: the number of matrices that are drawn from a group in a period, and their choice.
 
-A sampler is a function from the number of matrices N of a group to a `Sampling`; any function of
-this signature plugs into ``residuals.sampled(...)``. The gradient estimate is unbiased if each
-matrix is drawn with exactly the probability that the sampler states (arXiv 2510.17802).
+A sampler is a function from the number of matrices N of a group to a `Sampling`. Any function of
+this signature can be passed to ``residuals.sampled(...)``. The gradient estimate is unbiased if
+each matrix is drawn with exactly the stated probability (arXiv 2510.17802).
 
 Example:
-  A sampler that always draws the first matrix of a group (biased, so for tests alone):
+  A sampler that always draws the first matrix of a group (biased, so only for tests):
 
   >>> import jax.numpy as jnp
   >>> from gum_optax import samplers
@@ -27,14 +27,14 @@ from gum_optax._inclusion import water_filling as water_filling
 
 
 class Sampling(NamedTuple):
-    """How one group of N matrices is sampled.
+    """The sampling of one group of N matrices.
 
     Attributes:
       slots: number of full-size slots that the state holds for the group.
       probability: q, the probability that a given matrix is drawn in a period: one number, or one
         for each matrix, in the order of the group (NumPy, ``[N]``). At 1 the group is uncompressed.
       draw: ``key -> int32[slots]``, the matrix that each slot serves for the period; N stands for
-        an empty slot. No matrix may be given twice.
+        an empty slot. No matrix may occur twice.
     """
 
     slots: int
@@ -43,17 +43,18 @@ class Sampling(NamedTuple):
 
 
 Sampler = Callable[[int], Sampling]
+"""``(count) -> Sampling``."""
 
 
 def fixed_size(gamma: int) -> Sampler:
     """Draws exactly gamma of the N matrices of a group, without replacement.
 
-    Each matrix is drawn with probability exactly ``q = gamma / N``, and the state holds gamma slots
-    whatever is drawn.
+    Each matrix is drawn with probability exactly ``q = gamma / N``, and the state always holds
+    gamma slots.
 
     Args:
       gamma: an int >= 0, clipped to ``N // 2``. A single matrix is always drawn, so that its
-        group is uncompressed. Zero is `none`.
+        group is uncompressed. Zero means `none`.
 
     Returns:
       The sampler.
@@ -77,6 +78,7 @@ def fixed_size(gamma: int) -> Sampler:
             return none(count)
         # At most half: a group that is mostly drawn saves little over momentum at full size.
         slots = min(gamma, count // 2)
+        # A single matrix: with q = 1 the group is uncompressed, and this is never drawn from.
         if slots == 0:
             return Sampling(count, 1.0, lambda key: jnp.arange(count, dtype=jnp.int32))
         return Sampling(
@@ -92,8 +94,9 @@ def fixed_size(gamma: int) -> Sampler:
 def bernoulli(probability: float) -> Sampler:
     """Draws each matrix independently with the given probability.
 
-    The number drawn is random, so the state holds N slots: no memory is saved over full momentum.
-    It is for groups of a single matrix, as in the paper's counterexample, and for studies.
+    The number of drawn matrices is random, so the state holds N slots and saves no memory over full
+    momentum. It is meant for groups of a single matrix, as in the paper's counterexample, and for
+    studies.
 
     Args:
       probability: q, a number in (0, 1).
@@ -122,9 +125,9 @@ def bernoulli(probability: float) -> Sampler:
 
     def sampler(count: int) -> Sampling:
         def draw(key: jax.Array) -> jax.Array:
-            # In float32 whatever the x64 flag says: it must not change a draw.
+            # In float32 always: a draw must not depend on the x64 flag.
             drawn = jax.random.uniform(key, (count,), jnp.float32) < q
-            # Slot i serves matrix i or nobody, which N stands for.
+            # Slot i serves matrix i or is empty (N).
             return jnp.where(drawn, jnp.arange(count), count).astype(jnp.int32)
 
         return Sampling(count, q, draw)
@@ -135,26 +138,26 @@ def bernoulli(probability: float) -> Sampler:
 def unequal(gamma: int, weights: Callable[[int], Any]) -> Sampler:
     r"""Draws exactly gamma of the N matrices, some more often than others.
 
-    Matrix i is drawn with probability ``q_i = min(1, lambda w_i)``, where the q add up to gamma
-    (`water_filling`), by systematic sampling. `gum_optax.residuals.sampled` weights each matrix by
-    its own ``1 / q_i`` and ``1 / (1 - q_i)``, so that estimates stay unbiased. Of a matrix with
-    projection a and residual b in norm, the second moment of the estimate is
-    ``a^2 / (1 - q) + b^2 / q``, the least at ``q = b / (a + b)``.
+    Matrix i is drawn with probability ``q_i = gamma w_i / sum(w)`` by systematic sampling.
+    `gum_optax.residuals.sampled` weights each matrix by its own ``1 / q_i`` and ``1 / (1 - q_i)``,
+    so that estimates stay unbiased. For a matrix whose projection has the norm a and whose residual
+    has the norm b, the second moment of the estimate is ``a^2 / (1 - q) + b^2 / q``, which is least
+    at ``q = b / (a + b)``.
 
     Args:
-      gamma: as for `fixed_size`: an int >= 0, clipped to ``N // 2``.
-      weights: ``(count) -> N numbers > 0``, in the order of a group's matrices: of separate leaves
-        the order of the tree, of stacks that of the leading axes. See `by_depth`.
+      gamma: an int >= 0, clipped to ``N // 2``, as for `fixed_size`.
+      weights: ``(count) -> N numbers > 0``, in the order of the group's matrices: the order of the
+        tree for separate leaves, the order of the leading axes for stacks. See `by_depth`.
 
     Returns:
       The sampler.
 
     Raises:
-      TypeError, ValueError: if an argument is malformed; from the sampler, if the weights are, or
-        are so unequal that a matrix would always be drawn.
+      TypeError, ValueError: if an argument is malformed; from the sampler, if the weights are
+        malformed, or so unequal that a matrix would be drawn in every period.
 
     Example:
-      Twice as often at the end as at the start:
+      The last matrix is drawn twice as often as the first:
 
       >>> import numpy as np
       >>> from gum_optax import residuals, samplers
@@ -168,6 +171,7 @@ def unequal(gamma: int, weights: Callable[[int], Any]) -> Sampler:
 
     def sampler(count: int) -> Sampling:
         fixed = fixed_size(gamma)(count)
+        # Nothing is drawn, or a single matrix always: weights do not matter.
         if fixed.probability in (0.0, 1.0):
             return fixed
         sizes = np.asarray(weights(count), np.float64)
@@ -175,7 +179,8 @@ def unequal(gamma: int, weights: Callable[[int], Any]) -> Sampler:
             raise ValueError(
                 f"`weights` must return {count} positive numbers for {count} matrices, got {sizes}."
             )
-        # In proportion: what water-filling would cut off at one is refused.
+        # q_i = gamma w_i / sum(w). A probability of one is refused and not clipped: such a matrix
+        # would never be projected.
         q = fixed.slots * sizes / sizes.sum()
         if np.max(q) >= 1:
             raise ValueError(
@@ -191,14 +196,14 @@ def unequal(gamma: int, weights: Callable[[int], Any]) -> Sampler:
 
 
 def by_depth(slope: float) -> Callable[[int], np.ndarray]:
-    """Weights for `unequal` that change evenly with depth: an arithmetic progression.
+    """Makes weights for `unequal` that change evenly with depth: an arithmetic progression.
 
     Args:
-      slope: in (-1, 1): the first matrix of a group has weight ``1 - slope``, the last one
-        ``1 + slope``. At 0 all are equal, and the estimate is that of `fixed_size`.
+      slope: in (-1, 1). The first matrix of a group has weight ``1 - slope``, the last one
+        ``1 + slope``. At 0 all weights are equal, with the probabilities of `fixed_size`.
 
     Returns:
-      ``(count) -> count`` weights.
+      ``(count) -> weights``, a NumPy array ``[count]``.
 
     Raises:
       ValueError: if ``slope`` does not lie in (-1, 1).
@@ -218,7 +223,7 @@ def by_depth(slope: float) -> Callable[[int], np.ndarray]:
 
 
 def none(count: int) -> Sampling:
-    """Draws nothing, so that every residual is dropped: GaLore, which is biased.
+    """Draws no matrix, so that every residual is dropped: GaLore's rule, which is biased.
 
     Args:
       count: N, the number of matrices in the group.
@@ -236,13 +241,14 @@ def none(count: int) -> Sampling:
 
 
 def resolve(sampler: Any, count: int) -> Sampling:
-    """Calls a sampler for a group of ``count`` matrices and checks what it returns."""
+    """Calls a sampler for a group of ``count`` matrices and checks the result."""
     sampling = _checks.function("sampler", sampler, "(count) -> samplers.Sampling")(count)
     if not isinstance(sampling, Sampling):
         raise TypeError(
             f"`sampler` must return a samplers.Sampling, got {sampling!r} of type "
             f"{type(sampling).__name__} for a group of {count} matrices."
         )
+    # 1. Types: q is a float, or an array with one for each matrix.
     slots, q = sampling.slots, sampling.probability
     if isinstance(q, np.ndarray):
         is_probability = q.shape == (count,) and q.dtype.kind == "f"
@@ -254,6 +260,7 @@ def resolve(sampler: Any, count: int) -> Sampling:
             f"for each matrix) and a function of a key, got {sampling!r} for a group of {count} "
             "matrices."
         )
+    # 2. Ranges, and slots exactly if something can be drawn.
     if not 0 <= slots <= count or not np.all((np.asarray(q) >= 0.0) & (np.asarray(q) <= 1.0)):
         raise ValueError(
             f"`sampler` returned {slots} slots at probability {q} for "
@@ -268,7 +275,7 @@ def resolve(sampler: Any, count: int) -> Sampling:
 
 
 def draw(sampling: Sampling, key: jax.Array) -> jax.Array:
-    """Draws the matrices of a period and checks what the sampler's function returns."""
+    """Draws the matrices of a period and checks shape and dtype of the result."""
     drawn = jnp.asarray(sampling.draw(key))
     if drawn.shape != (sampling.slots,) or not jnp.issubdtype(drawn.dtype, jnp.integer):
         raise ValueError(

@@ -1,8 +1,9 @@
-"""Storages: how an optimizer state rests between two steps.
+"""Storages: the form of an optimizer state between two steps.
 
 A storage packs every floating-point array of a state at the end of a step and unpacks it at the
-start of the next. Integers and keys are left alone. `LowRank` takes one for the state of its inner
-transformation (bases and slots' indices are no part of it), `quantized` for that of any.
+start of the next. Integers and keys are not packed. `LowRank` takes a storage for the state of its
+inner transformation (without bases and indices of slots), `quantized` for the state of any
+transformation.
 
 Example:
   Momentum in bfloat16, or in 8 bits, whatever the dtype of the parameters:
@@ -36,12 +37,12 @@ class Storage(NamedTuple):
     """A pair of functions of one floating-point array, or a choice of such pairs.
 
     Attributes:
-      pack: ``array -> packed``, an array or a tree of arrays; traced, and also called on the arrays
-        of ``init``.
-      unpack: ``(packed, like) -> array``; ``like`` has the shape and dtype with which the inner
-        transformation's ``init`` makes the array.
-      choose: ``path -> Storage``, for a storage that treats the arrays of a state differently: the
-        one that serves the array at a `KeyPath`. None: this one serves all.
+      pack: ``array -> packed``, an array or a tree of arrays; traced in steps, and called on the
+        arrays of ``init``.
+      unpack: ``(packed, like) -> array``; ``like`` has the shape and dtype of the array from the
+        inner transformation's ``init``.
+      choose: ``path -> Storage``, which selects the storage of the array at a `KeyPath`. None: this
+        storage is used for all arrays.
     """
 
     pack: Callable[[jax.Array], Any]
@@ -50,7 +51,7 @@ class Storage(NamedTuple):
 
 
 def plain() -> Storage:
-    """Keeps the state as it is, in the dtypes of the parameters.
+    """Keeps the state unchanged, in the dtypes of the parameters.
 
     Returns:
       The `Storage` that packs nothing.
@@ -83,7 +84,7 @@ def cast(dtype: Any) -> Storage:
       dtype(bfloat16)
     """
     rest = _checks.floating_dtype("dtype", dtype)
-    # Unpacked at least to float32: beta * R would be rounded in the narrow dtype otherwise.
+    # Unpacked to float32 at least: otherwise beta * R would be rounded to the narrow dtype.
     return Storage(
         lambda array: array.astype(rest),
         lambda packed, like: packed.astype(at_least_float32(like.dtype)),
@@ -91,9 +92,9 @@ def cast(dtype: Any) -> Storage:
 
 
 def field(*names: str) -> Callable[[KeyPath], bool]:
-    """Makes a test of paths: does one lead through a field of one of these names?
+    """Makes a test of whether a path leads through a field with one of these names.
 
-    Keys of dicts do not count, so a parameter may have any name.
+    Keys of dicts do not count, so parameters may have any names.
 
     Args:
       *names: names of fields of the state's NamedTuples, such as ``"nu"``.
@@ -116,35 +117,36 @@ def field(*names: str) -> Callable[[KeyPath], bool]:
     return leads_through
 
 
-# Of optax's transformations. Not `v`: in Adafactor it is a second moment, of arrays that are not
-# factored, and in Adan a difference of gradients.
+# Fields of optax's states. `v` is left out: in Adafactor it is a second moment, of arrays that are
+# not factored, but in Adan it is a moment of differences of gradients.
 _SECOND_MOMENT = field(
     *("nu", "nu_max", "sum_of_squares", "exp_avg_sq", "e_g", "e_x", "n", "v_row", "v_col")
 )
 
 
 def int8(block: int = 256, non_negative: Callable[[KeyPath], bool] = _SECOND_MOMENT) -> Storage:
-    """Keeps the state in 8 bits a number, and four bytes for each block of the last axis.
+    """Keeps the state in 8 bits per number, plus four bytes per block of the last axis.
 
     Codes are linear and symmetric: the error of a number is at most 1/254 of the largest magnitude
-    N in its block (of Gaussian numbers, .007 in the l2 norm). Arrays that are never negative, such
-    as Adam's second moment, have eight levels in each octave: relative errors are at most 5.9 %,
-    and none is zero, since the next step divides by their roots; below ``2**-32 N`` numbers are
-    rounded up.
+    N in its block (for Gaussian numbers, .007 in the relative l2 norm). Arrays that are never
+    negative, such as Adam's second moment, have eight levels per octave. Their relative errors are
+    at most 5.9 %, and no level is zero, since the next step divides by the roots; numbers below
+    ``2**-32 N`` are rounded up.
 
-    The inner transformation computes in float32 (float64 for float64 parameters), rounding is to
-    nearest, and a state that is decoded and encoded again does not change. A block with a number
-    that is not finite becomes NaN. Scalars and empty arrays stay as they are.
+    The inner transformation computes in float32 (float64 for float64 parameters). Rounding is to
+    nearest, and a state that is decoded and encoded again does not change. A block with a
+    non-finite number becomes NaN. Scalars and empty arrays are not packed.
 
     Args:
-      block: the largest length of a block, an int >= 1. Blocks of an axis have equal lengths; where
-        it is not divisible, the last is shorter. A mesh that shards the axis should cut it between
-        blocks, whose number is a power of two where that divides the axis; otherwise steps
-        communicate, and ``out_shardings`` keeps the state in its places, see `state_shardings`.
-      non_negative: ``path -> bool``, which arrays are never negative (a negative number makes its
-        block NaN there); by default second moments, by the names of their fields in optax: ``nu``
-        of Adam, ``sum_of_squares`` of AdaGrad and so on. Sophia's ``nu`` may be negative: pass
-        ``lambda path: False`` there, and ``field("v_row", "v_col", "v")`` for Adafactor.
+      block: the largest length of a block, an int >= 1. Blocks of an axis have equal lengths,
+        except for a shorter last one if the length of the axis is not divisible. Their number is a
+        power of two if that divides the axis. A mesh that shards the axis should cut it between
+        blocks; otherwise steps communicate, and need ``out_shardings`` to keep the sharding of the
+        state, see `state_shardings`.
+      non_negative: ``path -> bool``, true for arrays that are never negative (a negative number
+        makes its block NaN); by default second moments, by the names of their fields in optax:
+        ``nu`` of Adam, ``sum_of_squares`` of AdaGrad and so on. Sophia's ``nu`` may be negative:
+        pass ``lambda path: False`` for it, and ``field("v_row", "v_col", "v")`` for Adafactor.
 
     Returns:
       The `Storage`; packed arrays are NamedTuples of ``codes`` and ``scale``.
@@ -166,15 +168,15 @@ def int8(block: int = 256, non_negative: Callable[[KeyPath], bool] = _SECOND_MOM
 
 
 def int4(block: int = 32, non_negative: Callable[[KeyPath], bool] = _SECOND_MOMENT) -> Storage:
-    """Keeps the state in 4 bits a number, two of them a byte, and a scale for each block.
+    """Keeps the state in 4 bits per number, two numbers in a byte, and a scale per block.
 
-    The 16 levels suit Gaussian numbers: the l2 error is .08 in blocks of 32, the error of a number
-    at most .13 of the largest magnitude in its block. Scales have a sign and two bytes. Arrays that
-    are never negative keep the nearest power of two of 16 below the largest, and scales of four
-    bytes; `int8` serves Adam's second moment better, which takes more than an octave's resolution
-    from many small steps.
+    The 16 levels suit Gaussian numbers: the relative l2 error is .08 in blocks of 32, and the error
+    of a number is at most .13 of the largest magnitude in its block. Scales are signed and take two
+    bytes. Arrays that are never negative have 16 levels, the largest number in the block times
+    ``1, 1/2, 1/4, ...``, and scales of four bytes. For Adam's second moment use `int8`: it changes
+    in many steps much smaller than an octave.
 
-    Other properties are those of `int8`.
+    Everything else is as in `int8`.
 
     Args:
       block: as for `int8`.
@@ -210,10 +212,10 @@ def by_path(choose: Callable[[KeyPath], Storage]) -> Storage:
       choose: ``path -> Storage``, a function of a `KeyPath`; see `field`.
 
     Returns:
-      The `Storage`. An array without a state around it has the path ``()``.
+      The `Storage`. A single array, without a state around it, has the path ``()``.
 
     Raises:
-      TypeError: if ``choose`` is no function, or returns no storage.
+      TypeError: if ``choose`` is no function, or does not return a storage.
 
     Example:
       >>> from gum_optax import storages
@@ -235,9 +237,11 @@ def _coded(
     block: int,
     non_negative: Callable[[KeyPath], bool],
 ) -> Storage:
+    """Makes a storage of blockwise codes, with one map for signed arrays and one for others."""
     block = _checks.positive_int("block", block)
     _checks.function("non_negative", non_negative, "path -> bool")
 
+    # Scalars and empty arrays have no blocks and are not packed.
     def pack(levels: _codes.Map, array: jax.Array) -> Any:
         return _codes.encode(levels, block, array) if _has_blocks(array) else array
 
@@ -258,9 +262,15 @@ def _has_blocks(array: jax.Array) -> bool:
 def pack(storage: Storage, state: PyTree, smallest: int = 0, *, fresh: bool = False) -> PyTree:
     """Packs every floating-point array of a state that has ``smallest`` numbers or more.
 
-    Arrays that are packed already stay so, as in a state of `LowRank` with a storage of its own.
-    A ``fresh`` state comes from ``init``: its arrays are constants.
+    Packed arrays are not packed again, as in the state of a `LowRank` with its own storage.
+
+    Args:
+      storage: how arrays are packed.
+      state: any tree.
+      smallest: arrays with fewer numbers are not packed.
+      fresh: whether the state comes from ``init``, so that its arrays are constants.
     """
+    # The array that was packed last, after which the next one is scheduled.
     last: jax.Array | None = None
 
     def on_leaf(path: KeyPath, leaf: Any) -> Any:
@@ -272,7 +282,8 @@ def pack(storage: Storage, state: PyTree, smallest: int = 0, *, fresh: bool = Fa
             return leaf
         if fresh:
             leaf = _scheduling.as_data(leaf)
-        # Arrays take turns, so that no more than one is decoded for long, see `_scheduling`.
+        # Arrays are packed one after the other, so that one of them is unpacked at a time, see
+        # `_scheduling`.
         packed = serving.pack(_scheduling.scheduled_after(leaf, last))
         last = next((p for p in jax.tree.leaves(packed) if _is_packable(p, 1)), last)
         return packed
@@ -296,7 +307,7 @@ def unpack(storage: Storage, packed: PyTree, like: PyTree, smallest: int = 0) ->
 
 
 def _serving(path: KeyPath, storage: Storage) -> Storage:
-    """The storage that serves the array at a path; what is chosen may be a choice itself."""
+    """Returns the storage for the array at a path; the chosen storage may choose again."""
     if storage.choose is None:
         return storage
     chosen = storage.choose(path)

@@ -1,4 +1,4 @@
-"""Cases of N matrices in every layout, and runs of `low_rank` that keep its draws and bases.
+"""Cases of N matrices in every layout, and runs of `low_rank` that record its draws and bases.
 
 Test files compare such runs with ``tests/reference.py``, over several periods.
 """

@@ -1,4 +1,4 @@
-"""What several test files need: shapes, layouts of parameters, runs of an optimizer."""
+"""Tools of several test files: shapes, layouts of parameters, runs of an optimizer."""
 
 import functools
 import itertools
@@ -20,21 +20,22 @@ MOSTLY_UNCOMPRESSED = pytest.mark.filterwarnings(
     "ignore:.*run through the inner transformation uncompressed:UserWarning"
 )
 
-# One for each branch of the code that turns tall matrices.
+# One shape for each branch of the code that transposes tall matrices.
 SHAPES = {"wide": (6, 10), "tall": (10, 6), "square": (8, 8)}
 
 # The same N matrices as separate leaves, as one leaf [L, m, n], as one leaf [L, E, m, n].
 LAYOUTS = ("separate", "stacked", "experts")
 
 
-# Compiling takes most of the time of a test; machine code need not be fast. XLA's own passes stay.
+# Compiling takes most of the time of a test: machine code is not optimized, XLA's own passes run.
 QUICK: dict[str, Any] = {"xla_backend_optimization_level": 0}
 
 
 def gradients(seed: int, *shape: int) -> np.ndarray:
-    """Gaussian entries; the last two axes are turned into matrices of a falling spectrum.
+    """Returns random arrays ``shape``, matrices on the last two axes with a falling spectrum.
 
-    Singular values fall by 0.7 each, so that a subspace of float32 is that of float64.
+    Each singular value is 0.7 times the one before it. The gaps make leading subspaces in float32
+    equal to those in float64.
     """
     noise = np.random.default_rng(seed).normal(size=shape)
     left, _, right = np.linalg.svd(noise, full_matrices=False)
@@ -42,7 +43,7 @@ def gradients(seed: int, *shape: int) -> np.ndarray:
 
 
 def pack(layout: str, matrices: Any) -> Any:
-    """N matrices ``[N, m, n]`` as a tree; of even N, two experts each."""
+    """Packs N matrices ``[N, m, n]`` into a tree; "experts" are pairs if N is even."""
     if layout == "separate":
         return {"layers": [{"w": matrix} for matrix in matrices]}
     if layout == "experts":
@@ -51,13 +52,13 @@ def pack(layout: str, matrices: Any) -> Any:
 
 
 def unpack(tree: Any) -> np.ndarray:
-    """The matrices ``[N, m, n]`` of a tree, in the order of `pack`."""
+    """Returns the matrices ``[N, m, n]`` of a tree, in the order of `pack`."""
     leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
     return np.concatenate([leaf.reshape(-1, *leaf.shape[-2:]) for leaf in leaves])
 
 
 def group_name(layout: str) -> str:
-    """The group of the matrices of `pack`."""
+    """Returns the name of the group of the matrices of `pack`."""
     return "layers.*.w" if layout == "separate" else "layers.w"
 
 
@@ -67,13 +68,13 @@ def first_coordinates(key: Any, gradient: Any, rank: int, previous_basis: Any) -
 
 
 def all_arguments(key: Any, gradient: Any, rank: int, previous_basis: Any) -> jax.Array:
-    """A user's projector, not orthonormal: cheap to compile, and depends on all that it is told."""
+    """A user's projector, not orthonormal: cheap to compile, and it depends on all arguments."""
     low_bits = jax.random.key_data(key)[-1] % 1024
     return gradient[:, :rank] + 0.5 * previous_basis + low_bits.astype(gradient.dtype) / 1024
 
 
 def table_sampler(slots: int, probability: float, table: Sequence[Sequence[int]]) -> Any:
-    """A user's sampler: one of the listed draws, picked by the key."""
+    """Makes a user's sampler: one of the listed draws, selected by the key."""
 
     def draw(key: jax.Array) -> jax.Array:
         return jnp.asarray(table, jnp.int32)[jax.random.randint(key, (), 0, len(table), jnp.int32)]
@@ -85,12 +86,12 @@ _numbers = itertools.count()
 
 
 def jit_once(function: Callable[..., Any], **options: Any) -> Any:
-    """The function under ``jit``; tracing it a second time is an error, and so is compiling."""
+    """Jits a function and makes a second trace, and so a second compilation, an error."""
 
     def once(*args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs)
 
-    # chex counts by source text and name.
+    # chex counts traces by source text and name, so each function needs a name of its own.
     once.__name__ = f"{getattr(function, '__name__', 'function')}_{next(_numbers)}"
     return jax.jit(chex.assert_max_traces(once, n=1), **options)
 
@@ -107,7 +108,7 @@ def run(
 
 
 def train(tx: optax.GradientTransformation, trees: Iterable[Any], params: Any) -> list[Any]:
-    """The parameters after each step."""
+    """Returns the parameters after each step."""
 
     @functools.partial(jax.jit, compiler_options=QUICK)
     def step(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
@@ -122,7 +123,7 @@ def train(tx: optax.GradientTransformation, trees: Iterable[Any], params: Any) -
 
 
 def low_rank_state(state: Any) -> LowRankState:
-    """The state of `low_rank` inside that of an optimizer."""
+    """Returns the only state of `low_rank` in the state of an optimizer."""
     found = [
         part
         for part in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, LowRankState))
@@ -133,7 +134,7 @@ def low_rank_state(state: Any) -> LowRankState:
 
 
 def letters(params: Any, numbers: Any) -> dict[str, str]:
-    """Path -> a letter for each axis: ``i`` input side, ``o`` output, ``b`` batch; or ""."""
+    """Returns path -> a letter per axis: ``i`` input side, ``o`` output, ``b`` batch; or ""."""
     found = {}
     resolved = dimension_numbers.resolve(params, numbers)
     for (path, leaf), number in zip(leaves_with_names(params), resolved, strict=True):
@@ -148,7 +149,7 @@ def letters(params: Any, numbers: Any) -> dict[str, str]:
 
 
 def tree_of(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
-    """``{"a/b": shape}`` as nested dicts of shapes."""
+    """Returns ``{"a/b": shape}`` as nested dicts of ``ShapeDtypeStruct``."""
     tree: dict[str, Any] = {}
     for path, shape in shapes.items():
         *parents, last = path.split("/")
@@ -160,12 +161,12 @@ def tree_of(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
 
 
 def drawn(slots: Any, count: int) -> set[int]:
-    """The matrices that are drawn; ``count`` stands for an empty slot."""
+    """Returns the set of drawn matrices; ``count`` stands for an empty slot."""
     return {int(index) for index in np.asarray(slots) if index < count}
 
 
 def described(state: Any) -> list[tuple[str, tuple[int, ...], Any]]:
-    """Path, shape and dtype of each leaf."""
+    """Returns path, shape and dtype of each leaf."""
     return [
         (jax.tree_util.keystr(path), jnp.shape(leaf), jnp.result_type(leaf))
         for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]
@@ -173,7 +174,7 @@ def described(state: Any) -> list[tuple[str, tuple[int, ...], Any]]:
 
 
 def state_bytes(tree: Any) -> int:
-    """Bytes of a tree of arrays, or of their shapes."""
+    """Returns the bytes of a tree of arrays, or of descriptions."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
@@ -186,9 +187,9 @@ def assert_trees_close(actual: Any, expected: Any, tolerance: float) -> None:
 def equations(
     jaxpr: Any, times: int = 1, pick: Callable[[Sequence[Any]], Collection[Any]] = list
 ) -> Iterator[tuple[Any, int]]:
-    """All equations of a jaxpr, those inside others too, each with how often it runs.
+    """Yields all equations of a jaxpr, nested ones too, each with the number of times that it runs.
 
-    Bodies of scans count by their length. Of a conditional, ``pick`` chooses branches to follow.
+    The body of a scan runs as often as its length. ``pick`` selects the branches of a conditional.
     """
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
     for equation in jaxpr.eqns:

@@ -1,6 +1,6 @@
 """One of several processes that update a sharded model together: run by `test_processes.py`.
 
-`python -m tests.one_of_several ADDRESS PROCESSES NUMBER DEVICES OUT` saves what its devices hold.
+`python -m tests.one_of_several ADDRESS PROCESSES NUMBER DEVICES OUT` saves its arrays.
 """
 
 import sys

@@ -1,7 +1,7 @@
 """A child of test_settings.py: the core of the library under the settings of its environment.
 
-Prints one JSON object: by optimizer, the draws of each step and the updates of the last one, or the
-error that it ends with.
+Prints one JSON object: for each optimizer, the draws of each step and the updates of the last one,
+or the error that ended it.
 """
 
 import json

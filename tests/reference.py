@@ -2,8 +2,8 @@
 
 The letters are those of arXiv 2510.17802: a gradient G (m x n), a basis P (m x r), a projection
 R = P'G, a residual E = G - P P'G, the inner transformation's update D of R, the update F of a slot,
-the sampling probability q, the period K. What is random is given from outside. Nothing of the
-library is used here.
+the sampling probability q, the period K. Random numbers are arguments. Nothing of the library is
+used here.
 """
 
 import dataclasses

@@ -4,7 +4,7 @@ A new projector, residual rule, carry or storage joins its table here and no oth
 new optimizer. The suites ``test_conformance*.py`` run every transformation over every tree. Tracing
 and compiling take nearly all of their time, so every transformation has one compiled update
 (`compiled`), shared by the tests that change neither it nor the types of its arguments, and one
-update under ``jit`` (`traced`), whose traces are shared by the tests that look at types alone.
+update under ``jit`` (`traced`), whose traces are shared by the tests that only look at types.
 """
 
 import dataclasses
@@ -72,8 +72,8 @@ STORAGES: dict[str, storages.Storage] = {
 }
 every_storage = pytest.mark.parametrize("storage", STORAGES.values(), ids=STORAGES)
 
-# Inner transformations of every kind: without state, one moment, two and a count, one that reads
-# parameters, a chain. Each with the parts that it is tested with.
+# Inner transformations of every kind: without state, with one moment, with two and a count, with
+# parameters as input, a chain. Each has the options of `LowRank` with which it is tested.
 INNER: dict[str, tuple[Callable[[], optax.GradientTransformation], dict[str, Any]]] = {
     "identity": (optax.identity, {}),
     "trace": (lambda: optax.trace(0.9), {}),
@@ -91,7 +91,7 @@ RANK, PERIOD = 2, 2
 
 
 def _one_of(count: int) -> samplers.Sampling:
-    """One of N, a function of the key that compiles at once (so not quite uniform)."""
+    """Draws one of N by a function of the key that compiles fast (so not exactly uniform)."""
     if count == 1:
         return samplers.fixed_size(1)(1)
 
@@ -102,13 +102,13 @@ def _one_of(count: int) -> samplers.Sampling:
 
 
 def _coordinates(key: Any, gradient: Any, rank: int, previous_basis: Any) -> jax.Array:
-    """Neighbouring coordinates, from one that the key decides: compiles at once."""
+    """A projector onto neighbouring coordinates, from a start given by the key: compiles fast."""
     m = gradient.shape[0]
     first = jax.random.key_data(key)[0] % m
     return jnp.roll(jnp.eye(m, rank), first.astype(jnp.int32), axis=0)
 
 
-# With the projector and the sampler that are the defaults, and with the cheapest.
+# With the default projector and sampler, and with the cheapest ones.
 STRUCTURE = LowRank(RANK, PERIOD, residuals.sampled(1))
 SIMPLE = LowRank(RANK, PERIOD, residuals.sampled(_one_of), _coordinates)
 PROJECTED = gum_optax.galore(RANK, PERIOD, projector=_coordinates)
@@ -153,12 +153,12 @@ def _around(inner: str) -> Callable[[Any, LowRank], optax.GradientTransformation
 
 _replace = functools.partial(dataclasses.replace, SIMPLE)
 
-# name -> optimizer, from a learning rate and a compression; and its compression.
+# name -> (function from a learning rate and a compression to an optimizer, its compression)
 TRANSFORMATIONS: dict[str, tuple[Callable[[Any, LowRank], Any], LowRank]] = {
     "gum": (gum, SIMPLE),
     "scale_by_gum": (lambda _, compression: gum_optax.scale_by_gum(compression), SIMPLE),
     **{f"low_rank_{inner}": (_around(inner), _replace(**INNER[inner][1])) for inner in INNER},
-    # The default projector and sampler, around what is cheapest to compile.
+    # The default projector and sampler, around the transformation that compiles fastest.
     "low_rank_identity": (_around("identity"), STRUCTURE),
     "adamw": (adamw, SIMPLE),
     "adamw_galore": (galore, PROJECTED),
@@ -176,13 +176,13 @@ TRANSFORMATIONS: dict[str, tuple[Callable[[Any, LowRank], Any], LowRank]] = {
     "gum_galore": (gum, PROJECTED),
     "muon in 8 bits": (muon, SIMPLE),
     "everything in 8 bits": (everything_in_8_bits, SIMPLE),
-    # Every residual rule that none of these has; `drop` is GaLore's.
+    # Every residual rule that is not in one of these; `drop` is in GaLore.
     **{
         name: (_around("trace"), _replace(residual=residual))
         for name, residual in RESIDUALS.items()
         if name not in ("drop", "sampled")
     },
-    # With both moments, the second of which has maps of its own.
+    # Codes with both moments of Adam, since second moments have separate maps.
     **{
         f"{name} storage": (
             _around("adam" if "int" in name else "trace"),
@@ -191,20 +191,20 @@ TRANSFORMATIONS: dict[str, tuple[Callable[[Any, LowRank], Any], LowRank]] = {
         for name, storage in STORAGES.items()
     },
 }
-# Those of whole models: they have a fallback.
+# Optimizers of whole models, with a fallback.
 ALIASES = ["gum", "adamw", "adamw_galore", "adamw_golore", "gum_galore"]
 ALIASES += ["muon in 8 bits", "everything in 8 bits"]
-# These come with a learning rate of their own.
+# Transformations that include a learning rate.
 OPTIMIZERS = [*ALIASES, "low_rank_adamw", "low_rank_nesterov"]
 every = pytest.mark.parametrize("name", TRANSFORMATIONS)
-# Those that are compiled, and run over all trees and types: of the others, the factory and the
-# compression are parts of these.
+# The ones that are compiled and run over all trees and types. The factory and the compression of
+# the others are in one of these.
 COMPILED = [name for name in TRANSFORMATIONS if name not in ("adamw", "gum_galore")]
 every_compiled = pytest.mark.parametrize("name", COMPILED)
-# Those that have a `LowRankState`.
+# The ones with a `LowRankState`.
 LOW_RANK = [name for name in COMPILED if name != "muon in 8 bits"]
-# Where each case is a compilation of its own: every kind of inner transformation, slots or none,
-# with a fallback or alone.
+# A small selection for tests that compile each case: with slots and without, with a fallback and
+# without, with one moment and with two.
 KINDS = ["gum", "low_rank_adamw", "adamw_galore"]
 each_kind = pytest.mark.parametrize("name", KINDS)
 
@@ -212,7 +212,7 @@ each_kind = pytest.mark.parametrize("name", KINDS)
 def transformation(
     name: str, learning_rate: Any = 0.1, **parts: Any
 ) -> optax.GradientTransformationExtraArgs:
-    """A transformation of the table, with other parts of its compression if they are given."""
+    """Makes a transformation of the table, with the given options of its compression replaced."""
     make, compression = TRANSFORMATIONS[name]
     return make(learning_rate, dataclasses.replace(compression, **parts))
 
@@ -232,7 +232,7 @@ class Pair(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class CallableTree:
-    """A tree whose root can be called, as that of an Equinox model."""
+    """A tree whose root can be called, like an Equinox model."""
 
     layers: Any
     bias: Any = None
@@ -244,7 +244,7 @@ class CallableTree:
 _WIDE, _TALL = _array(5, 8), _array(8, 5)
 _HALF = _array(5, 8, dtype=jnp.bfloat16)
 
-# Every leaf is a matrix or a stack of matrices: for all transformations.
+# Trees for all transformations: every leaf is a matrix or a stack of matrices.
 MATRICES: dict[str, Any] = {
     "separate": {"layers": [{"w": _WIDE}, {"w": _WIDE}], "single": _TALL},
     "stacked": {"layers": {"w": _array(3, 5, 8)}},
@@ -257,8 +257,8 @@ MATRICES: dict[str, Any] = {
     "empty frozen dict": flax.core.freeze({}),
     "array": _WIDE,
 }
-# The same matrices in other containers. `low_rank` takes them out before its parts see them, so a
-# transformation of each kind stands for all.
+# The same matrices in other containers. `low_rank` flattens trees before its parts see them, so one
+# transformation of each kind is enough.
 CONTAINERS: dict[str, Any] = {
     "frozen dict": flax.core.freeze({"layers": {"0": {"w": _WIDE}, "1": {"w": _WIDE}}}),
     "tuples": ((_WIDE, _WIDE), (_TALL, (_TALL,))),
@@ -267,13 +267,13 @@ CONTAINERS: dict[str, Any] = {
     "None leaves": {"w": [_WIDE, None, _WIDE], "none": None},
     "masked nodes": {"w": [_WIDE, optax.MaskedNode(), _WIDE]},
 }
-# With leaves that are none: for those that have a fallback.
+# Trees for optimizers with a fallback: some leaves are not matrices.
 MODELS: dict[str, Any] = {
     "vectors and tables": MATRICES["separate"] | {"bias": _array(8), "embed": _array(7, 5)},
     "stacked vectors": {"layers": {"w": _array(3, 5, 8), "bias": _array(3, 8)}, "x": _array()},
     "no matrices": {"bias": _array(8), "embed": _array(7, 5), "none": None},
 }
-# Of these, only the labels of leaves look at the containers: for both factories of optimizers.
+# The same in other containers, which only the labels of leaves depend on: for both factories.
 MODEL_CONTAINERS: dict[str, Any] = {
     "frozen model": flax.core.freeze({"layers": [_WIDE, _WIDE], "bias": _array(8)}),
     "callable model": CallableTree(
@@ -309,7 +309,7 @@ every_tree = pytest.mark.parametrize(("name", "tree"), _cases())
 
 
 def values(description: Any, seed: int = 0, dtype: Any = None) -> Any:
-    """A tree of Gaussian numbers in NumPy arrays, of the described shapes."""
+    """Returns a tree of Gaussian numbers in NumPy arrays with the described shapes."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(
         lambda leaf: np.asarray(rng.standard_normal(leaf.shape), dtype or leaf.dtype), description
@@ -317,7 +317,7 @@ def values(description: Any, seed: int = 0, dtype: Any = None) -> Any:
 
 
 def parameters(name: str, seed: int = 0, dtype: Any = None) -> Any:
-    """Sampled matrices and one always drawn; where there is a fallback, a vector and a table."""
+    """Returns sampled matrices and a single one; for whole models also a vector and a table."""
     kind = "vectors and tables" if name in ALIASES else "separate"
     return values(TREES[kind], seed, dtype)
 
@@ -327,28 +327,28 @@ def parameters(name: str, seed: int = 0, dtype: Any = None) -> Any:
 
 @functools.cache
 def compiled(name: str) -> tuple[optax.GradientTransformationExtraArgs, Any]:
-    """A transformation and its compiled update, for arguments like `parameters` in float32."""
+    """Returns a transformation and its compiled update, for arguments like float32 `parameters`."""
     optimizer = traced(name)
     return optimizer, helpers.jit_once(optimizer.update)
 
 
 @functools.cache
 def traced(name: str) -> optax.GradientTransformationExtraArgs:
-    """A transformation whose update is traced once for each type of its arguments."""
+    """Returns a transformation whose update is traced once for each type of its arguments."""
     optimizer = transformation(name)
     return optimizer._replace(update=jax.jit(optimizer.update))
 
 
 @functools.cache
 def first_state(name: str) -> Any:
-    """The state of `compiled` before its first step."""
+    """Returns the state of `compiled` before its first step."""
     return compiled(name)[0].init(parameters(name))
 
 
 def run(
     update: Any, state: Any, name: str, steps: int = 2 * PERIOD + 1, params: Any = None
 ) -> tuple[list[Any], Any]:
-    """Updates over several periods on fixed gradients; returns all updates and the state."""
+    """Runs several periods on fixed gradients; returns the updates of all steps and the state."""
     params = parameters(name) if params is None else params
     results = []
     for step in range(steps):
@@ -358,12 +358,12 @@ def run(
 
 
 def any_number_of_steps(optimizer: Any, params: Any, gradients: Any = None) -> tuple[Any, Any, Any]:
-    """Described: the first state, that after a step, and the updates.
+    """Returns descriptions of the first state, of the state after a step, and of the updates.
 
-    A step keeps the structure, shapes and dtypes of the state, and so does any number of steps.
+    One step keeps the structure, shapes and dtypes of the state, and so does any number of steps.
     """
     state = jax.eval_shape(optimizer.init, params)
-    # Of functions that are under ``jit`` already, known traces are used.
+    # A jitted function has a method of its own, which reuses its traces.
     described = getattr(
         optimizer.update, "eval_shape", functools.partial(jax.eval_shape, optimizer.update)
     )
@@ -374,24 +374,24 @@ def any_number_of_steps(optimizer: Any, params: Any, gradients: Any = None) -> t
 
 
 def program(function: Callable[..., Any], *args: Any) -> str:
-    """What a function computes on its arguments' leaves, whatever containers hold them.
+    """Returns the jaxpr of a function as text, which does not depend on the containers of leaves.
 
-    Of functions that are under ``jit`` already, such as `traced`, known traces are used.
+    Jitted functions, such as those of `traced`, reuse their traces.
     """
     jitted: Any = function if hasattr(function, "trace") else jax.jit(function)
     return str(jitted.trace(*args).jaxpr)
 
 
 def assert_equal(left: Any, right: Any) -> None:
-    """The same tree with the same dtypes, bit for bit."""
+    """Asserts that two trees are equal in dtypes and values, bit for bit."""
     chex.assert_trees_all_equal_dtypes(left, right)
     chex.assert_trees_all_equal(left, right, strict=True)
 
 
 def assert_close(left: Any, right: Any, atol: float = 5e-6) -> None:
-    """The same tree with the same dtypes, up to the order of float32 operations.
+    """Asserts that two trees have equal dtypes and values up to the order of float32 operations.
 
-    Measured over the tests here: 5e-7; 8e-6 where averages of gradients are orthogonalized.
+    Measured over these tests: 5e-7, and 8e-6 if averages of gradients are orthogonalized.
     """
     chex.assert_trees_all_equal_dtypes(left, right)
     chex.assert_trees_all_close(left, right, atol=atol, rtol=1e-5, strict=True)

@@ -1,6 +1,6 @@
-"""The training program, which also writes what each process sees of the optimizer's state.
+"""The training program, which also writes each process's part of the optimizer state.
 
-It is run by `test_multi_process.py`, with a model that compiles sooner than the smallest preset.
+`test_multi_process.py` runs it, with a model that compiles faster than the smallest preset.
 """
 
 import gc

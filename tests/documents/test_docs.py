@@ -1,4 +1,4 @@
-"""What the documents say runs, and agrees with the result files."""
+"""The code in the documents runs, and their numbers agree with the result files."""
 
 import contextlib
 import importlib

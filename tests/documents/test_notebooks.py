@@ -1,4 +1,4 @@
-"""Notebooks run from a clean kernel, and are kept with the outputs of a whole run."""
+"""Notebooks run in a new kernel, and are stored with the outputs of a whole run."""
 
 import ast
 import os

@@ -1,4 +1,4 @@
-"""The command for an accelerator: order, files that grow, an end in time; jobs on a CPU."""
+"""The command for an accelerator: order of parts, growing files, its time limit, jobs on a CPU."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""Fine-tuning as a person runs it, on a tiny random model and a file of sums."""
+"""Fine-tuning from the command line, on a tiny random model and a file of sums."""
 
 import dataclasses
 import json

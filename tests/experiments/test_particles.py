@@ -1,4 +1,4 @@
-"""The laws of gradients smoothed by a Gaussian process."""
+"""Laws of gradients that a Gaussian process smooths."""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""The training program as a person runs it: interrupted, killed, resumed, mistyped."""
+"""The training program from the command line: interrupted, killed, resumed, mistyped."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Bayesian search on a function that is known, and its coordinates."""
+"""Bayesian search on a known function, and its coordinates."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Gradient accumulation: what `optax.MultiSteps` costs here, and the way that costs nothing."""
+"""Gradient accumulation: the cost of `optax.MultiSteps`, and a way without it."""
 
 import functools
 from typing import Any

@@ -1,4 +1,4 @@
-"""What `init` tells of matrices that are not found, and that what it says to write is right."""
+"""Warnings of `init` about matrices that are not found, and the remedies that they name."""
 
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false
 

@@ -1,6 +1,6 @@
-"""Training on gradients that were compressed in the backward pass, against training on full ones.
+"""Training on gradients that were compressed in the backward pass, against full gradients.
 
-What the gradients of single programs are is the matter of test_interception.py.
+The gradients of single programs are tested in test_interception.py.
 """
 
 # pyright: reportOptionalMemberAccess=false

@@ -1,4 +1,4 @@
-"""Bad input fails at once, and the message names the parameter, the value and the reason."""
+"""Bad input raises at once, with an error that names the parameter, the value and the reason."""
 
 # optax types a state as any tree of arrays, so its fields are unknown to a type checker.
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false

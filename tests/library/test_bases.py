@@ -1,4 +1,4 @@
-"""Power iteration against Householder's QR, and what its Cholesky factors may lose."""
+"""Power iteration against Householder's QR, and the accuracy of its Cholesky factors."""
 
 # `*args` hides how many arguments there are.
 # pyright: reportCallIssue=false

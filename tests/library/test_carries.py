@@ -1,4 +1,4 @@
-"""Carries: what goes on in a new basis, what restarts, and where that cannot be told apart."""
+"""Carries: state that continues in a new basis, state that restarts, and states that raise."""
 
 import dataclasses
 from typing import Any

@@ -1,4 +1,4 @@
-"""Codes of 8 and 4 bits: every map against loops in float64, and the laws of all of them."""
+"""Codes of 8 and 4 bits: every map against loops in float64, and laws of all maps."""
 
 import functools
 import itertools

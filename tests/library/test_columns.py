@@ -1,4 +1,4 @@
-"""Column normalization against loops in float64, by itself and on residuals of projections."""
+"""Column normalization against loops in float64, alone and on residuals of projections."""
 
 # optax types updates as any tree of arrays, whose leaves are unknown to a type checker.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false

@@ -1,7 +1,7 @@
-"""Every transformation keeps every promise that optax's own transformations keep.
+"""Every transformation has the properties that optax's own transformations have.
 
-Here are the promises that tracing shows: types, trees, arguments. What runs is in
-test_conformance_states.py.
+These are the properties that tracing shows: types, trees, arguments. Tests that run transformations
+are in test_conformance_states.py.
 """
 
 # optax types a state as any tree of arrays, so its fields are unknown to a type checker.

@@ -1,4 +1,4 @@
-"""``optax.inject_hyperparams``: numbers are injected, and a compression passes through as it is."""
+"""``optax.inject_hyperparams``: numbers are injected, a compression passes through unchanged."""
 
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportIndexIssue=false
 

@@ -1,4 +1,4 @@
-"""What a compiled transformation does, and its states as trees.
+"""Compiled transformations in loops and under donation, and their states as trees.
 
 Compiled once for all tests here, every transformation runs under scans, maps and donation, and
 learns; states are found by name, mapped, serialized, saved and restored.

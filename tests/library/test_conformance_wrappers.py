@@ -1,4 +1,4 @@
-"""Inside optax's wrappers, a transformation does what it does alone."""
+"""A transformation inside optax's wrappers gives the same updates as alone."""
 
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportIndexIssue=false
 

@@ -1,4 +1,4 @@
-"""The choice of matrices: names and shapes of real models, and the ways to override the choice."""
+"""The choice of matrices by names and shapes of real models, and ways to override it."""
 
 # optax types a state as any tree of arrays, so its fields are unknown to a type checker.
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportIndexIssue=false

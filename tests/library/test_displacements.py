@@ -11,7 +11,7 @@ import pytest
 
 import gum_optax
 from gum_optax import displaced, displacements, estimators
-from tests import helpers
+from tests import helpers, tables
 
 
 def _cubic(params, scale=1.0):
@@ -132,6 +132,14 @@ def test_bfloat16_weights_are_displaced_in_float32():
     value, got = displaced(gradient, displacements.ascent(gradient, 1e-3))(weights)
     np.testing.assert_allclose(value, 1e-3 * 1e4 * np.sqrt(3), rtol=1e-2)
     assert got.dtype == jnp.bfloat16
+
+
+def test_a_displacement_may_be_a_tree_that_can_be_called():
+    """The displacement of an Equinox model is such a tree, and no function of the parameters."""
+    params, moved = (tables.CallableTree(np.full(3, x, np.float32)) for x in (1.0, 0.5))
+    value, got = displaced(GRADIENT, moved)(params)
+    np.testing.assert_allclose(value, 1.5**3)
+    np.testing.assert_allclose(got.layers, np.full(3, 1.5**2))
 
 
 def test_bad_arguments():

@@ -1,4 +1,4 @@
-"""Fallbacks: each against loops in float64, with its bytes, and how optimizers are given one."""
+"""Fallbacks against loops in float64, their bytes, and their use as an argument."""
 
 # pyright: reportArgumentType=false, reportIndexIssue=false
 

@@ -1,4 +1,4 @@
-"""Gradients that no optimizer wants: NaN, Inf, zero for long, 1e30 and 1e-30."""
+"""Extreme gradients: NaN, Inf, zero for many steps, 1e30 and 1e-30."""
 
 import functools
 import itertools

@@ -1,4 +1,4 @@
-"""Under Linen's `TrainState`, boxed and sharded: what happens to a plain tree of arrays."""
+"""Linen's `TrainState`, boxed and sharded, gives the updates of a plain tree of arrays."""
 
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportOperatorIssue=false
 

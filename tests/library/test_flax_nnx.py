@@ -1,4 +1,4 @@
-"""Under `nnx.Optimizer`, on models of every make: what happens to a plain tree of arrays."""
+"""`nnx.Optimizer` on models of every kind gives the updates of a plain tree of arrays."""
 
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportIndexIssue=false
 

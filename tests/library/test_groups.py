@@ -1,4 +1,4 @@
-"""Groups: which leaves belong together, and what their groups are called."""
+"""Groups: the leaves that belong together, and the names of groups."""
 
 # optax types a state as any tree of arrays, so its fields are unknown to a type checker.
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportIndexIssue=false

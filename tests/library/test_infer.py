@@ -564,7 +564,7 @@ def _both_ways(p, x):
 
 
 UNDECIDED = {
-    "unknown primitive": (_sorted, (D, D), "is used by `sort`, of which no rule is known"),
+    "unknown primitive": (_sorted, (D, D), "is used by `sort`, for which there is no rule"),
     "unused": (lambda p, x: x @ p["v"], (D, D), "is not used in a product or sum"),
     "cut": (
         lambda p, x: jnp.einsum("btc,csd->btsd", x[..., :2], p["w"].reshape(2, 4, D)) @ p["v"],

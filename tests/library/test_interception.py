@@ -1,6 +1,6 @@
-"""Weights followed through programs of every kind, to the product or the operation that uses them.
+"""Weights followed through programs of every kind, to the products and operations that use them.
 
-In float64 the projected gradients equal ``P'G`` to rounding, whichever way they were made.
+In float64 the projected gradients equal ``P'G`` up to rounding, for both kinds of taps.
 """
 
 from typing import Any, NamedTuple
@@ -254,7 +254,7 @@ SLOW = (
 
 
 @jax.enable_x64(True)
-@pytest.mark.filterwarnings("ignore:.*compressed leaves are not used in dense products")
+@pytest.mark.filterwarnings("ignore:.*compressed leaves have uses other than dense products")
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in CASES]
 )

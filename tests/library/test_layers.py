@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import gum_optax
 from gum_optax import layer_by_layer, quantized, scale_by_polar
+from tests import tables
 
 # Four layers on the first axis, three experts on the second, and two leaves that have no layers.
 AXES = {"embed": None, "layers": 0, "experts": 1, "norm": None}
@@ -179,6 +180,15 @@ def test_axes_by_a_function_and_wrappers():
 def test_axes_that_do_not_fit(axes, error, message):
     with pytest.raises(error, match=message):
         layer_by_layer(optax.sgd(1.0), axes).init({"up": np.zeros((4, 8, 12), np.float32)})
+
+
+def test_axes_may_be_a_tree_that_can_be_called():
+    """Axes of an Equinox model, made by ``jax.tree.map``, are such a tree."""
+    params = tables.CallableTree(np.ones((3, 4, 5), np.float32), np.ones(4, np.float32))
+    tx = layer_by_layer(optax.trace(0.9), tables.CallableTree(0, None))
+    state = jax.eval_shape(tx.init, params)
+    assert state.layers["3"].trace.layers.shape == (3, 4, 5)
+    assert state.rest.trace.bias.shape == (4,)
 
 
 def test_the_inner_transformation_is_one():

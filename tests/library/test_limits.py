@@ -1,4 +1,4 @@
-"""Where GUM and GaLore must become optimizers that optax has already."""
+"""Limits in which GUM and GaLore must equal optimizers of optax."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""Memory and work: what the state holds, what a step computes, what the plan says."""
+"""Memory and work: bytes of the state, operations of a step, rows of the plan."""
 
 # optax types transformations as functions of one tree each, and `MultiSteps` as none.
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false

@@ -1,8 +1,7 @@
-"""Models of Equinox, Haiku and Keras: roots that can be called, and lists without names.
+"""Models of Equinox, Haiku and Keras: callable roots, and lists without names.
 
-Keras itself is left out: it brings a backend of several hundred megabytes. What its stateless calls
-hand to an optimizer is ``model.trainable_variables`` as arrays, a flat list in the order of the
-layers.
+Keras itself is left out, since it needs a backend of several hundred megabytes. Its stateless calls
+pass ``model.trainable_variables`` to an optimizer: a flat list of arrays in the order of layers.
 """
 
 # optax types a state as any tree of arrays, so its fields are unknown to a type checker.

@@ -1,6 +1,6 @@
-"""The list of mutants fits the library and its tests, and its runner tells who survives.
+"""The list of mutants fits the library and its tests, and its runner reports survivors.
 
-That they are all killed is told by `make mutants`, which takes as long as many of these tests.
+`make mutants` checks that all of them are killed; it takes as long as many of these tests.
 """
 
 import dataclasses

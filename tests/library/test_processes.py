@@ -1,4 +1,4 @@
-"""Two real processes update one sharded model as one process does, and draw the same layers.
+"""Two real processes update a sharded model like one process, and draw the same layers.
 
 Whole training runs in several processes are in test_multi_process.py.
 """

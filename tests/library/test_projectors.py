@@ -1,4 +1,4 @@
-"""Projectors: orthonormal on every input, and close to the SVD where they claim to be."""
+"""Projectors: orthonormal on every input, and close to the SVD if they approximate it."""
 
 # optax types a state as any tree of arrays, so its fields are unknown to a type checker.
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportIndexIssue=false

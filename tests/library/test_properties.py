@@ -1,4 +1,4 @@
-"""Random trees, types and settings: nothing crashes unclearly, nothing drifts, the laws hold."""
+"""Random trees, types and settings: failures are clear errors, nothing drifts, the laws hold."""
 
 import pytest
 from hypothesis import given, settings

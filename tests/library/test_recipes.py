@@ -1,4 +1,4 @@
-"""Recipes: what each name stands for, the arguments they share, and the warning of `init`."""
+"""Recipes: the meaning of each name, shared arguments, and the warning of `init`."""
 
 # optax types a state as any tree of arrays, so its fields are unknown to a type checker.
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportIndexIssue=false

@@ -1,4 +1,4 @@
-"""Weights in bfloat16: random rounding is right on average, and small updates are not lost."""
+"""Weights in bfloat16: random rounding has the exact mean, and small updates are not lost."""
 
 # optax types updates as any tree of arrays, so their entries are unknown to a type checker.
 # pyright: reportArgumentType=false, reportIndexIssue=false, reportAttributeAccessIssue=false

@@ -1,6 +1,6 @@
-"""Samplers: how many slots, at which probability, and what is drawn.
+"""Samplers: number of slots, probabilities, and draws.
 
-How often each matrix is drawn is tested in ``test_unbiased.py``.
+The frequencies of draws are tested in ``test_unbiased.py``.
 """
 
 # optax types a state as any tree of arrays, so its fields are unknown to a type checker.

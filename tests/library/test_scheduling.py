@@ -1,4 +1,4 @@
-"""Loops and sequences change the order of work, and no result."""
+"""Loops and sequences change the order of work but no result."""
 
 from typing import Any
 

@@ -1,7 +1,7 @@
-"""JAX's settings: the library works under each of them, and none changes what it computes.
+"""JAX's settings: the library works under each of them, with the same results.
 
-Here the library is traced under the strictest of them; `make slow` runs `tests.one_setting` in a
-process of its own for every setting.
+Here the library is traced under the strictest settings; `make slow` runs `tests.one_setting` in a
+separate process for every setting.
 """
 
 import functools

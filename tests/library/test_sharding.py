@@ -1,4 +1,4 @@
-"""On eight devices: numbers, draws, shardings and what is sent between devices."""
+"""Eight devices: numbers, draws, shardings and communication between devices."""
 
 import functools
 import math

@@ -1,4 +1,4 @@
-"""The law of unbiasedness by enumeration, and the samplers that it rests on."""
+"""The law of unbiasedness by enumeration, and the samplers on which it depends."""
 
 import functools
 import itertools

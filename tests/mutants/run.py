@@ -7,10 +7,10 @@ A *mutant* is an entry of a TOML file beside this one, under its name, which tel
 
 - ``file``: a module of ``gum_optax``;
 - ``old``, ``new``: a piece of one of its lines, which occurs once in the file, and its replacement;
-- ``tests``: the tests that must notice it, such as ``test_codes.py::test_blocks``, files of
-  ``tests/library``. Of a test with many cases it takes the few that are needed, by name or by
+- ``tests``: the tests that must notice it, such as ``test_codes.py::test_blocks``, in
+  ``tests/library``. For a test with many cases it names the few that are needed, by name or by
   pytest's ``-k``: ``test_codes.py::test_blocks[5-1-5-1]``, ``test_codes.py::test_bytes -k linear``;
-- ``equivalent``: in the place of tests, the reason why no test can tell it from the library.
+- ``equivalent``: instead of tests, the reason why no test can distinguish it from the library.
 
 A mutant is *killed* if one of its tests fails, and *survives* if all of them pass. The tests are
 run in a copy of the package and the tests in a temporary folder; they are run without any bug

@@ -1,10 +1,9 @@
-"""What transformers' own PyTorch models compute, kept as golden files for tests without PyTorch.
+"""Golden files of transformers' PyTorch models, for tests without PyTorch.
 
     python -m tests.data.parity.make [DIRECTORY]
 
-needs PyTorch beside the packages of `experiments`, and writes, into tests/data/parity unless told
-otherwise, a small random checkpoint of each family with its logits, and the greedy continuations
-of SmolLM2-135M.
+needs PyTorch and the packages of `experiments`. It writes a small random checkpoint of each family
+with its logits, and the greedy continuations of SmolLM2-135M, by default into tests/data/parity.
 """
 
 # PyTorch is no dependency of ours.

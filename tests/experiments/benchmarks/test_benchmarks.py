@@ -1,4 +1,4 @@
-"""The benchmarks write what they promise; counts and formulas are those made by hand."""
+"""The benchmarks write their files; counts and formulas equal those computed by hand."""
 
 import dataclasses
 import json

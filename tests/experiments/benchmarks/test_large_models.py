@@ -1,4 +1,4 @@
-"""Optimizer state of large models, against numbers worked out by hand."""
+"""Optimizer state of large models, against numbers computed by hand."""
 
 import dataclasses
 import json

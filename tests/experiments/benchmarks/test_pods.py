@@ -1,4 +1,4 @@
-"""What updates cost on slices of TPUs: the layouts, the table, and a program that is compiled."""
+"""Costs of updates on slices of TPUs: layouts, the table, and one compiled program."""
 
 import dataclasses
 import importlib.util

@@ -1,4 +1,4 @@
-"""Chat templates: the texts of transformers, rendered where a stranger's program does no harm."""
+"""Chat templates: the texts of transformers, rendered where a template from others does no harm."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Text to batches: tokenizer, cover, shuffle, resume, formats, hold-out, clear errors."""
+"""Text to batches: tokenizer, coverage, shuffling, resuming, formats, hold-out, clear errors."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Greedy decoding with a cache against a loop that has none, alone, batched and on a mesh."""
+"""Greedy decoding with a cache against a loop without one, alone, batched and on a mesh."""
 
 import dataclasses
 from functools import partial

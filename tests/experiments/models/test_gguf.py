@@ -1,4 +1,4 @@
-"""A GGUF file is read as the Hugging Face checkpoint that it was made from."""
+"""Reading a GGUF file gives the Hugging Face checkpoint from which it was made."""
 
 import json
 from typing import Any

@@ -1,7 +1,7 @@
-"""Our LLaMA computes what transformers' own PyTorch models compute, and saves what they save.
+"""Our LLaMA against transformers' PyTorch models: equal logits, and equal saved files.
 
-The golden files are by `python -m tests.data.parity.make`. The tests at the end make new models,
-where PyTorch is installed; nothing else needs it.
+`python -m tests.data.parity.make` made the golden files. The tests at the end make new models if
+PyTorch is installed; no other test needs it.
 """
 
 import importlib.util

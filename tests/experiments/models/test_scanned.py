@@ -1,4 +1,4 @@
-"""The scanned LLaMA, against the one whose layers are a list."""
+"""The scanned LLaMA against the LLaMA with a list of layers."""
 
 import jax
 import jax.numpy as jnp

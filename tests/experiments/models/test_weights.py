@@ -1,4 +1,4 @@
-"""Checkpoints: names, formats, what is not supported, and files that are damaged."""
+"""Checkpoints: names, formats, unsupported settings, and damaged files."""
 
 import importlib.util
 import json

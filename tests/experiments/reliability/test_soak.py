@@ -1,4 +1,4 @@
-"""Steps by the hundred: nothing grows, is compiled again or stops being finite."""
+"""Hundreds of steps: nothing grows, is compiled again or becomes non-finite."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The paper's Figure 1, at a size for tests, and what the committed result claims."""
+"""The paper's Figure 1 at a size for tests, and the claims of the committed result."""
 
 import contextlib
 import io

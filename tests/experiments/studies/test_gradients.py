@@ -1,4 +1,4 @@
-"""The studies of gradients along a run: formulas against enumeration, files against promises."""
+"""The studies of gradients along a run: formulas against enumeration, and their files."""
 
 import dataclasses
 import itertools

@@ -1,4 +1,4 @@
-"""The studies that compare training runs: what they run, what they make of it."""
+"""The studies that compare training runs: their runs, and the results made from them."""
 
 import contextlib
 import dataclasses

@@ -1,4 +1,4 @@
-"""Tasks: items and their sources, training apart from held out, scores, clear errors."""
+"""Tasks: items and their sources, disjoint training and held-out items, scores, clear errors."""
 
 import json
 import lzma

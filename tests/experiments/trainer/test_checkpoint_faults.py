@@ -1,4 +1,4 @@
-"""Checkpoints and caches when things go wrong: kills, full disks, other runs, damaged files."""
+"""Checkpoints and caches under faults: kills, full disks, other runs, damaged files."""
 
 import contextlib
 import logging

@@ -1,7 +1,7 @@
 """Whole runs against signals, a second run in their directory, and disks that are full.
 
-Each starts the training program as a person does. Disks are small file systems in memory, which
-only root can mount.
+Each test starts the training program from the command line. Disks are small file systems in memory,
+which only root can mount.
 """
 
 import contextlib

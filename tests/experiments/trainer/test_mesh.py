@@ -1,4 +1,4 @@
-"""Pretraining on a mesh of eight devices: what lies where, and the numbers of one device."""
+"""Pretraining on a mesh of eight devices: shardings, and the numbers of one device."""
 
 import collections
 import functools

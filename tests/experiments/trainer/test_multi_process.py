@@ -1,4 +1,4 @@
-"""Pretraining in several processes on one machine: the numbers of one, also after a kill."""
+"""Pretraining in several processes on one machine: the numbers of one process, also after kills."""
 
 import dataclasses
 import os

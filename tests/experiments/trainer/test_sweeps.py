@@ -1,4 +1,4 @@
-"""Sets of training runs: what is missing is run, at the same time, and nothing is lost."""
+"""Sets of training runs: missing runs are made, several at a time, and none is lost."""
 
 import contextlib
 import dataclasses

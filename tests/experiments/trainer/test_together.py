@@ -1,4 +1,4 @@
-"""Runs in one program: each has the numbers that it has alone."""
+"""Several runs in one program: each has the same numbers as alone."""
 
 import dataclasses
 import itertools
