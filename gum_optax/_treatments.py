@@ -141,6 +141,11 @@ def _named(group: Group) -> str:
 
 def _advice(group: Group) -> str:
     """Returns the remedy for the reason why a group is uncompressed."""
+    if group.m == 1:  # of rank 1 itself
+        return (
+            "A matrix with a side of 1 has no lower rank: send it to the fallback by "
+            "`weight_dimension_numbers`"
+        )
     if group.rank >= group.m:
         return f"Write for example `LowRank(rank={max(group.m // 4, 1)})`"
     # Otherwise every matrix of the group is always drawn, since there are so few.

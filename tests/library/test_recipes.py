@@ -404,6 +404,13 @@ def test_the_advice_helps(case):
     assert messages == []
 
 
+def test_no_rank_is_advised_for_vectors_that_are_taken_for_matrices():
+    params = [_matrix(1, 64), _matrix(64, 1)]
+    _, [message] = _warnings(jax.eval_shape, gum_optax.gum(0.1, LowRank(rank=1)).init, params)
+    assert "has no lower rank: send it to the fallback by `weight_dimension_numbers`" in message
+    assert "LowRank(rank" not in message
+
+
 def test_by_shape_helps_where_layers_differ_in_name_alone():
     params = {name: _matrix(256, 256) for name in ("query", "key")}
     with pytest.warns(UserWarning, match=BY_SHAPE):
