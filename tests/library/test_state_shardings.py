@@ -109,7 +109,7 @@ OPTIMIZERS = {
 
 # In Explicit mode, the default; Auto mode has fewer ways to fail, and each run compiles twice.
 # Of the others each part is tested alone, by `make test`.
-QUICK_RUNS = {("gum, injected, on a schedule", "Explicit"), ("adamw, galore", "Auto")}
+QUICK_RUNS = {("adamw, galore", "Explicit"), ("adamw, galore", "Auto")}
 SLOW = pytest.mark.slow
 UNCOMPRESSED = {"muon": [pytest.mark.filterwarnings("ignore:None of .* is compressed:UserWarning")]}
 RUNS = [

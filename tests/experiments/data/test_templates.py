@@ -72,8 +72,11 @@ ATTACKS = {
 
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_a_template_that_does_harm_is_refused_in_one_line(attack, monkeypatch):
-    monkeypatch.setattr(templates, "_SECONDS", 1)
     template, message = ATTACKS[attack]
+    # What does not end takes all of its time. The others end by themselves: starting a process and
+    # reading a million digits took more than a second on a busy machine.
+    if "does not end" in message:
+        monkeypatch.setattr(templates, "_SECONDS", 1)
     with pytest.raises(ConfigError, match=message) as caught:
         templates.render(template, [[{"role": "user", "content": "a"}]], {}, generate=True)
     assert str(caught.value).startswith("`model`: its chat template cannot be rendered: ")

@@ -90,6 +90,7 @@ def smollm2():
     return pretrained.load(pretrained.SMOLLM2)
 
 
+@pytest.mark.slow
 @needs_smollm2
 def test_smollm2s_own_template_and_tokens():
     # The tensors, which take most of the time to read, stay in the file.

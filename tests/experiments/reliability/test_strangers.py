@@ -20,7 +20,7 @@ from experiments.trainer.options import ConfigError
 ROOT = Path(__file__).parents[3]
 # Rendering a template starts a process with limits, which takes longer than all other kinds.
 IN_THIS_PROCESS = sorted(set(KINDS) - {"chat template"})
-CASES = 20
+CASES = 10
 
 
 @pytest.mark.parametrize("kind", IN_THIS_PROCESS)
