@@ -20,7 +20,8 @@ import optax
 from gum_optax import _codec, _refresh, _sources, _taps, projectors
 from gum_optax import dimension_numbers as dims
 from gum_optax._groups import Group
-from gum_optax._interception import Interpreter, View
+from gum_optax._interception import interpreter
+from gum_optax._interpreter import Interpreter, View
 from gum_optax._low_rank import LowRankState, period_of
 from gum_optax._paths import PyTree, leaves_with_names
 from gum_optax._projected import Projected
@@ -232,7 +233,7 @@ class Model:
         # 2. The bases, from the gradient of one matrix at a time: a backward pass with taps on
         #    whole weights, which needs no slots.
         taps = self.taps(slots, keys)
-        run = Interpreter({}, whole=True, projector=lambda key: resolved[key[0]])
+        run = interpreter(whole=True, projector=lambda key: resolved[key[0]])
         stacked = {w.leaf for w in self.weights if _taps.positions(w.axes, "batch")}
         at_root = frozenset(w.leaf for w in self.weights) - stacked
         if stacked:

@@ -45,7 +45,8 @@ import jax.numpy as jnp
 import optax
 
 from gum_optax import _checks, _sources
-from gum_optax._interception import Interpreter
+from gum_optax._interception import interpreter
+from gum_optax._interpreter import Interpreter
 from gum_optax._low_rank import LowRankState
 from gum_optax._paths import PyTree
 from gum_optax._projected import Projected
@@ -102,7 +103,7 @@ def value_and_grad(
         program = traced(loss, params, args, kwargs, has_aux)
         # 2. Its backward pass, with taps where the program uses these matrices.
         residual = any(source.compression.residual.reads == "residual" for source in model.sources)
-        run = Interpreter({}, residual=residual)
+        run = interpreter(residual=residual)
         result, found = differentiated(model, program, run, model.taps())
         # 3. `run` has noted all uses. With whole residuals every full gradient exists anyway.
         if not residual:
@@ -225,7 +226,7 @@ def explain(
     def trace(params: PyTree, state: Any, args: Any, kwargs: Any) -> None:
         model = Model(tx, params, state)
         program = traced(loss, params, args, kwargs, has_aux)
-        run = Interpreter({})
+        run = interpreter()
         differentiated(model, program, run, model.taps())
         uses.extend(_uses(model, run))
 

@@ -14,7 +14,7 @@ from flax import linen as nn
 
 import gum_optax
 from gum_optax import LowRank, backward, residuals
-from gum_optax._interception import _reshaped
+from gum_optax._axis_rules import _reshaped
 from gum_optax._taps import Axis
 from tests.helpers import QUICK, all_arguments, low_rank_state
 
