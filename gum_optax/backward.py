@@ -89,8 +89,8 @@ def value_and_grad(
       >>> tx = gum_optax.gum(0.02, compression)
       >>> loss = lambda params, x: jnp.mean((x @ params["w"]) ** 2)
       >>> params, x = {"w": jnp.eye(4, 6)}, jnp.ones((8, 4))
-      >>> state = backward.refresh(loss, tx)(params, tx.init(params), x)
-      >>> value, gradients = backward.value_and_grad(loss, tx)(params, state, x)
+      >>> state = jax.jit(backward.refresh(loss, tx))(params, tx.init(params), x)
+      >>> value, gradients = jax.jit(backward.value_and_grad(loss, tx))(params, state, x)
       >>> gradients["w"].low.shape
       (2, 6)
     """
@@ -140,7 +140,7 @@ def refresh(
       >>> tx = gum_optax.gum(0.02, gum_optax.LowRank(rank=2, period=100))
       >>> loss = lambda params, x: sum(jnp.sum((x @ w) ** 2) for w in params["layers"])
       >>> params, x = {"layers": [jnp.eye(4, 6)] * 4}, jnp.ones((8, 4))
-      >>> state = backward.refresh(loss, tx)(params, tx.init(params), x)
+      >>> state = jax.jit(backward.refresh(loss, tx))(params, tx.init(params), x)
       >>> optax.tree.get(state, "period")
       Array(0, dtype=int32)
     """

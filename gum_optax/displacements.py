@@ -20,7 +20,7 @@ Example:
   >>> def loss(params, x):
   ...     return jnp.mean((x @ params["w"]) ** 2)
   >>> gradient = jax.value_and_grad(loss)
-  >>> sam = gum_optax.displaced(gradient, displacements.ascent(gradient, rho=0.05))
+  >>> sam = jax.jit(gum_optax.displaced(gradient, displacements.ascent(gradient, rho=0.05)))
   >>> value, grads = sam({"w": jnp.ones((8, 4))}, jnp.eye(8))
 
   LORENZA is AdaZo-SAM followed by low-rank Adam. Keyword arguments go to the displacement, here to
@@ -29,7 +29,7 @@ Example:
 
   >>> from gum_optax import estimators, projectors
   >>> probe = estimators.zeroth_order(loss, estimators.low_rank(rank=2, period=50))
-  >>> adazo = gum_optax.displaced(gradient, displacements.ascent(probe, rho=0.05))
+  >>> adazo = jax.jit(gum_optax.displaced(gradient, displacements.ascent(probe, rho=0.05)))
   >>> value, grads = adazo({"w": jnp.ones((8, 4))}, jnp.eye(8), key=0, step=3)
   >>> lorenza = gum_optax.adamw(
   ...     1e-3, gum_optax.galore(rank=2, projector=projectors.randomized_svd))

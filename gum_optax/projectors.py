@@ -153,8 +153,10 @@ def randomized_svd(
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from gum_optax import projectors
-      >>> basis = projectors.randomized_svd(
-      ...     jax.random.key(0), jnp.eye(8, 16), 4, jnp.zeros((8, 4)), oversampling=2)
+      >>> project = jax.jit(projectors.randomized_svd, static_argnames=("rank", "oversampling"))
+      >>> basis = project(
+      ...     jax.random.key(0), jnp.eye(8, 16), rank=4, previous_basis=jnp.zeros((8, 4)),
+      ...     oversampling=2)
       >>> basis.shape
       (8, 4)
 
