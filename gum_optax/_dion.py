@@ -12,7 +12,7 @@ import optax
 
 from gum_optax import _checks, _mesh
 from gum_optax._orthogonal import scale_by_polar
-from gum_optax._paths import PyTree
+from gum_optax._paths import PyTree, unzip
 
 _POLAR = scale_by_polar()
 
@@ -41,8 +41,9 @@ def scale_by_dion2(
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` for trees of matrices ``[..., m, n]``; the state
-      is M, in the dtypes of the parameters. Updates of chosen rows have singular values of about
-      one, so a scale by shape and the learning rate come after it.
+      is M, in the dtypes of the parameters. Updates have the dtypes of the gradients. Those of
+      chosen rows have singular values of about one, so a scale by shape and the learning rate come
+      after it.
 
     Raises:
       TypeError, ValueError: if an argument is malformed.
@@ -67,7 +68,8 @@ def scale_by_dion2(
     def one(gradient: jax.Array, momentum: jax.Array) -> tuple[jax.Array, jax.Array]:
         # M <- M + G, transposed so that its rows run along the shorter side: [*batch, m, n], m <= n
         tall = gradient.shape[-2] > gradient.shape[-1]
-        wide = (momentum + gradient).mT if tall else momentum + gradient
+        total = momentum + gradient
+        wide = total.mT if tall else total
         rows = math.ceil(fraction * wide.shape[-2])
         # 1. I: the rows with the largest momentum.
         chosen = jax.lax.top_k(jnp.sum(jnp.abs(wide), axis=-1), rows)[1]  # [*batch, rows]
@@ -76,11 +78,12 @@ def scale_by_dion2(
         polar: Any = orthogonalizer.update(used, orthogonalizer.init(used))[0]
         direction = _put_rows(jnp.zeros_like(wide), chosen, polar)
         left = _put_rows(wide, chosen, (decay * used).astype(wide.dtype))
-        return (direction.mT, left.mT) if tall else (direction, left)
+        direction, left = (direction.mT, left.mT) if tall else (direction, left)
+        return direction.astype(gradient.dtype), left.astype(momentum.dtype)
 
     def run(updates: PyTree, state: PyTree) -> tuple[PyTree, PyTree]:
-        pairs = jax.tree.map(one, updates, state)
-        return jax.tree.transpose(jax.tree.structure(updates), None, pairs)
+        leaves = zip(jax.tree.leaves(updates), jax.tree.leaves(state), strict=True)
+        return unzip(updates, [one(gradient, momentum) for gradient, momentum in leaves])
 
     def update(
         updates: PyTree, state: PyTree, params: PyTree | None = None, **extra: Any

@@ -26,7 +26,7 @@ import optax
 
 from gum_optax import _checks, _mesh
 from gum_optax._numerics import matmul_highest as matmul
-from gum_optax._paths import PyTree
+from gum_optax._paths import PyTree, unzip
 
 # Singular values below this share of the largest are rounding: their directions are arbitrary.
 _NOISE = 1e-6
@@ -139,8 +139,7 @@ def scale_by_factored_momentum(
                 strict=True,
             )
         ]  # fmt: skip
-        treedef = jax.tree.structure(updates)
-        directions, momentum = (treedef.unflatten(part) for part in zip(*pairs, strict=True))
+        directions, momentum = unzip(updates, pairs)
         count = jnp.asarray(optax.safe_increment(state.count))
         return directions, FactoredMomentumState(count, momentum)
 

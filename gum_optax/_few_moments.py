@@ -63,7 +63,7 @@ def by_output(path: str, leaf: Any) -> Sequence[int]:
 
 def scale_by_adam_mini(
     b1: Number = 0.9, b2: Number = 0.999, eps: Number = 1e-8, *, blocks: Blocks = by_output
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     r"""Rescales updates by Adam with one second moment for each block of weights: Adam-mini.
 
     .. math::
@@ -80,7 +80,8 @@ def scale_by_adam_mini(
         this is Adam.
 
     Returns:
-      An ``optax.GradientTransformation`` with state `AdamMiniState`, like ``optax.scale_by_adam``.
+      An ``optax.GradientTransformationExtraArgs`` with state `AdamMiniState`. Moments have the
+      dtypes of the parameters, updates those of the gradients.
 
     Raises:
       TypeError, ValueError: if an argument is malformed.
@@ -115,27 +116,27 @@ def scale_by_adam_mini(
         return AdamMiniState(jnp.zeros((), jnp.int32), mu, treedef.unflatten(nu))
 
     def update(
-        updates: PyTree, state: AdamMiniState, params: PyTree | None = None
+        updates: PyTree, state: AdamMiniState, params: PyTree | None = None, **extra: Any
     ) -> tuple[PyTree, AdamMiniState]:
-        del params
+        del params, extra
         count = jnp.asarray(optax.safe_increment(state.count))
         # 1. m <- b1 m + (1 - b1) G
-        mu: Any = optax.tree.update_moment(updates, state.mu, b1, 1)
+        mu = jax.tree.map(_average(b1), state.mu, updates)
         # 2. v_b <- b2 v_b + (1 - b2) mean(G_b^2), one number for each block
         leaves, treedef = jax.tree.flatten(updates)
         squares = treedef.unflatten(
             _mean(leaf**2, axes) for leaf, axes in zip(leaves, axes_of(updates), strict=True)
         )
-        nu = jax.tree.map(
-            lambda old, new: (b2 * old + (1 - b2) * new).astype(old.dtype), state.nu, squares
-        )
+        nu = jax.tree.map(_average(b2), state.nu, squares)
         # 3. U = m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)
         m: Any = optax.tree.bias_correction(mu, b1, count)
         v: Any = optax.tree.bias_correction(nu, b2, count)
-        directions = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), m, v)
+        directions = jax.tree.map(
+            lambda g, m, v: (m / (jnp.sqrt(v) + eps)).astype(g.dtype), updates, m, v
+        )
         return directions, AdamMiniState(count, mu, nu)
 
-    return optax.GradientTransformation(init, update)  # pyright: ignore[reportArgumentType]
+    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
 
 
 def adalomo(
@@ -174,7 +175,8 @@ def adalomo(
       weight_decay_mask: which leaves decay, as in ``optax.add_decayed_weights``.
 
     Returns:
-      An ``optax.GradientTransformationExtraArgs``. Its ``update`` needs ``params``.
+      An ``optax.GradientTransformationExtraArgs``, whose ``update`` needs ``params``. Updates have
+      the dtypes of the gradients.
 
     Raises:
       TypeError, ValueError: if an argument is malformed.
@@ -193,7 +195,7 @@ def adalomo(
     _checks.hyperparameter("decay_rate", decay_rate)
     _checks.hyperparameter("clip", clip)
     _checks.hyperparameter("weight_decay", weight_decay)
-    return optax.with_extra_args_support(
+    rule = optax.with_extra_args_support(
         optax.chain(
             # 1. u = G / sqrt(V). Small matrices are factored, too: by default, optax does not
             #    factor those with a side below 128.
@@ -209,6 +211,20 @@ def adalomo(
             optax.scale_by_param_block_rms(1e-3),
         )
     )
+
+    def update(
+        updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any
+    ) -> tuple[PyTree, Any]:
+        steps, state = rule.update(updates, state, params, **extra)
+        # Weights of a wider dtype must not widen the updates.
+        return jax.tree.map(lambda g, u: u.astype(g.dtype), updates, steps), state
+
+    return optax.GradientTransformationExtraArgs(rule.init, update)
+
+
+def _average(decay: Number) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """Returns the running average ``(old, new) -> average``, which keeps the dtype of ``old``."""
+    return lambda old, new: (decay * old + (1 - decay) * new).astype(old.dtype)
 
 
 def _mean(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:

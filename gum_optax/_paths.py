@@ -32,6 +32,13 @@ def path_name(path: Sequence[Any]) -> str:
     return "/".join(map(_entry_name, path)) or "param"
 
 
+def unzip(tree: PyTree, pairs: Sequence[tuple[Any, Any]]) -> tuple[PyTree, PyTree]:
+    """Returns the first and the second of each pair, as two trees of the structure of ``tree``."""
+    treedef = jax.tree.structure(tree)
+    first, second = zip(*pairs, strict=True) if pairs else ((), ())
+    return treedef.unflatten(first), treedef.unflatten(second)
+
+
 def is_attribute(path: Sequence[Any], name: str) -> bool:
     """Returns whether a key path ends with an attribute of an object, boxed or not."""
     # The last two entries: behind the attribute, a box may add one of its own.

@@ -176,12 +176,21 @@ TRANSFORMATIONS: dict[str, tuple[Callable[[Any, LowRank], Any], LowRank]] = {
     "gum_galore": (gum, PROJECTED),
     "muon in 8 bits": (muon, SIMPLE),
     "everything in 8 bits": (everything_in_8_bits, SIMPLE),
+    "projfactor": (
+        lambda _, compression: gum_optax.low_rank(optax.ema(0.9), compression),
+        gum_optax.projfactor(RANK, PERIOD, projector=_coordinates),
+    ),
     # Every residual rule that is not in one of these; `drop` is in GaLore.
     **{
         name: (_around("trace"), _replace(residual=residual))
         for name, residual in RESIDUALS.items()
         if name not in ("drop", "sampled")
     },
+    # Methods with states of their own, which need no compression.
+    "dion2": (lambda *_: gum_optax.scale_by_dion2(0.5), SIMPLE),
+    "factored_momentum": (lambda *_: gum_optax.scale_by_factored_momentum(RANK), SIMPLE),
+    "adam_mini": (lambda *_: gum_optax.scale_by_adam_mini(), SIMPLE),
+    "adalomo": (lambda learning_rate, _: gum_optax.adalomo(learning_rate), SIMPLE),
     # Codes with both moments of Adam, since second moments have separate maps.
     **{
         f"{name} storage": (
@@ -195,14 +204,15 @@ TRANSFORMATIONS: dict[str, tuple[Callable[[Any, LowRank], Any], LowRank]] = {
 ALIASES = ["gum", "adamw", "adamw_galore", "adamw_golore", "gum_galore"]
 ALIASES += ["muon in 8 bits", "everything in 8 bits"]
 # Transformations that include a learning rate.
-OPTIMIZERS = [*ALIASES, "low_rank_adamw", "low_rank_nesterov"]
+OPTIMIZERS = [*ALIASES, "low_rank_adamw", "low_rank_nesterov", "adalomo"]
 every = pytest.mark.parametrize("name", TRANSFORMATIONS)
 # The ones that are compiled and run over all trees and types. The factory and the compression of
 # the others are in one of these.
 COMPILED = [name for name in TRANSFORMATIONS if name not in ("adamw", "gum_galore")]
 every_compiled = pytest.mark.parametrize("name", COMPILED)
 # The ones with a `LowRankState`.
-LOW_RANK = [name for name in COMPILED if name != "muon in 8 bits"]
+FULL_RANK = ("muon in 8 bits", "dion2", "factored_momentum", "adam_mini", "adalomo")
+LOW_RANK = [name for name in COMPILED if name not in FULL_RANK]
 # A small selection for tests that compile each case: with slots and without, with a fallback and
 # without, with one moment and with two.
 KINDS = ["gum", "low_rank_adamw", "adamw_galore"]
