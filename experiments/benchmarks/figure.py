@@ -115,22 +115,24 @@ def _sweep(axes: Axes, result: dict[str, Any]) -> None:
 
 
 def _training(axes: Axes, results: list[dict[str, Any]]) -> None:
-    """Tokens per second over AdamW's, a group of bars for each batch; GiB stand on the bars."""
+    """Tokens per second over AdamW's, a group of bars for each result; GiB stand on the bars."""
     names = list(results[0]["medians"])
-    width = 0.8 / len(names)  # a group takes 0.8 of the distance between two batches
+    width = 0.8 / len(names)  # a group takes 0.8 of the distance between two of them
     for i, name in enumerate(names):
         medians = [result["medians"][name] for result in results]
         heights = [training.speeds(result)[name] for result in results]
         places = [x + (i - (len(names) - 1) / 2) * width for x in range(len(results))]
         style = _STYLES[name]
         bars = axes.bar(places, heights, 0.95 * width, color=style.colour, label=style.name)
-        axes.bar_label(bars, [f"{each['program_bytes'] / _GIB:.2f}" for each in medians])
+        # Upright, as they are wider than the bars.
+        sizes = [f"{each['program_bytes'] / _GIB:.2f}" for each in medians]
+        axes.bar_label(bars, sizes, padding=3, rotation=90, fontsize="small")
     configs = [result["config"] for result in results]
-    axes.set_xticks(range(len(configs)), [f"{c['batch_size']} x {c['seq_len']}" for c in configs])
-    axes.set(xlabel="tokens in a step", ylabel="tokens per second / AdamW's")
-    axes.margins(y=0.3)  # for the legend
-    title = f"Training {configs[0]['training_preset']} (GiB of the program)"
-    _finish(axes, title, loc="upper center", ncols=len(names))
+    labels = [f"{c['training_preset']}\n{c['batch_size']} x {c['seq_len']}" for c in configs]
+    axes.set_xticks(range(len(configs)), labels)
+    axes.set(xlabel="model, tokens in a step", ylabel="tokens per second / AdamW's")
+    axes.margins(y=0.5)  # for the sizes and the legend
+    _finish(axes, "Training (GiB of the program)", loc="upper center", ncols=2)
 
 
 def _projectors(axes: Axes, result: dict[str, Any]) -> None:

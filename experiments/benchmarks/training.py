@@ -28,6 +28,7 @@ import numpy as np
 from experiments import reporting
 from experiments.benchmarks import parameters, timing
 from experiments.benchmarks.settings import Config
+from experiments.models.presets import PRESETS
 from experiments.trainer import cli, loop, optimizers, pretraining
 from experiments.trainer.config import Config as Run
 from experiments.trainer.config import Preset
@@ -50,26 +51,26 @@ _SKIPPED = 2  # first steps, which are not counted: they set up what later steps
 class Worker:
     """Take a few training steps on random tokens and print their seconds and bytes."""
 
+    #: Optimizer, as in experiments.pretrain.
     optimizer: Name = "gum"
-    """Optimizer, as in experiments.pretrain."""
+    #: Form in which gradients leave GUM's backward pass, as in experiments.pretrain.
     gradients: Literal["full", "compressed"] = "full"
-    """Form in which gradients leave GUM's backward pass, as in experiments.pretrain."""
+    #: Size of the model.
     preset: Preset = "60m"
-    """Size of the model."""
+    #: Windows in one step.
     batch_size: int = 8
-    """Windows in one step."""
+    #: Tokens in one window.
     seq_len: int = 256
-    """Tokens in one window."""
+    #: Training steps, of which the first two are not counted.
     steps: int = 12
-    """Training steps, of which the first two are not counted."""
+    #: Rank of GUM.
     rank: int = 128
-    """Rank of GUM."""
+    #: Gamma: full-rank layers of each role in a period.
     full_rank_layers: int = 2
-    """Gamma: full-rank layers of each role in a period."""
+    #: Steps between two refreshes: few, so that a short run has both kinds of step.
     every: int = 4
-    """Steps between two refreshes: few, so that a short run has both kinds of step."""
+    #: Seed of weights and tokens.
     seed: int = 0
-    """Seed of weights and tokens."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -112,9 +113,15 @@ def run(config: Config, work: Callable[[Worker], dict[str, Any]] | None = None) 
 
 
 def stored(out: Path) -> list[dict[str, Any]]:
-    """Reads the results of all batches that have been measured, the smallest first."""
+    """Reads all results, the smallest model and batch first."""
     found = [json.loads(file.read_text()) for file in (out / "training").glob("*.json")]
-    return sorted(found, key=lambda result: result["config"]["batch_size"])
+    sizes = list(PRESETS)
+
+    def place(result: dict[str, Any]) -> tuple[int, int]:
+        config = result["config"]
+        return sizes.index(config["training_preset"]), config["batch_size"]
+
+    return sorted(found, key=place)
 
 
 def speeds(result: dict[str, Any]) -> dict[str, float]:

@@ -390,7 +390,7 @@ def training() -> Iterator[tuple[str, str, str]]:
     for result in whole_steps.stored(RESULTS / "benchmarks"):
         config = result["config"]
         # The command names the options in which batches differ.
-        options = ("batch_size", "rounds", "training_steps")
+        options = ("training_preset", "batch_size", "rounds", "training_steps")
         speeds = whole_steps.speeds(result)
         adamw = result["medians"]["adamw"]["amortized_tokens_per_second"]
         yield (
