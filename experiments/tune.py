@@ -18,31 +18,33 @@ from experiments.trainer.optimizers import Name
 from experiments.trainer.options import at_least, option
 
 PROGRAM = "experiments.tune"
+RATIOS = 0.1, 10.0  # of the fallback's learning rate to the matrices', in a search
 
 
 @dataclasses.dataclass(frozen=True)
 class Grid(Sitting):
     """Train with every combination of optimizers, learning rates and seeds."""
 
+    #: Runs to train at a time, each on its share of the cores.
     jobs: int = option(1, at_least(1))
-    """Runs to train at a time, each on its share of the cores."""
+    #: Optimizers to compare.
     optimizers: tuple[Name, ...] = ("gum", "adamw")
-    """Optimizers to compare."""
+    #: Peak learning rates.
     learning_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
-    """Peak learning rates."""
+    #: Seeds of weights, data order and draws.
     seeds: tuple[int, ...] = (0,)
-    """Seeds of weights, data order and draws."""
+    #: Runs of a Bayesian search for each optimizer and seed, between the smallest and the largest
+    #: of the learning rates, with the fallback's between a tenth and ten times of each. None: a
+    #: grid.
     trials: int | None = option(None, at_least(1))
-    """Runs of a Bayesian search for each optimizer and seed, between the smallest and the largest
-    of the learning rates, with the fallback's between a tenth and ten times of each. None: a
-    grid."""
+    #: JSON file to write, or to add runs to.
     out: str = "experiments/results/demo_grid.json"
-    """JSON file to write, or to add runs to."""
     # No checkpoints by steps: those by minutes suffice to resume.
+
+    #: All other options of the runs, as in experiments.pretrain.
     base: Config = dataclasses.field(
         default_factory=lambda: Config(run_dir="runs/tune", checkpoint_every=1_000_000)
     )
-    """All other options of the runs, as in experiments.pretrain."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -68,39 +70,58 @@ def configurations(grid: Grid) -> list[Config]:
         for optimizer in grid.optimizers
         for rate in grid.learning_rates
     ]
-    home = grid.base.run_dir
-    return [dataclasses.replace(p, run_dir=sweeps.directory(home, p)) for p in points]
+    return [sweeps.in_own_directory(point) for point in points]
 
 
 def searched(grid: Grid, complete: Callable[..., list[dict]]) -> list[dict]:
-    """Returns the entries of a search for each optimizer and seed; its runs follow one another."""
-    from experiments.trainer import search, sweeps
+    """Returns the entries of a search for each optimizer and seed."""
+    return [
+        entry
+        for seed in grid.seeds
+        for optimizer in grid.optimizers
+        for entry in search_from(
+            grid, change(grid.base, optimizer=optimizer, seed=seed), complete, seed
+        )
+    ]
+
+
+def search_from(
+    grid: Grid, base: Config, complete: Callable[..., list[dict]], seed: int
+) -> list[dict]:
+    """Returns the entries of one search, in the order of its runs.
+
+    Args:
+      grid: gives the number of trials and the ranges.
+      base: optimizer and seed of the runs, and all other options.
+      complete: trains runs that the result file does not hold, see `sweeps.runner`.
+      seed: of the search alone.
+    """
+    from experiments.trainer import search
 
     entries = []
-    for seed in grid.seeds:
-        for optimizer in grid.optimizers:
-            base = change(grid.base, optimizer=optimizer, seed=seed)
 
-            # 1. The loss at a point: a run like those of a grid, so that the result file keeps it.
-            def loss(point: dict[str, float], base: Config = base) -> float:
-                run = search.at_size(base, point["size"])
-                run = change(
-                    run, fallback_learning_rate=float(f"{run.learning_rate * point['ratio']:.3g}")
-                )
-                home = sweeps.directory(grid.base.run_dir, run)
-                # A run that the file holds already is not repeated: its loss comes from there.
-                [entry] = complete([dataclasses.replace(run, run_dir=home)])
-                entries.append(entry)
-                return entry["validation_loss"]
+    # 1. The loss at a point: a run like those of a grid, so that the result file keeps it.
+    def loss(point: dict[str, float]) -> float:
+        [entry] = complete([at(base, point["size"], point["ratio"])])
+        entries.append(entry)
+        return entry["validation_loss"]
 
-            # 2. The coordinates: the size of updates, which covers the grid's learning rates, and
-            #    the ratio of the fallback's learning rate to the matrices'.
-            scale = search.scale(base)
-            rates = min(grid.learning_rates) * scale, max(grid.learning_rates) * scale
-            ranges = {"size": rates, "ratio": (0.1, 10.0)}
-            for _ in search.search(ranges, loss, grid.trials or 0, seed):
-                pass
+    # 2. The coordinates: the size of updates, which covers the grid's learning rates, and the ratio
+    #    of the fallback's learning rate to the matrices'.
+    scale = search.scale(base)
+    rates = min(grid.learning_rates) * scale, max(grid.learning_rates) * scale
+    for _ in search.search({"size": rates, "ratio": RATIOS}, loss, grid.trials or 0, seed):
+        pass
     return entries
+
+
+def at(base: Config, size: float, ratio: float) -> Config:
+    """Returns the run whose updates have a size and whose fallback has a multiple of their rate."""
+    from experiments.trainer import search, sweeps
+
+    run = search.at_size(base, size)
+    run = change(run, fallback_learning_rate=float(f"{run.learning_rate * ratio:.3g}"))
+    return sweeps.in_own_directory(run)
 
 
 def table(entries: list[dict]) -> str:
