@@ -54,53 +54,53 @@ RUNS: dict[str, dict[str, Any]] = {
 class Config(Checked):
     """Check, time and train on the present device for a given time."""
 
+    #: Minutes after which no measurement begins, and the running one is ended.
     minutes: float = option(25.0, positive)
-    """Minutes after which no measurement begins, and the running one is ended."""
+    #: Parts to run, in this order.
     parts: tuple[Part, ...] = ("correctness", "update", "training", "pretraining")
-    """Parts to run, in this order."""
+    #: Directory of the result files, one for each part.
     out: Path = Path("experiments/results/accelerator")
-    """Directory of the result files, one for each part."""
 
+    #: correctness: optimizers, by their names in experiments.pretrain.
     optimizers: tuple[str, ...] = ("gum", "muon", "adamw", "galore", "joint_muon", "apollo")
-    """correctness: optimizers, by their names in experiments.pretrain."""
 
+    #: update: presets of experiments.models.presets whose parameters are updated.
     update_presets: tuple[str, ...] = ("350m", "1b")
-    """update: presets of experiments.models.presets whose parameters are updated."""
+    #: update: contenders of experiments.benchmarks, GaLore's SVD last.
     contenders: tuple[str, ...] = (
         "gum", "adamw", "optax muon", "Muon, 8 bits", "columns of the residual", "galore"
     )  # fmt: skip
-    """update: contenders of experiments.benchmarks, GaLore's SVD last."""
+    #: update, training, pretraining: rank of the projection.
     rank: int = option(256, at_least(1))
-    """update, training, pretraining: rank of the projection."""
+    #: update: gamma, number of full-rank layers of each role in a period.
     full_rank_layers: int = option(2, at_least(0))
-    """update: gamma, number of full-rank layers of each role in a period."""
+    #: update: period, over which the cost of a refresh is averaged.
     period: int = option(200, at_least(1))
-    """update: period, over which the cost of a refresh is averaged."""
+    #: update: number of timings of an ordinary step and of a refresh, at most.
     repeats: int = option(20, at_least(1))
-    """update: number of timings of an ordinary step and of a refresh, at most."""
 
+    #: training: presets of experiments.models.presets to train.
     training_presets: tuple[str, ...] = ("60m", "130m")
-    """training: presets of experiments.models.presets to train."""
+    #: training: optimizers, by their names in experiments.pretrain.
     training_optimizers: tuple[str, ...] = ("gum", "adamw", "muon")
-    """training: optimizers, by their names in experiments.pretrain."""
+    #: training, pretraining: windows of 256 tokens in one step.
     batch_size: int = option(32, at_least(1))
-    """training, pretraining: windows of 256 tokens in one step."""
+    #: training: steps; every fourth is a refresh, and the first two are not counted.
     training_steps: int = option(20, at_least(5))
-    """training: steps; every fourth is a refresh, and the first two are not counted."""
 
+    #: pretraining: preset of the model.
     preset: str = "60m"
-    """pretraining: preset of the model."""
+    #: pretraining: runs to compare, by their names in this module.
     runs: tuple[str, ...] = tuple(RUNS)
-    """pretraining: runs to compare, by their names in this module."""
+    #: pretraining: steps of each run. None: as many as the time allows, estimated from the first 20
+    #: steps, and 2000 at most.
     steps: int | None = option(None, at_least(1))
-    """pretraining: steps of each run. None: as many as the time allows, estimated from the first 20
-    steps, and 2000 at most."""
+    #: pretraining: data type of the forward and backward pass.
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """pretraining: data type of the forward and backward pass."""
+    #: pretraining: text to train on, as in experiments.pretrain.
     corpus: tuple[str, ...] = ("stdlib",)
-    """pretraining: text to train on, as in experiments.pretrain."""
+    #: pretraining: directory of token files, as in experiments.pretrain.
     cache_dir: str | None = None
-    """pretraining: directory of token files, as in experiments.pretrain."""
 
 
 class Job(NamedTuple):

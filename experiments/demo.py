@@ -32,11 +32,11 @@ LEARNING_RATES = {"gum": 1e-2, "adamw": 1e-3}
 class Demo:
     """Train a small LLaMA twice, with GUM and with AdamW, and compare loss, memory and time."""
 
+    #: All other options, as in experiments.pretrain; the demo chooses optimizer and learning rate.
+    #: It empties the directories of its two runs in `run_dir` first.
     base: Config = dataclasses.field(
         default_factory=lambda: Config(run_dir="runs/demo", validate_every=50)
     )
-    """All other options, as in experiments.pretrain; the demo chooses optimizer and learning rate.
-    It empties the directories of its two runs in `run_dir` first."""
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -31,22 +31,22 @@ PERIODS = {"refresh": 1, "ordinary": 1_000_000}
 class Config:
     """Time GUM's update under two ways of accumulating gradients."""
 
+    #: Number of matrices, which form one group.
     layers: int = 8
-    """Number of matrices, which form one group."""
+    #: Rows of each matrix.
     rows: int = 256
-    """Rows of each matrix."""
+    #: Columns of each matrix.
     columns: int = 704
-    """Columns of each matrix."""
+    #: Rank of GUM.
     rank: int = 32
-    """Rank of GUM."""
+    #: Mini-steps whose gradients one step accumulates.
     mini_steps: int = 8
-    """Mini-steps whose gradients one step accumulates."""
+    #: Timed repetitions of a step; the median is reported.
     repeats: int = 9
-    """Timed repetitions of a step; the median is reported."""
+    #: Seed of the gradients.
     seed: int = 0
-    """Seed of the gradients."""
+    #: Result file.
     out: Path = Path("experiments/results/accumulation.json")
-    """Result file."""
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -30,16 +30,16 @@ PROGRAM = "experiments.benchmarks.communication"
 class Config:
     """Count the collectives of one update of a LLaMA's parameters, by optimizer and mesh."""
 
+    #: Preset of experiments.models.presets whose parameters are updated.
     preset: str = "60m"
-    """Preset of experiments.models.presets whose parameters are updated."""
+    #: Meshes, written as in experiments.pretrain, on which parameters are sharded as there.
     meshes: tuple[str, ...] = ("fsdp=8", "fsdp=4,tensor=2", "tensor=8", "data=8")
-    """Meshes, written as in experiments.pretrain, on which parameters are sharded as there."""
+    #: Rank of GUM.
     rank: int = 128
-    """Rank of GUM."""
+    #: Gamma: full-rank layers of each role in a period.
     full_rank_layers: int = 2
-    """Gamma: full-rank layers of each role in a period."""
+    #: Result file.
     out: Path = Path("experiments/results/sharding.json")
-    """Result file."""
 
 
 def main(arguments: Sequence[str]) -> int:

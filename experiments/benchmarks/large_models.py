@@ -32,18 +32,18 @@ _WORDS = {"embed": "embedding", "lm_head": "kernel"}
 class Config:
     """Count the bytes of optimizer state, by model and optimizer."""
 
+    #: Models whose parameters are updated.
     models: tuple[str, ...] = ("Llama-3-8B", "Qwen2.5-7B", "Gemma-2-9B", "Llama-3-70B")
-    """Models whose parameters are updated."""
+    #: Rank of GUM.
     rank: int = 128
-    """Rank of GUM."""
+    #: Gamma: full-rank layers of each role in a period.
     full_rank_layers: int = 2
-    """Gamma: full-rank layers of each role in a period."""
+    #: Rank of GaLore.
     galore_rank: int = 512
-    """Rank of GaLore."""
+    #: Data type of the parameters; the data type of the state is each optimizer's choice.
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Data type of the parameters; the data type of the state is each optimizer's choice."""
+    #: Result file.
     out: Path = Path("experiments/results/plans.json")
-    """Result file."""
 
 
 @dataclasses.dataclass(frozen=True)

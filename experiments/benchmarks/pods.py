@@ -50,14 +50,14 @@ LAYOUTS = ("width", "layers")
 class Config:
     """Count bytes and collectives on slices of TPUs, by slice, layout, program and optimizer."""
 
+    #: Slices by the compiler's names, all of whose chips are used.
     slices: tuple[str, ...] = ("v5e:2x2", "v5e:4x4")
-    """Slices by the compiler's names, all of whose chips are used."""
+    #: Sharded axes: the width, or the layers.
     layouts: tuple[str, ...] = LAYOUTS
-    """Sharded axes: the width, or the layers."""
+    #: Programs to compile, by their names in the table; none: all.
     programs: tuple[str, ...] = ()
-    """Programs to compile, by their names in the table; none: all."""
+    #: Result file. Rows that it has are kept and not compiled again.
     out: Path = Path("experiments/results/pods.json")
-    """Result file. Rows that it has are kept and not compiled again."""
 
 
 class Program(NamedTuple):

@@ -11,80 +11,83 @@ from experiments.trainer.options import Checked, at_least, choose, option
 class Config(Checked):
     """Measure time and memory of GUM beside AdamW, Muon and GaLore."""
 
+    #: Benchmarks to run: step (seconds of an update), compiled (bytes of state and temporaries,
+    #: seconds of compiling), sweep (rank, gamma, period), training (whole steps), projectors and
+    #: orthogonality (quality of bases and of Newton-Schulz), variants (seconds of the frontier's
+    #: methods).
     studies: tuple[str, ...] = (
         "step", "compiled", "sweep", "training", "projectors", "orthogonality", "variants"
     )  # fmt: skip
-    """Benchmarks to run: step (seconds of an update), compiled (bytes of state and temporaries,
-    seconds of compiling), sweep (rank, gamma, period), training (whole steps), projectors and
-    orthogonality (quality of bases and of Newton-Schulz), variants (seconds of the frontier's
-    methods)."""
+    #: Directory of the results; the figure is beside it, under the same name with .png.
     out: Path = Path("experiments/results/benchmarks")
-    """Directory of the results; the figure is beside it, under the same name with .png."""
+    #: Rank of GUM and GaLore.
     rank: int = option(128, at_least(1))
-    """Rank of GUM and GaLore."""
+    #: Gamma: full-rank layers of each role in a period.
     full_rank_layers: int = option(2, at_least(0))
-    """Gamma: full-rank layers of each role in a period."""
+    #: Steps over which the cost of a refresh is spread.
     period: int = option(200, at_least(1))
-    """Steps over which the cost of a refresh is spread."""
+    #: Timed repetitions of each step; the median is reported.
     repeats: int = option(5, at_least(1))
-    """Timed repetitions of each step; the median is reported."""
+    #: Seed of parameters, gradients and tokens.
     seed: int = option(0, at_least(0))
-    """Seed of parameters, gradients and tokens."""
+    #: step: optimizers timed beside GUM.
     contenders: tuple[str, ...] = tuple(name for name in contenders.TABLE if name != "gum")
-    """step: optimizers timed beside GUM."""
+    #: step: also time GUM with the SVD as its projector.
     svd: bool = True
-    """step: also time GUM with the SVD as its projector."""
 
     # Each group below belongs to the benchmarks that its texts begin with.
+
+    #: step and variants: presets of experiments.models.presets whose parameters are updated.
     presets: tuple[str, ...] = ("60m", "130m", "350m")
-    """step and variants: presets of experiments.models.presets whose parameters are updated."""
+    #: step and compiled: layers as separate leaves, or stacked in one leaf for each role.
     layouts: tuple[str, ...] = ("separate", "stacked")
-    """step and compiled: layers as separate leaves, or stacked in one leaf for each role."""
 
+    #: compiled: presets whose state is counted.
     state: tuple[str, ...] = ("60m", "130m", "350m", "1b", "7b", "70b")
-    """compiled: presets whose state is counted."""
+    #: compiled: presets whose update is compiled, for its temporaries.
     compiled: tuple[str, ...] = ("60m", "130m", "350m", "1b")
-    """compiled: presets whose update is compiled, for its temporaries."""
+    #: compiled: presets for which only GUM's update is compiled.
     compiled_gum: tuple[str, ...] = ("7b",)
-    """compiled: presets for which only GUM's update is compiled."""
+    #: compiled: numbers of layers, to measure how programs and compile times grow.
     depths: tuple[int, ...] = option((8, 16, 32, 64), at_least(1))
-    """compiled: numbers of layers, to measure how programs and compile times grow."""
+    #: compiled: preset whose widths these layers have.
     depth_preset: str = "350m"
-    """compiled: preset whose widths these layers have."""
 
+    #: sweep: preset whose parameters are updated.
     sweep_preset: str = "60m"
-    """sweep: preset whose parameters are updated."""
+    #: sweep: ranks.
     ranks: tuple[int, ...] = option((32, 64, 128, 256), at_least(1))
-    """sweep: ranks."""
+    #: sweep: numbers of full-rank layers.
     gammas: tuple[int, ...] = option((0, 1, 2, 4), at_least(0))
-    """sweep: numbers of full-rank layers."""
+    #: sweep: periods.
     periods: tuple[int, ...] = option((10, 50, 200, 1000), at_least(1))
-    """sweep: periods."""
 
+    #: training: preset that is trained on random tokens.
     training_preset: str = "60m"
-    """training: preset that is trained on random tokens."""
+    #: training: windows in one step.
     batch_size: int = option(8, at_least(1))
-    """training: windows in one step."""
+    #: training: tokens in one window.
     seq_len: int = option(256, at_least(1))
-    """training: tokens in one window."""
-    # Step 4 is the first refresh after the two steps that are not counted, so five is the least.
-    training_steps: int = option(12, at_least(5))
-    """training: steps of one process; every fourth is a refresh, the first two are not counted."""
+    #: training: steps of one process; every fourth is a refresh, the first two are not counted.
+    training_steps: int = option(
+        12,
+        at_least(5),  # step 4 is the first refresh after the two steps that are not counted
+    )
+    #: training: number of processes of each optimizer.
     rounds: int = option(3, at_least(1))
-    """training: number of processes of each optimizer."""
 
+    #: projectors, orthogonality: preset that is trained on text.
     projector_preset: str = "nano"
-    """projectors, orthogonality: preset that is trained on text."""
+    #: projectors, orthogonality: steps.
     projector_steps: int = option(500, at_least(1))
-    """projectors, orthogonality: steps."""
+    #: projectors, orthogonality: steps between two refreshes, at which the bases are compared.
     projector_period: int = option(100, at_least(1))
-    """projectors, orthogonality: steps between two refreshes, at which the bases are compared."""
+    #: projectors, orthogonality: rank of the bases.
     projector_rank: int = option(32, at_least(1))
-    """projectors, orthogonality: rank of the bases."""
+    #: projectors, orthogonality: text to train on, as in experiments.pretrain.
     corpus: tuple[str, ...] = ("stdlib",)
-    """projectors, orthogonality: text to train on, as in experiments.pretrain."""
+    #: projectors, orthogonality: directory of cached tokens, as in experiments.pretrain.
     cache_dir: str | None = None
-    """projectors, orthogonality: directory of cached tokens, as in experiments.pretrain."""
 
 
 # Fields that hold names of presets: several, or one.

@@ -69,17 +69,17 @@ KINDS = {
 class Config:
     """Count the bytes of training steps on TPUs, by model, batch, step and kind of chip."""
 
+    #: Models to compile a step of.
     models: tuple[str, ...] = tuple(MODELS)
-    """Models to compile a step of."""
+    #: Windows x tokens of a step; parts are microbatches, accumulated in float32. All but the first
+    #: are for LLaMA-1B alone.
     batches: tuple[str, ...] = ("1 x 2048", "4 x 1024", "4 parts of 4 x 1024")
-    """Windows x tokens of a step; parts are microbatches, accumulated in float32. All but the first
-    are for LLaMA-1B alone."""
+    #: Steps to compile, by their names in the table; none: all.
     steps: tuple[str, ...] = ()
-    """Steps to compile, by their names in the table; none: all."""
+    #: Chips, of 95, 32 and 16 GiB; "4 v5e" are four of the last, for the batch of 4 x 1024.
     kinds: tuple[str, ...] = ("v5p", "v6e", "v5e")
-    """Chips, of 95, 32 and 16 GiB; "4 v5e" are four of the last, for the batch of 4 x 1024."""
+    #: Result file. Rows that it has are kept and not compiled again.
     out: Path = Path("experiments/results/tpu.json")
-    """Result file. Rows that it has are kept and not compiled again."""
 
 
 class Batch(NamedTuple):

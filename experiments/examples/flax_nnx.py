@@ -25,8 +25,8 @@ CONTEXT, BYTES, WIDTH, LAYERS = 16, 256, 64, 6
 class Config:
     """Trains a byte model on a source file with GUM."""
 
+    #: Steps of training.
     steps: int = 150
-    """Steps of training."""
 
 
 class Model(nnx.Module):

@@ -45,12 +45,12 @@ class Architecture:
     tied: bool = False
     rope_theta: float = 10_000.0
     rope_scaling: RopeScaling | None = None
+    #: Width of a head. None: `width // heads`.
     head_dim: int | None = None
-    """Width of a head. None: `width // heads`."""
+    #: Whether queries, keys and values have biases, as in Qwen2.5.
     qkv_bias: bool = False
-    """Whether queries, keys and values have biases, as in Qwen2.5."""
+    #: Added to the mean square in RMSNorm.
     norm_eps: float = 1e-6
-    """Added to the mean square in RMSNorm."""
 
 
 # width, hidden, layers, heads, kv_heads. From 60m on these are the configurations of GaLore's C4

@@ -51,16 +51,16 @@ PROGRAM = "experiments.reliability.fuzz"
 class Config:
     """Run random examples and count the checks."""
 
+    #: Number of distinct examples.
     examples: int = 1000
-    """Number of distinct examples."""
+    #: Seed of the examples.
     seed: int = 0
-    """Seed of the examples."""
+    #: Number of random models, each of which is compiled.
     models: int = 200
-    """Number of random models, each of which is compiled."""
+    #: Interval, in examples, at which the checks are repeated with the update compiled.
     compile_every: int = 25
-    """Interval, in examples, at which the checks are repeated with the update compiled."""
+    #: Result file.
     out: Path = Path("experiments/results/fuzz.json")
-    """Result file."""
 
 
 def check(example: Example, *, compiled: bool = False) -> Counter[str]:

@@ -45,18 +45,18 @@ _PATIENCE = 240  # seconds until a process that does not end, or a moment that n
 class Config:
     """Kill training at random moments and compare it with an uninterrupted run."""
 
+    #: Number of kills; every other one falls while a checkpoint is written.
     kills: int = 20
-    """Number of kills; every other one falls while a checkpoint is written."""
+    #: Steps of the run.
     steps: int = 400
-    """Steps of the run."""
+    #: Steps between two checkpoints.
     checkpoint_every: int = 4
-    """Steps between two checkpoints."""
+    #: Optimizer, by its name in experiments.trainer.optimizers.
     optimizer: str = "gum"
-    """Optimizer, by its name in experiments.trainer.optimizers."""
+    #: Seed of the moments at which the run is killed.
     seed: int = 0
-    """Seed of the moments at which the run is killed."""
+    #: Result file.
     out: Path = Path("experiments/results/kills.json")
-    """Result file."""
 
 
 def write_corpus(directory: Path) -> Path:

@@ -32,16 +32,16 @@ PROGRAM = "experiments.reliability.soak"
 class Config:
     """Take many steps of a small model, and watch memory, compilations and NaN."""
 
+    #: Steps of all optimizers together.
     steps: int = 90_000
-    """Steps of all optimizers together."""
+    #: Steps between refreshes; few, so that there are many refreshes.
     period: int = 20
-    """Steps between refreshes; few, so that there are many refreshes."""
+    #: Rank of the projection.
     rank: int = 4
-    """Rank of the projection."""
+    #: Number of times that memory is read and arrays are checked, for each optimizer.
     samples: int = 50
-    """Number of times that memory is read and arrays are checked, for each optimizer."""
+    #: Result file.
     out: Path = Path("experiments/results/soak.json")
-    """Result file."""
 
 
 def optimizers(config: Config) -> dict[str, optax.GradientTransformation]:

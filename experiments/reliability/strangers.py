@@ -41,19 +41,19 @@ _NUMBERS = ("-1", "0", "1e999", "-0.0", "NaN", "2147483648", "184467440737095516
 class Config:
     """Read damaged and forged files of every kind, and count the outcomes."""
 
+    #: Random cases of each kind.
     cases: int = 1000
-    """Random cases of each kind."""
+    #: Seed of the random cases.
     seed: int = 0
-    """Seed of the random cases."""
+    #: Time limit for reading one file. Rendering its chat template alone is given five seconds,
+    #: which may take longer on a busy machine.
     seconds: float = 60.0
-    """Time limit for reading one file. Rendering its chat template alone is given five seconds,
-    which may take longer on a busy machine."""
+    #: Memory that reading one file may take beyond the good file's.
     megabytes: int = 1500
-    """Memory that reading one file may take beyond the good file's."""
+    #: Time after which the command writes the report and ends; a second call continues.
     minutes: float = 60.0
-    """Time after which the command writes the report and ends; a second call continues."""
+    #: Result file.
     out: Path = Path("experiments/results/strangers.json")
-    """Result file."""
 
 
 # One case -----------------------------------------------------------------------------------------

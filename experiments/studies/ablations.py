@@ -31,24 +31,28 @@ _TOP = 0.1  # nats above the default: worse settings are written at the top of t
 class Config(sweeps.Sitting):
     """Change one setting of GUM at a time."""
 
+    #: Numbers of full-rank layers of each role; at most half of nano's eight layers.
     gammas: tuple[int, ...] = (0, 1, 2, 4)
-    """Numbers of full-rank layers of each role; at most half of nano's eight layers."""
+    #: Steps between refreshes; a period longer than the run keeps its first bases.
     periods: tuple[int, ...] = (10, 50, 200, 1000)
-    """Steps between refreshes; a period longer than the run keeps its first bases."""
+    #: Ranks; at the full rank (nano: 128) GUM is Muon.
     ranks: tuple[int, ...] = (4, 8, 16, 32, 64, 128)
-    """Ranks; at the full rank (nano: 128) GUM is Muon."""
+    #: Slopes of the chance of a layer to be drawn, over depth.
+    draw_slopes: tuple[float, ...] = (-0.5, 0.5)
+    #: Differences of rank between the first half of the layers and the second.
+    rank_slopes: tuple[float, ...] = (-16, 0, 16)
+    #: Learning rates of updates scaled as in Muon, without matching AdamW's size.
     raw_rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2)
-    """Learning rates of updates scaled as in Muon, without matching AdamW's size."""
+    #: Periods of biased GaLore-Muon.
     galore_periods: tuple[int, ...] = (20, 50, 200)
-    """Periods of biased GaLore-Muon."""
+    #: Seeds of weights, data order and draws.
     seeds: tuple[int, ...] = (0, 1)
-    """Seeds of weights, data order and draws."""
+    #: Result file of experiments.studies.pretraining, which holds the learning rates.
     pretraining: Path = Path("experiments/results/studies/pretraining.json")
-    """Result file of experiments.studies.pretraining, which holds the learning rates."""
+    #: Result file; the figure is beside it.
     out: Path = Path("experiments/results/studies/ablations.json")
-    """Result file; the figure is beside it."""
+    #: All other options of a run, and the values of the settings that are not changed.
     base: Run = dataclasses.field(default_factory=lambda: pretraining.SMALL)
-    """All other options of a run, and the values of the settings that are not changed."""
 
 
 # Panel -> label of a setting -> the options that it changes
@@ -57,6 +61,7 @@ Panels = dict[str, dict[str, dict[str, Any]]]
 
 def panels(config: Config, rates: dict[str, float]) -> Panels:
     """Returns the settings to compare, by panel; every panel includes the default."""
+    ours: Any = config.base.optimizer
     biased = {"optimizer": "galore_muon", "learning_rate": rates["galore_muon"]}
     return {
         "full-rank layers (gamma)": {str(g): _gamma(g) for g in config.gammas},
@@ -71,6 +76,16 @@ def panels(config: Config, rates: dict[str, float]) -> Panels:
             "random": {"projector": "random_orthonormal"},
         },
         "sampling": {"fixed size": {}, "Bernoulli": {"sampler": "bernoulli"}},
+        "chance of a draw, early : late layers": {"1 : 1": {}} | {
+            f"{1 - s:g} : {1 + s:g}": {"draw_slope": s} for s in config.draw_slopes
+        },
+        # Each half draws half of the layers, so that all settings have equal bytes.
+        "rank, early : late layers": {"one group": {}} | {
+            f"{ours.rank + s / 2:g} : {ours.rank - s / 2:g}": {
+                "bands": 2, "rank_slope": s, "full_rank_layers": ours.full_rank_layers // 2,
+            }
+            for s in config.rank_slopes
+        },
         # Without matching, an update has another size and so needs rates of its own.
         "scale of updates": {"matched": {}} | {
             f"raw {rate:g}": {"consistent_rms": None, "learning_rate": rate}
@@ -91,9 +106,7 @@ def configurations(config: Config, rates: dict[str, float], changes: dict[str, A
     """Returns the runs of one setting, one for each seed."""
     options = {"optimizer": "gum", "learning_rate": rates["gum"]} | changes
     points = [change(config.base, **options, seed=seed) for seed in config.seeds]
-    return [
-        dataclasses.replace(p, run_dir=sweeps.directory(config.base.run_dir, p)) for p in points
-    ]
+    return [sweeps.in_own_directory(point) for point in points]
 
 
 def main(arguments: Sequence[str]) -> int:

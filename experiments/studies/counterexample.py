@@ -41,32 +41,32 @@ _FLOOR = 1e-12  # the sweep's figure draws smaller gaps, and zero, at this heigh
 class Config:
     """GUM and its relatives on the paper's counterexample; the defaults are the paper's sizes."""
 
+    #: figure: compare all methods, as in the paper; sweep: vary q, K and the projectors' rank.
     parts: tuple[Literal["figure", "sweep"], ...] = ("figure", "sweep")
-    """figure: compare all methods, as in the paper; sweep: vary q, K and the projectors' rank."""
+    #: Side of the matrix.
     n: int = 20
-    """Side of the matrix."""
+    #: Rank of the noise.
     r: int = 12
-    """Rank of the noise."""
+    #: Rank of the projectors. None: the rank of the noise.
     rank: int | None = None
-    """Rank of the projectors. None: the rank of the noise."""
+    #: Scale of the noise; the entries of the signal are of order one.
     sigma: float = 100.0
-    """Scale of the noise; the entries of the signal are of order one."""
+    #: Optimizer steps.
     steps: int = 4000
-    """Optimizer steps."""
+    #: K: steps between refreshes.
     period: int = 20
-    """K: steps between refreshes."""
+    #: q: GUM's probability that a period is full-rank.
     probability: float = 0.5
-    """q: GUM's probability that a period is full-rank."""
+    #: Number of seeds 0, 1, ..., each of which fixes the problem, the noise and the draws.
     seeds: int = 10
-    """Number of seeds 0, 1, ..., each of which fixes the problem, the noise and the draws."""
+    #: sweep: probabilities q of a full-rank period.
     probabilities: tuple[float, ...] = (0.1, 0.25, 0.5, 0.75, 0.9)
-    """sweep: probabilities q of a full-rank period."""
+    #: sweep: periods K, each with every q.
     periods: tuple[int, ...] = (5, 20, 100, 500)
-    """sweep: periods K, each with every q."""
+    #: sweep: ranks of the projectors, at the q and K of `probability` and `period`.
     ranks: tuple[int, ...] = (4, 8, 12, 16)
-    """sweep: ranks of the projectors, at the q and K of `probability` and `period`."""
+    #: Directory of the figure and its JSON file; the sweep's go into its folder `studies`.
     out: Path = Path("experiments/results")
-    """Directory of the figure and its JSON file; the sweep's go into its folder `studies`."""
 
     @property
     def projector_rank(self) -> int:

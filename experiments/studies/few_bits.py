@@ -44,14 +44,14 @@ _MEASURED = ("M", "NS(M)", "R", "NS(R)")  # as above: momenta and their polar fa
 class Config:
     """Measure the errors of momentum, and of its polar factor, from rounding at every step."""
 
+    #: Steps between two measurements.
     every: int = 40
-    """Steps between two measurements."""
+    #: Result file.
     out: Path = Path("experiments/results/studies/few_bits.json")
-    """Result file."""
+    #: The run, as in experiments.pretrain.
     base: Run = dataclasses.field(
         default_factory=lambda: dataclasses.replace(gradients.RUN, steps=161)
     )
-    """The run, as in experiments.pretrain."""
 
 
 def through(storage: storages.Storage) -> Rounding:

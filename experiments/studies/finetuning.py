@@ -45,16 +45,16 @@ Complete = Callable[[Sequence[Any]], list[sweeps.Entry]]
 class Config(sweeps.Sitting):
     """Fine-tune with every optimizer on the same grid, then on several seeds."""
 
+    #: Optimizers to compare.
     optimizers: tuple[Name, ...] = OPTIMIZERS
-    """Optimizers to compare."""
+    #: The grid, in ascending order.
     learning_rates: tuple[float, ...] = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
-    """The grid, in ascending order."""
+    #: Seeds of examples, their order and draws; the search uses the first.
     seeds: tuple[int, ...] = (0, 1)
-    """Seeds of examples, their order and draws; the search uses the first."""
+    #: Result file; the figure is beside it.
     out: Path = Path("experiments/results/studies/finetuning.json")
-    """Result file; the figure is beside it."""
+    #: All other options of a run, as in experiments.finetune.
     base: Run = dataclasses.field(default_factory=lambda: BASE)
-    """All other options of a run, as in experiments.finetune."""
 
 
 def tune(config: Any, *, show: bool) -> tuple[Result, dict[str, Any]]:
@@ -83,7 +83,7 @@ def point(config: Config, optimizer: str, rate: float, seed: int) -> Run:
                                              config.seeds[0]),
         **own,
     )  # fmt: skip
-    return dataclasses.replace(run, run_dir=sweeps.directory(config.base.run_dir, run))
+    return sweeps.in_own_directory(run)
 
 
 def grid(config: Config, complete: Complete) -> list[sweeps.Entry]:

@@ -151,28 +151,28 @@ CONTENDERS = {
 class Config(sweeps.Sitting):
     """Tune every contender on the same grid, then compare them over many periods."""
 
+    #: Contenders to compare, by their keys in this module.
     contenders: tuple[str, ...] = tuple(CONTENDERS)
-    """Contenders to compare, by their keys in this module."""
+    #: Ratio of neighbouring learning rates in the grid.
     factor: float = 2.0
-    """Ratio of neighbouring learning rates in the grid."""
+    #: Grid point at which the search begins, counted from each contender's own rate: -1 is half of
+    #: that rate at the default `factor`. Larger models need smaller rates.
     first: int = 0
-    """Grid point at which the search begins, counted from each contender's own rate: -1 is half of
-    that rate at the default `factor`. Larger models need smaller rates."""
+    #: Steps of each run of the search.
     tuning_steps: int = TUNING_STEPS
-    """Steps of each run of the search."""
+    #: Runs that judge a rate: first: the first seed on the first corpus; all: the mean over all
+    #: seeds and corpora.
     tuning_runs: Literal["first", "all"] = "first"
-    """Runs that judge a rate: first: the first seed on the first corpus; all: the mean over all
-    seeds and corpora."""
+    #: Seeds of weights, data order and draws.
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds of weights, data order and draws."""
+    #: Corpora, each of which is trained on separately.
     corpora: tuple[str, ...] = ("stdlib", "runs/sotu")
-    """Corpora, each of which is trained on separately."""
+    #: Train all runs of a contender in one program, for an accelerator; `jobs` has no effect.
     together: bool = False
-    """Train all runs of a contender in one program, for an accelerator; `jobs` has no effect."""
+    #: Result file; the figure is beside it.
     out: Path = Path("experiments/results/studies/frontier.json")
-    """Result file; the figure is beside it."""
+    #: All other options of a run, as in experiments.pretrain.
     base: Run = dataclasses.field(default_factory=lambda: BASE)
-    """All other options of a run, as in experiments.pretrain."""
 
 
 # Runs what is missing and returns the entries of all runs, in their order.
@@ -184,7 +184,7 @@ def point(config: Config, key: str, rate: float, seed: int, corpus: str, steps: 
     chosen = CONTENDERS[choose("contenders", key, CONTENDERS)]
     options = chosen.options | {chosen.tuned: rate}
     run = change(config.base, seed=seed, corpus=(corpus,), steps=steps, **options)
-    return dataclasses.replace(run, run_dir=sweeps.directory(config.base.run_dir, run))
+    return sweeps.in_own_directory(run)
 
 
 def trials(config: Config, key: str, rate: float) -> list[Run]:

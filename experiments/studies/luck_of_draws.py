@@ -27,16 +27,16 @@ PROGRAM = "experiments.studies.luck_of_draws"
 class Config(sweeps.Sitting):
     """Repeat runs of GUM that differ only in their draws."""
 
+    #: Numbers of full-rank layers of each role; with 0, only the bases depend on the seed.
     gammas: tuple[int, ...] = (0, 1, 2, 4)
-    """Numbers of full-rank layers of each role; with 0, only the bases depend on the seed."""
+    #: Number of seeds 0, 1, ... of the draws.
     draws: int = 4
-    """Number of seeds 0, 1, ... of the draws."""
+    #: Result file of experiments.studies.pretraining, which holds the learning rate.
     pretraining: Path = Path("experiments/results/studies/pretraining.json")
-    """Result file of experiments.studies.pretraining, which holds the learning rate."""
+    #: Result file; the figure is beside it.
     out: Path = Path("experiments/results/studies/draws.json")
-    """Result file; the figure is beside it."""
+    #: All other options of a run.
     base: Run = dataclasses.field(default_factory=lambda: pretraining.SMALL)
-    """All other options of a run."""
 
 
 def configurations(config: Config, rate: float, gamma: int) -> list[Run]:
@@ -47,9 +47,7 @@ def configurations(config: Config, rate: float, gamma: int) -> list[Run]:
         )
         for draw in range(config.draws)
     ]
-    return [
-        dataclasses.replace(p, run_dir=sweeps.directory(config.base.run_dir, p)) for p in points
-    ]
+    return [sweeps.in_own_directory(point) for point in points]
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -47,17 +47,17 @@ PARTS = ("low rank", "residual", "both", "residual with momentum", "Muon")
 class Config:
     """Measure the gain of each part of low-rank Muon's update with a column-normalized residual."""
 
+    #: Steps between two measurements, the first of which precedes the first step.
     every: int = 40
-    """Steps between two measurements, the first of which precedes the first step."""
+    #: Result file; the figure is beside it.
     out: Path = Path("experiments/results/studies/mechanism.json")
-    """Result file; the figure is beside it."""
+    #: The run, as in experiments.pretrain.
     base: Run = dataclasses.field(
         default_factory=lambda: change(
             gradients.RUN, steps=1000, residual="columns", full_rank_layers=0, restart="rotate",
             validation_batches=8,
         )
     )  # fmt: skip
-    """The run, as in experiments.pretrain."""
 
 
 class Matrix(NamedTuple):

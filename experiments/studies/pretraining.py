@@ -45,18 +45,18 @@ SMALL = Run(
 class Config(sweeps.Sitting):
     """Tune every optimizer on the same grid, then compare them on several seeds and corpora."""
 
+    #: Optimizers to compare.
     optimizers: tuple[Name, ...] = OPTIMIZERS
-    """Optimizers to compare."""
+    #: The grid, for hidden matrices.
     learning_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
-    """The grid, for hidden matrices."""
+    #: Seeds of weights, data order and draws; the grid uses the first.
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds of weights, data order and draws; the grid uses the first."""
+    #: Corpora, each of which is trained on separately; the grid uses the first.
     corpora: tuple[str, ...] = ("stdlib", "runs/sotu")
-    """Corpora, each of which is trained on separately; the grid uses the first."""
+    #: Result file; the figure is beside it.
     out: Path = Path("experiments/results/studies/pretraining.json")
-    """Result file; the figure is beside it."""
+    #: All other options of a run, as in experiments.pretrain.
     base: Run = dataclasses.field(default_factory=lambda: SMALL)
-    """All other options of a run, as in experiments.pretrain."""
 
 
 def grid(config: Config) -> list[Run]:
@@ -92,7 +92,7 @@ def point(
         seed=config.seeds[0] if seed is None else seed,
         corpus=(corpus or config.corpora[0],),
     )
-    return dataclasses.replace(run, run_dir=sweeps.directory(config.base.run_dir, run))
+    return sweeps.in_own_directory(run)
 
 
 def best_rates(entries: Iterable[sweeps.Entry]) -> dict[str, float]:

@@ -31,14 +31,14 @@ PROGRAM = "experiments.studies.residual"
 class Config:
     """Measure the part of later gradients that bases leave out, along a run of GUM."""
 
+    #: Steps after each refresh at which its bases are compared with the gradient.
     offsets: tuple[int, ...] = (0, 1, 2, 5, 10, 20, 50, 100, 150, 199)
-    """Steps after each refresh at which its bases are compared with the gradient."""
+    #: Further batches at the same weights, to tell the noise of a batch from the full gradient.
     others: int = 16
-    """Further batches at the same weights, to tell the noise of a batch from the full gradient."""
+    #: Result file; the figure is beside it.
     out: Path = Path("experiments/results/studies/residual.json")
-    """Result file; the figure is beside it."""
+    #: The run, as in experiments.pretrain.
     base: Run = dataclasses.field(default_factory=lambda: gradients.RUN)
-    """The run, as in experiments.pretrain."""
 
 
 # Curve -> kind -> [refreshes, offsets, layers]

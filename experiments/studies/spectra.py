@@ -30,12 +30,12 @@ PROGRAM = "experiments.studies.spectra"
 class Config:
     """Compare the singular values of trained weights."""
 
+    #: Optimizers to compare.
     optimizers: tuple[Name, ...] = ("adamw", "muon", "galore", "galore_muon", "gum")
-    """Optimizers to compare."""
+    #: Result file of experiments.studies.pretraining.
     pretraining: Path = Path("experiments/results/studies/pretraining.json")
-    """Result file of experiments.studies.pretraining."""
+    #: Result file; the figure is beside it.
     out: Path = Path("experiments/results/studies/spectra.json")
-    """Result file; the figure is beside it."""
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -45,16 +45,16 @@ KNOWN = {"refresh": slice(0, 1), "next": slice(1, 2), "step": slice(2, None)}
 class Config:
     """Compute the variance of GUM's estimate of gradients along a run."""
 
+    #: Expected numbers of full-rank layers of each role.
     gammas: tuple[int, ...] = (1, 2, 4)
-    """Expected numbers of full-rank layers of each role."""
+    #: The gamma at which the figure compares sampling rules.
     shown: int = 2
-    """The gamma at which the figure compares sampling rules."""
+    #: Steps after each refresh whose norms are recorded; rules are compared from the third on.
     offsets: tuple[int, ...] = (0, 1, 2, 5, 10, 20, 50, 100, 150, 199)
-    """Steps after each refresh whose norms are recorded; rules are compared from the third on."""
+    #: Result file; the figure is beside it.
     out: Path = Path("experiments/results/studies/variance.json")
-    """Result file; the figure is beside it."""
+    #: The run, as in experiments.pretrain.
     base: Run = dataclasses.field(default_factory=lambda: gradients.RUN)
-    """The run, as in experiments.pretrain."""
 
 
 class Norms(NamedTuple):

@@ -51,30 +51,30 @@ PASSES = dict.fromkeys(ESTIMATES, 2) | {"adamw": 3, "adamw, last blocks": 3}
 class Config(Checked):
     """Fine-tune with gradients estimated from losses, and with exact gradients."""
 
+    #: Forward passes of each run; its steps are this divided by the passes of a step.
     passes: int = option(36, at_least(6))
-    """Forward passes of each run; its steps are this divided by the passes of a step."""
+    #: Windows of tokens in each step.
     batch_size: int = option(2, at_least(1))
-    """Windows of tokens in each step."""
+    #: Tokens in a window.
     seq_len: int = option(96, at_least(1))
-    """Tokens in a window."""
+    #: Seeds of batches and of random directions.
     seeds: tuple[int, ...] = (0,)
-    """Seeds of batches and of random directions."""
+    #: Learning rates of MeZO.
     mezo: tuple[float, ...] = option((1e-6,), positive)
-    """Learning rates of MeZO."""
+    #: Learning rates of SubZero.
     subzero: tuple[float, ...] = option((1e-6,), positive)
-    """Learning rates of SubZero."""
+    #: Learning rates of LOZO.
     lozo: tuple[float, ...] = option((1e-6, 1e-5), positive)
-    """Learning rates of LOZO."""
+    #: Learning rates of AdamW, on all weights and on the last blocks.
     adamw: tuple[float, ...] = option((1e-4,), positive)
-    """Learning rates of AdamW, on all weights and on the last blocks."""
+    #: Number of blocks that the second AdamW trains.
     last_blocks: int = option(1, at_least(1))
-    """Number of blocks that the second AdamW trains."""
+    #: Batches in the loss of held-out answers.
     validation_batches: int = option(4, at_least(1))
-    """Batches in the loss of held-out answers."""
+    #: The model to fine-tune, as in experiments.finetune.
     model: str = "smollm2-135m"
-    """The model to fine-tune, as in experiments.finetune."""
+    #: Result file.
     out: Path = Path("experiments/results/studies/zeroth_order.json")
-    """Result file."""
 
 
 class Setting(NamedTuple):

@@ -1,4 +1,8 @@
-"""Command lines made from dataclasses by tyro: the docstring of a field is its help text.
+"""Command lines made from dataclasses by tyro: the `#:` comment above a field is its help text.
+
+Tyro prints the lines of such a comment as one paragraph, if each begins with a letter; it would
+break docstrings of several lines in the middle of a sentence. A remark that is not help text needs
+an empty line below it.
 
 An option may be a union of dataclasses, such as the optimizer of a run. The command line then names
 one of them, `optimizer:adamw`, and offers its options alone. Without a name the default one is

@@ -1,7 +1,7 @@
 """Options of a training run with their defaults, and their form in records.
 
-Defaults live here and in the dataclasses of optimizers, nowhere else. The docstring of a field is
-its help text on the command line.
+Defaults live here and in the dataclasses of optimizers, nowhere else. The `#:` comment above
+a field is its help text on the command line.
 
 A *record* is the JSON form of options, flat: an optimizer's options stand beside those of the run.
 Result files and checkpoints keep records. Old records remain readable: options that they lack have
@@ -44,69 +44,73 @@ else:
 class Training(Checked):
     """Options that pretraining and fine-tuning share."""
 
+    #: Directory of this run: config.json, metrics.jsonl, checkpoints, TensorBoard, loss.png.
     run_dir: str = "runs/pretrain"
-    """Directory of this run: config.json, metrics.jsonl, checkpoints, TensorBoard, loss.png."""
+    #: Continue from the last checkpoint in run_dir, with the numbers of an uninterrupted run.
     resume: bool = False
-    """Continue from the last checkpoint in run_dir, with the numbers of an uninterrupted run."""
+    #: Seed of the data order and of all random draws: first weights, examples, layers.
     seed: int = option(0, not_negative)
-    """Seed of the data order and of all random draws: first weights, examples, layers."""
 
     # The computation of gradients.
+
+    #: Data type of the forward and backward pass; bfloat16 suits GPUs and TPUs.
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Data type of the forward and backward pass; bfloat16 suits GPUs and TPUs."""
+    #: Data type of stored weights. bfloat16 halves their memory; stochastic rounding then keeps
+    #: small updates from being lost, and the optimizer works in float32.
     weights: Literal["float32", "bfloat16"] = "float32"
-    """Data type of stored weights. bfloat16 halves their memory; stochastic rounding then keeps
-    small updates from being lost, and the optimizer works in float32."""
+    #: Recompute the activations of each block in the backward pass instead of storing them.
     remat: bool = False
-    """Recompute the activations of each block in the backward pass instead of storing them."""
+    #: Number of parts of a batch (micro-batches) to compute gradients of in turn and sum.
     accumulate: int = option(1, at_least(1))
-    """Number of parts of a batch (micro-batches) to compute gradients of in turn and sum."""
 
     # Steps and their optimizer.
+
+    #: Optimizer steps in the whole run.
     steps: int = option(600, at_least(1))
-    """Optimizer steps in the whole run."""
+    #: Windows in one step, over all devices.
     batch_size: int = option(8, at_least(1))
-    """Windows in one step, over all devices."""
+    #: Optimizer of the hidden matrices.
     optimizer: Annotated[Optimizer, tyro.conf.arg(constructor_factory=optimizers.subcommands)] = GUM
-    """Optimizer of the hidden matrices."""
+    #: Peak learning rate; for nano about 1e-2 with gum and muon, 1e-3 with adamw.
     learning_rate: float = option(1e-2, positive)
-    """Peak learning rate; for nano about 1e-2 with gum and muon, 1e-3 with adamw."""
+    #: Peak learning rate of the fallback. None: learning_rate.
     fallback_learning_rate: float | None = option(None, positive)
-    """Peak learning rate of the fallback. None: learning_rate."""
+    #: Optimizer of embedding, head and norms, under every optimizer of the hidden matrices: AdamW,
+    #: AdamW with 8-bit state, Adafactor's second moment without or with momentum in 8 bits, or
+    #: SCALE's rule.
     fallback: rest.Name = "adamw"
-    """Optimizer of embedding, head and norms, under every optimizer of the hidden matrices: AdamW,
-    AdamW with 8-bit state, Adafactor's second moment without or with momentum in 8 bits, or SCALE's
-    rule."""
+    #: Share of the steps over which the learning rate rises linearly to its peak.
     warmup: float = option(0.1, share)
-    """Share of the steps over which the learning rate rises linearly to its peak."""
+    #: Learning rate at the end of the cosine decay, as a share of the peak.
     final_learning_rate: float = option(0.1, share)
-    """Learning rate at the end of the cosine decay, as a share of the peak."""
+    #: Decoupled weight decay of matrices and embeddings.
     weight_decay: float = option(0.0, not_negative)
-    """Decoupled weight decay of matrices and embeddings."""
+    #: Global norm to which larger gradients are scaled down. 0: no clipping.
     clip_norm: float = option(1.0, not_negative)
-    """Global norm to which larger gradients are scaled down. 0: no clipping."""
+    #: Decay rate of Adam's second moment, wherever Adam is used.
     b2: float = option(0.95, decay)
-    """Decay rate of Adam's second moment, wherever Adam is used."""
 
     # Validation, checkpoints and metrics.
+
+    #: Steps between two validations; the last step is always validated.
     validate_every: int = option(100, at_least(1))
-    """Steps between two validations; the last step is always validated."""
+    #: Batches of held-out windows in one validation, at most.
     validation_batches: int = option(20, at_least(1))
-    """Batches of held-out windows in one validation, at most."""
+    #: Steps between two checkpoints. SIGINT (Ctrl-C), SIGTERM (kill) and the last step save one
+    #: too.
     checkpoint_every: int = option(100, at_least(1))
-    """Steps between two checkpoints. SIGINT (Ctrl-C), SIGTERM (kill) and the last step save one
-    too."""
+    #: Minutes after the last checkpoint at which a run in one process saves another one.
     checkpoint_minutes: float = option(5.0, positive)
-    """Minutes after the last checkpoint at which a run in one process saves another one."""
+    #: Number of newest checkpoints to keep.
     keep_checkpoints: int = option(2, at_least(1))
-    """Number of newest checkpoints to keep."""
+    #: Steps between two writes of metrics; the loss of every step is recorded.
     log_every: int = option(10, at_least(1))
-    """Steps between two writes of metrics; the loss of every step is recorded."""
 
     # Devices.
+
+    #: Number of devices along the axes data (divides batches), fsdp (batches and weights) and
+    #: tensor (weights), such as fsdp=4,tensor=2; an axis that is left out is 1. None: one device.
     mesh: str | None = None
-    """Number of devices along the axes data (divides batches), fsdp (batches and weights) and
-    tensor (weights), such as fsdp=4,tensor=2; an axis that is left out is 1. None: one device."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -121,34 +125,34 @@ class Training(Checked):
 class Config(Training):
     """Pretrain a LLaMA with GUM or another optimizer, on one device or on many."""
 
+    #: Defaults for all other options from GaLore's C4 experiments with this model; options given
+    #: beside it override them.
     recipe: Recipe | None = None
-    """Defaults for all other options from GaLore's C4 experiments with this model; options given
-    beside it override them."""
+    #: Size of the model: tiny (for tests), nano (for CPUs), deep (nano with twice the blocks), or
+    #: GaLore's 60m, 130m, 350m, 1b.
     preset: Preset = "nano"
-    """Size of the model: tiny (for tests), nano (for CPUs), deep (nano with twice the blocks), or
-    GaLore's 60m, 130m, 350m, 1b."""
+    #: Vocabulary size of a tokenizer that is trained here. None: the preset's.
     vocab_size: int | None = option(None, at_least(1))
-    """Vocabulary size of a tokenizer that is trained here. None: the preset's."""
+    #: Tokens in one training window. None: the preset's.
     seq_len: int | None = option(None, at_least(1))
-    """Tokens in one training window. None: the preset's."""
 
+    #: Text to train on: stdlib (the source of Python's standard library), local
+    #: text, .jsonl, .parquet or .arrow files or directories of them, or a Hugging Face data set
+    #: such as allenai/c4:en, which is streamed.
     corpus: tuple[str, ...] = ("stdlib",)
-    """Text to train on: stdlib (the source of Python's standard library), local text, .jsonl,
-    .parquet or .arrow files or directories of them, or a Hugging Face data set such as
-    allenai/c4:en, which is streamed."""
+    #: Column with the text in .jsonl, .parquet, .arrow and Hugging Face data.
     text_field: str = "text"
-    """Column with the text in .jsonl, .parquet, .arrow and Hugging Face data."""
+    #: A tokenizer.json to load. None: train a byte-level BPE on the training documents.
     tokenizer: str | None = None
-    """A tokenizer.json to load. None: train a byte-level BPE on the training documents."""
+    #: Characters of training text to train the tokenizer on, at most.
     tokenizer_chars: int = option(20_000_000, at_least(1))
-    """Characters of training text to train the tokenizer on, at most."""
+    #: Training tokens to take from the corpus, at most; a longer run repeats them.
     max_tokens: int = option(100_000_000, at_least(1))
-    """Training tokens to take from the corpus, at most; a longer run repeats them."""
+    #: Share of the documents to hold out for validation, chosen by a hash of their text.
     validation_fraction: float = option(0.05, proper_share)
-    """Share of the documents to hold out for validation, chosen by a hash of their text."""
+    #: Directory of tokenizers and token files. None: $XDG_CACHE_HOME/gum_optax
+    #: or ~/.cache/gum_optax.
     cache_dir: str | None = None
-    """Directory of tokenizers and token files. None: $XDG_CACHE_HOME/gum_optax or
-    ~/.cache/gum_optax."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -160,26 +164,26 @@ class Config(Training):
 class Sitting(Checked):
     """Options of all studies for running a set of runs, in one or several sittings."""
 
+    #: Runs to train at a time, each on its share of the cores.
     jobs: int = option(2, at_least(1))
-    """Runs to train at a time, each on its share of the cores."""
+    #: Minutes after which to save the runs and stop with exit code 75; the same command continues.
+    #: None: no limit.
     budget_minutes: float | None = option(None, positive)
-    """Minutes after which to save the runs and stop with exit code 75; the same command continues.
-    None: no limit."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
     """How the processes of one run find each other; JAX detects what is not given."""
 
+    #: Run as one of several processes: of a SLURM or Open MPI job, a TPU pod, a Kubernetes job, or
+    #: as the next three options describe.
     distributed: bool = False
-    """Run as one of several processes: of a SLURM or Open MPI job, a TPU pod, a Kubernetes job, or
-    as the next three options describe."""
+    #: host:port at which the first process listens.
     coordinator_address: str | None = None
-    """host:port at which the first process listens."""
+    #: Number of processes.
     num_processes: int | None = None
-    """Number of processes."""
+    #: Index of this process, from 0.
     process_id: int | None = None
-    """Index of this process, from 0."""
 
 
 # Options that may differ between the run that wrote a checkpoint and the one that resumes it: none

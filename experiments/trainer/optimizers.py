@@ -10,8 +10,8 @@ two runs differ in one thing. Options that several optimizers share sit in base 
                                                                   > Unbiased  a residual rule
     Scaled (consistent_rms) is mixed in where updates are orthogonal matrices.
 
-The docstring of a field is its help text on the command line; the first line of a class docstring
-describes the optimizer there.
+The `#:` comment above a field is its help text on the command line; the first line of a class
+docstring describes the optimizer there.
 """
 
 import contextlib
@@ -28,6 +28,7 @@ import gum_optax
 from experiments.trainer import low_bits, rest
 from experiments.trainer.directions import DIRECTIONS, as_adam
 from experiments.trainer.options import (
+    Check,
     Checked,
     ConfigError,
     at_least,
@@ -83,15 +84,15 @@ class Optimizer(Checked):
 class Refreshed(Optimizer):
     """An optimizer with a refresh: new bases, or new random draws, in every period."""
 
+    #: Steps between two refreshes of the bases and of the draw of full-rank layers (GaLore's
+    #: update_proj_gap).
     period: int = option(100, at_least(1))
-    """Steps between two refreshes of the bases and of the draw of full-rank layers (GaLore's
-    update_proj_gap)."""
+    #: Seed of the optimizer's draws alone. None: the run's seed.
     draw_seed: int | None = option(None, not_negative)
-    """Seed of the optimizer's draws alone. None: the run's seed."""
+    #: Form in which gradients leave the backward pass: full, or compressed (projected there), which
+    #: takes less memory and, with many tokens, less time. Clipping then uses the norm of the
+    #: projections.
     gradients: Literal["full", "compressed"] = "full"
-    """Form in which gradients leave the backward pass: full, or compressed (projected there), which
-    takes less memory and, with many tokens, less time. Clipping then uses the norm of the
-    projections."""
 
     def common(self, run: "Training") -> dict[str, Any]:
         """Returns the arguments that every compression of this kind takes."""
@@ -103,8 +104,8 @@ class Refreshed(Optimizer):
 class Projecting(Refreshed):
     """An optimizer of gradients that are projected to low rank."""
 
+    #: Rank of the projection.
     rank: int = option(32, at_least(1))
-    """Rank of the projection."""
 
     def common(self, run: "Training") -> dict[str, Any]:
         return super().common(run) | {"rank": self.rank}
@@ -114,8 +115,8 @@ class Projecting(Refreshed):
 class BySvd(Projecting):
     """A low-rank optimizer as published, with bases from an exact SVD."""
 
+    #: Method that computes bases from gradients.
     projector: Projector = "svd"
-    """Method that computes bases from gradients."""
 
     def common(self, run: "Training") -> dict[str, Any]:
         return super().common(run) | {"projector": getattr(projectors, self.projector)}
@@ -125,14 +126,14 @@ class BySvd(Projecting):
 class Carrying(Projecting):
     """A low-rank optimizer of this library, with its own projector and a choice of carries."""
 
+    #: Method that computes bases from gradients.
     projector: Projector = "subspace_iteration"
-    """Method that computes bases from gradients."""
+    #: Momentum that a refresh sets to zero: everything, or only the slots of full-rank
+    #: layers (slots, rotate). The low-rank momentum that is kept stays as it is under slots; rotate
+    #: turns it into the new basis.
     restart: Restart = "everything"
-    """Momentum that a refresh sets to zero: everything, or only the slots of full-rank layers
-    (slots, rotate). The low-rank momentum that is kept stays as it is under slots; rotate turns it
-    into the new basis."""
+    #: Factor of a residual that is added without momentum.
     residual_scale: float = option(1.0, positive)
-    """Factor of a residual that is added without momentum."""
 
     def common(self, run: "Training") -> dict[str, Any]:
         return super().common(run) | {
@@ -145,16 +146,16 @@ class Carrying(Projecting):
 class Unbiased(Carrying):
     """A low-rank optimizer with a rule for the residual, which GaLore drops."""
 
+    #: Gamma: number of layers of each role that a period draws to train at full rank.
     full_rank_layers: int = option(2, not_negative)
-    """Gamma: number of layers of each role that a period draws to train at full rank."""
+    #: Rule for the residual, the part of a gradient that its basis leaves out. drop: it is lost.
+    #: sampled, additive: the drawn layers keep it, in place of their projection or beside it.
+    #: columns, rows, sign, plain: it is added without momentum, with its columns, rows or entries
+    #: normalized or as it is (plain), at the size of an orthogonal matrix; drawn layers keep it as
+    #: under additive instead.
     residual: Literal["drop", "sampled", "additive", "columns", "rows", "sign", "plain"] = "sampled"
-    """Rule for the residual, the part of a gradient that its basis leaves out. drop: it is lost.
-    sampled, additive: the drawn layers keep it, in place of their projection or beside it. columns,
-    rows, sign, plain: it is added without momentum, with its columns, rows or entries normalized or
-    as it is (plain), at the size of an orthogonal matrix; drawn layers keep it as under additive
-    instead."""
+    #: Exponent e: residual_scale is multiplied by (learning rate / peak learning rate)^e.
     residual_decay: float = option(0.0, not_negative)
-    """Exponent e: residual_scale is multiplied by (learning rate / peak learning rate)^e."""
 
     def rule(
         self,
@@ -195,18 +196,18 @@ class Unbiased(Carrying):
 class Scaled(Optimizer):
     """An optimizer whose updates are scaled orthogonal matrices."""
 
+    #: Root mean square of an update: an orthogonal m x n matrix is multiplied by this times
+    #: sqrt(max(m, n)); at 0.2 updates have the size of AdamW's. None: it is multiplied by
+    #: sqrt(max(1, n / m)) as in Muon, which needs a larger learning rate.
     consistent_rms: float | None = option(0.2, positive)
-    """Root mean square of an update: an orthogonal m x n matrix is multiplied by this times
-    sqrt(max(m, n)); at 0.2 updates have the size of AdamW's. None: it is multiplied by
-    sqrt(max(1, n / m)) as in Muon, which needs a larger learning rate."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Switching(Projecting):
     """A low-rank optimizer that switches to random projections late in the run."""
 
+    #: Share of the steps after which bases are random instead of from an SVD.
     golore_switch: float = option(0.5, share)
-    """Share of the steps after which bases are random instead of from an SVD."""
 
     def common(self, run: "Training") -> dict[str, Any]:
         return super().common(run) | {"switch_step": round(self.golore_switch * run.steps)}
@@ -219,24 +220,56 @@ class Switching(Projecting):
 class Gum(Unbiased, Scaled):
     """Unbiased low-rank Muon: the paper's method, and the library's subject."""
 
+    #: Draw of full-rank layers: exactly full_rank_layers of each role, or each layer independently
+    #: with the probability that gives this number on average.
     sampler: Literal["fixed_size", "bernoulli"] = "fixed_size"
-    """Draw of full-rank layers: exactly full_rank_layers of each role, or each layer independently
-    with the probability that gives this number on average."""
+    #: Slope of the chance to be drawn over depth, between -1 and 1: at s, the first layer has 1 - s
+    #: and the last one 1 + s times the mean chance.
+    draw_slope: float = option(0.0, Check(lambda slope: -1 < slope < 1, "between -1 and 1"))
+    #: Number of bands of neighbouring layers; each of them draws full_rank_layers of its own and
+    #: may have a rank of its own.
+    bands: int = option(1, at_least(1))
+    #: Difference of rank between a band and the next one, with rank as the mean: positive for
+    #: higher ranks in early layers.
+    rank_slope: float = 0.0
+    #: Storage of momentum between two steps; rows8 and rows4 are the plainest codes of 8 and 4
+    #: bits, with one scale for each row.
     momentum: Momentum = "float32"
-    """Storage of momentum between two steps; rows8 and rows4 are the plainest codes of 8 and 4
-    bits, with one scale for each row."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.draw_slope and self.sampler != "fixed_size":
+            raise ConfigError(
+                f"`draw_slope` is {self.draw_slope:g}, which needs the sampler fixed_size, "
+                f"and `sampler` is {self.sampler}"
+            )
+        if self.rank_slope and self.bands == 1:
+            raise ConfigError(
+                f"`rank_slope` is {self.rank_slope:g}, which needs two or more `bands`"
+            )
 
     def build(self, run: "Training", rate: optax.Schedule, layers: int) -> Transformation:
-        full_rank: Any = self.full_rank_layers
-        # Probability gamma / layers for each matrix of a role: gamma draws on average.
-        if self.sampler == "bernoulli":
-            full_rank = gum_optax.samplers.bernoulli(full_rank / layers)
-        compression = gum_optax.LowRank(
-            residual=self.rule(run, full_rank),
-            storage=low_bits.STORAGES[self.momentum],
-            **self.common(run),
-        )
+        options: dict[str, Any] = {
+            "residual": self.rule(run, self._full_rank(layers)),
+            "storage": low_bits.STORAGES[self.momentum],
+        }
+        if self.bands > 1:
+            if self.bands > layers:
+                raise ConfigError(f"`bands` is {self.bands}, and the model has {layers} layers")
+            options["rank"] = gum_optax.rank_by_depth(self.rank, self.rank_slope)
+            options["group_by"] = gum_optax.by_band(layers, self.bands)
+        compression = gum_optax.LowRank(**self.common(run) | options)
         return _low_rank_muon(self, run, rate, compression)
+
+    def _full_rank(self, layers: int) -> Any:
+        """Returns the number of drawn layers of each role and band, or a sampler of them."""
+        # Probability gamma / (layers of a band) for each matrix: gamma draws on average.
+        if self.sampler == "bernoulli":
+            return gum_optax.samplers.bernoulli(self.full_rank_layers * self.bands / layers)
+        if self.draw_slope:
+            weights = gum_optax.samplers.by_depth(self.draw_slope)
+            return gum_optax.samplers.unequal(self.full_rank_layers, weights)
+        return self.full_rank_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,8 +288,8 @@ class AdamW(Optimizer):
 class Muon(Scaled):
     """Full-rank Muon on the hidden matrices."""
 
+    #: Storage of momentum between two steps.
     momentum: Momentum = "float32"
-    """Storage of momentum between two steps."""
 
     def build(self, run: "Training", rate: optax.Schedule, layers: int) -> Transformation:
         # optax's Muon is the independent baseline. It stores momentum in float32 and trains all

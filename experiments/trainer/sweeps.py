@@ -145,11 +145,12 @@ def _is_of(entry: Entry, config: Training) -> bool:
     return all(then[name] == value for name, value in wanted.items())
 
 
-def directory(base: str, config: Training) -> str:
-    """Returns a directory for one run of a set, under `base`."""
+def in_own_directory(config: _Run) -> _Run:
+    """Returns the same run of a set, in a directory of its own under its `run_dir`."""
     # The same for the same numbers, so that a resumed set finds the checkpoints of a stopped run.
     digest = hashlib.blake2b(_key(identity(config)).encode(), digest_size=4).hexdigest()
-    return f"{base}/{config.optimizer.name}-{config.learning_rate:g}-{config.seed}-{digest}"
+    name = f"{config.optimizer.name}-{config.learning_rate:g}-{config.seed}-{digest}"
+    return dataclasses.replace(config, run_dir=f"{config.run_dir}/{name}")
 
 
 def summary(entry: Entry) -> str:

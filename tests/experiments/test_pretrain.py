@@ -1,6 +1,7 @@
 """The training program from the command line: interrupted, killed, resumed, mistyped."""
 
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -147,6 +148,11 @@ MISTYPED = {
     "option": (["--stepz", "3"], "--stepz, 3 .* Perhaps you meant: --steps INT"),
     "not a number": (["--optimizer.rank", "many"], "--optimizer.rank: .*'many'"),
     "value": (["--optimizer.rank", "0"], "`rank` is 0; it must be at least 1"),
+    "ranks of one band": (["--optimizer.rank-slope", "2"], "`rank_slope` is 2, which needs two or"),
+    "slope of independent draws": (
+        ["--optimizer.draw-slope", "0.5", "--optimizer.sampler", "bernoulli"],
+        "`draw_slope` is 0.5, which needs the sampler fixed_size, and `sampler` is bernoulli",
+    ),
     "preset": (["--preset", "60"], "invalid choice '60' for argument '--preset'"),
     "optimizer": (["optimizer:gun"], "optimizer:gun .*Available subcommands: optimizer:gum,"),
     "option of another": (
@@ -213,6 +219,7 @@ def test_a_changed_corpus_is_not_resumed(unbroken, text, monkeypatch, capfd):
 
 
 def test_help_explains_every_option(monkeypatch, capfd):
+    monkeypatch.setenv("COLUMNS", "500")  # so that every text is on one line
     with pytest.raises(SystemExit, match="0"):
         run_main(["--help"], monkeypatch)
     text = capfd.readouterr().out
@@ -221,9 +228,24 @@ def test_help_explains_every_option(monkeypatch, capfd):
         if field.name != "optimizer":
             assert f"--{within}{field.name}".replace("_", "-") in text
     assert all(f"optimizer:{name}".replace("_", "-") in text for name in optimizers.OPTIMIZERS)
-    assert "Share of the steps over which the learning rate rises" in " ".join(
-        text.replace("│", "").split()
-    )
+    assert (
+        "Optimizer of embedding, head and norms, under every optimizer of the hidden matrices: "
+        "AdamW, AdamW with 8-bit state, Adafactor's second moment without or with momentum in "
+        "8 bits, or SCALE's rule. (default: adamw)"
+    ) in text
+
+
+def test_help_texts_are_paragraphs():
+    """Tyro keeps a line break before anything but a letter."""
+    broken = []
+    for file in Path(pretraining.__file__).parents[1].rglob("*.py"):
+        stripped = [line.strip() for line in file.read_text().splitlines()]
+        broken += [
+            (file.name, line)
+            for before, line in itertools.pairwise(stripped)
+            if before.startswith("#: ") and line.startswith("#: ") and not line[3].isalpha()
+        ]
+    assert broken == []
 
 
 def run_main(arguments, monkeypatch):

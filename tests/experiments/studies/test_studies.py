@@ -4,11 +4,13 @@ import contextlib
 import dataclasses
 import io
 import json
+import math
 from typing import Any
 
 import jax
 import matplotlib.pyplot as plt
 import numpy as np
+import optax
 import pytest
 
 from experiments.reporting import STYLES, save
@@ -21,6 +23,7 @@ from experiments.studies import (
     pretraining,
     singular_values,
     spectra,
+    tuning,
 )
 from experiments.trainer import optimizers, sweeps
 from experiments.trainer.config import Config as Run
@@ -186,11 +189,52 @@ def test_ablations_change_one_thing_at_a_time(trained, tuned, tmp_path):
         optimizers.build(run, architecture(run).layers)
 
 
+def test_ablations_by_depth_hold_equal_bytes():
+    """Ranks and draws differ between early and late layers, and nothing else does."""
+    config = ablations.Config()
+    params = {"layers": [{"q": jax.ShapeDtypeStruct((128, 256), "float32")}] * 8}
+
+    def state_of(changes):
+        [run, *_] = ablations.configurations(config, {"gum": 3e-3}, changes)
+        state = jax.eval_shape(optimizers.build(run, 8).init, params)
+        return optax.tree.get(state, "LowRankState")
+
+    settings = ablations.panels(config, {"gum": 3e-3, "galore_muon": 1e-2})
+    ranks = settings["rank, early : late layers"]
+    draws = settings["chance of a draw, early : late layers"]
+    states = [state_of(changes) for changes in (*ranks.values(), *draws.values())]
+    bases = [sum(math.prod(b.shape) for b in state.basis.values()) for state in states]
+    assert set(bases) == {8 * 128 * 32}
+    assert {sum(s.shape[0] for s in state.slots.values()) for state in states} == {2}
+    *_, steep = ranks
+    assert steep == "40 : 24"
+    assert [b.shape for b in state_of(ranks[steep]).basis.values()] == [(4, 128, 40), (4, 128, 24)]
+
+
 def test_ablations_compare_seed_by_seed():
     runs_of = [entry(pretraining.SMALL, loss) for loss in (3.5, 4.25)]
     found = ablations.summary(runs_of, [3.0, 4.0])
     assert (found["differences"], found["difference"]) == ([0.5, 0.25], 0.375)
     assert found["loss"] == 3.875
+
+
+def test_a_search_and_grids_of_one_file(trained, tmp_path, capsys):
+    """The coarse grid is part of the fine one; a search finds the rate that the stub likes best."""
+    out = tmp_path / "tuning.json"
+    arguments = ["--out", str(out), "--optimizers", "gum", "--searches", "0", "1"]
+    assert tuning.main(arguments) == 0
+    coarse, fine, *steps = trained
+    assert (len(coarse), len(fine), [len(step) for step in steps]) == (9, 49, [1] * 18)
+    assert set(coarse) <= set(fine)
+    rows = capsys.readouterr().out.splitlines()
+    assert any(row.split()[:6] == ["gum", "grid,", "3", "x", "3", "9"] for row in rows)
+    found = min(entry(run)["validation_loss"] for [run] in steps)
+    assert found < min(entry(run)["validation_loss"] for run in coarse)
+
+
+def test_a_run_that_diverged_is_not_the_best_of_a_search():
+    entries = [entry(Run(), loss) for loss in (math.nan, 3.0, 2.0)]
+    assert tuning.summary([entries, entries[:2]]) == (3, 2.5, 2.0, 3.0)
 
 
 def test_draws_differ_in_nothing_else(trained, tuned, tmp_path, capsys):

@@ -12,7 +12,14 @@ import pytest
 
 from experiments import tune
 from experiments.reliability import kills
-from experiments.studies import ablations, finetuning, frontier, luck_of_draws, pretraining
+from experiments.studies import (
+    ablations,
+    finetuning,
+    frontier,
+    luck_of_draws,
+    pretraining,
+    tuning,
+)
 from experiments.trainer import checkpoints, loop, processes, sweeps
 from experiments.trainer.config import Config, change
 from experiments.trainer.metrics import metrics_path, read_metrics
@@ -38,8 +45,8 @@ def base(tmp_path_factory):
 
 def configurations(base, home, **changes):
     # Of all optimizers this one compiles soonest.
-    points = [change(base, optimizer="adamw", seed=seed, **changes) for seed in (0, 1)]
-    return [dataclasses.replace(p, run_dir=sweeps.directory(str(home), p)) for p in points]
+    base = change(base, run_dir=str(home), optimizer="adamw", **changes)
+    return [sweeps.in_own_directory(change(base, seed=seed)) for seed in (0, 1)]
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +134,7 @@ def test_an_entry_from_before_an_option_has_its_default(base, tmp_path):
 
 def test_directories_tell_runs_apart(base):
     names = {
-        sweeps.directory("x", change(base, **changes))
+        sweeps.in_own_directory(change(base, **changes)).run_dir
         for changes in ({}, {"rank": 8}, {"seed": 1}, {"period": 3})
     }
     assert len(names) == 4
@@ -170,7 +177,7 @@ def test_a_checkpoint_is_saved_every_few_minutes(base, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "study", [ablations, finetuning, frontier, luck_of_draws, pretraining, tune]
+    "study", [ablations, finetuning, frontier, luck_of_draws, pretraining, tune, tuning]
 )
 def test_every_study_can_be_done_in_several_sittings(study, tmp_path):
     """A sitting without time trains nothing, and says by its exit code that it is to go on."""
