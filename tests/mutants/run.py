@@ -208,7 +208,10 @@ def run(chosen: Sequence[Mutant], jobs: int) -> list[str]:
 
 def main(arguments: Sequence[str]) -> int:
     """Runs the chosen mutants; exit code 1 if one survives, or if a test fails without a bug."""
-    parser = argparse.ArgumentParser(description=__doc__, prog="make mutants")
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        "make mutants", description=__doc__, formatter_class=as_written
+    )
     parser.add_argument("--jobs", type=int, default=2, help="how many at a time")
     parser.add_argument("-k", default="", help="a word of the names, files or tests to choose")
     options = parser.parse_args(arguments)
