@@ -15,7 +15,7 @@ from experiments.benchmarks.settings import Config
 from experiments.studies import gradients
 from experiments.studies.gradients import Moment
 from experiments.trainer.config import Config as Run
-from experiments.trainer.optimizers import Gum
+from experiments.trainer.methods import Gum
 
 Captured = dict[str, np.ndarray]  # kind -> the share of each matrix, [N]
 

@@ -23,7 +23,7 @@ from experiments.benchmarks import contenders, parameters, training
 from experiments.benchmarks.step import jitted
 from experiments.trainer import loop, optimizers, pretraining
 from experiments.trainer.config import Config, change
-from experiments.trainer.optimizers import Gum
+from experiments.trainer.methods import Gum
 
 _STEPS = 5  # steps of the comparison with the CPU; at a period of 3, steps 0 and 3 are refreshes
 _PERIOD = 2  # period of timed updates: even steps are refreshes, odd ones plain

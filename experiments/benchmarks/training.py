@@ -32,7 +32,8 @@ from experiments.models.presets import PRESETS
 from experiments.trainer import cli, loop, optimizers, pretraining
 from experiments.trainer.config import Config as Run
 from experiments.trainer.config import Preset
-from experiments.trainer.optimizers import Gum, Name
+from experiments.trainer.methods import Gum
+from experiments.trainer.optimizers import Name
 
 PROGRAM = "experiments.benchmarks.training"
 # Contender -> options of its worker.

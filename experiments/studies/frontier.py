@@ -31,7 +31,7 @@ from experiments.studies.pretraining import steps_to
 from experiments.trainer import cli, loop, optimizers, rest, sweeps, together
 from experiments.trainer.config import Config as Run
 from experiments.trainer.config import change, from_record
-from experiments.trainer.optimizers import Gum
+from experiments.trainer.methods import Gum
 from experiments.trainer.options import ConfigError, choose
 from experiments.trainer.pretraining import architecture
 

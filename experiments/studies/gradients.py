@@ -18,7 +18,7 @@ import gum_optax
 from experiments.data import tokens as data
 from experiments.trainer import losses, pretraining
 from experiments.trainer.config import Config
-from experiments.trainer.optimizers import Gum, Refreshed
+from experiments.trainer.methods import Gum, Refreshed
 from experiments.trainer.options import ConfigError
 
 KINDS = ("q", "k", "v", "o", "gate", "up", "down")

@@ -26,7 +26,8 @@ from experiments.studies import singular_values
 from experiments.trainer import cli, sweeps
 from experiments.trainer.config import Config as Run
 from experiments.trainer.config import change
-from experiments.trainer.optimizers import Gum, Name, defaults_like
+from experiments.trainer.methods import Gum
+from experiments.trainer.optimizers import Name, defaults_like
 from experiments.trainer.options import ConfigError
 from experiments.trainer.recipes import RECIPES
 

@@ -16,7 +16,7 @@ import tyro
 
 from experiments.models.presets import PRESETS
 from experiments.trainer import optimizers, rest
-from experiments.trainer.optimizers import Gum, Optimizer
+from experiments.trainer.methods import Gum, Optimizer
 from experiments.trainer.options import (
     Checked,
     ConfigError,

@@ -12,7 +12,7 @@ import tyro
 
 from experiments.trainer import optimizers
 from experiments.trainer.config import Training
-from experiments.trainer.optimizers import Gum, Optimizer
+from experiments.trainer.methods import Gum, Optimizer
 from experiments.trainer.options import at_least, not_negative, option, positive
 
 GUM = Gum(rank=128, period=200)

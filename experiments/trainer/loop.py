@@ -20,7 +20,7 @@ from optax.microbatching import AccumulationType, microbatch
 import gum_optax
 from experiments.models.llama import Params, parameter_count
 from experiments.trainer import checkpoints as checkpoint
-from experiments.trainer import compatibility, losses, optimizers, processes
+from experiments.trainer import compatibility, losses, methods, optimizers, processes
 from experiments.trainer import mesh as meshes
 from experiments.trainer.config import Training
 from experiments.trainer.losses import Loss
@@ -244,7 +244,7 @@ def introduction(config: Training, state: State, mesh: Mesh | None, layers: int)
     # Optimizers see weights in float32 even where bfloat16 is stored (stochastic rounding).
     wide = jax.eval_shape(lambda: optax.tree.cast(state.params, "float32"))
     plan = str(gum_optax.memory_plan(optimizers.build(config, layers), wide))
-    if not isinstance(config.optimizer, optimizers.Refreshed):
+    if not isinstance(config.optimizer, methods.Refreshed):
         plan = plan.splitlines()[-1]  # only the total: these optimizers have no groups
     return (
         f"{config.optimizer.name}, peak learning rate {config.learning_rate:g}, "

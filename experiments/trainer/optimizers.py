@@ -1,450 +1,53 @@
-"""The optimizers of the experiments: one dataclass each, with its options and `build`.
+"""The table of optimizers, and the way from options to the optimizer of a run.
 
-An optimizer joins `OPTIMIZERS` by one entry, from which command lines, studies and tests take it.
-Schedule, clipping and fallback are options of the run and the same under every optimizer, so that
-two runs differ in one thing. Options that several optimizers share sit in base classes:
-
-    Optimizer > Refreshed (period, draws) > Projecting (rank) > BySvd      as published
-                                                              > Switching  random bases, late
-                                                              > Carrying   a choice of carries
-                                                                  > Unbiased  a residual rule
-    Scaled (consistent_rms) is mixed in where updates are orthogonal matrices.
-
-The `#:` comment above a field is its help text on the command line; the first line of a class
-docstring describes the optimizer there.
+Each optimizer is a dataclass of `methods`; an entry in `OPTIMIZERS` gives it to command lines,
+studies and tests.
 """
 
 import contextlib
 import contextvars
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 import optax
 import tyro
 
 import gum_optax
-from experiments.trainer import low_bits, rest
-from experiments.trainer.directions import DIRECTIONS, as_adam
-from experiments.trainer.options import (
-    Check,
-    Checked,
-    ConfigError,
-    at_least,
-    choose,
-    not_negative,
-    option,
-    positive,
-    share,
-)
-from experiments.trainer.schedules import schedule, share_of_peak
-from gum_optax import projectors, residuals
+from experiments.trainer import methods
+from experiments.trainer.methods import Gum, Optimizer, Transformation
+from experiments.trainer.options import ConfigError, choose
+from experiments.trainer.schedules import schedule
 
 if TYPE_CHECKING:
     from experiments.trainer.config import Training
 
-Transformation = optax.GradientTransformation
-Projector = Literal["subspace_iteration", "svd", "randomized_svd", "random_orthonormal"]
-Momentum = Literal["float32", "int8", "int4", "rows8", "rows4"]
-Restart = Literal["everything", "slots", "rotate"]
-
-# The values of the option `restart`, as carries of the library.
-CARRIES: dict[str, gum_optax.carries.Carry] = {
-    "everything": gum_optax.carries.restart,
-    "slots": gum_optax.carries.keep,
-    "rotate": gum_optax.carries.rotate,
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Optimizer(Checked):
-    """An optimizer of the hidden matrices, with its options."""
-
-    @property
-    def name(self) -> str:
-        """The name in `OPTIMIZERS`, on the command line and in records."""
-        return next(name for name, each in OPTIMIZERS.items() if type(each) is type(self))
-
-    def build(self, run: "Training", rate: optax.Schedule, layers: int) -> Transformation:
-        """Returns the optimizer of a whole model, fallback included, without clipping.
-
-        Args:
-          run: the options that all optimizers share.
-          rate: learning rate of the hidden matrices.
-          layers: number of blocks of the model, and so of matrices of one role.
-        """
-        raise NotImplementedError
-
-
-# What optimizers share ----------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Refreshed(Optimizer):
-    """An optimizer with a refresh: new bases, or new random draws, in every period."""
-
-    #: Steps between two refreshes of the bases and of the draw of full-rank layers (GaLore's
-    #: update_proj_gap).
-    period: int = option(100, at_least(1))
-    #: Seed of the optimizer's draws alone. None: the run's seed.
-    draw_seed: int | None = option(None, not_negative)
-    #: Form in which gradients leave the backward pass: full, or compressed (projected there), which
-    #: takes less memory and, with many tokens, less time. Clipping then uses the norm of the
-    #: projections.
-    gradients: Literal["full", "compressed"] = "full"
-
-    def common(self, run: "Training") -> dict[str, Any]:
-        """Returns the arguments that every compression of this kind takes."""
-        key = run.seed if self.draw_seed is None else self.draw_seed
-        return {"period": self.period, "key": key}
-
-
-@dataclasses.dataclass(frozen=True)
-class Projecting(Refreshed):
-    """An optimizer of gradients that are projected to low rank."""
-
-    #: Rank of the projection.
-    rank: int = option(32, at_least(1))
-
-    def common(self, run: "Training") -> dict[str, Any]:
-        return super().common(run) | {"rank": self.rank}
-
-
-@dataclasses.dataclass(frozen=True)
-class BySvd(Projecting):
-    """A low-rank optimizer as published, with bases from an exact SVD."""
-
-    #: Method that computes bases from gradients.
-    projector: Projector = "svd"
-
-    def common(self, run: "Training") -> dict[str, Any]:
-        return super().common(run) | {"projector": getattr(projectors, self.projector)}
-
-
-@dataclasses.dataclass(frozen=True)
-class Carrying(Projecting):
-    """A low-rank optimizer of this library, with its own projector and a choice of carries."""
-
-    #: Method that computes bases from gradients.
-    projector: Projector = "subspace_iteration"
-    #: Momentum that a refresh sets to zero: everything, or only the slots of full-rank
-    #: layers (slots, rotate). The low-rank momentum that is kept stays as it is under slots; rotate
-    #: turns it into the new basis.
-    restart: Restart = "everything"
-    #: Factor of a residual that is added without momentum.
-    residual_scale: float = option(1.0, positive)
-
-    def common(self, run: "Training") -> dict[str, Any]:
-        return super().common(run) | {
-            "projector": getattr(projectors, self.projector),
-            "carry": CARRIES[self.restart],
-        }
-
-
-@dataclasses.dataclass(frozen=True)
-class Unbiased(Carrying):
-    """A low-rank optimizer with a rule for the residual, which GaLore drops."""
-
-    #: Gamma: number of layers of each role that a period draws to train at full rank.
-    full_rank_layers: int = option(2, not_negative)
-    #: Rule for the residual, the part of a gradient that its basis leaves out. drop: it is lost.
-    #: sampled, additive: the drawn layers keep it, in place of their projection or beside it.
-    #: columns, rows, sign, plain: it is added without momentum, with its columns, rows or entries
-    #: normalized or as it is (plain), at the size of an orthogonal matrix; drawn layers keep it as
-    #: under additive instead.
-    residual: Literal["drop", "sampled", "additive", "columns", "rows", "sign", "plain"] = "sampled"
-    #: Exponent e: residual_scale is multiplied by (learning rate / peak learning rate)^e.
-    residual_decay: float = option(0.0, not_negative)
-
-    def rule(
-        self,
-        run: "Training",
-        full_rank: int | gum_optax.samplers.Sampler,
-        also: Callable[[], Transformation] = optax.identity,
-    ) -> residuals.Residual:
-        """Returns the residual rule that the options name.
-
-        Args:
-          run: for the schedule that `residual_decay` follows.
-          full_rank: number of drawn layers, or a sampler of them.
-          also: makes the transformation that brings a residual without momentum, of the size of
-            an orthogonal matrix, to the size of the update that it joins.
-        """
-        # 1. Rules without a direction for the layers that are not drawn.
-        match self.residual:
-            case "drop":
-                return residuals.drop()
-            case "sampled":
-                return residuals.sampled(full_rank)
-            case "additive":
-                return residuals.sampled(full_rank, form="additive")
-        # 2. A residual E without momentum: residual_scale * share^residual_decay * direction(E).
-        #    The learning rate multiplies it later, as it does the rest of the update.
-        direct = optax.chain(DIRECTIONS[self.residual](), also(), optax.scale(self.residual_scale))
-        if self.residual_decay:
-            share = share_of_peak(run)
-            power = optax.scale_by_schedule(lambda step: share(step) ** self.residual_decay)
-            direct = optax.chain(direct, power)
-        # 3. Undrawn layers get this update; drawn ones, if any, keep E in their slot.
-        if full_rank == 0:
-            return residuals.through(direct)
-        return residuals.sampled(full_rank, form="additive", undrawn=direct)
-
-
-@dataclasses.dataclass(frozen=True)
-class Scaled(Optimizer):
-    """An optimizer whose updates are scaled orthogonal matrices."""
-
-    #: Root mean square of an update: an orthogonal m x n matrix is multiplied by this times
-    #: sqrt(max(m, n)); at 0.2 updates have the size of AdamW's. None: it is multiplied by
-    #: sqrt(max(1, n / m)) as in Muon, which needs a larger learning rate.
-    consistent_rms: float | None = option(0.2, positive)
-
-
-@dataclasses.dataclass(frozen=True)
-class Switching(Projecting):
-    """A low-rank optimizer that switches to random projections late in the run."""
-
-    #: Share of the steps after which bases are random instead of from an SVD.
-    golore_switch: float = option(0.5, share)
-
-    def common(self, run: "Training") -> dict[str, Any]:
-        return super().common(run) | {"switch_step": round(self.golore_switch * run.steps)}
-
-
-# The optimizers -----------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Gum(Unbiased, Scaled):
-    """Unbiased low-rank Muon: the paper's method, and the library's subject."""
-
-    #: Draw of full-rank layers: exactly full_rank_layers of each role, or each layer independently
-    #: with the probability that gives this number on average.
-    sampler: Literal["fixed_size", "bernoulli"] = "fixed_size"
-    #: Slope of the chance to be drawn over depth, between -1 and 1: at s, the first layer has 1 - s
-    #: and the last one 1 + s times the mean chance.
-    draw_slope: float = option(0.0, Check(lambda slope: -1 < slope < 1, "between -1 and 1"))
-    #: Number of bands of neighbouring layers; each of them draws full_rank_layers of its own and
-    #: may have a rank of its own.
-    bands: int = option(1, at_least(1))
-    #: Difference of rank between a band and the next one, with rank as the mean: positive for
-    #: higher ranks in early layers.
-    rank_slope: float = 0.0
-    #: Storage of momentum between two steps; rows8 and rows4 are the plainest codes of 8 and 4
-    #: bits, with one scale for each row.
-    momentum: Momentum = "float32"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.draw_slope and self.sampler != "fixed_size":
-            raise ConfigError(
-                f"`draw_slope` is {self.draw_slope:g}, which needs the sampler fixed_size, "
-                f"and `sampler` is {self.sampler}"
-            )
-        if self.rank_slope and self.bands == 1:
-            raise ConfigError(
-                f"`rank_slope` is {self.rank_slope:g}, which needs two or more `bands`"
-            )
-
-    def build(self, run: "Training", rate: optax.Schedule, layers: int) -> Transformation:
-        options: dict[str, Any] = {
-            "residual": self.rule(run, self._full_rank(layers)),
-            "storage": low_bits.STORAGES[self.momentum],
-        }
-        if self.bands > 1:
-            if self.bands > layers:
-                raise ConfigError(f"`bands` is {self.bands}, and the model has {layers} layers")
-            options["rank"] = gum_optax.rank_by_depth(self.rank, self.rank_slope)
-            options["group_by"] = gum_optax.by_band(layers, self.bands)
-        compression = gum_optax.LowRank(**self.common(run) | options)
-        return _low_rank_muon(self, run, rate, compression)
-
-    def _full_rank(self, layers: int) -> Any:
-        """Returns the number of drawn layers of each role and band, or a sampler of them."""
-        # Probability gamma / (layers of a band) for each matrix: gamma draws on average.
-        if self.sampler == "bernoulli":
-            return gum_optax.samplers.bernoulli(self.full_rank_layers * self.bands / layers)
-        if self.draw_slope:
-            weights = gum_optax.samplers.by_depth(self.draw_slope)
-            return gum_optax.samplers.unequal(self.full_rank_layers, weights)
-        return self.full_rank_layers
-
-
-@dataclasses.dataclass(frozen=True)
-class AdamW(Optimizer):
-    """AdamW on all weights; the fallback may have a learning rate of its own."""
-
-    def build(self, run: "Training", rate: optax.Schedule, layers: int) -> Transformation:
-        plain = optax.adamw(rate, b2=run.b2, weight_decay=run.weight_decay, mask=rest.decayed)
-        # If the fallback is the same AdamW, no partition is needed.
-        if run.fallback_learning_rate is None and run.fallback == "adamw":
-            return plain
-        return optax.partition({"matrix": plain, "rest": rest.build(run)}, rest.matrix_or_rest)
-
-
-@dataclasses.dataclass(frozen=True)
-class Muon(Scaled):
-    """Full-rank Muon on the hidden matrices."""
-
-    #: Storage of momentum between two steps.
-    momentum: Momentum = "float32"
-
-    def build(self, run: "Training", rate: optax.Schedule, layers: int) -> Transformation:
-        # optax's Muon is the independent baseline. It stores momentum in float32 and trains all
-        # other leaves by Adam; any other choice takes the library's.
-        if (self.momentum, run.fallback) != ("float32", "adamw"):
-            return gum_optax.muon(
-                rate,
-                low_bits.STORAGES[self.momentum],
-                consistent_rms=self.consistent_rms,
-                weight_decay=run.weight_decay,
-                fallback=rest.build(run),
-            )
-        return optax.contrib.muon(
-            rate,
-            nesterov=False,
-            weight_decay=run.weight_decay,
-            consistent_rms=self.consistent_rms,
-            muon_weight_dimension_numbers=gum_optax.dimension_numbers.default,
-            adam_b2=run.b2,
-            adam_weight_decay=run.weight_decay,
-            adam_learning_rate=schedule(run, run.fallback_learning_rate),
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class GaLore(BySvd):
-    """Adam on gradients projected to low rank; biased."""
-
-    def build(self, run: "Training", rate: optax.Schedule, layers: int) -> Transformation:
-        return _low_rank_adamw(run, rate, gum_optax.galore(**self.common(run)))
-
-
-@dataclasses.dataclass(frozen=True)
-class GaLoreMuon(BySvd, Scaled):
-    """Low-rank Muon without full-rank layers; biased."""
-
-    def build(self, run: "Training", rate: optax.Schedule, layers: int) -> Transformation:
-        # GaLore's Adam keeps its moments over a refresh. Momentum restarts here, as GUM's does.
-        compression = gum_optax.galore(carry=gum_optax.carries.restart, **self.common(run))
-        return _low_rank_muon(self, run, rate, compression)
-
-
-@dataclasses.dataclass(frozen=True)
-class GoLore(Switching):
-    """GaLore that switches to random projections late in the run."""
-
-    def build(self, run: "Training", rate: optax.Schedule, layers: int) -> Transformation:
-        return _low_rank_adamw(run, rate, gum_optax.golore(**self.common(run)))
-
-
-@dataclasses.dataclass(frozen=True)
-class GoLoreMuon(Switching, Scaled):
-    """Low-rank Muon that switches to random projections late in the run; biased."""
-
-    def build(self, run: "Training", rate: optax.Schedule, layers: int) -> Transformation:
-        # Momentum restarts at a refresh, as in `GaLoreMuon`.
-        compression = gum_optax.golore(carry=gum_optax.carries.restart, **self.common(run))
-        return _low_rank_muon(self, run, rate, compression)
-
-
-@dataclasses.dataclass(frozen=True)
-class UnbiasedAdamW(Unbiased):
-    """Adam on unbiased compressed gradients."""
-
-    def build(self, run: "Training", rate: optax.Schedule, layers: int) -> Transformation:
-        # Entries of Adam's update are about 0.2; those of an orthogonal matrix about 1 / sqrt(n).
-        rule = self.rule(run, self.full_rank_layers, as_adam)
-        return _low_rank_adamw(run, rate, gum_optax.LowRank(residual=rule, **self.common(run)))
-
-
-@dataclasses.dataclass(frozen=True)
-class Scale(Optimizer):
-    """SCALE on the hidden matrices: gradients with normalized columns, and no state.
-
-    SCALE trains the head with momentum. Here the run's fallback trains it, as under every other
-    optimizer.
-    """
-
-    def build(self, run: "Training", rate: optax.Schedule, layers: int) -> Transformation:
-        return _for_matrices(run, rate, gum_optax.normalize_columns())
-
-
-@dataclasses.dataclass(frozen=True)
-class Fira(BySvd):
-    """GaLore plus the residual, scaled by the gain of GaLore's Adam."""
-
-    def build(self, run: "Training", rate: optax.Schedule, layers: int) -> Transformation:
-        return _low_rank_adamw(run, rate, gum_optax.fira(**self.common(run)))
-
-
-@dataclasses.dataclass(frozen=True)
-class Frugal(BySvd):
-    """GaLore plus the signs of the residual."""
-
-    def build(self, run: "Training", rate: optax.Schedule, layers: int) -> Transformation:
-        return _low_rank_adamw(run, rate, gum_optax.frugal(**self.common(run)))
-
-
-@dataclasses.dataclass(frozen=True)
-class Apollo(Projecting):
-    """Gradients with each column scaled by the gain of an Adam on random projections."""
-
-    def build(self, run: "Training", rate: optax.Schedule, layers: int) -> Transformation:
-        return _low_rank_adamw(run, rate, gum_optax.apollo(**self.common(run)))
-
-
-@dataclasses.dataclass(frozen=True)
-class ApolloMini(Refreshed):
-    """Gradients scaled by the gain of an Adam on one random direction."""
-
-    def build(self, run: "Training", rate: optax.Schedule, layers: int) -> Transformation:
-        return _low_rank_adamw(run, rate, gum_optax.apollo_mini(**self.common(run)))
-
-
-@dataclasses.dataclass(frozen=True)
-class JointMuon(Carrying):
-    """Muon on the sum of low-rank momentum and the residual of the current step.
-
-    The two are orthogonalized together, so a step costs as much as full-rank Muon's.
-    """
-
-    def build(self, run: "Training", rate: optax.Schedule, layers: int) -> Transformation:
-        # polar(P M + residual_scale * (G - P P'G)), with momentum M of P'G at Muon's decay of 0.95.
-        rule = residuals.through(optax.scale(self.residual_scale))
-        compression = gum_optax.LowRank(residual=rule, **self.common(run))
-        momentum = gum_optax.low_rank(optax.trace(0.95), compression)
-        direction = optax.chain(momentum, gum_optax.scale_by_polar(), as_adam())
-        return _for_matrices(run, rate, direction)
-
-
 # In this order help texts list them.
 OPTIMIZERS: dict[str, Optimizer] = {
-    "gum": Gum(),
-    "adamw": AdamW(),
-    "muon": Muon(),
-    "galore": GaLore(),
-    "galore_muon": GaLoreMuon(),
-    "golore": GoLore(),
-    "golore_muon": GoLoreMuon(),
-    "unbiased_adamw": UnbiasedAdamW(),
-    "scale": Scale(),
-    "fira": Fira(),
-    "frugal": Frugal(),
-    "apollo": Apollo(),
-    "apollo_mini": ApolloMini(),
-    "joint_muon": JointMuon(),
+    each.name: each
+    for each in (
+        Gum(),
+        methods.AdamW(),
+        methods.Muon(),
+        methods.GaLore(),
+        methods.GaLoreMuon(),
+        methods.GoLore(),
+        methods.GoLoreMuon(),
+        methods.UnbiasedAdamW(),
+        methods.Scale(),
+        methods.Fira(),
+        methods.Frugal(),
+        methods.Apollo(),
+        methods.ApolloMini(),
+        methods.JointMuon(),
+    )
 }
 
 if TYPE_CHECKING:
     Name = str
 else:
     Name = Literal[tuple(OPTIMIZERS)]
-
-
-# From options to an optimizer ---------------------------------------------------------------------
 
 
 def named(name: str, like: Optimizer | None = None) -> Optimizer:
@@ -525,40 +128,3 @@ def build(run: "Training", layers: int) -> Transformation:
     if run.weights == "bfloat16":
         return gum_optax.stochastic_rounding(optimizer, run.seed)
     return optimizer
-
-
-# Recipes of the library with the options of a run: Muon, Adam or any direction of a matrix, and the
-# fallback for all other weights.
-
-
-def _low_rank_muon(
-    scaled: Scaled, run: "Training", rate: optax.Schedule, compression: gum_optax.LowRank
-) -> Transformation:
-    # The compression makes the difference between GUM, GaLore-Muon and GoLore-Muon.
-    return gum_optax.gum(
-        rate,
-        compression,
-        consistent_rms=scaled.consistent_rms,
-        weight_decay=run.weight_decay,
-        fallback=rest.build(run),
-    )
-
-
-def _low_rank_adamw(
-    run: "Training", rate: optax.Schedule, compression: gum_optax.LowRank
-) -> Transformation:
-    return gum_optax.adamw(
-        rate,
-        compression,
-        b2=run.b2,
-        weight_decay=run.weight_decay,
-        fallback=rest.build(run),
-    )
-
-
-def _for_matrices(
-    run: "Training", rate: optax.Schedule, direction: Transformation
-) -> Transformation:
-    return gum_optax.for_matrices(
-        direction, rate, weight_decay=run.weight_decay, fallback=rest.build(run)
-    )

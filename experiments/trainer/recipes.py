@@ -8,7 +8,7 @@ names one. Options that are given beside a recipe override it.
 """
 
 from experiments.trainer.config import Config, Recipe
-from experiments.trainer.optimizers import Gum
+from experiments.trainer.methods import Gum
 
 
 def _c4(preset: Recipe, rank: int, tokens: float) -> Config:

@@ -22,7 +22,7 @@ from experiments.trainer import checkpoints, cli, evaluation, finetuning, loop, 
 from experiments.trainer import mesh as meshes
 from experiments.trainer.evaluation import Accuracy, Answer
 from experiments.trainer.finetuning import Config
-from experiments.trainer.optimizers import Gum
+from experiments.trainer.methods import Gum
 from experiments.trainer.options import ConfigError
 from tests.helpers import MOSTLY_UNCOMPRESSED
 

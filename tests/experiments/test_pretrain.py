@@ -20,7 +20,7 @@ from experiments.reliability import kills
 from experiments.trainer import metrics, optimizers, pretraining, schedules
 from experiments.trainer.config import Config, change, first_difference, from_record, record
 from experiments.trainer.loop import Result
-from experiments.trainer.optimizers import Gum
+from experiments.trainer.methods import Gum
 from experiments.trainer.options import ConfigError
 from experiments.trainer.recipes import RECIPES
 

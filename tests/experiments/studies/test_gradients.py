@@ -19,7 +19,7 @@ from experiments.studies.gradients import KINDS, Moment
 from experiments.studies.variance import LEAST, MOST, Norms
 from experiments.trainer import losses
 from experiments.trainer.config import Config as Run
-from experiments.trainer.optimizers import Gum
+from experiments.trainer.methods import Gum
 from experiments.trainer.options import ConfigError
 from experiments.trainer.pretraining import architecture
 from gum_optax import LowRank, low_rank, residuals, samplers

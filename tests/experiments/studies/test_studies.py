@@ -25,7 +25,7 @@ from experiments.studies import (
     spectra,
     tuning,
 )
-from experiments.trainer import optimizers, sweeps
+from experiments.trainer import directions, optimizers, sweeps
 from experiments.trainer.config import Config as Run
 from experiments.trainer.config import change
 from experiments.trainer.evaluation import wilson
@@ -434,7 +434,7 @@ def test_contenders_are_other_transformations_of_the_same_rest(key):
 def test_residuals_without_momentum_have_the_size_of_the_directions_left_out():
     rng = np.random.default_rng(0)
     residual, projected = rng.normal(size=(2, 6, 10)), rng.normal(size=(2, 2, 10))
-    for name, make in optimizers.DIRECTIONS.items():
+    for name, make in directions.DIRECTIONS.items():
         direction: Any = make()
         state = direction.init(residual)
         found, _ = jax.jit(direction.update)(

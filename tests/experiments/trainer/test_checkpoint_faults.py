@@ -28,8 +28,8 @@ from experiments.reliability import kills
 from experiments.trainer import compatibility, locks
 from experiments.trainer.checkpoints import Checkpoints, StorageError, check_run_directory
 from experiments.trainer.config import Config, change
+from experiments.trainer.methods import Gum
 from experiments.trainer.metrics import Report
-from experiments.trainer.optimizers import Gum
 from experiments.trainer.options import ConfigError
 
 # What Orbax gave up goes on failing for a while after an error, in its threads.

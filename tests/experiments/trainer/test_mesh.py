@@ -17,7 +17,7 @@ from experiments.trainer import checkpoints as checkpoint
 from experiments.trainer import loop, optimizers, pretraining
 from experiments.trainer import mesh as meshes
 from experiments.trainer.config import Config
-from experiments.trainer.optimizers import Gum
+from experiments.trainer.methods import Gum
 from experiments.trainer.options import ConfigError
 from tests.helpers import MOSTLY_UNCOMPRESSED, low_rank_state
 from tests.watched_pretrain import SMALL

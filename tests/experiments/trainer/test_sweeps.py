@@ -22,8 +22,8 @@ from experiments.studies import (
 )
 from experiments.trainer import checkpoints, loop, processes, sweeps
 from experiments.trainer.config import Config, change
+from experiments.trainer.methods import Gum
 from experiments.trainer.metrics import metrics_path, read_metrics
-from experiments.trainer.optimizers import Gum
 from experiments.trainer.pretraining import train
 
 

@@ -16,7 +16,7 @@ from experiments.models import presets
 from experiments.reliability import kills
 from experiments.trainer import low_bits, sweeps, together
 from experiments.trainer.config import Config, change
-from experiments.trainer.optimizers import Gum
+from experiments.trainer.methods import Gum
 from experiments.trainer.options import ConfigError
 from experiments.trainer.pretraining import train
 from tests.helpers import MOSTLY_UNCOMPRESSED
