@@ -150,15 +150,34 @@ _STEPS = {
     "8-bit AdamW": "AdamW, moments in 8 bits",
     "AdamW": "AdamW",
     "Muon": "`optax.contrib.muon`",
+    "GaLore": "GaLore",
     "GUM": "GUM",
     "GUM, projected": "GUM, compressed gradients",
-    "lean GUM, projected": "the same, momenta in 8 bits, `fallbacks.factored()`",
-    "lean low-rank Muon, projected": "the same without drawn layers",
+    "lean GUM, projected": "lean GUM, compressed gradients",
+    "lean GUM, refresh": "lean GUM, refresh",
+    "lean low-rank Muon, projected": "lean GUM, compressed gradients, no drawn layers",
 }
 
 
+def chips() -> str:
+    """Returns the memory of training steps on smaller TPUs, which not all steps fit."""
+    rows = [row for row in _read("tpu.json")["rows"] if row["kind"] in ("v6e", "v5e")]
+    # The order of models on the page, then AdamW before ours.
+    rows.sort(key=lambda row: (row["kind"], row["model"], list(_STEPS).index(row["step"])))
+    return reporting.markdown(
+        ("TPU", "model, tokens", "training step", "memory"),
+        (
+            (row["kind"], f"{row['model']}, {row['batch']}", _STEPS[row["step"]], _gibibytes(row))
+            for row in rows
+        ),
+    )
+
+
 def _gibibytes(row: dict[str, Any]) -> str:
-    """Formats the compiler's own total of a step."""
+    """Formats the compiler's own total of a step, or what a step that does not fit would need."""
+    if told := row.get("out_of_memory"):  # "used 59.63G of 31.25G"
+        _, needed, _, available = told.replace("G", "").split()
+        return f"does not fit: {float(needed):.1f} of {float(available):.1f} GiB"
     return f"{row['peak_bytes'] / 2**30:.1f} GiB"
 
 
@@ -462,7 +481,7 @@ FACTS: tuple[Callable[[], Iterator[tuple[str, str, str]]], ...] = (
 TABLES: dict[str, tuple[Callable[[], str], ...]] = {
     "README.md": (overview.table, headline),
     "docs/choosing.md": (overview.table,),
-    "docs/little_memory.md": (tpu,),
+    "docs/little_memory.md": (tpu, chips),
     "docs/finetuning.md": (finetuning, plans),
     "docs/results.md": (table, performance, pretraining, collectives),
 }
