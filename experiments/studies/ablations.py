@@ -76,12 +76,12 @@ def panels(config: Config, rates: dict[str, float]) -> Panels:
             "random": {"projector": "random_orthonormal"},
         },
         "sampling": {"fixed size": {}, "Bernoulli": {"sampler": "bernoulli"}},
-        "chance of a draw, early : late layers": {"1 : 1": {}} | {
-            f"{1 - s:g} : {1 + s:g}": {"draw_slope": s} for s in config.draw_slopes
+        "chance of a draw, early : late layers": {"1:1": {}} | {
+            f"{1 - s:g}:{1 + s:g}": {"draw_slope": s} for s in config.draw_slopes
         },
         # Each half draws half of the layers, so that all settings have equal bytes.
         "rank, early : late layers": {"one group": {}} | {
-            f"{ours.rank + s / 2:g} : {ours.rank - s / 2:g}": {
+            f"{ours.rank + s / 2:g}:{ours.rank - s / 2:g}": {
                 "bands": 2, "rank_slope": s, "full_rank_layers": ours.full_rank_layers // 2,
             }
             for s in config.rank_slopes

@@ -207,7 +207,7 @@ def test_ablations_by_depth_hold_equal_bytes():
     assert set(bases) == {8 * 128 * 32}
     assert {sum(s.shape[0] for s in state.slots.values()) for state in states} == {2}
     *_, steep = ranks
-    assert steep == "40 : 24"
+    assert steep == "40:24"
     assert [b.shape for b in state_of(ranks[steep]).basis.values()] == [(4, 128, 40), (4, 128, 24)]
 
 
