@@ -2,7 +2,8 @@
 
 marin-levanter requires optax below 0.2.7, and this library 0.2.8 or newer, so pip cannot resolve
 both; the package's docstring gives the commands. It needs Python 3.12. `train` takes some minutes,
-since each of four trainers compiles its initial state and its step.
+since each of four trainers compiles its initial state, its step, and a step that computes norms
+(levanter's `watch`, every tenth step).
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
@@ -21,7 +22,6 @@ import jax.numpy as jnp
 import jmp
 import numpy as np
 import optax
-from levanter.callbacks.watch import WatchConfig
 from levanter.checkpoint import CheckpointerConfig
 from levanter.data.dataset import ListAsyncDataset
 from levanter.models.llama import LlamaConfig
@@ -174,8 +174,6 @@ def trained(kind: Any, directory: str, start: int) -> tuple[Any, list[float]]:
     config = TrainerConfig(
         id="client",
         tracker=NoopConfig(),
-        # By default every tenth step computes norms and is compiled a second time.
-        watch=WatchConfig(watch_targets=[]),
         num_train_steps=steps,
         train_batch_size=BATCH,
         # Counts from zero: the step of index six is the seventh.
