@@ -17,5 +17,6 @@ older optax than this library; install this one last:
 runs in this project's environment.
 
 The programs run on CPUs, each in one or a few minutes, and print a line for each check. The first
-check that fails ends a program.
+check that fails ends a program. EasyDeL needs PyTorch only to be imported: a build for CPUs
+suffices, in place of the one that PyPI has for Linux.
 """
