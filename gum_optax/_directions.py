@@ -26,6 +26,7 @@ import numpy as np
 
 from gum_optax import _checks
 from gum_optax._paths import PyTree, leaves_with_names
+from gum_optax._scheduling import scheduled_after
 
 
 class Dense(NamedTuple):
@@ -200,7 +201,8 @@ def low_rank(rank: int = 2, period: int = 50) -> Directions:
     rank = _checks.positive_int("rank", rank)
     period = _checks.positive_int("period", period)
 
-    def direction(key: jax.Array, period_key: jax.Array, leaf: Any) -> Factors:
+    def direction(key: jax.Array, period_key: jax.Array, leaf: Any, after: Any) -> Factors:
+        del after
         *batch, rows, columns = leaf.shape
         long, short = max(rows, columns), min(rows, columns)
         now = _normal(key, (*batch, long, rank), leaf)  # U
@@ -249,12 +251,15 @@ def orthonormal(rank: int = 8, period: int = 1000, *, align_norms: bool = True) 
     rank = _checks.positive_int("rank", rank)
     period = _checks.positive_int("period", period)
 
-    def direction(key: jax.Array, period_key: jax.Array, leaf: Any) -> Factors:
+    def direction(key: jax.Array, period_key: jax.Array, leaf: Any, after: Any) -> Factors:
         *batch, m, n = leaf.shape
         r = min(rank, m, n)
         of_rows, of_columns = jax.random.split(period_key)
-        u = jnp.linalg.qr(_normal(of_rows, (*batch, m, r), leaf))[0]  # [*batch, m, r]
-        v = jnp.linalg.qr(_normal(of_columns, (*batch, n, r), leaf))[0]  # [*batch, n, r]
+        # One decomposition waits for the other, see `_scheduling`.
+        rows = scheduled_after(_normal(of_rows, (*batch, m, r), leaf), after)
+        u = jnp.linalg.qr(rows)[0]  # [*batch, m, r]
+        columns = scheduled_after(_normal(of_columns, (*batch, n, r), leaf), u)
+        v = jnp.linalg.qr(columns)[0]  # [*batch, n, r]
         z = _normal(key, (*batch, r, r), leaf)
         # |U Z V'|^2 is r^2 in expectation; mu makes it mn, as with Gaussian entries.
         mu = (m * n / r**2) ** 0.5 if align_norms else 1.0
@@ -376,11 +381,19 @@ def _normal_directions(occasion: Occasion, params: PyTree) -> PyTree:
 
 
 def _matrix_by_matrix(
-    direction: Callable[[jax.Array, jax.Array, Any], Factors], period: int, weight: float = 1.0
+    direction: Callable[[jax.Array, jax.Array, Any, Any], Factors],
+    period: int,
+    weight: float = 1.0,
 ) -> Callable[[Occasion, PyTree], PyTree]:
-    """Turns a function ``(key, key of the period, leaf) -> factors`` into a draw of whole trees.
+    """Turns a function of one leaf into a draw of whole trees.
 
     Vectors and scalars get Gaussian entries.
+
+    Args:
+      direction: ``(key, key of the period, leaf, after) -> factors``; ``after`` is an array that
+        decompositions wait for, or None.
+      period: steps for which the key of the period stays the same.
+      weight: of the factors, see `Factors`.
     """
 
     def draw(occasion: Occasion, params: PyTree) -> PyTree:
@@ -393,6 +406,7 @@ def _matrix_by_matrix(
         for position, (_, leaf) in enumerate(named):
             alike.setdefault((leaf.shape, leaf.dtype), []).append(position)
         drawn: dict[int, Direction] = {}
+        last = None
         for (shape, dtype), positions in alike.items():
             at, leaf = np.array(positions), jax.ShapeDtypeStruct(shape, dtype)
             # 2. Vectors and scalars: [positions, *shape].
@@ -402,8 +416,9 @@ def _matrix_by_matrix(
                 continue
             # 3. Matrices: [positions, *batch, rows, r] and [positions, *batch, columns, r].
             left, right, _ = jax.vmap(
-                lambda key, period_key, leaf=leaf: direction(key, period_key, leaf)
+                lambda key, period_key, leaf=leaf, last=last: direction(key, period_key, leaf, last)
             )(keys[at], period_keys[at])
+            last = right
             for i, position in enumerate(positions):
                 drawn[position] = Factors(left[i], right[i], weight)
         return jax.tree.unflatten(

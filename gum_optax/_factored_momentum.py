@@ -27,6 +27,7 @@ import optax
 from gum_optax import _checks, _mesh
 from gum_optax._numerics import matmul_highest as matmul
 from gum_optax._paths import PyTree, unzip
+from gum_optax._scheduling import scheduled_after
 
 # Singular values below this share of the largest are rounding: their directions are arbitrary.
 _NOISE = 1e-6
@@ -118,8 +119,10 @@ def scale_by_factored_momentum(
         return _mesh.in_auto_mode(run, updates, state, like=lambda: (updates, state))
 
     def run(updates: PyTree, state: FactoredMomentumState) -> tuple[PyTree, FactoredMomentumState]:
-        def one(gradient: jax.Array, old: Factored) -> tuple[jax.Array, Factored]:
-            wide = gradient.astype(old.left.dtype)
+        def one(
+            gradient: jax.Array, old: Factored, after: jax.Array | None
+        ) -> tuple[jax.Array, Factored]:
+            wide = scheduled_after(gradient.astype(old.left.dtype), after)
             # The state starts with zeros, which are no basis: the first gradient gives one.
             left, right = jax.lax.cond(
                 state.count == 0,
@@ -132,13 +135,12 @@ def scale_by_factored_momentum(
             direction = matmul(new.left * keep[..., None, :], new.right.mT)
             return direction.astype(gradient.dtype), new
 
-        pairs = [
-            one(gradient, old)
-            for gradient, old in zip(
-                jax.tree.leaves(updates), jax.tree.leaves(state.momentum, is_leaf=_is_factored),
-                strict=True,
-            )
-        ]  # fmt: skip
+        # One leaf after the other.
+        pairs, last = [], None
+        old_momentum = jax.tree.leaves(state.momentum, is_leaf=_is_factored)
+        for gradient, old in zip(jax.tree.leaves(updates), old_momentum, strict=True):
+            pairs.append(one(gradient, old, last))
+            last = pairs[-1][1].values
         directions, momentum = unzip(updates, pairs)
         count = jnp.asarray(optax.safe_increment(state.count))
         return directions, FactoredMomentumState(count, momentum)
@@ -157,7 +159,8 @@ def _step(old: Factored, gradient: jax.Array, beta: Any) -> Factored:
     k = matmul(u.mT, a)  # [r, r]
     # 2. Bases of both sides, [m, 2r] and [n, 2r] (square where a side is shorter than 2r).
     u_all, r_u = jnp.linalg.qr(jnp.concatenate([u, a], -1))
-    v_all, r_v = jnp.linalg.qr(jnp.concatenate([v, c], -1))
+    #    One decomposition waits for the other, see `_scheduling`.
+    v_all, r_v = jnp.linalg.qr(scheduled_after(jnp.concatenate([v, c], -1), u_all))
     # 3. The new momentum in these bases, and its best approximation of rank r.
     top = jnp.concatenate([beta * s[..., None] * eye - k, eye], -1)
     bottom = jnp.concatenate([eye, jnp.zeros_like(eye)], -1)

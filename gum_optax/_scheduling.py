@@ -8,6 +8,12 @@ Two functions, for two places in which XLA's own order costs memory:
 
 Neither changes the mathematics; a loop and a batch of products may round differently.
 
+On CPUs, decompositions of *batches* (QR, Cholesky, SVD) must wait for one another, too, by
+`scheduled_after`: otherwise a program can hang forever. Such a decomposition occupies a thread of
+XLA's pool until other threads of the same pool have worked through its batch. If as many run at a
+time as the pool has threads, all of them wait (seen in jaxlib 0.10.2, `ParallelBatchMap`). A single
+matrix is decomposed in its own thread and waits for nobody, so loops over matrices are safe.
+
 Tests: tests/library/test_scheduling.py.
 """
 

@@ -55,6 +55,7 @@ from gum_optax._directions import orthonormal as orthonormal
 from gum_optax._directions import sphere as sphere
 from gum_optax._inclusion import water_filling
 from gum_optax._paths import PyTree
+from gum_optax._scheduling import scheduled_after
 
 Estimator: TypeAlias = Callable[..., tuple[jax.Array, PyTree]]
 """``(params, *args, key, step=0, **kwargs) -> (value, gradient)``."""
@@ -237,6 +238,8 @@ def zeroth_order(
                     return direction._replace(left=factor * direction.left).dense()
                 return factor * direction.dense()
 
+            # Not before the losses are known: decompositions would run beside those of the losses.
+            occasion = occasion._replace(key=scheduled_after(occasion.key, slope))
             drawn = _leaves(directions.draw(occasion, params))
             leaves, treedef = jax.tree.flatten(params)
             return treedef.unflatten(map(one, leaves, drawn))

@@ -1,5 +1,8 @@
 """Loops and sequences change the order of work but no result."""
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import jax
@@ -142,3 +145,39 @@ def test_other_backends_and_meshes_do_not_wait():
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("a"))
     value = jax.device_put(jnp.arange(4.0), sharding)
     assert scheduled_after(value, jnp.ones(3)) is value
+
+
+STACKS = {
+    "estimates": """
+params = {f"w{i}": np.ones((16, 512, 512 + 16 * i), np.float32) for i in range(3)}
+loss = lambda params: sum((w**2).sum() for w in params.values())
+estimate = jax.jit(estimators.zeroth_order(loss, estimators.orthonormal(64, period=1)))
+for step in range(4):
+    jax.block_until_ready(estimate(params, key=0, step=step))
+""",
+    "factored momentum": """
+shapes = [(16, 256, 256 + 16 * i) for i in range(3)]
+params = [np.random.default_rng(0).standard_normal(s).astype(np.float32) for s in shapes]
+tx = gum_optax.scale_by_factored_momentum(32)
+state, update = jax.jit(tx.init)(params), jax.jit(tx.update)
+for _ in range(4):
+    _, state = jax.block_until_ready(update(params, state))
+""",
+}
+
+
+@pytest.mark.slow  # seconds if all is well, and a minute if not
+@pytest.mark.parametrize("program", STACKS.values(), ids=STACKS)
+def test_decompositions_of_stacks_wait_for_one_another(program):
+    """On two threads, two decompositions of stacks at a time would wait for each other forever."""
+    head = """
+import os
+if hasattr(os, "sched_setaffinity"):  # JAX makes a thread for each core that it may use
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
+import jax, numpy as np, gum_optax
+from gum_optax import estimators
+"""
+    # More threads of OpenBLAS within the pool's threads take ten times as long.
+    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", head + program]
+    subprocess.run(command, env=environment, check=True, timeout=100)
