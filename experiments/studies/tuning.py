@@ -32,7 +32,7 @@ class Config(tune.Grid):
     """Compare searches with grids of as many runs."""
 
     #: The optimizers to tune.
-    optimizers: tuple[tune.Name, ...] = ("gum", "adamw")
+    optimizers: tuple[tune.Name, ...] = ("gum",)
     #: The smallest and the largest learning rate.
     learning_rates: tuple[float, ...] = (1e-3, 1e-1)
     #: Sides of the square grids, the last of which is the reference.
