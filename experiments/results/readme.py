@@ -141,7 +141,11 @@ def tpu() -> str:
         found.setdefault(model, {})[row["step"]] = _gibibytes(row)
     return reporting.markdown(
         ("training step", *found),
-        ((name, *(of.get(step, "") for of in found.values())) for step, name in _STEPS.items()),
+        (
+            (name, *(of.get(step, "") for of in found.values()))
+            for step, name in _STEPS.items()
+            if any(step in of for of in found.values())
+        ),
     )
 
 
@@ -202,14 +206,14 @@ def _answers() -> Iterator[tuple[str, str, str]]:
     peaks = {
         row["step"]: _gibibytes(row)
         for row in _read("tpu.json")["rows"]
-        if row["model"] == "Llama-3-8B"
+        if (row["model"], row["kind"]) == ("Llama-3-8B", "v5p")
     }
     yield (
         "Memory of a training step of Llama-3-8B, bfloat16, 1 x 2,048 tokens, by the compiler of a "
         "TPU v5p (15.0 GiB are weights)",
         f"AdamW {peaks['AdamW']}, GUM {peaks['GUM']}, GUM with compressed gradients "
         f"{peaks['GUM, projected']}, with 8-bit momenta and no AdamW "
-        f"{peaks['lean GUM, projected']}",
+        f"{peaks['lean GUM, projected']}, whose refresh takes {peaks['lean GUM, refresh']}",
         "python -m experiments.benchmarks.tpu",
     )
     # 2. Memory of the state.

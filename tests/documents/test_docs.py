@@ -132,7 +132,8 @@ def test_a_data_mesh_sends_nothing():
 
 def test_the_memory_of_the_first_pages_is_that_of_the_result_file():
     rows = json.loads((ROOT / "experiments/results/tpu.json").read_text())["rows"]
-    of = {row["step"]: row for row in rows if row["model"] == "Llama-3-8B"}
+    place = ("Llama-3-8B", "v5p")
+    of = {row["step"]: row for row in rows if (row["model"], row["kind"]) == place}
     adamw, lean = (of[step]["peak_bytes"] / 2**30 for step in ("AdamW", "lean GUM, projected"))
     weights = of["AdamW"]["parameter_bytes"] / 2**30
     index = " ".join((DOCS / "index.md").read_text().split())
@@ -140,6 +141,21 @@ def test_the_memory_of_the_first_pages_is_that_of_the_result_file():
     assert f"of which {weights:.1f} GiB are the weights" in index
     memory = " ".join((DOCS / "little_memory.md").read_text().split())
     assert f"Of Llama-3-8B's {lean:.1f} GiB, {weights:.1f} are weights" in memory
+    refresh = of["lean GUM, refresh"]["peak_bytes"] / 2**30
+    assert f"a refresh of its bases takes {refresh:.1f} GiB" in index
+    assert f"more than its steps**: {refresh:.1f} GiB once in a period" in memory
+    parts = {
+        (row["step"], row["batch"]): row["peak_bytes"] / 2**30
+        for row in rows
+        if (row["model"], row["kind"]) == ("LLaMA-1B", "v5p")
+    }
+    more = [
+        parts[step, "4 parts of 4 x 1024"] - parts[step, "4 x 1024"]
+        for step in ("AdamW", "GUM, projected")
+    ]
+    assert (
+        f"takes {more[0]:.1f} GiB more and GUM's with compressed gradients {more[1]:.1f}" in memory
+    )
     names = ("8-bit AdamW, layer by layer", "8-bit AdamW", "AdamW")
     in_turn, stacked, plain = (of[name]["peak_bytes"] / 2**30 for name in names)
     quantized = " ".join((DOCS / "quantized.md").read_text().split())
