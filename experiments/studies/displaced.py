@@ -51,9 +51,9 @@ class Config(Checked):
     """Train with gradients at displaced weights."""
 
     #: Sizes of displacements: the norm of SAM's, and the rate of those along a gradient.
-    sizes: tuple[float, ...] = option((0.05, 0.5), positive)
+    sizes: tuple[float, ...] = option((0.005, 0.05, 0.5), positive)
     #: Seeds of weights and data.
-    seeds: tuple[int, ...] = (0, 1)
+    seeds: tuple[int, ...] = (0,)
     #: Result file.
     out: Path = Path("experiments/results/studies/displaced.json")
     #: The run, as in experiments.pretrain.

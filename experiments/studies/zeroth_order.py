@@ -60,11 +60,11 @@ class Config(Checked):
     #: Seeds of batches and of random directions.
     seeds: tuple[int, ...] = (0,)
     #: Learning rates of MeZO.
-    mezo: tuple[float, ...] = option((1e-6,), positive)
+    mezo: tuple[float, ...] = option((1e-6, 1e-5), positive)
     #: Learning rates of SubZero.
-    subzero: tuple[float, ...] = option((1e-6,), positive)
+    subzero: tuple[float, ...] = option((1e-6, 1e-5), positive)
     #: Learning rates of LOZO.
-    lozo: tuple[float, ...] = option((1e-6, 1e-5), positive)
+    lozo: tuple[float, ...] = option((1e-6, 1e-5, 1e-4), positive)
     #: Learning rates of AdamW, on all weights and on the last blocks.
     adamw: tuple[float, ...] = option((1e-4,), positive)
     #: Number of blocks that the second AdamW trains.
