@@ -78,7 +78,7 @@ def summary(found: Sequence[Sequence[sweeps.Entry]]) -> tuple[int, float, float,
     """Returns the runs of one attempt, and mean, least and largest of the attempts' best losses."""
     losses = [[entry["validation_loss"] for entry in entries] for entries in found]
     # NaN compares false: a run that diverged must not hide the others.
-    best = [min(filter(math.isfinite, each)) for each in losses]
+    best = [min(filter(math.isfinite, each), default=math.nan) for each in losses]
     return len(found[0]), statistics.mean(best), min(best), max(best)
 
 

@@ -94,10 +94,7 @@ def test_a_symmetrized_kernel_by_hand():
 
 
 def test_what_can_be_exchanged_is_found_sooner():
-    """Three coordinates in any order, with as many trials.
-
-    docs/methods.md has the means over twelve seeds.
-    """
+    """Three coordinates in any order, with as many trials."""
     ranges = dict.fromkeys("abc", (0.01, 10.0))
 
     def loss(point):
