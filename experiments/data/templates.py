@@ -19,6 +19,8 @@ _DATE = "26 Jul 2024"
 # Processor time: 5 seconds, and one more for each 1000 conversations; ten thousand short ones take
 # a second.
 _SECONDS, _EACH = 5, 1000
+# Seconds on the clock for each second of processor time, on a machine that does other work too.
+_PATIENCE = 10.0
 _MEMORY = 2**29
 # Characters that a template may add to a conversation: a system prompt, and the marks of turns.
 _MOST_ADDED = 100_000
@@ -66,13 +68,13 @@ def _render(request: str) -> tuple[str, ...]:
     # 1. `-I`: neither the directory nor the environment adds to what Python imports.
     command = [sys.executable, "-I", rendering.__file__]
     # 2. The process limits its own processor time; this timeout ends one that waits or is starved.
-    patience = 10 * json.loads(request)["seconds"]
+    patience = _PATIENCE * json.loads(request)["seconds"]
     try:
         done = subprocess.run(
             command, input=request.encode(), capture_output=True, env={}, timeout=patience
         )
     except subprocess.TimeoutExpired as error:
-        raise _refusal(f"it did not end within {patience} s") from error
+        raise _refusal(f"it did not end within {patience:g} s") from error
     # 3. A process that was ended by a limit writes no answer.
     if done.returncode < 0:
         raise _refusal("it does not end, or takes too much memory, and was stopped")
