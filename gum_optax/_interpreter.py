@@ -42,12 +42,12 @@ class Met(NamedTuple):
 
     Attributes:
       leaf: the position of the weight among the leaves of the parameters.
-      place: the identity of the operation in the program.
+      place: the identities of the operation and of all calls and loops around it.
       why: the operation that needs the weight's value; empty for a dense product.
     """
 
     leaf: int
-    place: int
+    place: tuple[int, ...]
     why: str
 
 
@@ -62,7 +62,7 @@ class Interpreter:
       projector: maps the key of a group to `Site`.projector.
       residual: passed on to every `Site`.
       met: the uses of weights so far.
-      place: the operation at which the program is.
+      place: the operation at which the program is, as in `Met`.
     """
 
     rules: "Mapping[str, Rule]"
@@ -71,7 +71,7 @@ class Interpreter:
     projector: Callable[[Any], Projector | None] = lambda group: None
     residual: bool = False
     met: set[Met] = dataclasses.field(default_factory=set)
-    place: int = 0
+    place: tuple[int, ...] = ()
 
     def inside(self, slots: dict[Any, jax.Array]) -> "Interpreter":
         """Returns an interpreter for a program within this one, which carries slots of its own."""
@@ -114,8 +114,10 @@ class Interpreter:
         def read(variable: Any) -> Any:
             return variable.val if isinstance(variable, core.Literal) else known[variable]
 
+        # A function that is called twice has the same equations in both calls.
+        around = self.place
         for equation in jaxpr.eqns:
-            self.place = id(equation)
+            self.place = (*around, id(equation))
             values = [read(variable) for variable in equation.invars]
             if any(isinstance(value, View) for value in values):
                 rule = self.rules.get(equation.primitive.name)
@@ -126,6 +128,7 @@ class Interpreter:
             else:
                 results = bind(equation, values)
             known.update(zip(equation.outvars, results, strict=True))
+        self.place = around
         return [read(variable) for variable in jaxpr.outvars]
 
 

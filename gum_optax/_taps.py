@@ -108,9 +108,11 @@ def weight(
 
 
 def _weight_forward(site: Site, value: Any, tap: Tap, slots: Any) -> Any:
-    # A loop over layers stacks a copy of everything kept here for each layer. So neither the weight
-    # nor the zeros are kept.
-    return weight(site, value, tap, slots), tap._replace(low=None)
+    # A loop over layers stacks a copy of everything that its backward pass needs and that is not a
+    # layer of a stack already. So neither the weight nor the zeros are kept, and what is returned
+    # is the weight itself, not the result of an operation: layers that use it read it from their
+    # stack, and no copy of the whole model is made.
+    return (value, slots), tap._replace(low=None)
 
 
 def _weight_backward(site: Site, tap: Tap, cotangents: Any) -> Any:

@@ -343,6 +343,65 @@ def test_a_refresh_is_made_once_and_only_when_due():
     )
 
 
+def _layer(x, layer):
+    return x + jnp.tanh(x @ layer["up"]) @ layer["down"], None
+
+
+def _called_twice(params, x):
+    encode = jax.jit(lambda x: jax.lax.scan(_layer, x, params)[0])
+    return jnp.sum(encode(x) * encode(x + 1))
+
+
+BODIES = {
+    "recomputed": jax.checkpoint(_layer),
+    "a recomputed block in a function": jax.jit(jax.checkpoint(_layer)),
+    "a block in a block": jax.checkpoint(jax.checkpoint(_layer)),
+    "not recomputed": _layer,
+    "cast in front of the block": lambda x, layer: jax.checkpoint(_layer)(
+        x, jax.tree.map(jnp.sin, layer)
+    ),
+    "used beside the block": lambda x, layer: jax.checkpoint(_layer)(x + layer["down"][0], layer),
+}
+SCANS = {
+    name: lambda params, x, body=body: jnp.sum(jax.lax.scan(body, x, params)[0] ** 2)
+    for name, body in BODIES.items()
+} | {"one function, called twice": _called_twice}
+
+
+@pytest.mark.parametrize("name", SCANS)
+@jax.enable_x64(True)
+def test_the_bases_of_scanned_layers_are_those_of_full_gradients(name):
+    loss, params = SCANS[name], _stacked(_model())
+    x = np.random.default_rng(1).normal(size=(5, WIDTH))
+    tx = gum_optax.gum(
+        0.05,
+        _compression(residual=residuals.drop(), projector=all_arguments),
+        weight_dimension_numbers=gum_optax.dimension_numbers.scanned_layers,
+    )
+    program = jax.jit(backward.refresh(loss, tx), compiler_options=QUICK).trace(
+        params, tx.init(params), x
+    )
+    _, expected = jax.jit(tx.update)(jax.grad(loss)(params, x), tx.init(params), params)
+    found = program.lower().compile()(params, tx.init(params), x)
+    _assert_close(low_rank_state(found).basis, low_rank_state(expected).basis, 1e-13)
+    # The backward pass reads the layers from their stack, and needs no copy of it.
+    kept = {
+        result.aval.shape
+        for equation, _ in equations(program.jaxpr)
+        if equation.primitive.name == "scan"
+        for result in equation.outvars
+    }
+    # A cast is a copy, and the sum of the gradients of two calls is a stack.
+    if name not in ("cast in front of the block", "one function, called twice"):
+        assert (LAYERS, WIDTH, HIDDEN) not in kept and (LAYERS, HIDDEN, WIDTH) not in kept
+
+
+def _stacked(params: Any) -> Any:
+    """The matrices of all layers of a model, one stack for each role."""
+    layers = params["layers"]
+    return {role: np.stack([layer[role] for layer in layers]) for role in ("up", "down")}
+
+
 def test_a_forgotten_refresh_shows():
     params, tx = _model(np.float32), OPTIMIZERS["gum"]()
     function = jax.jit(backward.value_and_grad(_loss, tx), compiler_options=QUICK)
