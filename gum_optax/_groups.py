@@ -155,13 +155,21 @@ class Group:
 
     @property
     def low_sharding(self) -> NamedSharding | None:
-        """Sharding of projected values ``[*lead, r, n]``: lead and n as in the leaves."""
-        return self._inherit("lead", None, "n")
+        """Sharding of projected values ``[*lead, r, n]``: lead and n as in the leaves.
+
+        The mesh axes of m cut n as well: the sum over m then ends in a part on each device, in the
+        place of all values on every device.
+        """
+        return self._longer(self._inherit("lead", None, "n"), by="m")
 
     @property
     def slots_sharding(self) -> NamedSharding | None:
-        """Sharding of slots ``[slots, m, n]``: both sides as in the leaves."""
-        return self._inherit(None, "m", "n")
+        """Sharding of slots ``[slots, m, n]``: both sides as in the leaves.
+
+        A slot serves any layer, so it has no leading axes. Their mesh axes cut n as well: otherwise
+        every device would hold all slots and orthogonalize them.
+        """
+        return self._longer(self._inherit(None, "m", "n"), by="lead")
 
     @property
     def wide_sharding(self) -> NamedSharding | None:
@@ -180,6 +188,18 @@ class Group:
         lead = [None] * (len(self.lead) - len(batch)) + batch
         entries = {"lead": lead, "batch": batch, "m": [m], "n": [n], None: [None]}
         return _mesh.sharding_like(self.sharding, [e for side in sides for e in entries[side]])
+
+    def _longer(self, sharding: NamedSharding | None, by: str) -> NamedSharding | None:
+        """Returns a sharding of ``[..., n]`` whose n is also cut along a side, if that divides n."""
+        side = self._inherit(by)
+        if sharding is None or side is None:
+            return None
+        *others, n = sharding.spec
+        more = [axis for axis in _mesh.axes_in(side.spec) if sharding.mesh.shape[axis] > 1]
+        axes = (*_mesh.axes_in([n]), *more)
+        if more and self.n % _mesh.parts(sharding, axes) == 0:
+            n = axes if len(axes) > 1 else axes[0]
+        return _mesh.sharding_like(sharding, [*others, n])
 
 
 def find_groups(tree: PyTree, group_by: GroupBy) -> list[Group]:

@@ -62,12 +62,17 @@ def sharding_like(like: NamedSharding | None, entries: Entries) -> NamedSharding
     return None if like is None else NamedSharding(like.mesh, PartitionSpec(*entries))
 
 
+def axes_in(entries: Entries) -> tuple[Any, ...]:
+    """Returns the mesh axes of entries, in their order."""
+    each = (entry if isinstance(entry, tuple) else (entry,) for entry in entries if entry)
+    return tuple(axis for entry in each for axis in entry)
+
+
 def parts(sharding: NamedSharding | None, entry: Any) -> int:
     """Returns the number of parts into which an entry of a sharding cuts an axis."""
-    if sharding is None or entry is None:
+    if sharding is None:
         return 1
-    axes = entry if isinstance(entry, tuple) else (entry,)
-    return math.prod(sharding.mesh.shape[axis] for axis in axes)
+    return math.prod(sharding.mesh.shape[axis] for axis in axes_in([entry]))
 
 
 def merged_entry(entries: Entries, sizes: Sequence[int]) -> Any:

@@ -63,8 +63,9 @@ def _specs_of_state(tx: Any, params: PyTree) -> list[PartitionSpec]:
     """Returns one spec for each array of the state, with entries of the parameters' metadata.
 
     `state_shardings` needs axes of a mesh, but metadata may name logical axes, which rules map to
-    mesh axes later. So each entry becomes an axis of length one of a mesh made for this purpose. A
-    further axis has the devices of the mesh that is set, since their number must not change.
+    mesh axes later. So each entry becomes an axis of length one of a mesh made for this purpose: an
+    axis that cuts nothing, since the number of its parts is unknown. A further axis has the devices
+    of the mesh that is set, since their number must not change.
     """
     # 1. A mesh with one axis for each distinct entry.
     entries = [_entries(box) for box in _boxes(params)]

@@ -162,7 +162,8 @@ def test_basis_has_the_m_axis_low_rank_state_the_n_axis_slots_both():
     assert found == {
         # Of `down` [24, 16] the short side m is the columns, which are not sharded.
         "basis": {"up": P(None, "fsdp"), "down": P()},
-        "low": {"up": P(None, None, "tensor"), "down": P(None, None, "tensor")},
+        # The mesh axes of m cut n as well: projected values are nowhere whole.
+        "low": {"up": P(None, None, ("tensor", "fsdp")), "down": P(None, None, "tensor")},
         "slots": {"up": P(None, "fsdp", "tensor"), "down": P(None, None, "tensor")},
     }
     others = [state.count, state.key, *state.slots.values()]
@@ -212,13 +213,33 @@ def test_batch_axes_stay_sharded(shape, spec, lead):
     assert basis[: len(lead)] == lead
 
 
+@pytest.mark.parametrize(
+    ("shape", "spec", "low", "slots"),
+    [
+        # Slots have no axis of layers, so the axis of layers cuts their columns.
+        ((8, 16, 24), P("fsdp"), P("fsdp"), P(None, None, "fsdp")),
+        ((8, 16, 24), P("fsdp", None, "tensor"), P("fsdp", None, "tensor"),
+         P(None, None, ("tensor", "fsdp"))),
+        ((8, 16, 24), P("fsdp", "tensor"), P("fsdp", None, "tensor"), P(None, "tensor", "fsdp")),
+        # Columns that the parts do not divide stay as they are in the leaf.
+        ((8, 16, 18), P("fsdp", None, "tensor"), P("fsdp", None, "tensor"), P(None, None, "tensor")),
+        ((8, 16, 18), P(None, "fsdp"), P(), P(None, "fsdp")),
+    ],
+)  # fmt: skip
+def test_state_is_cut_along_all_mesh_axes_of_its_leaf(shape, spec, low, slots):
+    tx = gum_optax.scale_by_gum(SAMPLED)
+    state = state_shardings(tx, {"w": jnp.zeros(shape)}, {"w": spec}, mesh_of())
+    assert state.inner[0].trace["w"].low.spec == low
+    assert state.inner[0].trace["w"].residual.spec == slots
+
+
 def test_leaves_of_one_group_that_are_sharded_differently_share_what_they_agree_on():
     tx = gum_optax.scale_by_gum(SAMPLED)
     params = [jnp.zeros((16, 24)) for _ in range(LAYERS)]
     spec = [P("fsdp", "tensor"), P("fsdp")]
     state = state_shardings(tx, params, spec, mesh_of())
     assert state.basis["*"].spec == P(None, "fsdp")
-    assert state.inner[0].trace["*"].low.spec == P()
+    assert state.inner[0].trace["*"].low.spec == P(None, None, "fsdp")
     # Where neither is the other's, no axis is left.
     state = state_shardings(tx, params, [P("fsdp"), P(None, "tensor")], mesh_of())
     assert state.basis["*"].spec == state.inner[0].trace["*"].low.spec == P()
@@ -231,8 +252,8 @@ def test_merged_axes_are_sharded_if_their_outermost_is():
     tx = gum(weight_dimension_numbers=numbers)
     state = helpers.low_rank_state(state_shardings(tx, params, spec, mesh_of()))
     trace = state.inner[0].trace
-    assert trace["layers.*.q"].low.spec == P(None, None, "tensor")
-    assert trace["layers.*.k"].low.spec == P()
+    assert trace["layers.*.q"].low.spec == P(None, None, ("tensor", "fsdp"))
+    assert trace["layers.*.k"].low.spec == P(None, None, "fsdp")
 
 
 WRAPPERS = {
