@@ -28,6 +28,7 @@ from gum_optax._granularity import regrained as regrained
 from gum_optax._groups import Group as Group
 from gum_optax._groups import by_role as by_role
 from gum_optax._groups import by_shape as by_shape
+from gum_optax._layers import InParts as InParts
 from gum_optax._layers import LayersState as LayersState
 from gum_optax._layers import layer_by_layer as layer_by_layer
 from gum_optax._ledger import PlanRow as PlanRow

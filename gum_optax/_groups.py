@@ -190,7 +190,7 @@ class Group:
         return _mesh.sharding_like(self.sharding, [e for side in sides for e in entries[side]])
 
     def _longer(self, sharding: NamedSharding | None, by: str) -> NamedSharding | None:
-        """Returns a sharding of ``[..., n]`` whose n is also cut along a side, if that divides n."""
+        """Returns a sharding of ``[..., n]`` with n cut along a side as well, if possible."""
         side = self._inherit(by)
         if sharding is None or side is None:
             return None

@@ -206,11 +206,12 @@ def _in_8_bits(width: int) -> optax.GradientTransformation:
 def _in_turn(
     optimizer: Callable[[int], optax.GradientTransformation],
 ) -> Callable[[int], optax.GradientTransformation]:
-    """Applies an optimizer to one scanned layer after the other."""
+    """Applies an optimizer to one scanned layer after the other, and to a part of each table."""
 
     def axes(params: Any) -> Any:
-        # Stacks have their layers along axis 0; embedding, head and norm are not stacked.
-        return {name: 0 if name == "layers" else None for name in params}
+        # Stacks have their layers along axis 0. Embedding and head have as many parts.
+        parts = gum_optax.InParts(len(jax.tree.leaves(params["layers"])[0]))
+        return {"embed": parts, "lm_head": parts, "layers": 0, "norm": None}
 
     return lambda width: gum_optax.layer_by_layer(optimizer(width), axes)
 

@@ -12,7 +12,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import gum_optax
-from gum_optax import layer_by_layer, quantized, scale_by_polar
+from gum_optax import InParts, layer_by_layer, quantized, scale_by_polar
 from tests import tables
 
 # Four layers on the first axis, three experts on the second, and two leaves that have no layers.
@@ -78,10 +78,17 @@ def test_equals_separate_layers(name):
     assert update._cache_size() == 1
 
 
-@pytest.mark.slow
-def test_adamw_is_that_of_stacked_leaves():
+@pytest.mark.parametrize(
+    "axes",
+    [
+        pytest.param(AXES, marks=pytest.mark.slow),
+        AXES | {"embed": InParts(2, -1), "norm": InParts(LAYERS)},
+    ],
+    ids=["layers", "parts"],
+)
+def test_adamw_is_that_of_stacked_leaves(axes):
     params = tree(0)
-    plain, own = optax.adamw(0.1), layer_by_layer(optax.adamw(0.1), AXES)
+    plain, own = optax.adamw(0.1), layer_by_layer(optax.adamw(0.1), axes)
     one, other = plain.init(params), own.init(params)
     for step in range(STEPS):
         updates, one = plain.update(tree(step + 1), one, params)
@@ -91,10 +98,10 @@ def test_adamw_is_that_of_stacked_leaves():
 
 def test_takes_the_memory_of_one_layer():
     """Of 8-bit AdamW on 16 layers, no array in float32 is larger than a layer; all is in place."""
-    params = {"up": jax.ShapeDtypeStruct((16, 256, 512), jnp.float32)}
     inner = quantized(optax.adamw(1e-3))
 
-    def temporaries(tx):
+    def temporaries(tx, *shape):
+        params = {"up": jax.ShapeDtypeStruct(shape, jnp.float32)}
         state = jax.eval_shape(tx.init, params)
         step = jax.jit(tx.update, donate_argnums=(0, 1))
         memory: Any = step.lower(params, state, params).compile().memory_analysis()
@@ -103,24 +110,28 @@ def test_takes_the_memory_of_one_layer():
 
     layer = 256 * 512 * 4
     # Measured: 5 layers, of two moments and what they are made from, and 40.
-    assert temporaries(layer_by_layer(inner, 0)) < 6 * layer < 16 * layer < temporaries(inner)
+    stack, table = (16, 256, 512), (16 * 256, 512)
+    assert temporaries(layer_by_layer(inner, 0), *stack) < 6 * layer
+    assert temporaries(layer_by_layer(inner, InParts(16)), *table) < 6 * layer
+    assert temporaries(inner, *stack) > 16 * layer
 
 
 @pytest.mark.parametrize("mode", [AxisType.Auto, AxisType.Explicit], ids=["Auto", "Explicit"])
 def test_on_a_mesh(mode):
     """Sharded on other axes than that of the layers, state and updates lie as weights do."""
     mesh = jax.make_mesh((2,), ("fsdp",), axis_types=(mode,))
-    params = {"up": tree(0)["layers"]["up"]}
-    tx = layer_by_layer(optax.adamw(0.1), 0)
+    params = {"up": tree(0)["layers"]["up"], "embed": tree(0)["embed"][:6]}
+    tx = layer_by_layer(optax.adamw(0.1), {"up": 0, "embed": InParts(3)})
     expected: Any = tx.update(params, tx.init(params), params)[0]
-    place = {"up": jax.NamedSharding(mesh, P(None, "fsdp"))}
+    place = jax.tree.map(lambda _: jax.NamedSharding(mesh, P(None, "fsdp")), params)
     where = gum_optax.state_shardings(tx, params, place)
     assert where.layers["4"][0].mu["up"].spec == P(None, "fsdp")
+    assert where.layers["3"][0].mu["embed"].spec == P(None, None, "fsdp")
     with jax.set_mesh(mesh):
         placed = jax.device_put(params, place)
         state = jax.jit(tx.init, out_shardings=where)(placed)
         updates, after = jax.jit(tx.update, out_shardings=(place, where))(placed, state, placed)
-    np.testing.assert_allclose(updates["up"], expected["up"], atol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), updates, expected)
     assert after.layers["4"][0].nu["up"].sharding.is_equivalent_to(place["up"], 3)
 
 
@@ -172,9 +183,12 @@ def test_axes_by_a_function_and_wrappers():
     [
         ({"up": 3}, ValueError, r"`axes` is 3 for `up`, which has 3 axes: \(4, 8, 12\)"),
         ({"up": -4}, ValueError, "`axes` is -4 for `up`"),
-        ({"up": True}, TypeError, "`axes` must hold ints and None, got True for `up`"),
+        ({"up": True}, TypeError, "`axes` must hold ints, `InParts` and None, got True for `up`"),
         ({"up": "layers"}, TypeError, "got 'layers' for `up`"),
-        ({"down": 0}, ValueError, "`axes` must be a tree of ints and None like the parameters"),
+        ({"down": 0}, ValueError, "`axes` must be a tree of ints, `InParts` and None like the"),
+        ({"up": InParts(3)}, ValueError, "cuts `up` into 3 parts, which must divide axis 0 of"),
+        ({"up": InParts(0)}, ValueError, "`axes` of `up` must be at least 1, got 0"),
+        ({"up": InParts(2, 3)}, ValueError, "`axes` is 3 for `up`, which has 3 axes"),
     ],
 )
 def test_axes_that_do_not_fit(axes, error, message):

@@ -222,7 +222,8 @@ def test_batch_axes_stay_sharded(shape, spec, lead):
          P(None, None, ("tensor", "fsdp"))),
         ((8, 16, 24), P("fsdp", "tensor"), P("fsdp", None, "tensor"), P(None, "tensor", "fsdp")),
         # Columns that the parts do not divide stay as they are in the leaf.
-        ((8, 16, 18), P("fsdp", None, "tensor"), P("fsdp", None, "tensor"), P(None, None, "tensor")),
+        ((8, 16, 18), P("fsdp", None, "tensor"), P("fsdp", None, "tensor"),
+         P(None, None, "tensor")),
         ((8, 16, 18), P(None, "fsdp"), P(), P(None, "fsdp")),
     ],
 )  # fmt: skip
