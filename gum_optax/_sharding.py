@@ -20,8 +20,10 @@ def state_shardings(
     The result is made for ``jit(tx.init, out_shardings=...)`` and for checkpoints. State with a
     parameter's shape is sharded as the parameter. In the low-rank state of a matrix m x n, bases
     ``[m, r]`` inherit the sharding of the m axis, low-rank values ``[r, n]`` the sharding of the n
-    axis, and slots ``[m, n]`` both. All of them inherit the sharding of batch axes (stacked layers,
-    experts), as far as it is equal for all leaves of a group. Everything else is replicated.
+    axis, and slots ``[m, n]`` both. All but the slots inherit the sharding of batch axes (stacked
+    layers, experts), as far as it is equal for all leaves of a group. Mesh axes that are left over,
+    those of m for low-rank values and those of batch axes for slots, cut the n axis as well, if its
+    length allows. Everything else is replicated.
 
     ``tx.init`` is traced with the shardings as part of the arrays' types, so this works for any
     optax transformation with any wrappers. Nothing is computed or allocated.

@@ -204,7 +204,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     def mib(size: int | None) -> str:
         return "" if not size else f"{size / MIB:,.0f}"
 
-    # A column for each kind of collective that any row has.
+    # In the order of programs. A column for each kind of collective that any row has.
+    rows = sorted(rows, key=lambda row: list(PROGRAMS).index(row["program"]))
     sent = [k for k in _SENT if any(row.get("collective_bytes", {}).get(k) for row in rows)]
     return reporting.markdown(
         ("slice", "sharded", "program", "state", "temporaries", "peak", *sent),

@@ -19,6 +19,7 @@ attention and loss work on chunks of tokens (`experiments.models.scanned`).
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import re
 import sys
@@ -39,6 +40,7 @@ import gum_optax
 from experiments import reporting
 from experiments.benchmarks import parameters
 from experiments.benchmarks.collectives import collectives, total_bytes
+from experiments.benchmarks.communication import at_step
 from experiments.models import scanned
 from experiments.models.presets import Architecture
 from experiments.trainer import cli
@@ -102,7 +104,8 @@ class Step(NamedTuple):
 
     Attributes:
       optimizer: a function from the width of the model to the optimizer.
-      make: `full`, `projected`, `refresh` or `both`: (loss, optimizer, parts) -> step.
+      make: `full`, `between_refreshes`, `projected`, `refresh` or `both`: (loss, optimizer, parts)
+        -> step.
     """
 
     optimizer: Callable[[int], optax.GradientTransformation]
@@ -122,6 +125,17 @@ def full(loss: Any, tx: optax.GradientTransformation, parts: int) -> Callable[..
         return optax.apply_updates(params, updates), state, value
 
     return step
+
+
+def between_refreshes(
+    loss: Any, tx: optax.GradientTransformation, parts: int
+) -> Callable[..., Any]:
+    """Makes the usual step without its refresh, for a projector that takes hours to compile.
+
+    An SVD of a matrix of 4096 rows is such a projector. Its step needs no less than this one.
+    """
+    step = full(loss, tx, parts)
+    return lambda params, state, windows: step(params, at_step(state, 1), windows)
 
 
 def projected(loss: Any, tx: optax.GradientTransformation, parts: int) -> Callable[..., Any]:
@@ -209,9 +223,15 @@ def _in_turn(
     """Applies an optimizer to one scanned layer after the other, and to a part of each table."""
 
     def axes(params: Any) -> Any:
-        # Stacks have their layers along axis 0. Embedding and head have as many parts.
-        parts = gum_optax.InParts(len(jax.tree.leaves(params["layers"])[0]))
-        return {"embed": parts, "lm_head": parts, "layers": 0, "norm": None}
+        # Stacks have their layers along axis 0. Embedding and head are cut along axis 0, too, into
+        # as many parts if that many divide their rows.
+        layers = len(jax.tree.leaves(params["layers"])[0])
+
+        def parts(table: jax.Array) -> gum_optax.InParts:
+            return gum_optax.InParts(math.gcd(layers, len(table)))
+
+        tables = {name: jax.tree.map(parts, params[name]) for name in ("embed", "lm_head")}
+        return {**tables, "layers": 0, "norm": None}
 
     return lambda width: gum_optax.layer_by_layer(optimizer(width), axes)
 
@@ -233,7 +253,7 @@ _MUON, _LEAN_MUON = _gum(residuals.drop()), _gum(residuals.drop(), **_LEAN)
 STEPS = {
     "AdamW": Step(_adamw, full),
     "Muon": Step(_muon, full),
-    "GaLore": Step(_galore, full),
+    "GaLore": Step(_galore, between_refreshes),
     "8-bit AdamW": Step(_in_8_bits, full),
     "8-bit AdamW, layer by layer": Step(_in_turn(_in_8_bits), full),
     "GUM": Step(_GUM, full),

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import reporting
-from experiments.benchmarks import communication, step
+from experiments.benchmarks import communication, pods, step
 from experiments.benchmarks import training as whole_steps
 from experiments.results import overview
 from experiments.studies import finetuning as answers
@@ -152,13 +152,16 @@ def tpu() -> str:
 # Steps of `experiments.benchmarks.tpu` in the order of rows -> their names in the documentation.
 _STEPS = {
     "8-bit AdamW": "AdamW, moments in 8 bits",
+    "8-bit AdamW, layer by layer": "AdamW, moments in 8 bits, layer by layer",
     "AdamW": "AdamW",
     "Muon": "`optax.contrib.muon`",
     "GaLore": "GaLore",
     "GUM": "GUM",
     "GUM, projected": "GUM, compressed gradients",
+    "GUM, refresh": "GUM, refresh",
     "lean GUM, projected": "lean GUM, compressed gradients",
     "lean GUM, refresh": "lean GUM, refresh",
+    "lean GUM, both": "lean GUM, refresh and step in one program",
     "lean low-rank Muon, projected": "lean GUM, compressed gradients, no drawn layers",
 }
 
@@ -192,6 +195,11 @@ def collectives() -> str:
     return communication.table([row for row in rows if row["mesh"] != "data=8"])
 
 
+def slices() -> str:
+    """Returns the memory and collectives of updates and steps on slices of TPUs."""
+    return pods.table(_read("pods.json")["rows"])
+
+
 def headline() -> str:
     """Returns the README's table of findings, a line for each question."""
     return reporting.markdown(
@@ -213,7 +221,7 @@ def _answers() -> Iterator[tuple[str, str, str]]:
         "TPU v5p (15.0 GiB are weights)",
         f"AdamW {peaks['AdamW']}, GUM {peaks['GUM']}, GUM with compressed gradients "
         f"{peaks['GUM, projected']}, with 8-bit momenta and no AdamW "
-        f"{peaks['lean GUM, projected']}, whose refresh takes {peaks['lean GUM, refresh']}",
+        f"{peaks['lean GUM, projected']}, whose refresh takes less, {peaks['lean GUM, refresh']}",
         "python -m experiments.benchmarks.tpu",
     )
     # 2. Memory of the state.
@@ -487,6 +495,7 @@ TABLES: dict[str, tuple[Callable[[], str], ...]] = {
     "docs/choosing.md": (overview.table,),
     "docs/little_memory.md": (tpu, chips),
     "docs/finetuning.md": (finetuning, plans),
+    "docs/pods.md": (collectives, slices),
     "docs/results.md": (table, performance, pretraining, collectives),
 }
 

@@ -139,6 +139,7 @@ CONTENDERS = {
     # Question 4: which fallback with less state than AdamW keeps the loss?
     f"fallback_{fallback}": _with_fallback(name, fallback, rate)
     for fallback, name, rate in (
+        ("adamw", "AdamW for the rest", 1e-2),
         ("adamw8", "8-bit AdamW for the rest", 1e-2),
         ("factored", "factored second moment for the rest", 5e-3),
         ("factored_momentum", "the same, and 8-bit momentum", 1e-2),
