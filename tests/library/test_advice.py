@@ -125,6 +125,18 @@ def test_stacks_without_names_to_go_by_are_told_of_scanned_layers():
     assert "scanned_layers" not in message
 
 
+def test_layers_on_the_second_axis_are_not_mixed_by_what_it_says_to_write():
+    """Kernels ``[embed, layers, mlp]`` that all begin with the width: it is no number of layers."""
+    kernels = {"wi_0": _ones(64, 4, 256), "wi_1": _ones(64, 4, 256)}
+    # Norms [embed, layers] show the axis over layers. `scanned_layers` would know as many leaves.
+    [message] = _messages({"layers": {**kernels, "norm": {"scale": _ones(64, 4)}}})
+    assert "dimension_numbers.flax`, which knows all of them" in message
+    # Nothing shows it here, and only the use of the kernels can.
+    [message] = _messages({"layers": kernels})
+    assert "scanned_layers" not in message
+    assert "Write `weight_dimension_numbers=gum_optax.dimension_numbers.infer(" in message
+
+
 def test_the_rule_that_knows_most_is_recommended():
     [message] = _messages({"q_einsum": {"w": _ones(4, 64, 16)}, "query": _ones(64, 4, 16)})
     assert (
