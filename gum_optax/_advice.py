@@ -93,8 +93,13 @@ def _known(params: PyTree, name: str, open_leaves: Sequence[str]) -> int:
     named = leaves_with_names(params)
     shapes = {path: leaf.shape for path, leaf in named}
     # 1. Rules that take any leaf of three axes have to fit the model in another respect, too.
-    if name == "scanned_layers" and len({shapes[path][0] for path in open_leaves}) > 1:
-        return 0  # Stacks of layers have one number of layers.
+    if name == "scanned_layers":
+        # [layers, ..., m, n]: stacks have one number of layers, which is below the sides of their
+        # matrices. If it is not, it is a width, as in [embed, layers, mlp], and layers would mix.
+        numbers_of_layers = {shapes[path][0] for path in open_leaves}
+        sides = min(min(shapes[path][-2:]) for path in open_leaves)
+        if len(numbers_of_layers) > 1 or min(numbers_of_layers) >= sides:
+            return 0
     # Equinox calls the matrix of every layer `weight`.
     if name == "equinox_stacked" and not any("weight" in path.split("/") for path in open_leaves):
         return 0

@@ -92,6 +92,38 @@ def test_a_rule_that_leaves_most_of_a_model_open_does_not_silence_the_warning():
     assert "than a matrix has entries" in _messages(params, weight_dimension_numbers=rule)[0]
 
 
+@pytest.mark.parametrize(
+    ("known", "open_leaves", "share"),
+    [
+        # More than half of the parameters in one of three leaves.
+        ([(1, 8, 12), (1, 8, 12)], [(3, 8, 12)], "60 %"),
+        # Less than half of them in two of three leaves.
+        ([(3, 8, 12)], [(1, 8, 12), (1, 8, 12)], None),
+        ([(1, 8, 12)], [(1, 8, 12)], None),
+    ],
+    ids=["more than half", "less than half", "half"],
+)
+def test_the_share_of_the_parameters_decides_whether_a_rule_is_warned_of(known, open_leaves, share):
+    """It is the share of the parameters, not of the leaves."""
+    params = {f"known{i}": _ones(*shape) for i, shape in enumerate(known)}
+    params |= {f"open{i}": _ones(*shape) for i, shape in enumerate(open_leaves)}
+    messages = _messages(
+        params,
+        compression=dataclasses.replace(RANK_2, group_by=gum_optax.by_shape),
+        weight_dimension_numbers=lambda params: {
+            name: LAST_TWO if name.startswith("known") else None for name in params
+        },
+    )
+    assert [message[: len("60 %")] for message in messages] == ([share] if share else [])
+
+
+def test_a_rule_for_other_names_does_not_silence_the_warning():
+    """`flax` does not know the einsums of Gemma, which are most of its parameters."""
+    [message] = _messages(_tree("gemma3_4b"), weight_dimension_numbers=dimension_numbers.flax)
+    assert message.startswith("72 % of the parameters outside tables and vectors")
+    assert "dimension_numbers.gemma`, which knows all of them" in message
+
+
 @pytest.mark.parametrize("optimizer", [gum_optax.adamw, functools.partial(gum_optax.gum, beta=0.5)])
 def test_other_optimizers_warn_too(optimizer):
     assert len(_messages({"w": _ones(3, 8, 12)}, optimizer)) == 1
@@ -123,6 +155,30 @@ def test_stacks_without_names_to_go_by_are_told_of_scanned_layers():
     assert "dimension_numbers.scanned_layers`, which knows all of them" in message
     [message] = _messages({"blocks": {"up": _ones(3, 8, 12), "down": _ones(4, 12, 8)}})
     assert "scanned_layers" not in message
+
+
+def test_layers_on_the_second_axis_are_not_mixed_by_what_it_says_to_write():
+    """Kernels ``[embed, layers, mlp]`` that all begin with the width: it is no number of layers."""
+    kernels = {"wi_0": _ones(64, 4, 256), "wi_1": _ones(64, 4, 256)}
+    # Norms [embed, layers] show the axis over layers. `scanned_layers` would know as many leaves.
+    [message] = _messages({"layers": {**kernels, "norm": {"scale": _ones(64, 4)}}})
+    assert "dimension_numbers.flax`, which knows all of them" in message
+    # Nothing shows it here, and only the use of the kernels can.
+    [message] = _messages({"layers": kernels})
+    assert "scanned_layers" not in message
+    assert "Write `weight_dimension_numbers=gum_optax.dimension_numbers.infer(" in message
+
+
+def test_no_rule_is_recommended_that_makes_crowds():
+    """`gemma` would make 3000 matrices of 4 x 8, of which `init` warns under an explicit rule."""
+    params = {"gating_einsum": _ones(3000, 4, 8)}
+    [message] = _messages(params)
+    assert "gemma" not in message
+    compression = dataclasses.replace(RANK_2, rank=1)
+    [message] = _messages(
+        params, compression=compression, weight_dimension_numbers=dimension_numbers.gemma
+    )
+    assert "than a matrix has entries" in message
 
 
 def test_the_rule_that_knows_most_is_recommended():
@@ -164,6 +220,11 @@ def test_lists_without_names_are_told_of():
     [message] = _messages(model)
     assert message.startswith("The 5 leaves have no names, so that tables, heads and biases")
     assert "infer(function, params, batch)`" in message
+
+
+def test_one_name_is_enough():
+    """Lists below names, as of layers, are no lists without names."""
+    assert _messages({"embed": _ones(40, 8), "layers": [_ones(8, 12), _ones(12)]}) == []
 
 
 @pytest.mark.parametrize("params", [[_ones(8, 12)] * 3, [_ones(8)] * 3, {"w": _ones(8, 4)}, []])

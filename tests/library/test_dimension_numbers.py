@@ -284,6 +284,8 @@ def test_a_weak_word_does_not_name_what_it_only_qualifies(path):
         ("embed_tokens/weight", "embed"),
         ("token_embedder/w", "embedder"),
         ("logits_dense/kernel", "logits"),
+        # Of flax/examples/lm1b, in one word.
+        ("logitdense/kernel", "logitdense"),
         ("TokenEmbedding_0/embedding", "embedding"),
         ("ln_attn/w", "ln"),
         ("final_norm/w", "norm"),

@@ -152,6 +152,7 @@ NAMES = {
     "attn/wkv_b/kernel": ((D, H, E), "ioo"),
     "attn/o_proj/w": ((H, E, D), "iio"),
     "attn_out_proj/kernel": ((H, E, D), "iio"),
+    "attention_out/kernel": ((H, E, D), "iio"),
     "attention_output/kernel": ((H, E, D), "iio"),
     "qkv_proj/kernel": ((D, 3, H, E), "iboo"),
     "qkv/kernel": ((D, 3, D), "ibo"),
@@ -218,10 +219,26 @@ def test_scanned_layers_over_the_second_axis():
     assert letters(params, rule) == {"up": "ibo", "experts": "bbio", "norm": "", "w": "io"}
 
 
-def test_a_layer_scanned_over_the_second_axis_is_alone():
-    """Ten times the gradient of one layer moves no other layer's update."""
-    rule = functools.partial(dimension_numbers.scanned_layers, layer_axis=1)
-    params = {"up": np.random.default_rng(0).normal(size=(D, L, F)).astype(np.float32)}
+@pytest.mark.parametrize(
+    "rule",
+    [
+        functools.partial(dimension_numbers.scanned_layers, layer_axis=1),
+        dimension_numbers.flax,
+        dimension_numbers.maxtext,
+    ],
+    ids=["scanned_layers", "flax", "maxtext"],
+)
+def test_a_layer_scanned_over_the_second_axis_is_alone(rule):
+    """Ten times the gradient of one layer moves no other layer's update.
+
+    It is the first layer: if layers were taken for rows, `first_coordinates` would keep the first
+    two in one matrix, and would leave a third one out.
+    """
+    params = {
+        "up": np.random.default_rng(0).normal(size=(D, L, F)).astype(np.float32),
+        # [embed, layers], from which `flax` sees that the layers are on the second axis.
+        "norm": {"scale": np.ones((D, L), np.float32)},
+    }
     compression = gum_optax.LowRank(rank=2, projector=first_coordinates)
     tx = gum_optax.gum(0.1, compression, weight_dimension_numbers=rule)
 
@@ -230,9 +247,10 @@ def test_a_layer_scanned_over_the_second_axis_is_alone():
         return tx.update(gradients, tx.init(params), params)[0]["up"]
 
     scaled = params["up"].copy()
-    scaled[:, 2] *= 10
-    before, after = update(params), update({"up": scaled})
-    np.testing.assert_array_equal(before[:, :2], after[:, :2])
+    scaled[:, 0] *= 10
+    before, after = update(params), update({**params, "up": scaled})
+    np.testing.assert_array_equal(before[:, 1:], after[:, 1:])
+    assert np.abs(before[:, 1:]).max() > 0
 
 
 @pytest.mark.parametrize("shape", [(3, D, F), (3, 3, D, F), (3, 3, 3, D, F)], ids=str)
@@ -240,6 +258,19 @@ def test_convolutions(shape):
     params = tree_of({"stem/kernel": shape, "stem/bias": (F,)})
     found = letters(params, dimension_numbers.convolutions)
     assert found == {"stem/bias": "", "stem/kernel": "i" * (len(shape) - 1) + "o"}
+
+
+@pytest.mark.parametrize(
+    ("path", "shape", "expected"),
+    [
+        ("q_einsum/w", (H, D, E), "oio"),
+        ("kv_einsum/w", (2, H, D, E), "boio"),
+        ("qkv_einsum/w", (3, H, D, E), "boio"),
+        ("attn_vec_einsum/w", (H, E, D), "iio"),
+    ],
+)
+def test_gemma_on_single_leaves(path, shape, expected):
+    assert letters(tree_of({path: shape}), dimension_numbers.gemma) == {path: expected}
 
 
 def test_gemma_tells_gating_weights_by_the_layer_beside_them():
@@ -278,6 +309,32 @@ def test_equinox_modules_stacked_and_not():
         **{f"one/{role}": "oi" for role in roles},
         **{f"many/attention/{role}": "boi" for role in roles},
     }
+
+
+@jax.tree_util.register_pytree_node_class
+class NamedArray:
+    """A node around one array, without a name for its child, as haliax has it."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def tree_flatten(self):
+        return (self.array,), None
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        return cls(*children)
+
+
+class Projection(eqx.Module):
+    weight: NamedArray
+
+
+@pytest.mark.parametrize("rule", ["default", "equinox_stacked"])
+def test_named_arrays_of_equinox_modules_have_outputs_first(rule):
+    """As levanter's weights of layers that are not stacked; their paths end with ``weight/0``."""
+    params = {"up": Projection(NamedArray(jax.ShapeDtypeStruct((F, D), jnp.float32)))}
+    assert letters(params, getattr(dimension_numbers, rule)) == {"up/weight/0": "oi"}
 
 
 def test_first_of_takes_each_leaf_by_the_first_that_knows_it():
