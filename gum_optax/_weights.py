@@ -311,7 +311,12 @@ def differentiated(
 
     # 3. The backward pass, from a cotangent of one for the loss and zero for the slots.
     (value, _), pull, results = jax.vjp(function, plain, lows, zeros, has_aux=True)
-    found = Found(*pull((jnp.ones_like(value), zeros)))
+    one = jnp.ones_like(value)
+    if not run.whole:
+        # The value before the backward pass: otherwise XLA may compute it after the update, for
+        # which it keeps a copy of the old head. A refresh has no use for the value.
+        value, one = jax.lax.optimization_barrier((value, one))
+    found = Found(*pull((one, zeros)))
     return jax.tree.unflatten(program.results, [value, *results[1:]]), found
 
 

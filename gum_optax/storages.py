@@ -18,6 +18,7 @@ Tests: tests/library/test_storages.py, tests/library/test_codes.py.
 """
 
 import math
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
@@ -124,7 +125,9 @@ _SECOND_MOMENT = field(
 )
 
 
-def int8(block: int = 256, non_negative: Callable[[KeyPath], bool] = _SECOND_MOMENT) -> Storage:
+def int8(
+    block: int | None = 256, non_negative: Callable[[KeyPath], bool] = _SECOND_MOMENT
+) -> Storage:
     """Keeps the state in 8 bits per number, plus four bytes per block of the last axis.
 
     Codes are linear and symmetric: the error of a number is at most 1/254 of the largest magnitude
@@ -138,11 +141,13 @@ def int8(block: int = 256, non_negative: Callable[[KeyPath], bool] = _SECOND_MOM
     non-finite number becomes NaN. Scalars and empty arrays are not packed.
 
     Args:
-      block: the largest length of a block, an int >= 1. Blocks of an axis have equal lengths,
-        except for a shorter last one if the length of the axis is not divisible. Their number is a
-        power of two if that divides the axis. A mesh that shards the axis should cut it between
-        blocks; otherwise steps communicate, and need ``out_shardings`` to keep the sharding of the
-        state, see `state_shardings`.
+      block: the largest length of a block, an int >= 1, or None for rows: one block for each row
+        of the last axis. A TPU decodes rows without rearranging them, and full-rank momentum in
+        rows trained as well as in float32. Blocks of an axis have equal lengths, except for a
+        shorter last one if the length of the axis is not divisible. Their number is a power of two
+        if that divides the axis. A mesh that shards the axis should cut it between blocks;
+        otherwise steps communicate, and need ``out_shardings`` to keep the sharding of the state,
+        see `state_shardings`.
       non_negative: ``path -> bool``, true for arrays that are never negative (a negative number
         makes its block NaN); by default second moments, by the names of their fields in optax:
         ``nu`` of Adam, ``sum_of_squares`` of AdaGrad and so on. Sophia's ``nu`` may be negative:
@@ -167,7 +172,9 @@ def int8(block: int = 256, non_negative: Callable[[KeyPath], bool] = _SECOND_MOM
     return _coded(_codes.LINEAR_8, _codes.OCTAVES_8, block, non_negative)
 
 
-def int4(block: int = 32, non_negative: Callable[[KeyPath], bool] = _SECOND_MOMENT) -> Storage:
+def int4(
+    block: int | None = 32, non_negative: Callable[[KeyPath], bool] = _SECOND_MOMENT
+) -> Storage:
     """Keeps the state in 4 bits per number, two numbers in a byte, and a scale per block.
 
     The 16 levels suit Gaussian numbers: the relative l2 error is .08 in blocks of 32, and the error
@@ -234,19 +241,19 @@ def by_path(choose: Callable[[KeyPath], Storage]) -> Storage:
 def _coded(
     signed: _codes.Map,
     unsigned: _codes.Map,
-    block: int,
+    block: int | None,
     non_negative: Callable[[KeyPath], bool],
 ) -> Storage:
     """Makes a storage of blockwise codes, with one map for signed arrays and one for others."""
-    block = _checks.positive_int("block", block)
+    length = sys.maxsize if block is None else _checks.positive_int("block", block)
     _checks.function("non_negative", non_negative, "path -> bool")
 
     # Scalars and empty arrays have no blocks and are not packed.
     def pack(levels: _codes.Map, array: jax.Array) -> Any:
-        return _codes.encode(levels, block, array) if _has_blocks(array) else array
+        return _codes.encode(levels, length, array) if _has_blocks(array) else array
 
     def unpack(levels: _codes.Map, packed: Any, like: jax.Array) -> jax.Array:
-        return _codes.decode(levels, block, packed, like) if _has_blocks(like) else packed
+        return _codes.decode(levels, length, packed, like) if _has_blocks(like) else packed
 
     one, other = (Storage(partial(pack, m), partial(unpack, m)) for m in (signed, unsigned))
     return one._replace(choose=lambda path: other if non_negative(path) else one)

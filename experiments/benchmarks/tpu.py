@@ -245,8 +245,9 @@ def _gum(residual: Any, **parts: Any) -> Callable[[int], optax.GradientTransform
     )
 
 
-# "Lean": momenta and slots in 8 bits, and a factored second moment for the fallback.
-_LEAN = {"storage": storages.int8(), "fallback": fallbacks.factored()}
+# "Lean": momenta and slots in 8 bits, and a factored second moment for the fallback. Blocks shorter
+# than rows have lengths of which TPUs have no tiles, such as 224.
+_LEAN = {"storage": storages.int8(block=None), "fallback": fallbacks.factored()}
 _GUM, _LEAN_GUM = _gum(residuals.sampled(2)), _gum(residuals.sampled(2), **_LEAN)
 _MUON, _LEAN_MUON = _gum(residuals.drop()), _gum(residuals.drop(), **_LEAN)
 
@@ -264,6 +265,7 @@ STEPS = {
     "lean GUM, refresh": Step(_LEAN_GUM, refresh),
     "lean GUM, both": Step(_LEAN_GUM, both),
     "lean low-rank Muon, projected": Step(_LEAN_MUON, projected),
+    "lean low-rank Muon, refresh": Step(_LEAN_MUON, refresh),
 }
 
 

@@ -163,6 +163,7 @@ _STEPS = {
     "lean GUM, refresh": "lean GUM, refresh",
     "lean GUM, both": "lean GUM, refresh and step in one program",
     "lean low-rank Muon, projected": "lean GUM, compressed gradients, no drawn layers",
+    "lean low-rank Muon, refresh": "lean GUM, no drawn layers, refresh",
 }
 
 

@@ -50,6 +50,6 @@ STORAGES: dict[str, storages.Storage] = {
     "float32": storages.plain(),
     "int8": storages.int8(),
     "int4": storages.int4(),
-    "rows8": storages.int8(block=2**30),
+    "rows8": storages.int8(block=None),
     "rows4": storages.Storage(_pack, _unpack),
 }

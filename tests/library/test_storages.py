@@ -232,6 +232,19 @@ def test_an_int8_state_takes_a_quarter():
     assert int8 == plain / 4 + 4 * rows
 
 
+@pytest.mark.parametrize("storage", [storages.int8, storages.int4])
+def test_without_a_block_each_row_has_one_scale(storage):
+    """However long rows are, their numbers are those of a block of their length."""
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((3, 700)), jnp.float32)
+    rows, long = storage(block=None), storage(block=700)
+    packed = rows.pack(x)
+    assert packed.scale.shape == (3, 1)
+    jax.tree.map(np.testing.assert_array_equal, packed, long.pack(x))
+    np.testing.assert_array_equal(rows.unpack(packed, x), long.unpack(packed, x))
+    with pytest.raises(ValueError, match="`block` must be at least 1, got 0"):
+        storage(block=0)
+
+
 def test_a_storage_sees_floating_arrays_alone():
     seen = []
 
