@@ -161,7 +161,8 @@ def full() -> None:
         moved = any((a != b).any() for a, b in zip(before, arrays(model), strict=True))
         check("PeftTrainer: six steps", moved)
 
-        # 2. The trainer shards the state by its metadata, which `state_shardings` must agree with.
+        # 2. The trainer shards the state by its metadata. `state_shardings` also cuts projected
+        #    momentum along the axis of the rows, which metadata cannot say.
         params = nnx.state(model, nnx.Param)
         shardings = gum_optax.state_shardings(
             trainer.optimizer.tx, params, nnx.get_named_sharding(params, MESH)
@@ -179,8 +180,7 @@ def full() -> None:
         whole = sum(x.nbytes for x in jax.tree.leaves(state))
         check(
             "PeftTrainer: state sharded by its metadata",
-            # XLA may shard the results of a step more finely, never less.
-            got <= expected < 0.4 * whole,
+            expected <= got < 0.4 * whole,
             f"{got} bytes on each of 4 devices, {expected} by `state_shardings`, {whole} in all",
         )
 

@@ -222,7 +222,8 @@ def _answers() -> Iterator[tuple[str, str, str]]:
         "TPU v5p (15.0 GiB are weights)",
         f"AdamW {peaks['AdamW']}, GUM {peaks['GUM']}, GUM with compressed gradients "
         f"{peaks['GUM, projected']}, with 8-bit momenta and no AdamW "
-        f"{peaks['lean GUM, projected']}, whose refresh takes less, {peaks['lean GUM, refresh']}",
+        f"{peaks['lean GUM, projected']}, the same without drawn layers "
+        f"{peaks['lean low-rank Muon, projected']}; refreshes take less",
         "python -m experiments.benchmarks.tpu",
     )
     # 2. Memory of the state.
