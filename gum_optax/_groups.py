@@ -195,10 +195,10 @@ class Group:
         if sharding is None or side is None:
             return None
         *others, n = sharding.spec
-        more = [axis for axis in _mesh.axes_in(side.spec) if sharding.mesh.shape[axis] > 1]
-        axes = (*_mesh.axes_in([n]), *more)
-        if more and self.n % _mesh.parts(sharding, axes) == 0:
-            n = axes if len(axes) > 1 else axes[0]
+        more = [axis for axis in _mesh.axes_in([*side.spec]) if sharding.mesh.shape[axis] > 1]
+        axes = [*_mesh.axes_in([n]), *more]
+        if more and self.n % _mesh.parts(sharding, tuple(axes)) == 0:
+            n = axes[0] if len(axes) == 1 else tuple(axes)
         return _mesh.sharding_like(sharding, [*others, n])
 
 

@@ -140,8 +140,8 @@ def train(name: str, options: dict[str, Any]) -> None:
             )
         )
         model, optimizer = nnx.merge(graph, state)
-        # 3. The state must be sharded along the axes that metadata name. `state_shardings` also cuts
-        #    projected momentum along the axis of the rows, which metadata cannot say.
+        # 3. The state must be sharded along the axes that metadata name. `state_shardings` cuts
+        #    projected momentum along the axis of the rows as well, which metadata cannot say.
         low_rank = jax.tree.leaves(optax.tree.get(nnx.as_pure(nnx.state(optimizer)), "inner"))
         whole = sum(x.nbytes for x in low_rank)
         held = sum(x.addressable_shards[0].data.nbytes for x in low_rank)
