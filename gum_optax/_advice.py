@@ -35,7 +35,7 @@ def warn_of_matrices(params: PyTree, given: dims.DimensionNumbers | None) -> Non
     """
     numbers = dims.resolve(params, given)
     told = [*_of_open_leaves(params, given, numbers), *_of_crowds(params, numbers)]
-    if given is None:
+    if given is None or given is dims.default:
         told += _of_no_names(params, numbers)
     if told:
         message = " ".join([*told, "`gum_optax.memory_plan(tx, params)` shows every leaf."])

@@ -71,7 +71,11 @@ def is_no_table(path: str) -> bool:
 
 
 def _name_evidence(path: str) -> str:
-    return next((f"name: {word}" for word in map(_naming_word, path.split("/")) if word), "")
+    *modules, leaf = path.split("/")
+    # `b`, `b1` and `b_q` are biases, `lora_b` is not, nor is a layer in a module called `b`.
+    bias = "b" if _words(leaf)[:1] == ("b",) else ""
+    words = [*map(_naming_word, modules), bias or _naming_word(leaf)]
+    return next((f"name: {word}" for word in words if word), "")
 
 
 def _stacked_vectors(
@@ -150,9 +154,6 @@ def _is_last_of_its_role(path: str, paths: Sequence[str]) -> bool:
 def _naming_word(part: str) -> str:
     """Returns the word by which a part of a path names a table, a vector or a head, or ""."""
     words = _words(part)
-    # `b`, `b1` and `b_q` are biases, `lora_b` is not.
-    if words[:1] == ("b",):
-        return "b"
     strong = [word for word in words if word in _STRONG]
     if strong:
         return strong[0]

@@ -215,9 +215,10 @@ def test_crowds_of_small_matrices(shape, expected):
 # Lists without names -----------------------------------------------------------------------------
 
 
-def test_lists_without_names_are_told_of():
+@pytest.mark.parametrize("rule", [None, dimension_numbers.default], ids=["none", "default"])
+def test_lists_without_names_are_told_of(rule):
     model = [_ones(40, 8), _ones(8, 12), _ones(12), _ones(12, 8), _ones(8, 40)]
-    [message] = _messages(model)
+    [message] = _messages(model, weight_dimension_numbers=rule)
     assert message.startswith("The 5 leaves have no names, so that tables, heads and biases")
     assert "infer(function, params, batch)`" in message
 

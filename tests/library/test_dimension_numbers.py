@@ -269,6 +269,7 @@ def test_gum_follows_the_default_rule_and_keeps_matrices_from_the_fallback(schem
         "multi_head/kernel",
         "header/kernel",
         "lora_b",
+        "b/Dense_0/kernel",
         "table_encoder/kernel",
         "transformer/~/linear/w",
     ],
