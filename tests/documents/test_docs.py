@@ -161,7 +161,8 @@ def test_the_memory_of_the_first_pages_is_that_of_the_result_file():
     names = ("8-bit AdamW, layer by layer", "8-bit AdamW", "AdamW")
     in_turn, stacked, plain = (of[name]["peak_bytes"] / 2**30 for name in names)
     quantized = " ".join((DOCS / "quantized.md").read_text().split())
-    assert f"takes {in_turn:.1f} GiB with it and {stacked:.1f} without" in quantized
+    assert f"takes {in_turn:.1f} GiB in this way" in quantized
+    assert f"and {stacked:.1f} without the loop" in quantized
     assert f"AdamW in bfloat16 takes {plain:.1f}" in quantized
 
 
