@@ -239,9 +239,60 @@ def _expected(group, state, gradients):
 
 
 def _by_group(tree):
+    """Leaves by group: of lists, the group ``*`` below their name; of stacks, one each."""
     if isinstance(tree, list):
         return {"*": tree}
-    return {name: [tree[name]] for name in tree}
+    return {
+        name + (".*" if isinstance(part, list) else ""): part if isinstance(part, list) else [part]
+        for name, part in tree.items()
+    }
+
+
+def check(
+    loss: Any, params: Any, x: Any, tolerance: float = TOLERANCE
+) -> optax.GradientTransformationExtraArgs:
+    """Compares projected gradients with projections of gradients, and returns their optimizer."""
+    # Bases that depend on key, gradient and the last basis, and cost no compilation.
+    compression = LowRank(
+        rank=RANK, residual=residuals.sampled(2, form="additive"), projector=all_arguments
+    )
+    tx = gum_optax.low_rank(optax.identity(), compression)
+    params = jax.tree.map(jnp.asarray, params)
+    state = tx.init(params)
+
+    def everything(params, state, x):
+        value, full = jax.value_and_grad(loss)(params, x)
+        _, standard = tx.update(full, state, params)
+        renewed = backward.refresh(loss, tx)(params, state, x)
+        return (
+            value,
+            full,
+            standard,
+            renewed,
+            backward.value_and_grad(loss, tx)(params, renewed, x),
+        )
+
+    value, full, standard, renewed, (own_value, projected) = jax.jit(
+        everything, compiler_options=QUICK
+    )(params, state, x)
+    # The refresh makes the bases and draws of a standard step.
+    assert int(renewed.period) == int(standard.period) == 0
+    for group in standard.basis:
+        np.testing.assert_allclose(renewed.basis[group], standard.basis[group], atol=tolerance)
+        np.testing.assert_array_equal(renewed.slots[group], standard.slots[group])
+    # And gradients are compressed by these.
+    assert float(own_value) == pytest.approx(float(value), rel=tolerance)
+    leaves = _by_group(projected)
+    for group, gradients in _by_group(full).items():
+        matrices = np.concatenate([np.reshape(g, (-1, *g.shape[-2:])) for g in gradients])
+        low, left_out = _expected(group, renewed, matrices)
+        scale = float(np.linalg.norm(matrices))
+        own = np.concatenate([np.reshape(p.low, (-1, *p.low.shape[-2:])) for p in leaves[group]])
+        np.testing.assert_allclose(own, low, atol=tolerance * scale)
+        np.testing.assert_allclose(leaves[group][0].drawn, left_out, atol=tolerance * scale)
+        assert all(p.drawn is None for p in leaves[group][1:])
+        assert all(p.residual is None for p in leaves[group])
+    return tx
 
 
 # By `make slow`: these meet rules that the other cases meet as well.
@@ -260,48 +311,8 @@ SLOW = (
 )
 def test_projected_gradients_are_projections_of_gradients(name):
     case = CASES[name]
-    # Bases that depend on key, gradient and the last basis, and cost no compilation.
-    compression = LowRank(
-        rank=RANK, residual=residuals.sampled(2, form="additive"), projector=all_arguments
-    )
-    tx = gum_optax.low_rank(optax.identity(), compression)
-    params = jax.tree.map(jnp.asarray, case.params)
-    state = tx.init(params)
-
-    def everything(params, state, x):
-        value, full = jax.value_and_grad(case.loss)(params, x)
-        _, standard = tx.update(full, state, params)
-        renewed = backward.refresh(case.loss, tx)(params, state, x)
-        return (
-            value,
-            full,
-            standard,
-            renewed,
-            backward.value_and_grad(case.loss, tx)(params, renewed, x),
-        )
-
-    value, full, standard, renewed, (own_value, projected) = jax.jit(
-        everything, compiler_options=QUICK
-    )(params, state, case.x)
-    # The refresh makes the bases and draws of a standard step.
-    assert int(renewed.period) == int(standard.period) == 0
-    for group in standard.basis:
-        np.testing.assert_allclose(renewed.basis[group], standard.basis[group], atol=case.tolerance)
-        np.testing.assert_array_equal(renewed.slots[group], standard.slots[group])
-    # And gradients are compressed by these.
-    assert float(own_value) == pytest.approx(float(value), rel=case.tolerance)
-    leaves = _by_group(projected)
-    for group, gradients in _by_group(full).items():
-        matrices = np.concatenate([np.reshape(g, (-1, *g.shape[-2:])) for g in gradients])
-        low, left_out = _expected(group, renewed, matrices)
-        scale = float(np.linalg.norm(matrices))
-        own = np.concatenate([np.reshape(p.low, (-1, *p.low.shape[-2:])) for p in leaves[group]])
-        np.testing.assert_allclose(own, low, atol=case.tolerance * scale)
-        np.testing.assert_allclose(leaves[group][0].drawn, left_out, atol=case.tolerance * scale)
-        assert all(p.drawn is None for p in leaves[group][1:])
-        assert all(p.residual is None for p in leaves[group])
-    # By the way that was expected.
-    uses = backward.explain(case.loss, tx, params, case.x)
+    tx = check(case.loss, case.params, case.x, case.tolerance)
+    uses = backward.explain(case.loss, tx, case.params, case.x)
     assert sum(use.products for use in uses) == case.products
     assert tuple(sorted(why for use in uses for why in use.others)) == case.others
 
