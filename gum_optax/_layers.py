@@ -61,7 +61,7 @@ def layer_by_layer(
     with its own optimizer. For transformations that treat leaves or matrices separately, such as
     AdamW, Muon, Lion and `quantized` around them, it is also the same as without this wrapper.
 
-    Embedding and head are the largest arrays that are not stacked: unpacked moments of both take 13
+    Embedding and head are the largest arrays that are not stacked: unpacked moments of both take 8
     GiB in Llama-3-8B. `InParts` in the place of an axis cuts such a leaf into L parts of equal
     length, which take turns like layers. That suits transformations that treat entries separately,
     such as AdamW, and `quantized` around them.
