@@ -30,7 +30,7 @@ from gum_optax._treatments import (
     divided,
     rows,
     warn_of_uncompressed,
-    zero_basis,
+    zero_bases,
     zero_leaves,
     zeros,
 )
@@ -65,6 +65,11 @@ class LowRank:
       carry: the function that makes the inner state of a new period from the old one, see
         `carries`.
       storage: the form of the inner state between steps, see `storages`.
+      basis_storage: the form of bases between steps, see `storages`. The step of a refresh packs
+        its bases and computes with what it unpacks, so that a basis is the same in its whole
+        period. Estimates that are unbiased stay so, since ``E = G - P P'G`` makes up for any P.
+        Columns are orthonormal up to the error of the storage: singular values of P are within
+        0.5 % of one in `storages.int8`, and within 6 % in `storages.int4`.
       group_by: ``(path, leaf) -> role``. Matrices of one role form a group, among which layers are
         sampled; `by_role`, `by_shape` or your own function.
       key: an int seed or a threefry key. The draw of a period depends only on this key, the number
@@ -90,6 +95,7 @@ class LowRank:
     projector: projectors.Projector | projectors.switch = projectors.subspace_iteration
     carry: carries.Carry = carries.restart
     storage: storages.Storage = storages.plain()
+    basis_storage: storages.Storage = storages.plain()
     group_by: GroupBy = by_role
     key: Key = 0
 
@@ -101,7 +107,9 @@ class LowRank:
         _checks.instance("residual", self.residual, residuals.Residual, "of `gum_optax.residuals`")
         projectors.check(self.projector)
         _checks.function("carry", self.carry, "(fresh, old, previous_basis, basis) -> state")
-        _checks.instance("storage", self.storage, storages.Storage, "of `gum_optax.storages`")
+        for name in ("storage", "basis_storage"):
+            value = getattr(self, name)
+            _checks.instance(name, value, storages.Storage, "of `gum_optax.storages`")
         _checks.function("group_by", self.group_by, "(path, leaf) -> role")
         _checks.key("key", self.key)
 
@@ -136,8 +144,9 @@ class LowRankState(NamedTuple):
         on the last period does not end.
       period: ``int32[]``, the period to which bases and draws belong; -1 before the first.
       key: ``uint32[2]``, threefry key data; draws are a function of it, the period and the role.
-      basis: group -> ``[*lead, m, r]``, float32 (float64 for float64 parameters). The leading axes
-        are N separate matrices, or the batch axes of one leaf, or leaves and their batch axes.
+      basis: group -> ``[*lead, m, r]``, float32 (float64 for float64 parameters), packed by
+        ``basis_storage``. The leading axes are N separate matrices, or the batch axes of one leaf,
+        or leaves and their batch axes.
       slots: group -> ``int32[slots]``, the matrix that each slot serves; N is an empty slot. Groups
         without slots have no entry.
       residual: group -> the state of the residual rule.
@@ -150,7 +159,7 @@ class LowRankState(NamedTuple):
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
     period: jax.Array
     key: jax.Array
-    basis: dict[str, jax.Array]
+    basis: dict[str, Any]
     slots: dict[str, jax.Array]
     residual: dict[str, Any]
     inner: Any
@@ -217,6 +226,8 @@ def low_rank(
     _checks.transformation("inner", inner)
     _checks.instance("compression", compression, LowRank, "such as `LowRank(rank=64)`")
     rule, storage = compression.residual, compression.storage
+    pack_bases = partial(storages.pack, compression.basis_storage)
+    unpack_bases = partial(storages.unpack, compression.basis_storage)
     # Any: optax types it for trees of parameters, and here it runs on dicts of `Compressed`.
     run: Any = optax.with_extra_args_support(inner)
 
@@ -227,13 +238,14 @@ def low_rank(
         warn_of_uncompressed(groups)
         state = unpacked(groups)
         _check_carry(compression.carry, state)
-        _ledger.write(partial(rows, run, rule, storage, groups))
+        _ledger.write(partial(rows, run, compression, groups))
         state = packed(state, fresh=True)
         _sources.write(
             lambda: _sources.Source(
                 groups=divided(groups)[0],
                 names=[name for name, _ in leaves_with_names(params)],
                 compression=compression,
+                bases=lambda state: unpack_bases(state.basis, zero_bases(groups)),
                 renewed=partial(renewed, groups),
                 state=state,
             )
@@ -241,13 +253,13 @@ def low_rank(
         return state
 
     def unpacked(groups: Sequence[Group]) -> LowRankState:
-        """Returns the state before the first step, whose inner states are not packed yet."""
+        """Returns the state before the first step, of which nothing is packed yet."""
         compressed, uncompressed = divided(groups)
         return LowRankState(
             count=jnp.zeros((), jnp.int32),
             period=jnp.full((), -1, jnp.int32),
             key=_checks.key_data(compression.key),
-            basis={group.name: zero_basis(group) for group in compressed},
+            basis=zero_bases(groups),
             slots={
                 group.name: jnp.full((slots,), group.count, jnp.int32)
                 for group in compressed
@@ -260,6 +272,7 @@ def low_rank(
 
     def packed(state: LowRankState, fresh: bool = False) -> LowRankState:
         return state._replace(
+            basis=pack_bases(state.basis, fresh=fresh),
             inner=storages.pack(storage, state.inner, fresh=fresh),
             uncompressed=storages.pack(storage, state.uncompressed, fresh=fresh),
         )
@@ -271,12 +284,13 @@ def low_rank(
         slots: dict[str, jax.Array],
     ) -> LowRankState:
         """Returns the state in a new period, with these bases and draws, after the carry."""
-        fresh = unpacked(groups)
+        fresh, at_rest = unpacked(groups), pack_bases(basis)
         old = storages.unpack(storage, state.inner, fresh.inner)
-        inner = keep_dtypes(compression.carry(fresh.inner, old, state.basis, basis), old)
+        bases = (unpack_bases(packed, fresh.basis) for packed in (state.basis, at_rest))
+        inner = keep_dtypes(compression.carry(fresh.inner, old, *bases), old)
         return state._replace(
             period=period_of(compression, state.count),
-            basis=basis,
+            basis=at_rest,
             slots=slots,
             inner=storages.pack(storage, inner),
         )
@@ -323,21 +337,24 @@ def low_rank(
         #    basis[group]: P [*lead, m, r];  slots[group]: int32 [slots]
         period = state.period if projected else period_of(compression, state.count)
         due = period != state.period
-        basis, slots = state.basis, state.slots
+        old_basis = unpack_bases(state.basis, fresh.basis)
+        at_rest, slots = state.basis, state.slots
         if not projected:
-            basis, slots = jax.lax.cond(
-                due,
-                lambda: new_period(
+
+            def renew() -> tuple[dict[str, Any], dict[str, jax.Array]]:
+                new, draws = new_period(
                     compressed,
                     gradients,
                     key=state.key,
                     period=period,
                     projector=projectors.resolve(compression.projector, state.count),
                     rule=rule,
-                    old=state.basis,
-                ),
-                lambda: (state.basis, state.slots),
-            )
+                    old=old_basis,
+                )
+                return keep_dtypes(pack_bases(new), state.basis), draws
+
+            at_rest, slots = jax.lax.cond(due, renew, lambda: (state.basis, state.slots))
+        basis = unpack_bases(at_rest, fresh.basis)
         frames = {
             group.name: Frame(group, basis[group.name], slots.get(group.name))
             for group in compressed
@@ -359,7 +376,7 @@ def low_rank(
         #    low_updates[group]: like encoded[group]
         inner_state = storages.unpack(storage, state.inner, fresh.inner)
         if not projected:
-            carried = compression.carry(fresh.inner, inner_state, state.basis, basis)
+            carried = compression.carry(fresh.inner, inner_state, old_basis, basis)
             carried = keep_dtypes(carried, inner_state)
             inner_state = jax.tree.map(partial(jax.lax.select, due), carried, inner_state)
         low_updates, inner_state = run.update(
@@ -397,17 +414,15 @@ def low_rank(
         # 7. Updates in the gradients' dtypes. Leaves without entries belong to no group, and their
         #    update is their gradient.
         results = [new_leaves.get(i, leaf).astype(leaf.dtype) for i, leaf in enumerate(leaves)]
-        new_state = packed(
-            LowRankState(
-                count=jnp.asarray(optax.safe_increment(state.count)),
-                period=period,
-                key=state.key,
-                basis=basis,
-                slots=slots,
-                residual=residual,
-                inner=inner_state,
-                uncompressed=uncompressed_state,
-            )
+        new_state = LowRankState(
+            count=jnp.asarray(optax.safe_increment(state.count)),
+            period=period,
+            key=state.key,
+            basis=at_rest,
+            slots=slots,
+            residual=residual,
+            inner=storages.pack(storage, inner_state),
+            uncompressed=storages.pack(storage, uncompressed_state),
         )
         return treedef.unflatten(results), keep_dtypes(new_state, state)
 

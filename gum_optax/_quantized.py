@@ -33,7 +33,8 @@ def quantized(
 
     The inner transformation computes on a state in float32 (float64 for float64 parameters),
     whatever the dtype of the parameters; updates have the gradients' dtypes. Integers, keys and
-    small arrays are not packed, and neither are bases of `low_rank`, which must stay orthonormal.
+    small arrays are not packed, and neither are bases of `low_rank`: see the option
+    ``basis_storage`` of `LowRank`, with which a step computes with one and the same basis.
 
     It can go around whole optimizers or parts of a chain, inside masks, partitions and
     ``optax.inject_hyperparams``. In a `LowRank` the storage is an option.

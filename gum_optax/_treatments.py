@@ -8,6 +8,7 @@ Tests: tests/library/test_memory.py, tests/library/test_recipes.py.
 
 import warnings
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -27,11 +28,15 @@ def divided(groups: Sequence[Group]) -> tuple[list[Group], list[Group]]:
 # The zeros of a state ------------------------------------------------------------------------
 
 
-def zero_basis(group: Group) -> jax.Array:
-    """Returns the basis before the first refresh, zeros ``[*lead, m, r]``."""
+def zero_bases(groups: Sequence[Group]) -> dict[str, jax.Array]:
+    """Returns the bases of compressed groups before the first refresh, zeros ``[*lead, m, r]``."""
     # `device` is a sharding or None. `init` then makes every array where it belongs.
-    shape = (*group.lead, group.m, group.rank)
-    return jnp.zeros(shape, group.compute_dtype, device=group.basis_sharding)
+    return {
+        group.name: jnp.zeros(
+            (*group.lead, group.m, group.rank), group.compute_dtype, device=group.basis_sharding
+        )
+        for group in divided(groups)[0]
+    }
 
 
 def zeros(groups: Sequence[Group], rule: residuals.Residual) -> dict[str, Compressed]:
@@ -64,14 +69,24 @@ def zero_leaves(groups: Sequence[Group]) -> dict[str, list[jax.Array]]:
 # Reports -------------------------------------------------------------------------------------
 
 
-def rows(
-    inner: Any, rule: residuals.Residual, storage: storages.Storage, groups: Sequence[Group]
-) -> Iterator[_ledger.PlanRow]:
-    """Yields one row for each group, with the bytes that it adds to the state of `low_rank`."""
+def rows(inner: Any, compression: Any, groups: Sequence[Group]) -> Iterator[_ledger.PlanRow]:
+    """Yields one row for each group, with the bytes that it adds to the state of `low_rank`.
+
+    Args:
+      inner: the inner transformation.
+      compression: the `LowRank`.
+      groups: the groups, compressed or not.
+    """
+    rule = compression.residual
 
     # The bytes of the inner state for `tree`, without those that it has for an empty tree.
     def inner_bytes(tree: Any) -> int:
-        return _ledger.bytes_beyond(lambda t: storages.pack(storage, inner.init(t)), tree, {})
+        pack = partial(storages.pack, compression.storage)
+        return _ledger.bytes_beyond(lambda t: pack(inner.init(t)), tree, {})
+
+    def basis_bytes(group: Group) -> int:
+        pack = partial(storages.pack, compression.basis_storage)
+        return _ledger.bytes_of(jax.eval_shape(lambda: pack(zero_bases([group]))))
 
     for group in groups:
         slots = rule.slots(group) if not group.uncompressed else 0
@@ -83,11 +98,10 @@ def rows(
             )
         # 2. Compressed: basis + state of the rule + int32 slots + inner state.
         else:
-            basis = _ledger.bytes_of(jax.eval_shape(lambda group=group: zero_basis(group)))
             residual = _ledger.bytes_at_rest(lambda group=group: rule.init(group))
             encoded = jax.eval_shape(lambda group=group: zeros([group], rule))
             treatment = "sampled" if slots else "low rank"
-            size = basis + residual + 4 * slots + inner_bytes(encoded)
+            size = basis_bytes(group) + residual + 4 * slots + inner_bytes(encoded)
         yield _ledger.PlanRow(
             name=group.name,
             treatment=treatment,

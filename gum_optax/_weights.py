@@ -109,6 +109,7 @@ class Model:
       leaves: the parameters.
       names: their names.
       sources: each `low_rank` of the optimizer, with its present state.
+      bases: by source and group, the bases of that state, unpacked.
       weights: the compressed leaves, in the order of the parameters.
     """
 
@@ -123,6 +124,7 @@ class Model:
             dataclasses.replace(source, state=_plain(source, states[source.place]))
             for source in found
         ]
+        self.bases = [source.bases(source.state) for source in self.sources]
         # 2. Each leaf of each group. A source counts the leaves of the tree that it was given, in
         #    which others may be masked, so leaves are found by name.
         names = [name for name, _ in leaves_with_names(params)]
@@ -170,7 +172,7 @@ class Model:
             served = source.state.slots if slots is None else slots[number]
             for group in source.groups:
                 own_keys = None if keys is None else keys[number]
-                parts = _parts_of(group, source.state, served, own_keys)
+                parts = _parts_of(group, self.bases[number], served, own_keys)
                 for weight in self.weights:
                     if weight.key == (number, group.name):
                         taps[weight.leaf] = parts[weight.number]
@@ -210,7 +212,7 @@ class Model:
                 # P [N, m, r] and R [N, r, n] of all matrices; the drawn ones are gathered.
                 parts = [lows[key][i] for i in range(len(group.leaves))]
                 low = _codec.join(group, parts).reshape(group.count, group.rank, group.n)
-                basis = source.state.basis[group.name].reshape(group.count, group.m, group.rank)
+                basis = self.bases[number][group.name].reshape(group.count, group.m, group.rank)
                 at = jnp.minimum(serves, group.count - 1)
                 left_out = found.slots[key].astype(basis.dtype) - basis[at] @ low[at]
                 used = (serves < group.count)[:, None, None]
@@ -322,7 +324,7 @@ def differentiated(
 
 def _parts_of(
     group: Group,
-    state: LowRankState,
+    bases: dict[str, jax.Array],
     slots: dict[str, jax.Array],
     keys: dict[str, jax.Array] | None,
 ) -> list[_taps.Tap]:
@@ -333,7 +335,7 @@ def _parts_of(
     served = slots.get(group.name, jnp.zeros((0,), jnp.int32))
     numbers = jnp.arange(len(served), dtype=jnp.int32)
     serving = jnp.full((group.count,), len(served), jnp.int32).at[served].set(numbers, mode="drop")
-    joined = [state.basis[group.name], low, serving.reshape(lead)]
+    joined = [bases[group.name], low, serving.reshape(lead)]
     if keys is not None:
         joined.append(jax.random.key_data(keys[group.name]).reshape(*lead, 2))
     parts = zip(*(_codec.split(group, array) for array in joined), strict=True)

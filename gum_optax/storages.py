@@ -2,7 +2,7 @@
 
 A storage packs every floating-point array of a state at the end of a step and unpacks it at the
 start of the next. Integers and keys are not packed. `LowRank` takes a storage for the state of its
-inner transformation (without bases and indices of slots), `quantized` for the state of any
+inner transformation and one for its bases, `quantized` takes one for the state of any
 transformation.
 
 Example:

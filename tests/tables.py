@@ -191,11 +191,11 @@ TRANSFORMATIONS: dict[str, tuple[Callable[[Any, LowRank], Any], LowRank]] = {
     "factored_momentum": (lambda *_: gum_optax.scale_by_factored_momentum(RANK), SIMPLE),
     "adam_mini": (lambda *_: gum_optax.scale_by_adam_mini(), SIMPLE),
     "adalomo": (lambda learning_rate, _: gum_optax.adalomo(learning_rate), SIMPLE),
-    # Codes with both moments of Adam, since second moments have separate maps.
+    # Codes with both moments of Adam, since second moments have separate maps; and bases.
     **{
         f"{name} storage": (
             _around("adam" if "int" in name else "trace"),
-            _replace(storage=storage),
+            _replace(storage=storage, basis_storage=storage),
         )
         for name, storage in STORAGES.items()
     },

@@ -109,12 +109,13 @@ def optimizers(config: Config) -> dict[str, optax.GradientTransformation]:
     """Returns the optimizers to compare.
 
     All leave embedding, head, norms and biases to AdamW, except for the lean ones: these keep
-    momentum in 8 bits, and their fallback is a factored second moment without momentum.
+    momentum and bases in 8 bits, and their fallback is a factored second moment without momentum.
     """
     numbers = dimension_numbers.default
     residual = gum_optax.residuals.sampled(config.full_rank_layers)
     compression = gum_optax.LowRank(config.rank, residual=residual)
-    in_8_bits = dataclasses.replace(compression, storage=gum_optax.storages.int8())
+    int8 = gum_optax.storages.int8()
+    in_8_bits = dataclasses.replace(compression, storage=int8, basis_storage=int8)
     factored = gum_optax.fallbacks.factored()
     return {
         "GUM": gum_optax.gum(_LEARNING_RATE, compression),

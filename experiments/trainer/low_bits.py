@@ -45,7 +45,7 @@ def _unpack(packed: Codes, like: jax.Array) -> jax.Array:
     return (codes.astype(like.dtype) * packed.scale).reshape(like.shape)
 
 
-# By the values of the option `momentum`.
+# By the values of the options `momentum` and `bases`.
 STORAGES: dict[str, storages.Storage] = {
     "float32": storages.plain(),
     "int8": storages.int8(),

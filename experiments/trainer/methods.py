@@ -233,6 +233,8 @@ class Gum(Unbiased, Scaled):
     #: Storage of momentum between two steps; rows8 and rows4 are the plainest codes of 8 and 4
     #: bits, with one scale for each row.
     momentum: Momentum = "float32"
+    #: Storage of bases between two steps.
+    bases: Momentum = "float32"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -250,6 +252,7 @@ class Gum(Unbiased, Scaled):
         options: dict[str, Any] = {
             "residual": self.rule(run, self._full_rank(layers)),
             "storage": low_bits.STORAGES[self.momentum],
+            "basis_storage": low_bits.STORAGES[self.bases],
         }
         if self.bands > 1:
             if self.bands > layers:

@@ -82,6 +82,10 @@ OPTIMIZERS = {
     "adamw in 8 bits": lambda: gum_optax.adamw(
         0.01, _compression(residual=residuals.drop(), storage=storages.int8())
     ),
+    "bases in 8 bits": lambda: gum_optax.gum(
+        0.05,
+        _compression(projector=all_arguments, carry=carries.rotate, basis_storage=storages.int8(4)),
+    ),
     "columns": lambda: gum_optax.gum(0.05, _compression(residual=COLUMNS)),
     "undrawn through columns": lambda: gum_optax.gum(
         0.05,

@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import gum_optax
-from gum_optax import LowRank, residuals, state_shardings
+from gum_optax import LowRank, residuals, state_shardings, storages
 from tests import helpers, tables
 
 R, PERIOD = 4, 2
@@ -81,9 +81,9 @@ OPTIMIZERS = {
     "gum, injected, on a schedule": lambda: optax.chain(
         optax.clip_by_global_norm(1.0), _injected()
     ),
-    "adamw, galore": lambda: gum_optax.adamw(
+    "adamw, galore, bases in 8 bits": lambda: gum_optax.adamw(
         0.1,
-        gum_optax.galore(R, PERIOD),
+        gum_optax.galore(R, PERIOD, basis_storage=storages.int8(4)),
         weight_decay=0.0,
         weight_dimension_numbers=dimension_numbers,
     ),
@@ -109,14 +109,15 @@ OPTIMIZERS = {
 
 # In Explicit mode, the default; Auto mode has fewer ways to fail, and each run compiles twice.
 # Of the others each part is tested alone, by `make test`.
-QUICK_RUNS = {("adamw, galore", "Explicit"), ("adamw, galore", "Auto")}
+QUICK_RUN = "adamw, galore, bases in 8 bits"
+QUICK_RUNS = {(QUICK_RUN, "Explicit"), (QUICK_RUN, "Auto")}
 SLOW = pytest.mark.slow
 UNCOMPRESSED = {"muon": [pytest.mark.filterwarnings("ignore:None of .* is compressed:UserWarning")]}
 RUNS = [
     pytest.param(
         *run, marks=[*UNCOMPRESSED.get(run[0], []), *([] if run in QUICK_RUNS else [SLOW])]
     )
-    for run in [*((name, "Explicit") for name in OPTIMIZERS), ("adamw, galore", "Auto")]
+    for run in [*((name, "Explicit") for name in OPTIMIZERS), (QUICK_RUN, "Auto")]
 ]
 
 
@@ -169,6 +170,15 @@ def test_basis_has_the_m_axis_low_rank_state_the_n_axis_slots_both():
     others = [state.count, state.key, *state.slots.values()]
     assert {sharding.spec for sharding in others} == {P()}
     assert all(s.mesh == mesh_of() for s in jax.tree.leaves(state))
+
+
+def test_codes_and_scales_of_bases_are_sharded_as_the_bases():
+    compression = dataclasses.replace(SAMPLED, basis_storage=storages.int8())
+    tx = gum_optax.scale_by_gum(compression)
+    params = {"layers": [{"up": jnp.zeros((16, 24))}] * LAYERS}
+    spec = {"layers": [{"up": P("fsdp", "tensor")}] * LAYERS}
+    basis = state_shardings(tx, params, spec, mesh_of()).basis["layers.*.up"]
+    assert {sharding.spec for sharding in basis} == {P(None, "fsdp")}
 
 
 RESIDUAL_STATES = {

@@ -205,7 +205,7 @@ def test_dtypes_and_structure_are_stable_over_a_scan(inner, storage):
 @tables.every_storage
 @pytest.mark.parametrize("inner", INNER)
 def test_the_plan_counts_a_packed_state_to_the_byte(inner, storage):
-    tx = gum_optax.for_matrices(around(INNER[inner], storage), 0.1)
+    tx = gum_optax.for_matrices(around(INNER[inner], storage, basis_storage=storage), 0.1)
     params = TREE | {"bias": np.ones(7, np.float32)}
     state = jax.eval_shape(tx.init, params)
     plan = gum_optax.memory_plan(tx, params)
@@ -245,6 +245,48 @@ def test_without_a_block_each_row_has_one_scale(storage):
         storage(block=0)
 
 
+# Bases --------------------------------------------------------------------------------------------
+
+
+@tables.every_storage
+@pytest.mark.parametrize("carry", [carries.keep, carries.rotate], ids=["keep", "rotate"])
+def test_packed_bases_are_those_of_a_projector_that_rounds(carry, storage):
+    """Step by step over three periods, with a projector that starts from the previous basis."""
+
+    def turned(key, gradient, rank, previous_basis):
+        del key
+        return jnp.linalg.qr(0.5 * previous_basis + gradient[:, :rank])[0]
+
+    def rounded(*args):
+        basis = turned(*args)
+        return storage.unpack(storage.pack(basis), basis)
+
+    parts = {"carry": carry, "projector": turned}
+    packed = run(around(optax.trace(0.9), storages.plain(), basis_storage=storage, **parts), TREE)
+    parts |= {"projector": rounded}
+    plain = run(around(optax.trace(0.9), storages.plain(), **parts), TREE)
+    for (updates, state), (expected, of_plain) in zip(packed, plain, strict=True):
+        helpers.assert_trees_close(updates, expected, 1e-6)
+        helpers.assert_trees_close(state.inner, of_plain.inner, 1e-6)
+        for name, basis in of_plain.basis.items():
+            got = storage.unpack(state.basis[name], basis)
+            np.testing.assert_allclose(np.asarray(got, np.float32), basis, rtol=0, atol=1e-6)
+
+
+# Measured, of the singular values: 0.0028 (512 x 64) and 0.0049 (1024 x 256), 0.038 and 0.055.
+@pytest.mark.parametrize(("storage", "error", "bytes_"), [("int8", 0.005, 8), ("int4", 0.06, 4)])
+@pytest.mark.parametrize(("m", "rank"), [(512, 64), (1024, 256)])
+def test_bases_in_few_bits_are_nearly_orthonormal(storage, error, bytes_, m, rank):
+    chosen = getattr(storages, storage)()
+    gaussian = np.random.default_rng(0).standard_normal((m, rank))
+    basis = jnp.asarray(np.linalg.qr(gaussian)[0], jnp.float32)
+    packed = chosen.pack(basis)
+    unpacked = np.asarray(chosen.unpack(packed, basis), np.float64)
+    apart = np.abs(np.linalg.svd(unpacked, compute_uv=False) - 1).max()
+    assert error / 4 < apart < error
+    assert packed.codes.nbytes == m * rank * bytes_ // 8
+
+
 def test_a_storage_sees_floating_arrays_alone():
     seen = []
 
@@ -258,6 +300,7 @@ def test_a_storage_sees_floating_arrays_alone():
     assert set(seen) == {jnp.dtype(jnp.float32)}
 
 
-def test_what_is_no_storage_is_named():
-    with pytest.raises(TypeError, match="`storage` must be a Storage"):
-        LowRank(storage=jnp.bfloat16)  # pyright: ignore[reportArgumentType]
+@pytest.mark.parametrize("option", ["storage", "basis_storage"])
+def test_what_is_no_storage_is_named(option):
+    with pytest.raises(TypeError, match=f"`{option}` must be a Storage"):
+        LowRank(**{option: jnp.bfloat16})

@@ -10,7 +10,16 @@ import numpy as np
 import optax
 import pytest
 
-from gum_optax import LowRank, _refresh, low_rank, projectors, residuals, samplers, scale_by_gum
+from gum_optax import (
+    LowRank,
+    _refresh,
+    low_rank,
+    projectors,
+    residuals,
+    samplers,
+    scale_by_gum,
+    storages,
+)
 from tests import helpers, tables
 from tests.helpers import first_coordinates
 
@@ -39,7 +48,9 @@ def gradients(steps: int = 3, count: int = N) -> dict:
     return tree
 
 
-def estimates(draws, probability, G, projector=first_coordinates, form: Any = "exclusive"):
+def estimates(
+    draws, probability, G, projector=first_coordinates, form: Any = "exclusive", **options: Any
+):
     """The estimate of G for each draw: ``[draw, step, ...]``, two of the steps in one period."""
 
     def estimate(slots):
@@ -47,7 +58,7 @@ def estimates(draws, probability, G, projector=first_coordinates, form: Any = "e
             return samplers.Sampling(len(slots), probability, lambda key: slots)
 
         rule = residuals.sampled(sampler, form=form)
-        tx = low_rank(optax.identity(), LowRank(3, 2, rule, projector))
+        tx = low_rank(optax.identity(), LowRank(3, 2, rule, projector, **options))
 
         def step(state, G_t):
             update, state = tx.update(G_t, state)
@@ -91,6 +102,17 @@ def test_mean_over_all_draws_of_the_additive_form_is_the_gradient(projector):
     draws = list(itertools.permutations(range(N), 2))
     weights = np.full(len(draws), 1 / len(draws))
     found = estimates(draws, 2 / N, G, PROJECTORS[projector], "additive")
+    assert_unbiased(found, weights, G)
+
+
+@pytest.mark.parametrize("form", ["exclusive", "additive"])
+def test_mean_over_all_draws_is_the_gradient_with_bases_in_few_bits(form):
+    """Bases with errors of some per cent: E = G - P P'G makes up for any P."""
+    G = {name: leaf for name, leaf in gradients().items() if name in TWO}
+    draws = list(itertools.permutations(range(N), 2))
+    weights = np.full(len(draws), 1 / len(draws))
+    few = {"basis_storage": storages.int4(4)}
+    found = estimates(draws, 2 / N, G, PROJECTORS["svd"], form, **few)
     assert_unbiased(found, weights, G)
 
 

@@ -79,9 +79,9 @@ def test_a_tied_head_is_counted_once():
         assert found["embedding_and_head_bytes"] == 4 * count
 
 
-def test_lean_gum_of_8_billion_parameters_fits_into_a_gibibyte(state):
-    bases = 32 * sum(4 * m * 128 for m, _ in SIDES)
-    # A byte for each number, and a scale of four bytes for each block of 256 numbers or 224.
+def test_lean_gum_of_8_billion_parameters_fits_into_three_quarters_of_a_gibibyte(state):
+    # A byte for each number, and a scale of four bytes for each block of 128 numbers, 256 or 224.
+    bases = 32 * sum(m * (128 + 4) for m, _ in SIDES)
     rows = {4096: 4096 + 4 * 16, 14336: 14336 + 4 * 64}
     momenta = 32 * sum(128 * rows[n] for _, n in SIDES)
     slots = sum(2 * m * rows[n] for m, n in SIDES)
@@ -89,7 +89,7 @@ def test_lean_gum_of_8_billion_parameters_fits_into_a_gibibyte(state):
     rest = 2 * 4 * (128_256 + 4096) + 4 * 65 * 4096
     total = state["8-bit GUM, lean"]["bytes"]
     assert 0 <= total - (bases + momenta + slots + rest) < 1000
-    assert total < 2**30
+    assert total < 0.75 * 2**30
 
 
 def test_norms_and_biases_are_counted():
