@@ -53,12 +53,14 @@ class Contender:
       options: the options of a run that select it.
       rate: the learning rate at which the search begins.
       tuned: the option that the search varies.
+      searched: False: there is no search, and the learning rate is `rate`.
     """
 
     name: str
     options: dict[str, Any]
     rate: float
     tuned: str = "learning_rate"
+    searched: bool = True
 
 
 def _muon(residual: str, full_rank: int = 0, **more: Any) -> dict[str, Any]:
@@ -81,6 +83,12 @@ def _with_fallback(name: str, fallback: str, rate: float) -> Contender:
     """Muon at its best rate, with a fallback other than AdamW whose own rate is searched."""
     options = {"optimizer": "muon", "learning_rate": 3e-3, "fallback": fallback}
     return Contender(f"Muon, {name}", options, rate, "fallback_learning_rate")
+
+
+def _lean(name: str, options: dict[str, Any]) -> Contender:
+    """A contender at its best rate beside AdamW, with the factored fallback at its best one."""
+    options |= {"fallback": "factored", "fallback_learning_rate": 2e-2}
+    return Contender(f"{name}, factored for the rest", options, 3e-3, searched=False)
 
 
 # The order of the runs: a study cut short has compared the decisive contenders. Question 1: which
@@ -145,6 +153,21 @@ CONTENDERS = {
         ("factored_momentum", "the same, and 8-bit momentum", 1e-2),
         ("columns", "SCALE's rule for the rest", 2.5e-3),
     )
+} | {
+    # Question 5: with hardly any state for the rest, is the order of methods the same, and do 8
+    # bits still cost nothing?
+    f"lean_{key}": _lean(name, options)
+    for key, name, options in (
+        ("muon", "Muon", {"optimizer": "muon"}),
+        ("muon8", "Muon, 8 bits", {"optimizer": "muon", "momentum": "int8"}),
+        ("muon4", "Muon, 4 bits", {"optimizer": "muon", "momentum": "int4"}),
+        ("columns", "low-rank Muon + columns, rotated", _turned()),
+        ("columns8", "low-rank Muon in 8 bits + columns, rotated",
+         _turned(momentum="int8", bases="int8")),
+        ("gum", "GUM", _muon("sampled", 2)),
+        ("gum8", "GUM, 8 bits", _muon("sampled", 2, momentum="int8", bases="int8")),
+        ("galore_muon", "GaLore-Muon", _muon("drop")),
+    )
 }  # fmt: skip
 
 
@@ -206,13 +229,15 @@ def rate_at(config: Config, key: str, index: int) -> float:
 def search(config: Config, complete: Complete) -> dict[str, float]:
     """Finds each contender's best rate of the grid, whose neighbours are both worse.
 
-    All contenders search in the same rounds, so that their runs share the cores.
+    All contenders search in the same rounds, so that their runs share the cores. Those that are
+    not `searched` keep their own rate, grid point 0.
 
     Raises:
       ConfigError: no learning rate of a contender ended with a finite loss.
     """
     # Contender -> grid point -> mean validation loss
-    found: dict[str, dict[int, float]] = {key: {} for key in config.contenders}
+    searched = [key for key in config.contenders if CONTENDERS[key].searched]
+    found: dict[str, dict[int, float]] = {key: {} for key in searched}
     while missing := [
         (key, i) for key, losses in found.items() for i in _next(losses, config.first)
     ]:
@@ -224,7 +249,7 @@ def search(config: Config, complete: Complete) -> dict[str, float]:
             loss = statistics.mean(next(entries)["validation_loss"] for _ in some)
             found[key][i] = loss if math.isfinite(loss) else math.inf
     best = {key: min(losses, key=losses.__getitem__) for key, losses in found.items()}
-    return {key: rate_at(config, key, index) for key, index in best.items()}
+    return {key: rate_at(config, key, best.get(key, 0)) for key in config.contenders}
 
 
 _HOPELESS = 8  # the search gives up after more grid points than this, all of which diverged
