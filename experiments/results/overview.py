@@ -6,7 +6,6 @@ instead of in a legend.
 """
 
 import functools
-import json
 import statistics
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +13,6 @@ from typing import NamedTuple
 from experiments import reporting
 from experiments.reporting import COLOURS, STYLES, Style
 from experiments.studies import frontier
-from experiments.trainer import sweeps
 
 RESULTS = Path(__file__).parent
 SOURCE = RESULTS / "studies/frontier.json"
@@ -75,26 +73,20 @@ class Point(NamedTuple):
 @functools.cache
 def points() -> dict[str, dict[str, Point]]:
     """Returns corpus -> contender -> its point, at the best learning rate over both corpora."""
-    entries = json.loads(SOURCE.read_text())
-
-    # 1. The study's own search, with a function that only looks runs up and never trains.
-    def stored(runs):
-        return sweeps.select(entries, runs)
-
-    best = frontier.search(CONFIG, stored)
-    keys = list(SHOWN) * len(CONFIG.seeds)
-    # 2. Losses of all seeds and bytes of state, corpus by corpus.
-    hidden: dict[str, int] = {}  # contender -> bytes, the same on every corpus and seed
+    best, entries = frontier.finished(CONFIG)
+    # Bytes are the same on every corpus and seed.
+    corpus, seed = CONFIG.corpora[0], CONFIG.seeds[0]
+    hidden = {
+        key: frontier.hidden_bytes(
+            frontier.point(CONFIG, key, best[key], seed, corpus, frontier.STEPS)
+        )
+        for key in SHOWN
+    }
+    # AdamW's state is two float32 moments: eight bytes for each parameter.
+    parameters = hidden["adamw"] / 8
     found = {}
-    for corpus in CONFIG.corpora:
-        runs = frontier.finals(CONFIG, best, corpus)
-        losses: dict[str, list[float]] = {key: [] for key in SHOWN}
-        for key, run, entry in zip(keys, runs, stored(runs), strict=True):
-            losses[key].append(entry["validation_loss"])
-            if key not in hidden:
-                hidden[key] = frontier.hidden_bytes(run)
-        # 3. Bytes per parameter. AdamW's state is two float32 moments: eight bytes for each.
-        parameters = hidden["adamw"] / 8
+    for corpus, of in entries.items():
+        losses = {key: [entry["validation_loss"] for entry in of[key]] for key in SHOWN}
         found[corpus] = {
             key: Point(
                 hidden[key] / parameters,

@@ -95,6 +95,26 @@ def pretraining() -> str:
     return reporting.markdown(head, lines)
 
 
+def times() -> str:
+    """Returns steps and time to AdamW's last loss in the frontier study, on each corpus."""
+    result = _read("studies/time_to_loss.json")
+    ratios = {key: each["over_adamw"] for key, each in result["seconds"].items()}
+    head = ["optimizer", "time per step (least, largest of a turn)"]
+    head += [f"steps, time: {Path(corpus).name}" for corpus in result["rows"]]
+    lines = []
+    for key, ratio in ratios.items():
+        each = [of[key] for of in result["rows"].values()]
+        reached = [
+            "not reached"
+            if row["steps_to_adamw"] is None
+            else f"{row['steps_to_adamw']:,.0f}, {row['time_to_adamw']:.2f}"
+            for row in each
+        ]
+        per_step = f"{ratio['of_medians']:.2f} ({ratio['min']:.2f}, {ratio['max']:.2f})"
+        lines.append([overview.SHOWN[key][0].name, per_step, *reached])
+    return reporting.markdown(head, lines)
+
+
 def finetuning() -> str:
     """Returns the study of fine-tuning: each optimizer at its best rate, the least loss first."""
     rows = _finetuned()
@@ -498,7 +518,7 @@ TABLES: dict[str, tuple[Callable[[], str], ...]] = {
     "docs/little_memory.md": (tpu, chips),
     "docs/finetuning.md": (finetuning, plans),
     "docs/pods.md": (collectives, slices),
-    "docs/results.md": (table, performance, pretraining, collectives),
+    "docs/results.md": (table, performance, pretraining, times, collectives),
 }
 
 

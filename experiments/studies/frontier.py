@@ -13,6 +13,7 @@ resume from their last checkpoint.
 
 import dataclasses
 import functools
+import json
 import math
 import statistics
 import sys
@@ -275,6 +276,27 @@ def finals(config: Config, best: dict[str, float], corpus: str) -> list[Run]:
         for seed in config.seeds
         for key in config.contenders
     ]
+
+
+def finished(config: Config) -> tuple[dict[str, float], dict[str, dict[str, list[sweeps.Entry]]]]:
+    """Looks up a study whose runs are all in its result file; trains nothing.
+
+    Returns:
+      Contender -> its best learning rate, and corpus -> contender -> the entries of its seeds.
+
+    Raises:
+      StopIteration: a run is missing.
+    """
+    entries = json.loads(config.out.read_text())
+
+    def stored(runs: Sequence[Run]) -> list[sweeps.Entry]:
+        return sweeps.select(entries, runs)
+
+    best = search(config, stored)
+    return best, {
+        corpus: _by_contender(config, stored(finals(config, best, corpus)))
+        for corpus in config.corpora
+    }
 
 
 def hidden_bytes(run: Run) -> int:

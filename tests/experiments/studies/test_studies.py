@@ -23,6 +23,7 @@ from experiments.studies import (
     pretraining,
     singular_values,
     spectra,
+    time_to_loss,
     tuning,
 )
 from experiments.trainer import directions, optimizers, sweeps
@@ -387,6 +388,42 @@ def test_rates_are_judged_by_all_runs_and_compared_by_pairs(trained, tmp_path, c
     # Runs of one program have no seconds of their own.
     rows = frontier.compare(config, [entry(run) | {"together": 4} for run in runs_of])
     assert {row["seconds_per_step"] for row in rows} == {None}
+
+
+def test_steps_become_time_and_every_seed_has_to_reach_the_goal():
+    """By hand: curves of two seeds, and a step of Muon that takes twice AdamW's."""
+
+    def run(curve):
+        return {"curve": curve, "validation_loss": curve[-1][1]}
+
+    of = {
+        "adamw": [run([[1000, 5.0], [4000, 3.0]]), run([[1000, 5.0], [4000, 3.5]])],
+        # Halfway from 2,000 to 4,000 in the first seed, a quarter of the way in the second.
+        "muon": [run([[2000, 4.0], [4000, 2.0]]), run([[2000, 4.0], [4000, 2.0]])],
+        "gum": [run([[2000, 4.0], [4000, 2.9]]), run([[2000, 4.0], [4000, 3.6]])],
+    }
+    rows = time_to_loss.compare(of, {"adamw": 1.0, "muon": 2.0, "gum": 1.0})
+    assert rows["muon"]["steps_to_adamw"] == pytest.approx((3000 + 2500) / 2)
+    assert rows["muon"]["time_to_adamw"] == pytest.approx(2 * 2750 / frontier.STEPS)
+    assert rows["adamw"]["steps_to_adamw"] == 4000
+    assert rows["gum"] == dict.fromkeys(
+        ("steps_to_adamw", "time_to_adamw", "steps_to_muon", "time_to_muon")
+    )
+
+
+def test_refreshes_are_spread_over_the_period_of_the_study():
+    """On a real model: the first step of each turn is a refresh, and the others are not."""
+    base = change(frontier.BASE, preset="tiny", rank=4)
+    runs = {"adamw": change(base, optimizer="adamw"), "gum": change(base, optimizer="gum")}
+    found = time_to_loss.timed(time_to_loss.Config(turns=2, steps=3), runs)
+    assert found["adamw"]["over_adamw"] == {"of_medians": 1.0, "min": 1.0, "max": 1.0}
+    assert "refresh" not in found["adamw"]
+    gum = found["gum"]
+    plain, refresh = gum["plain"]["median"], gum["refresh"]["median"]
+    assert gum["amortized_seconds"] == pytest.approx(
+        plain + (refresh - plain) / base.optimizer.period
+    )
+    assert gum["refresh"]["repeats"] == gum["plain"]["repeats"] == 2
 
 
 def test_every_contender_can_run_and_has_a_name_of_its_own():
