@@ -187,7 +187,7 @@ def _product(run: Interpreter, equation: Any, values: list[Any]) -> list[Any] | 
     run.met.add(Met(view.leaf, run.place, ""))
     options = {k: v for k, v in equation.params.items() if k != "dimension_numbers"}
     form = _taps.Product(
-        site=Site(view.axes, type_of(view.tap.low)),
+        site=Site(view.axes, type_of(view.tap.low), view.unpack),
         side=sides.pop(),
         of_weight=of_weight,
         dimension_numbers=equation.params["dimension_numbers"],

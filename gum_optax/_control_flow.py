@@ -128,7 +128,7 @@ def _scan(run: Interpreter, equation: Any, values: list[Any]) -> list[Any]:
         inner = run.inside(slots)
         # One layer of each stacked weight.
         layers = [
-            inner.enter(View(parts[0], x.axes[1:], parts[1], x.leaf, x.group))
+            inner.enter(dataclasses.replace(x, value=parts[0], axes=x.axes[1:], tap=parts[1]))
             if isinstance(x, View)
             else parts
             for x, parts in zip(xs, sliced, strict=True)

@@ -28,6 +28,7 @@ class View:
       tap: its tap, with the batch axes of the value in front, in their order.
       leaf: the position of the weight among the leaves of the parameters.
       group: the key of its group's slots.
+      unpack: `Site`.unpack.
     """
 
     value: jax.Array
@@ -35,6 +36,7 @@ class View:
     tap: Tap
     leaf: int
     group: Any
+    unpack: Callable[[Any, tuple[int, ...]], jax.Array] | None = None
 
 
 class Met(NamedTuple):
@@ -91,7 +93,8 @@ class Interpreter:
         self.met.add(Met(value.leaf, self.place, why))
         projector = self.projector(value.group)
         # The slots run through the tap, so that its backward pass can add G of drawn matrices.
-        site = Site(value.axes, type_of(value.tap.low), projector, self.residual)
+        low = type_of(value.tap.low)
+        site = Site(value.axes, low, value.unpack, projector, self.residual)
         tapped: Any = _taps.weight(site, value.value, value.tap, self.slots.get(value.group))
         array, slots = tapped
         self.keep(value.group, slots)

@@ -231,6 +231,10 @@ def low_rank(
     # Any: optax types it for trees of parameters, and here it runs on dicts of `Compressed`.
     run: Any = optax.with_extra_args_support(inner)
 
+    def unpack_basis(group: Group, packed: Any, lead: tuple[int, ...]) -> jax.Array:
+        like = jax.ShapeDtypeStruct((*lead, group.m, group.rank), group.compute_dtype)
+        return unpack_bases({group.name: packed}, {group.name: like})[group.name]
+
     def init(params: PyTree) -> LowRankState:
         if is_stand_in(params):
             return _stand_in_state()
@@ -245,7 +249,7 @@ def low_rank(
                 groups=divided(groups)[0],
                 names=[name for name, _ in leaves_with_names(params)],
                 compression=compression,
-                bases=lambda state: unpack_bases(state.basis, zero_bases(groups)),
+                unpack=unpack_basis,
                 renewed=partial(renewed, groups),
                 state=state,
             )

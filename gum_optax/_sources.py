@@ -31,7 +31,8 @@ class Source:
       groups: its compressed groups. Their leaves are positions in the tree that it was given.
       names: the names of the leaves of that tree, in order.
       compression: its `LowRank`.
-      bases: ``state -> {group: [*lead, m, r]}``, which unpacks the bases of a state.
+      unpack: ``(group, packed basis, lead) -> [*lead, m, r]``, which unpacks the basis of a group;
+        of codes also a part, with other leading axes.
       renewed: ``(state, basis, slots) -> state``, which moves a state to a new period.
       state: the state that its ``init`` made; in the result of `find`, descriptions of its arrays.
       place: the position of that state among all states of `low_rank` in the optimizer's state.
@@ -40,7 +41,7 @@ class Source:
     groups: Sequence[Group]
     names: Sequence[str]
     compression: Any
-    bases: Callable[[Any], dict[str, jax.Array]]
+    unpack: Callable[[Group, Any, tuple[int, ...]], jax.Array]
     renewed: Callable[..., Any]
     state: Any
     place: int = -1

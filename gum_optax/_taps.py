@@ -42,13 +42,14 @@ class Tap(NamedTuple):
     """The data of a tap for the matrices of one leaf, or of some of its layers.
 
     Attributes:
-      basis: P, ``[*batch, m, r]``.
+      basis: P, ``[*batch, m, r]``; or codes of it with the same leading axes, see `Site`.unpack, so
+        that a loop over layers unpacks one layer at a time.
       low: zeros ``[*batch, r, n]``, whose cotangent is ``P'G``; None in the backward pass.
       slot: ``int32[*batch]``, the slot that serves a matrix; the number of slots if none does.
       key: ``uint32[*batch, 2]``, for the projector at a refresh; None in other steps.
     """
 
-    basis: jax.Array
+    basis: Any
     low: jax.Array | None
     slot: jax.Array
     key: jax.Array | None
@@ -74,14 +75,20 @@ class Site(NamedTuple):
     Attributes:
       axes: the weight's axes.
       low: shape, dtype and sharding of `Tap`.low.
+      unpack: ``(codes, batch) -> [*batch, m, r]``, for bases that are codes; None: they are not.
       projector: makes the new basis from G; None: the basis is kept.
       residual: if true, the weight's cotangent is ``G - P P'G``; otherwise it is zero.
     """
 
     axes: tuple[Axis, ...]
     low: jax.ShapeDtypeStruct
+    unpack: Callable[[Any, tuple[int, ...]], jax.Array] | None = None
     projector: Projector | None = None
     residual: bool = False
+
+    def basis_of(self, tap: Tap) -> jax.Array:
+        """Returns the basis P of a tap, ``[*batch, m, r]``."""
+        return tap.basis if self.unpack is None else self.unpack(tap.basis, tap.slot.shape)
 
 
 def positions(axes: tuple[Axis, ...], side: str) -> list[int]:
@@ -118,15 +125,16 @@ def _weight_forward(site: Site, value: Any, tap: Tap, slots: Any) -> Any:
 def _weight_backward(site: Site, tap: Tap, cotangents: Any) -> Any:
     def compress(tap: Tap, gradient: jax.Array, slots: jax.Array | None) -> Any:
         # 1. The gradient as wide matrices, in the dtype of bases: G [*batch, m, n].
+        basis = site.basis_of(tap)
         order = [i for side in _SIDES for i in positions(site.axes, side)]
         shape = (*tap.slot.shape, length(site.axes, "rows"), length(site.axes, "columns"))
         tall = shape[-2] > shape[-1]
-        matrices = gradient.transpose(order).reshape(shape).astype(tap.basis.dtype)
+        matrices = gradient.transpose(order).reshape(shape).astype(basis.dtype)
         wide = matrices.mT if tall else matrices
         # 2. At a refresh, new bases from the gradient, one matrix after the other.
-        basis = tap.basis
+        new_basis = None
         if site.projector is not None:
-            basis = _new_basis(site.projector, wide, tap)
+            basis = new_basis = _new_basis(site.projector, wide, tap)
         # 3. R = P'G [*batch, r, n], and G of drawn matrices.
         low = basis.mT @ wide
         slots = _add_to_slots(slots, tap.slot, lambda where: wide[where])
@@ -137,14 +145,14 @@ def _weight_backward(site: Site, tap: Tap, cotangents: Any) -> Any:
             left_out = (left_out.mT if tall else left_out).astype(gradient.dtype)
             left_out = left_out.reshape([gradient.shape[i] for i in order])
             residual = left_out.transpose(np.argsort(order).tolist())
-        new_basis = jnp.zeros_like(basis) if site.projector is None else basis
         return residual, new_basis, low, slots
 
     gradient, slots = cotangents
-    residual, basis, low, slots = _mesh.in_auto_mode(
-        compress, tap, gradient, slots, like=lambda: (gradient, tap.basis, site.low, slots)
+    like_basis = None if site.projector is None else tap.basis
+    residual, new_basis, low, slots = _mesh.in_auto_mode(
+        compress, tap, gradient, slots, like=lambda: (gradient, like_basis, site.low, slots)
     )
-    return residual, _cotangent(tap, basis, low), slots
+    return residual, _cotangent(tap, new_basis, low), slots
 
 
 weight.defvjp(_weight_forward, _weight_backward)
@@ -226,19 +234,20 @@ def _product_backward(form: Product, kept: Any, cotangents: Any) -> Any:
         short, long = short.astype(dtype), long.astype(dtype)
         # 3. R = (short P)' long: [*batch, T, r], then [*batch, r, n], summed in the basis' dtype.
         multiply = partial(jnp.matmul, precision=dict(form.options).get("precision"))
-        narrow = multiply(short, tap.basis.astype(dtype))
-        low = multiply(narrow.mT, long, preferred_element_type=tap.basis.dtype)
+        basis = form.site.basis_of(tap)
+        narrow = multiply(short, basis.astype(dtype))
+        low = multiply(narrow.mT, long, preferred_element_type=basis.dtype)
 
         # 4. G itself, of drawn matrices only.
         def whole(where: tuple[jax.Array, ...]) -> jax.Array:
-            return multiply(short[where].mT, long[where], preferred_element_type=tap.basis.dtype)
+            return multiply(short[where].mT, long[where], preferred_element_type=basis.dtype)
 
         return low, _add_to_slots(slots, tap.slot, whole)
 
     low, slots = _mesh.in_auto_mode(
         compress, tap, x, dy, slots, like=lambda: (form.site.low, slots)
     )
-    return dx, jnp.zeros_like(value), _cotangent(tap, jnp.zeros_like(tap.basis), low), slots
+    return dx, jnp.zeros_like(value), _cotangent(tap, None, low), slots
 
 
 product.defvjp(_product_forward, _product_backward)
@@ -319,10 +328,14 @@ def _add_to_slots(
     return jax.lax.fori_loop(0, number, one, slots)
 
 
-def _cotangent(tap: Tap, basis: jax.Array, low: jax.Array) -> Tap:
-    """Returns the cotangent of a tap; integers have cotangents without values (``float0``)."""
+def _cotangent(tap: Tap, basis: jax.Array | None, low: jax.Array) -> Tap:
+    """Returns the cotangent of a tap; without a new basis, zero for the basis."""
 
-    def none(integers: jax.Array) -> Any:
-        return np.zeros(integers.shape, jax.dtypes.float0)
+    def zero(array: jax.Array) -> Any:
+        # Integers have cotangents without values.
+        if jnp.issubdtype(array.dtype, jnp.floating):
+            return jnp.zeros_like(array)
+        return np.zeros(array.shape, jax.dtypes.float0)
 
-    return Tap(basis, low, none(tap.slot), None if tap.key is None else none(tap.key))
+    zeros: Tap = jax.tree.map(zero, tap._replace(low=None))
+    return zeros._replace(low=low) if basis is None else zeros._replace(basis=basis, low=low)

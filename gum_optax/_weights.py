@@ -10,6 +10,7 @@ Tests: tests/library/test_backward.py.
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gum_optax import _codec, _refresh, _sources, _taps, projectors
+from gum_optax import _codec, _codes, _refresh, _sources, _taps, projectors
 from gum_optax import dimension_numbers as dims
 from gum_optax._groups import Group
 from gum_optax._interception import interpreter
@@ -92,13 +93,13 @@ class Found(NamedTuple):
 
     Attributes:
       leaves: by position, gradients of leaves that are not compressed, and residuals.
-      taps: by position, the cotangents of taps: new basis ``[*batch, m, r]`` and ``P'G``
-        ``[*batch, r, n]``.
+      taps: by position, the cotangents of taps: new basis ``[*batch, m, r]``, None outside of
+        refreshes, and ``P'G`` ``[*batch, r, n]``.
       slots: by group, G of drawn matrices, ``[slots, m, n]``.
     """
 
     leaves: dict[int, jax.Array]
-    taps: dict[int, tuple[jax.Array, jax.Array]]
+    taps: dict[int, tuple[Any, jax.Array]]
     slots: dict[Any, jax.Array]
 
 
@@ -109,7 +110,6 @@ class Model:
       leaves: the parameters.
       names: their names.
       sources: each `low_rank` of the optimizer, with its present state.
-      bases: by source and group, the bases of that state, unpacked.
       weights: the compressed leaves, in the order of the parameters.
     """
 
@@ -124,7 +124,6 @@ class Model:
             dataclasses.replace(source, state=_plain(source, states[source.place]))
             for source in found
         ]
-        self.bases = [source.bases(source.state) for source in self.sources]
         # 2. Each leaf of each group. A source counts the leaves of the tree that it was given, in
         #    which others may be masked, so leaves are found by name.
         names = [name for name, _ in leaves_with_names(params)]
@@ -139,6 +138,10 @@ class Model:
                     axes = _axes(self.leaves[leaf].shape, numbers.get(name))
                     self.weights.append(Weight(leaf, number, group, index, axes))
         self.weights.sort(key=lambda weight: weight.leaf)
+
+    def unpack_of(self, weight: Weight) -> Callable[[Any, tuple[int, ...]], jax.Array]:
+        """Returns the function that unpacks codes of a weight's bases, see `_taps.Site`.unpack."""
+        return partial(self.sources[weight.source].unpack, weight.group)
 
     def zero_slots(self) -> dict[Any, jax.Array]:
         """Returns empty slots for gradients, ``[slots, m, n]`` for each group that has any.
@@ -166,13 +169,18 @@ class Model:
         Args:
           slots: by source and group, the matrices that slots serve; by default as in the state.
           keys: by source and group, a key for each matrix; None outside of refreshes.
+
+        Codes of bases stay codes, except for a refresh, whose new bases are cotangents of the old.
         """
         taps: dict[int, _taps.Tap] = {}
         for number, source in enumerate(self.sources):
             served = source.state.slots if slots is None else slots[number]
             for group in source.groups:
                 own_keys = None if keys is None else keys[number]
-                parts = _parts_of(group, self.bases[number], served, own_keys)
+                basis = source.state.basis[group.name]
+                if keys is not None or not isinstance(basis, _codes.Codes):
+                    basis = source.unpack(group, basis, group.lead)
+                parts = _parts_of(group, basis, served, own_keys)
                 for weight in self.weights:
                     if weight.key == (number, group.name):
                         taps[weight.leaf] = parts[weight.number]
@@ -212,12 +220,21 @@ class Model:
                 # P [N, m, r] and R [N, r, n] of all matrices; the drawn ones are gathered.
                 parts = [lows[key][i] for i in range(len(group.leaves))]
                 low = _codec.join(group, parts).reshape(group.count, group.rank, group.n)
-                basis = self.bases[number][group.name].reshape(group.count, group.m, group.rank)
                 at = jnp.minimum(serves, group.count - 1)
-                left_out = found.slots[key].astype(basis.dtype) - basis[at] @ low[at]
+                basis = self._some_bases(source, group, at)
+                left_out = found.slots[key].astype(basis.dtype) - basis @ low[at]
                 used = (serves < group.count)[:, None, None]
                 result[key] = jnp.where(used, left_out, 0.0)
         return result
+
+    def _some_bases(self, source: _sources.Source, group: Group, at: jax.Array) -> jax.Array:
+        """Returns the bases of some matrices of a group, ``[len(at), m, r]``."""
+        basis = source.state.basis[group.name]
+        if not isinstance(basis, _codes.Codes):
+            basis = source.unpack(group, basis, group.lead)
+        lead = len(group.lead)
+        some = jax.tree.map(lambda x: x.reshape(group.count, *x.shape[lead:])[at], basis)
+        return source.unpack(group, some, at.shape) if isinstance(some, _codes.Codes) else some
 
     def renewed(self, program: Program, due: jax.Array) -> list[LowRankState]:
         """Returns the states of all sources; those that are due are in a new period."""
@@ -288,10 +305,10 @@ def differentiated(
     """
     weights = {weight.leaf: weight for weight in model.weights}
     # 1. The arguments of differentiation: leaves that are not compressed, or all leaves if
-    #    residuals are wanted; bases and zeros, whose cotangents are the results of taps; and slots.
-    #    A refresh keeps no gradient of a matrix and needs no slots.
+    #    residuals are wanted; zeros and, for a refresh, bases, whose cotangents are the results of
+    #    taps; and slots. A refresh keeps no gradient of a matrix and needs no slots.
     plain = {i: leaf for i, leaf in enumerate(model.leaves) if run.residual or i not in weights}
-    lows = {leaf: (tap.basis, tap.low) for leaf, tap in taps.items()}
+    lows = {leaf: (tap.basis if run.whole else None, tap.low) for leaf, tap in taps.items()}
     zeros = {} if run.whole else model.zero_slots()
 
     # 2. The loss as a function of them: each compressed leaf enters the program as a view.
@@ -302,8 +319,12 @@ def differentiated(
             value: Any = plain.get(i, leaf)
             if i in weights:
                 basis, low = lows[i]
-                tap = taps[i]._replace(basis=basis, low=low)
-                value = View(value, weights[i].axes, tap, i, weights[i].key)
+                tap = taps[i]._replace(low=low)
+                if basis is not None:
+                    tap = tap._replace(basis=basis)
+                weight = weights[i]
+                unpack = model.unpack_of(weight) if isinstance(tap.basis, _codes.Codes) else None
+                value = View(value, weight.axes, tap, i, weight.key, unpack)
                 if i in at_root:
                     value = inner.tapped(value, "root")
             values.append(value)
@@ -324,7 +345,7 @@ def differentiated(
 
 def _parts_of(
     group: Group,
-    bases: dict[str, jax.Array],
+    basis: Any,
     slots: dict[str, jax.Array],
     keys: dict[str, jax.Array] | None,
 ) -> list[_taps.Tap]:
@@ -335,11 +356,10 @@ def _parts_of(
     served = slots.get(group.name, jnp.zeros((0,), jnp.int32))
     numbers = jnp.arange(len(served), dtype=jnp.int32)
     serving = jnp.full((group.count,), len(served), jnp.int32).at[served].set(numbers, mode="drop")
-    joined = [bases[group.name], low, serving.reshape(lead)]
-    if keys is not None:
-        joined.append(jax.random.key_data(keys[group.name]).reshape(*lead, 2))
-    parts = zip(*(_codec.split(group, array) for array in joined), strict=True)
-    return [_taps.Tap(*part, *([] if keys is not None else [None])) for part in parts]
+    key = None if keys is None else jax.random.key_data(keys[group.name]).reshape(*lead, 2)
+    arrays, treedef = jax.tree.flatten(_taps.Tap(basis, low, serving.reshape(lead), key))
+    parts = zip(*(_codec.split(group, array) for array in arrays), strict=True)
+    return [treedef.unflatten(part) for part in parts]
 
 
 def _axes(

@@ -245,9 +245,10 @@ def _gum(residual: Any, **parts: Any) -> Callable[[int], optax.GradientTransform
     )
 
 
-# "Lean": momenta and slots in 8 bits, and a factored second moment for the fallback. Blocks shorter
-# than rows have lengths of which TPUs have no tiles, such as 224.
-_LEAN = {"storage": storages.int8(block=None), "fallback": fallbacks.factored()}
+# "Lean": momenta, slots and bases in 8 bits, and a factored second moment for the fallback. Blocks
+# shorter than rows have lengths of which TPUs have no tiles, such as 224.
+_ROWS = storages.int8(block=None)
+_LEAN = {"storage": _ROWS, "basis_storage": _ROWS, "fallback": fallbacks.factored()}
 _GUM, _LEAN_GUM = _gum(residuals.sampled(2)), _gum(residuals.sampled(2), **_LEAN)
 _MUON, _LEAN_MUON = _gum(residuals.drop()), _gum(residuals.drop(), **_LEAN)
 

@@ -241,7 +241,7 @@ def _answers() -> Iterator[tuple[str, str, str]]:
         "Memory of a training step of Llama-3-8B, bfloat16, 1 x 2,048 tokens, by the compiler of a "
         "TPU v5p (15.0 GiB are weights)",
         f"AdamW {peaks['AdamW']}, GUM {peaks['GUM']}, GUM with compressed gradients "
-        f"{peaks['GUM, projected']}, with 8-bit momenta and no AdamW "
+        f"{peaks['GUM, projected']}, with 8-bit momenta and bases and no AdamW "
         f"{peaks['lean GUM, projected']}, the same without drawn layers "
         f"{peaks['lean low-rank Muon, projected']}; refreshes take less",
         "python -m experiments.benchmarks.tpu",

@@ -400,6 +400,42 @@ def test_the_bases_of_scanned_layers_are_those_of_full_gradients(name):
         assert (LAYERS, WIDTH, HIDDEN) not in kept and (LAYERS, HIDDEN, WIDTH) not in kept
 
 
+@pytest.mark.parametrize("name", ["recomputed", "not recomputed"])
+@jax.enable_x64(True)
+def test_codes_of_bases_are_unpacked_layer_by_layer(name):
+    """Projections and drawn residuals are those of the bases that a step unpacks."""
+    loss, params = SCANS[name], _stacked(_model())
+    x = np.random.default_rng(1).normal(size=(5, WIDTH)) / 50
+    tx = gum_optax.gum(
+        0.05,
+        _compression(projector=all_arguments, basis_storage=storages.int8(4)),
+        weight_dimension_numbers=gum_optax.dimension_numbers.scanned_layers,
+    )
+    state = jax.jit(backward.refresh(loss, tx))(params, tx.init(params), x)
+    program = jax.jit(backward.value_and_grad(loss, tx), compiler_options=QUICK).trace(
+        params, state, x
+    )
+    _, gradients = program.lower().compile()(params, state, x)
+    full = jax.jit(jax.grad(loss))(params, x)
+    own = low_rank_state(state)
+    for group, codes in own.basis.items():
+        side = "up" if "up" in group else "down"
+        basis = storages.int8(4).unpack(codes, jnp.zeros((LAYERS, WIDTH, RANK)))
+        G = full[side] if side == "up" else full[side].mT
+        low = basis.mT @ G
+        _assert_close(gradients[side].low, low, 1e-13)
+        [drawn] = own.slots[group]
+        _assert_close(gradients[side].drawn[0], G[drawn] - basis[drawn] @ low[drawn], 1e-13)
+    # No equation outside of the loops makes the bases of all layers.
+    outside = {
+        result.aval.shape
+        for equation in program.jaxpr.eqns
+        for result in equation.outvars
+        if jnp.issubdtype(result.aval.dtype, jnp.floating)
+    }
+    assert (LAYERS, WIDTH, RANK) not in outside and (LAYERS, RANK, HIDDEN) in outside
+
+
 def _stacked(params: Any) -> Any:
     """The matrices of all layers of a model, one stack for each role."""
     layers = params["layers"]
