@@ -250,6 +250,7 @@ def _gum(residual: Any, **parts: Any) -> Callable[[int], optax.GradientTransform
 _ROWS = storages.int8(block=None)
 _LEAN = {"storage": _ROWS, "basis_storage": _ROWS, "fallback": fallbacks.factored()}
 _GUM, _LEAN_GUM = _gum(residuals.sampled(2)), _gum(residuals.sampled(2), **_LEAN)
+_ONE = _gum(residuals.sampled(1), **_LEAN)
 _MUON, _LEAN_MUON = _gum(residuals.drop()), _gum(residuals.drop(), **_LEAN)
 
 STEPS = {
@@ -265,6 +266,8 @@ STEPS = {
     "lean GUM, projected": Step(_LEAN_GUM, projected),
     "lean GUM, refresh": Step(_LEAN_GUM, refresh),
     "lean GUM, both": Step(_LEAN_GUM, both),
+    "lean GUM, one drawn layer, projected": Step(_ONE, projected),
+    "lean GUM, one drawn layer, refresh": Step(_ONE, refresh),
     "lean low-rank Muon, projected": Step(_LEAN_MUON, projected),
     "lean low-rank Muon, refresh": Step(_LEAN_MUON, refresh),
 }

@@ -182,6 +182,8 @@ _STEPS = {
     "lean GUM, projected": "lean GUM, compressed gradients",
     "lean GUM, refresh": "lean GUM, refresh",
     "lean GUM, both": "lean GUM, refresh and step in one program",
+    "lean GUM, one drawn layer, projected": "lean GUM, compressed gradients, one drawn layer",
+    "lean GUM, one drawn layer, refresh": "lean GUM, one drawn layer, refresh",
     "lean low-rank Muon, projected": "lean GUM, compressed gradients, no drawn layers",
     "lean low-rank Muon, refresh": "lean GUM, no drawn layers, refresh",
 }
