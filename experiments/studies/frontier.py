@@ -88,7 +88,7 @@ def _with_fallback(name: str, fallback: str, rate: float) -> Contender:
 
 def _lean(name: str, options: dict[str, Any]) -> Contender:
     """A contender at its best rate beside AdamW, with the factored fallback at its best one."""
-    options |= {"fallback": "factored", "fallback_learning_rate": 2e-2}
+    options = {"fallback": "factored", "fallback_learning_rate": 2e-2} | options
     return Contender(f"{name}, factored for the rest", options, 3e-3, searched=False)
 
 
@@ -160,6 +160,7 @@ CONTENDERS = {
     f"lean_{key}": _lean(name, options)
     for key, name, options in (
         ("muon", "Muon", {"optimizer": "muon"}),
+        ("momentum", "Muon, momentum too", {"optimizer": "muon", "fallback": "factored_momentum"}),
         ("muon8", "Muon, 8 bits", {"optimizer": "muon", "momentum": "int8"}),
         ("muon4", "Muon, 4 bits", {"optimizer": "muon", "momentum": "int4"}),
         ("columns", "low-rank Muon + columns, rotated", _turned()),
