@@ -288,6 +288,8 @@ def _shares(cores: list[int], jobs: int) -> list[list[int]]:
 
 
 _SAVING = 600  # seconds: far more than the current step and a checkpoint take
+_idle = threading.Event()  # whether this process trains nothing
+_idle.set()
 
 
 def _use_cores(cores: Any) -> None:
@@ -308,7 +310,7 @@ def _use_cores(cores: Any) -> None:
         while os.getppid() == parent:
             time.sleep(1)
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(_SAVING)
+        _idle.wait(_SAVING)
         os._exit(1)  # the pool's worker would wait for another run forever
 
     threading.Thread(target=watch, daemon=True).start()
@@ -327,8 +329,12 @@ def _entry(
     if not saved:
         shutil.rmtree(config.run_dir, ignore_errors=True)
     # 2. Train.
-    with _until(deadline):
-        result, more = trainer(dataclasses.replace(config, resume=saved), show=show)
+    _idle.clear()
+    try:
+        with _until(deadline):
+            result, more = trainer(dataclasses.replace(config, resume=saved), show=show)
+    finally:
+        _idle.set()
     if result.stopped_by:
         raise OutOfTime if is_over(deadline) else Stopped
     # 3. Make the entry. The directory with its checkpoints is no longer needed.

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import multiprocessing
 import signal
 import time
 from pathlib import Path
@@ -102,6 +103,29 @@ def test_a_run_that_was_stopped_goes_on_from_its_checkpoint(base, tmp_path, monk
     [entry] = sweeps.complete([config], out)
     assert taken == [1, 2, 3, 4]
     assert entry["curve"] == whole["curve"] and entry["config"] == whole["config"]
+
+
+@pytest.mark.slow
+def test_runs_whose_parent_is_killed_save_and_end(base, tmp_path):
+    """In real processes: each stops after its step, with a checkpoint, and waits for nothing."""
+    configs = configurations(base, tmp_path, steps=100_000)
+    parent = multiprocessing.get_context("spawn").Process(
+        target=sweeps.complete, args=(configs, tmp_path / "out.json"), kwargs={"jobs": 2}
+    )
+    parent.start()
+    try:
+        # The workers of a pool are children of the parent, and hold the locks of their runs.
+        deadline = time.monotonic() + 120
+        while not all(metrics_path(config).exists() for config in configs):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        workers = [int((Path(c.run_dir) / "lock").read_text().split()[1]) for c in configs]
+    finally:
+        parent.kill()
+    while any(Path(f"/proc/{worker}").exists() for worker in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert all(checkpoints.newest(config) is not None for config in configs)
 
 
 def test_a_set_stops_when_its_time_is_up(base, tmp_path, monkeypatch):
