@@ -433,7 +433,9 @@ def draw(config: Config, found: dict[str, list[sweeps.Entry]]) -> Path:
         each.grid(alpha=0.3)
     axes[0][0].set(ylabel="validation loss (nats per token)")
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    # One panel is as wide as one of these names.
+    columns = 3 if len(found) > 1 else 1
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
     return save(figure, config.out)
 
 
