@@ -86,10 +86,10 @@ def _with_fallback(name: str, fallback: str, rate: float) -> Contender:
     return Contender(f"Muon, {name}", options, rate, "fallback_learning_rate")
 
 
-def _lean(name: str, options: dict[str, Any]) -> Contender:
+def _lean(name: str, options: dict[str, Any], rest: str = "factored") -> Contender:
     """A contender at its best rate beside AdamW, with the factored fallback at its best one."""
     options = {"fallback": "factored", "fallback_learning_rate": 2e-2} | options
-    return Contender(f"{name}, factored for the rest", options, 3e-3, searched=False)
+    return Contender(f"{name}, {rest} for the rest", options, 3e-3, searched=False)
 
 
 # The order of the runs: a study cut short has compared the decisive contenders. Question 1: which
@@ -160,7 +160,6 @@ CONTENDERS = {
     f"lean_{key}": _lean(name, options)
     for key, name, options in (
         ("muon", "Muon", {"optimizer": "muon"}),
-        ("momentum", "Muon, momentum too", {"optimizer": "muon", "fallback": "factored_momentum"}),
         ("muon8", "Muon, 8 bits", {"optimizer": "muon", "momentum": "int8"}),
         ("muon4", "Muon, 4 bits", {"optimizer": "muon", "momentum": "int4"}),
         ("columns", "low-rank Muon + columns, rotated", _turned()),
@@ -170,6 +169,16 @@ CONTENDERS = {
         ("gum8", "GUM, 8 bits", _muon("sampled", 2, momentum="int8", bases="int8")),
         ("galore_muon", "GaLore-Muon", _muon("drop")),
     )
+} | {
+    # Why is the factored fallback ahead of AdamW: no momentum, or the longer memory of its second
+    # moment?
+    "lean_momentum": _lean(
+        "Muon", {"optimizer": "muon", "fallback": "factored_momentum"}, "factored with momentum"
+    ),
+    "lean_memory": _lean(
+        "Muon", {"optimizer": "muon", "fallback": "adamw", "fallback_learning_rate": 1e-2,
+                 "b2": 0.999}, "AdamW with b2 = 0.999",
+    ),
 }  # fmt: skip
 
 
