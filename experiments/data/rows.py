@@ -4,6 +4,7 @@ PyArrow's parser, which `datasets` uses, ends the process on deeply nested brack
 """
 
 import lzma
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -11,6 +12,8 @@ from typing import Any, TextIO
 from experiments.trainer.files import check_regular, parse_json
 from experiments.trainer.options import ConfigError, one_line, reason
 
+# A data set of the hub: owner/name, and after a colon the name of a subset.
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 _MOST_IN_LINE, _MOST_KEPT = 2**24, 2**30  # characters of a line, and of rows kept in memory
 
 

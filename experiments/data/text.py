@@ -8,7 +8,6 @@ becomes an iterator of *documents*, which are strings. Local Parquet and Arrow f
 import hashlib
 import itertools
 import os
-import re
 import sysconfig
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -22,7 +21,6 @@ from experiments.trainer.options import ConfigError, one_line, reason
 _READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
 _TEXT = {".txt", ".md", ".rst", ".py"}
 _NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 _LARGE = 64 * 1024  # characters; a text file above this is cut into several documents
 
 
@@ -78,7 +76,7 @@ def _find(name: str) -> list[Source]:
             raise ConfigError(f"`corpus`: {name} is no text, .jsonl, .parquet or .arrow file")
         return _group([path], name)
     # A missing file must not be taken for a hub name of the same form.
-    if path.suffix in _READERS.keys() | _TEXT or not _HUB_NAME.fullmatch(name):
+    if path.suffix in _READERS.keys() | _TEXT or not rows.HUB_NAME.fullmatch(name):
         raise ConfigError(f"`corpus`: there is no file or directory {name}")
     hub, _, subset = name.partition(":")
     return [Source("hub", name=hub, subset=subset or None)]

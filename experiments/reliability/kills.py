@@ -30,6 +30,7 @@ from experiments.trainer import cli
 from experiments.trainer.cli import flag
 from experiments.trainer.metrics import read_metrics
 from experiments.trainer.optimizers import OPTIMIZERS
+from experiments.trainer.options import Checked, at_least, option
 
 PROGRAM = "experiments.reliability.kills"
 ROOT = Path(__file__).parents[2]
@@ -42,15 +43,15 @@ _PATIENCE = 240  # seconds until a process that does not end, or a moment that n
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Checked):
     """Kill training at random moments and compare it with an uninterrupted run."""
 
     #: Number of kills; every other one falls while a checkpoint is written.
-    kills: int = 20
+    kills: int = option(20, at_least(1))
     #: Steps of the run.
-    steps: int = 400
+    steps: int = option(400, at_least(1))
     #: Steps between two checkpoints.
-    checkpoint_every: int = 4
+    checkpoint_every: int = option(4, at_least(1))
     #: Optimizer, by its name in experiments.trainer.optimizers.
     optimizer: str = "gum"
     #: Seed of the moments at which the run is killed.
@@ -75,12 +76,12 @@ def command(options: dict[str, Any]) -> list[str]:
     name = options.get("optimizer", "gum")
     has = {key: {field.name for field in dataclasses.fields(o)} for key, o in OPTIMIZERS.items()}
     words = [sys.executable, "-m", "experiments.pretrain", f"optimizer:{name}"]
-    for option, value in options.items():
-        if option in has[name]:
-            option = f"optimizer.{option}"
-        elif option == "optimizer" or any(option in each for each in has.values()):
+    for key, value in options.items():
+        if key in has[name]:
+            key = f"optimizer.{key}"
+        elif key == "optimizer" or any(key in each for each in has.values()):
             continue
-        words += [flag(option)] if value is True else [flag(option), str(value)]
+        words += [flag(key)] if value is True else [flag(key), str(value)]
     return words
 
 

@@ -5,7 +5,6 @@ same prompt. A source without one is divided by `base.is_held_out`.
 """
 
 import itertools
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,6 @@ from experiments.tasks.base import (
 )
 from experiments.trainer.options import ConfigError, one_line, reason
 
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 _SPLITS = ("test", "validation")  # the first one that exists has the held-out items
 _SUFFIXES = (".jsonl", ".jsonl.xz")
 
@@ -107,7 +105,7 @@ def _splits(name: str) -> Mapping[str, Iterable[Mapping[str, Any]]]:
         return {"train": rows.read(path, "task", kept=True)}
     if path.is_dir():
         return _directory(path)
-    if not name.endswith(_SUFFIXES) and _HUB_NAME.fullmatch(name):
+    if not name.endswith(_SUFFIXES) and rows.HUB_NAME.fullmatch(name):
         return _hub(name)
     raise ConfigError(f"`task`: there is no file or directory {name}")
 
