@@ -217,6 +217,13 @@ def _in_8_bits(width: int) -> optax.GradientTransformation:
     return gum_optax.quantized(optax.adamw(_RATE))
 
 
+def _lean_full_rank(width: int) -> optax.GradientTransformation:
+    """Muon with momentum in 8 bits, a scale per row, and hardly any state for the rest."""
+    return gum_optax.muon(
+        _RATE, _ROWS, fallback=fallbacks.factored(), weight_dimension_numbers=_STACKED
+    )
+
+
 def _in_turn(
     optimizer: Callable[[int], optax.GradientTransformation],
 ) -> Callable[[int], optax.GradientTransformation]:
@@ -251,7 +258,7 @@ _ROWS = storages.int8(block=None)
 _LEAN = {"storage": _ROWS, "basis_storage": _ROWS, "fallback": fallbacks.factored()}
 _GUM, _LEAN_GUM = _gum(residuals.sampled(2)), _gum(residuals.sampled(2), **_LEAN)
 _ONE = _gum(residuals.sampled(1), **_LEAN)
-_MUON, _LEAN_MUON = _gum(residuals.drop()), _gum(residuals.drop(), **_LEAN)
+_LOW_RANK_MUON, _LEAN_MUON = _gum(residuals.drop()), _gum(residuals.drop(), **_LEAN)
 
 STEPS = {
     "AdamW": Step(_adamw, full),
@@ -259,10 +266,11 @@ STEPS = {
     "GaLore": Step(_galore, between_refreshes),
     "8-bit AdamW": Step(_in_8_bits, full),
     "8-bit AdamW, layer by layer": Step(_in_turn(_in_8_bits), full),
+    "8-bit Muon, lean": Step(_lean_full_rank, full),
     "GUM": Step(_GUM, full),
     "GUM, projected": Step(_GUM, projected),
     "GUM, refresh": Step(_GUM, refresh),
-    "low-rank Muon, projected": Step(_MUON, projected),
+    "low-rank Muon, projected": Step(_LOW_RANK_MUON, projected),
     "lean GUM, projected": Step(_LEAN_GUM, projected),
     "lean GUM, refresh": Step(_LEAN_GUM, refresh),
     "lean GUM, both": Step(_LEAN_GUM, both),

@@ -175,6 +175,7 @@ _STEPS = {
     "8-bit AdamW, layer by layer": "AdamW, moments in 8 bits, layer by layer",
     "AdamW": "AdamW",
     "Muon": "`optax.contrib.muon`",
+    "8-bit Muon, lean": "`muon`, momentum in 8 bits, `fallbacks.factored()`",
     "GaLore": "GaLore",
     "GUM": "GUM",
     "GUM, projected": "GUM, compressed gradients",
@@ -242,7 +243,8 @@ def _answers() -> Iterator[tuple[str, str, str]]:
     yield (
         "Memory of a training step of Llama-3-8B, bfloat16, 1 x 2,048 tokens, by the compiler of a "
         "TPU v5p (15.0 GiB are weights)",
-        f"AdamW {peaks['AdamW']}, GUM {peaks['GUM']}, GUM with compressed gradients "
+        f"AdamW {peaks['AdamW']}, Muon {peaks['Muon']}, 8-bit Muon with `fallbacks.factored()` "
+        f"{peaks['8-bit Muon, lean']}, GUM {peaks['GUM']}, GUM with compressed gradients "
         f"{peaks['GUM, projected']}, with 8-bit momenta and bases and no AdamW "
         f"{peaks['lean GUM, projected']}, the same without drawn layers "
         f"{peaks['lean low-rank Muon, projected']}; refreshes take less",

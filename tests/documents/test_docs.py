@@ -134,12 +134,13 @@ def test_the_memory_of_the_first_pages_is_that_of_the_result_file():
     rows = json.loads((ROOT / "experiments/results/tpu.json").read_text())["rows"]
     place = ("Llama-3-8B", "v5p")
     of = {row["step"]: row for row in rows if (row["model"], row["kind"]) == place}
-    steps = ("AdamW", "lean GUM, projected", "lean low-rank Muon, projected")
-    adamw, lean, undrawn = (of[step]["peak_bytes"] / 2**30 for step in steps)
+    steps = ("AdamW", "8-bit Muon, lean", "lean GUM, projected", "lean low-rank Muon, projected")
+    adamw, muon, lean, undrawn = (of[step]["peak_bytes"] / 2**30 for step in steps)
     weights = of["AdamW"]["parameter_bytes"] / 2**30
     index = " ".join((DOCS / "index.md").read_text().split())
     assert (
-        f"takes {adamw:.1f} GiB with AdamW, {lean:.1f} GiB with the leanest setup of GUM, and "
+        f"takes {adamw:.1f} GiB with AdamW, {muon:.1f} GiB with 8-bit Muon and a factored second "
+        f"moment for the rest, {lean:.1f} GiB with the leanest setup of GUM, and "
         f"{undrawn:.1f} GiB without its drawn layers; {weights:.1f} GiB are the weights"
     ) in index
     memory = " ".join((DOCS / "little_memory.md").read_text().split())
