@@ -16,6 +16,7 @@ from experiments.benchmarks import (
     contenders,
     figure,
     floors,
+    moments,
     orthogonality,
     parameters,
     step,
@@ -398,3 +399,16 @@ def test_variants_are_timed_by_turns_beside_galore_muon(config, monkeypatch, cap
     assert found["GaLore-Muon"] == {"of_medians": 1, "min": 1, "max": 1}
     assert found["SCALE"]["of_medians"] > 0
     assert "seconds of an update over GaLore-Muon's" in capsys.readouterr().out
+
+
+def test_8_bit_adamw_is_timed_beside_adamw(tmp_path, capsys):
+    out = tmp_path / "moments.json"
+    options = ["--rows", "64", "--columns", "128", "--parts", "4", "--repeats", "2"]
+    assert moments.main([*options, "--out", str(out)]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert list(rows) == ["SGD", "AdamW", "8-bit AdamW", "8-bit AdamW, in parts"]
+    assert rows["AdamW"]["over_adamw"] == {"of_medians": 1.0, "min": 1.0, "max": 1.0}
+    medians = [row["seconds"]["median"] for row in rows.values()]
+    ratios = [row["over_adamw"]["of_medians"] for row in rows.values()]
+    assert ratios == pytest.approx([median / medians[1] for median in medians])
+    assert "A step of a table of 64 x 128, in place" in capsys.readouterr().out
