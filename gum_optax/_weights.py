@@ -177,8 +177,8 @@ class Model:
             served = source.state.slots if slots is None else slots[number]
             for group in source.groups:
                 own_keys = None if keys is None else keys[number]
-                basis = source.state.basis[group.name]
-                if keys is not None or not isinstance(basis, _codes.Codes):
+                basis = _in_parts(source, group)
+                if keys is not None and isinstance(basis, _codes.Codes):
                     basis = source.unpack(group, basis, group.lead)
                 parts = _parts_of(group, basis, served, own_keys)
                 for weight in self.weights:
@@ -229,11 +229,10 @@ class Model:
 
     def _some_bases(self, source: _sources.Source, group: Group, at: jax.Array) -> jax.Array:
         """Returns the bases of some matrices of a group, ``[len(at), m, r]``."""
-        basis = source.state.basis[group.name]
-        if not isinstance(basis, _codes.Codes):
-            basis = source.unpack(group, basis, group.lead)
         lead = len(group.lead)
-        some = jax.tree.map(lambda x: x.reshape(group.count, *x.shape[lead:])[at], basis)
+        some = jax.tree.map(
+            lambda x: x.reshape(group.count, *x.shape[lead:])[at], _in_parts(source, group)
+        )
         return source.unpack(group, some, at.shape) if isinstance(some, _codes.Codes) else some
 
     def renewed(self, program: Program, due: jax.Array) -> list[LowRankState]:
@@ -341,6 +340,15 @@ def differentiated(
         value, one = jax.lax.optimization_barrier((value, one))
     found = Found(*pull((one, zeros)))
     return jax.tree.unflatten(program.results, [value, *results[1:]]), found
+
+
+def _in_parts(source: _sources.Source, group: Group) -> Any:
+    """Returns the basis of a group in a form that can be cut along its leading axes.
+
+    Codes can; other storages may mix matrices, so what they have packed is unpacked.
+    """
+    basis = source.state.basis[group.name]
+    return basis if isinstance(basis, _codes.Codes) else source.unpack(group, basis, group.lead)
 
 
 def _parts_of(

@@ -87,7 +87,10 @@ def _with_fallback(name: str, fallback: str, rate: float) -> Contender:
 
 
 def _lean(name: str, options: dict[str, Any], rest: str = "factored") -> Contender:
-    """A contender at its best rate beside AdamW, with the factored fallback at its best one."""
+    """A contender at its best rate, beside the factored fallback at its own unless told otherwise.
+
+    The rate of the matrices is their best one beside AdamW.
+    """
     options = {"fallback": "factored", "fallback_learning_rate": 2e-2} | options
     return Contender(f"{name}, {rest} for the rest", options, 3e-3, searched=False)
 
