@@ -1,4 +1,4 @@
-r"""Blockwise codes: arrays in 8 or 4 bits per number, and back.
+r"""Blockwise codes: arrays in 8, 6 or 4 bits per number, and back.
 
 The last axis is cut into *blocks*. Each block keeps one *scale* N, its entry of largest magnitude,
 and for each number the *code* of the nearest *level* of a map onto [-1, 1]:
@@ -13,8 +13,10 @@ a decoded array changes nothing, and where a block decays its scale decays as it
 map            bits  levels                                  scale         relative l2 error
 =============  ====  ======================================  ============  ==================
 `LINEAR_8`     8     ``c / 127``, c from -127 to 127         ``max |x|``   .007 (blocks of 256)
+`LINEAR_6`     6     ``c / 31``, c from -31 to 31            ``max |x|``   .027 (blocks of 128)
 `NORMAL_4`     4     16, made for Gaussian numbers           signed        .080 (blocks of 32)
 `OCTAVES_8`    8     ``2 ** e (1 + f / 8)``, no zero         ``max x``     .024
+`OCTAVES_6`    6     ``2 ** e (1 + f / 4)``, no zero         ``max x``     .047
 `OCTAVES_4`    4     ``2 ** (c - 15)``, no zero              ``max x``     .15
 =============  ====  ======================================  ============  ==================
 
@@ -46,8 +48,9 @@ class Codes(NamedTuple):
     """An array ``[..., n]`` at rest.
 
     Attributes:
-      codes: ``int8[..., n]`` or ``uint8[..., n]``; with 4 bits ``uint8[..., (n + 1) // 2]``, the
-        first number of each pair in the low bits.
+      codes: with 8 bits ``int8[..., n]`` or ``uint8[..., n]``; with 6 bits ``uint8[..., 3 k]``,
+        four codes in three bytes of the same block, see `_folded`; with 4 bits
+        ``uint8[..., (n + 1) // 2]``, the first number of each pair in the low bits.
       scale: ``[..., blocks]``, see `cut`.
     """
 
@@ -59,7 +62,7 @@ class Map(NamedTuple):
     """Levels in [-1, 1], and how a block is scaled to them.
 
     Attributes:
-      bits: 8 or 4.
+      bits: 8, 6 or 4.
       scale_dtype: the dtype of scales; None: the dtype of the computation, float32 or float64.
       extreme: ``blocks [..., length] -> [..., 1]``, the entry that is scaled to 1.
       to_codes: ``u -> codes``, of numbers in [-1, 1]; numbers outside have the nearest code.
@@ -133,10 +136,14 @@ def _encode(map: Map, block: int, array: jax.Array) -> Codes:
 
     # 2. c = argmin_k |level_k - x / N|
     divisor = jnp.where(scale == 0, 1, scale).astype(dtype)
-    codes = map.to_codes(blocks / divisor)
-    codes = codes.reshape(*array.shape[:-1], -1)[..., :n]
+    codes = map.to_codes(blocks / divisor)  # [..., count, length]
 
-    # 3. Two codes of four bits share a byte.
+    # 3. Four codes of six bits share three bytes, two codes of four bits share one.
+    if map.bits == 6:
+        codes = _folded(jnp.pad(codes, _at_the_end(codes.ndim, -codes.shape[-1] % 4)))
+        codes = codes.reshape(*array.shape[:-1], -1)
+    else:
+        codes = codes.reshape(*array.shape[:-1], -1)[..., :n]
     if map.bits == 4:
         codes = _paired(jnp.pad(codes, _at_the_end(codes.ndim, n % 2)))
     scale = scale.squeeze(-1)
@@ -148,12 +155,16 @@ def _encode(map: Map, block: int, array: jax.Array) -> Codes:
 @partial(jax.jit, static_argnums=(0, 1, 3, 4), inline=True)
 def _decode(map: Map, block: int, packed: Codes, n: int, dtype: Any) -> jax.Array:
     codes, scale = packed
-    if map.bits == 4:
-        codes = _unpaired(codes)[..., :n]
-    # x = N level_c
-    levels = map.to_levels(_to_blocks(codes, block), dtype)  # [..., count, length]
-    blocks = scale[..., None].astype(dtype) * levels
-    return blocks.reshape(*codes.shape[:-1], -1)[..., :n]
+    lead = codes.shape[:-1]
+    # 1. The codes of each block, [..., count, length].
+    if map.bits == 6:
+        count, length = cut(n, block)
+        codes = _unfolded(codes.reshape(*lead, count, -1))[..., :length]
+    else:
+        codes = _to_blocks(_unpaired(codes)[..., :n] if map.bits == 4 else codes, block)
+    # 2. x = N level_c
+    blocks = scale[..., None].astype(dtype) * map.to_levels(codes, dtype)
+    return blocks.reshape(*lead, -1)[..., :n]
 
 
 def _paired(codes: jax.Array) -> jax.Array:
@@ -169,6 +180,24 @@ def _unpaired(codes: jax.Array) -> jax.Array:
     words = codes.astype(jnp.uint16)
     pairs = jax.lax.bitcast_convert_type((words | words << 4) & 0x0F0F, jnp.uint8)
     return pairs.reshape(*codes.shape[:-1], -1)
+
+
+def _folded(codes: jax.Array) -> jax.Array:
+    """``[..., 4 k] -> [..., 3 k]``: four codes of 6 bits become three bytes.
+
+    The first three quarters of a block keep their places, and two bits of the last quarter are the
+    high bits of each. So every operation is one of neighbouring numbers, as vector units need it.
+    """
+    first, second, third, last = jnp.split(codes, 4, axis=-1)
+    parts = [first | last << 6, second | (last >> 2) << 6, third | (last >> 4) << 6]
+    return jnp.concatenate(parts, axis=-1)
+
+
+def _unfolded(packed: jax.Array) -> jax.Array:
+    """``[..., 3 k] -> [..., 4 k]``, the inverse."""
+    first, second, third = jnp.split(packed, 3, axis=-1)
+    last = first >> 6 | (second >> 6) << 2 | (third >> 6) << 4
+    return jnp.concatenate([first & 63, second & 63, third & 63, last], axis=-1)
 
 
 def _to_blocks(array: jax.Array, block: int) -> jax.Array:
@@ -199,12 +228,19 @@ def _describe(map: Map, block: int, array: jax.Array) -> Codes:
 
     codes = jax.eval_shape(map.to_codes, jax.ShapeDtypeStruct((), jnp.float32)).dtype
     dtype = map.scale_dtype or at_least_float32(array.dtype)
-    pairs = map.bits == 4
     count, length = cut(n, block)
-    return Codes(
-        like((n + 1) // 2 if pairs else n, codes, not pairs or n % 2 == 0),
-        like(count, dtype, count * length == n),
-    )
+    whole = count * length == n
+    # 1. The bytes of the codes, and whether each device's numbers have bytes of their own.
+    if map.bits == 6:
+        # A block's codes are spread over all of its bytes, so that a mesh may cut between blocks.
+        of_codes = count * (-(-length // 4) * 3)
+        cuts = whole and count % _mesh.parts(sharding, last) == 0
+    elif map.bits == 4:
+        of_codes, cuts = (n + 1) // 2, n % 2 == 0
+    else:
+        of_codes, cuts = n, True
+    # 2. The scales.
+    return Codes(like(of_codes, codes, cuts), like(count, dtype, whole))
 
 
 # Maps ----------------------------------------------------------------------------------------
@@ -227,10 +263,19 @@ def _largest_of_non_negative(blocks: jax.Array) -> jax.Array:
     return jnp.where(lowest < 0, jnp.nan, jnp.max(blocks, axis=-1, keepdims=True))
 
 
-def _linear_levels(codes: jax.Array, dtype: Any) -> jax.Array:
-    linear = codes.astype(dtype) / 127
-    # XLA multiplies by 1 / 127, and by the scale before that: the extreme would not be exact.
-    return jnp.where(jnp.abs(codes) == 127, jnp.sign(linear), linear)
+def _linear(top: int, zero: int, kept: Any) -> tuple[Any, Any]:
+    """Returns both functions of the map ``c / top``; the dtype `kept` holds ``c + zero``."""
+
+    def to_codes(u: jax.Array) -> jax.Array:
+        return (jnp.clip(jnp.round(top * u), -top, top) + zero).astype(kept)
+
+    def to_levels(codes: jax.Array, dtype: Any) -> jax.Array:
+        steps = codes.astype(dtype) - zero
+        linear = steps / top
+        # XLA multiplies by 1 / top, and by the scale before that: the extreme would not be exact.
+        return jnp.where(jnp.abs(steps) == top, jnp.sign(linear), linear)
+
+    return to_codes, to_levels
 
 
 def _table(levels: tuple[float, ...]) -> tuple[Any, Any]:
@@ -280,13 +325,8 @@ def _octaves(bits: int, fraction: int) -> tuple[Any, Any]:
     return to_codes, to_levels
 
 
-LINEAR_8 = Map(
-    8,
-    None,
-    _largest,
-    lambda u: jnp.clip(jnp.round(127 * u), -127, 127).astype(jnp.int8),
-    _linear_levels,
-)
+LINEAR_8 = Map(8, None, _largest, *_linear(127, 0, jnp.int8))
+LINEAR_6 = Map(6, None, _largest, *_linear(31, 32, jnp.uint8))
 # Least squares (Lloyd) on Gaussian blocks of 32 over their signed extremes, with 0 and 1 fixed.
 _NORMAL = (
     *(-0.8785, -0.6995, -0.5531, -0.4265, -0.3114, -0.2038, -0.1010, 0.0),
@@ -296,4 +336,5 @@ NORMAL_4 = Map(4, jnp.bfloat16, _signed_extreme, *_table(_NORMAL))
 # For second moments: the next step divides by their roots, so relative errors count and zero is no
 # level. Scales in bfloat16 would never fall at a decay of .999, which rounds back to the old value.
 OCTAVES_8 = Map(8, None, _largest_of_non_negative, *_octaves(8, 3))
+OCTAVES_6 = Map(6, None, _largest_of_non_negative, *_octaves(6, 2))
 OCTAVES_4 = Map(4, None, _largest_of_non_negative, *_octaves(4, 0))

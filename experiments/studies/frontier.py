@@ -114,6 +114,7 @@ CONTENDERS = {
         ("muon_rows4", "Muon, 4 bits, a scale per row", 3e-3,
          {"optimizer": "muon", "momentum": "rows4"}),
         ("muon_int8", "Muon, 8 bits", 3e-3, {"optimizer": "muon", "momentum": "int8"}),
+        ("muon_int6", "Muon, 6 bits", 3e-3, {"optimizer": "muon", "momentum": "int6"}),
         ("muon_int4", "Muon, 4 bits", 3e-3, {"optimizer": "muon", "momentum": "int4"}),
         ("columns_decay", "low-rank Muon + columns that fade", 3e-3, _turned(residual_decay=1.0)),
         ("columns_half", "low-rank Muon + half of columns", 3e-3, _turned(residual_scale=0.5)),
@@ -164,6 +165,7 @@ CONTENDERS = {
     for key, name, options in (
         ("muon", "Muon", {"optimizer": "muon"}),
         ("muon8", "Muon, 8 bits", {"optimizer": "muon", "momentum": "int8"}),
+        ("muon6", "Muon, 6 bits", {"optimizer": "muon", "momentum": "int6"}),
         ("muon4", "Muon, 4 bits", {"optimizer": "muon", "momentum": "int4"}),
         ("columns", "low-rank Muon + columns, rotated", _turned()),
         ("columns8", "low-rank Muon in 8 bits + columns, rotated",

@@ -49,6 +49,7 @@ def _unpack(packed: Codes, like: jax.Array) -> jax.Array:
 STORAGES: dict[str, storages.Storage] = {
     "float32": storages.plain(),
     "int8": storages.int8(),
+    "int6": storages.int6(),
     "int4": storages.int4(),
     "rows8": storages.int8(block=None),
     "rows4": storages.Storage(_pack, _unpack),

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 Transformation = optax.GradientTransformation
 Projector = Literal["subspace_iteration", "svd", "randomized_svd", "random_orthonormal"]
-Momentum = Literal["float32", "int8", "int4", "rows8", "rows4"]
+Momentum = Literal["float32", "int8", "int6", "int4", "rows8", "rows4"]
 Restart = Literal["everything", "slots", "rotate"]
 
 # The values of the option `restart`, as carries of the library.

@@ -1,4 +1,4 @@
-"""Codes of 8 and 4 bits: every map against loops in float64, and laws of all maps."""
+"""Codes of 8, 6 and 4 bits: every map against loops in float64, and laws of all maps."""
 
 import functools
 import itertools
@@ -19,6 +19,7 @@ NORMAL = [-0.8785, -0.6995, -0.5531, -0.4265, -0.3114, -0.2038, -0.1010, 0.0]
 NORMAL += [0.0967, 0.1944, 0.2949, 0.4013, 0.5171, 0.6474, 0.8011, 1.0]
 # Eight levels in each of 32 octaves below 1, and 1 itself, less the first.
 OCTAVES = [*[2.0**e * (1 + f / 8) for e in range(-32, 0) for f in range(8)][1:], 1.0]
+QUARTERS = [*[2.0**e * (1 + f / 4) for e in range(-16, 0) for f in range(4)][1:], 1.0]
 
 
 class Case(NamedTuple):
@@ -29,24 +30,35 @@ class Case(NamedTuple):
     unsigned: bool  # No negative levels, and none that is zero: errors are those of ratios.
     scale_bytes: int
     bound: float  # Of |x - x^| / N, or of |x - x^| / x if unsigned.
-    l2: float  # On Gaussian numbers, squared if unsigned, in blocks of 32 or 256; measured.
+    l2: float  # On Gaussian numbers, squared if unsigned, in blocks of `block`; measured.
 
     @property
     def block(self) -> int:
-        return 32 if self.map.bits == 4 else 256
+        return {4: 32, 6: 128, 8: 256}[self.map.bits]
+
+    def bytes_of_codes(self, blocks: list[range]) -> int:
+        """Of a row: four codes of 6 bits take three bytes, and blocks are filled up to fours."""
+        if self.map.bits == 6:
+            return len(blocks) * 3 * math.ceil(len(blocks[0]) / 4)
+        return math.ceil(sum(map(len, blocks)) * self.map.bits / 8)
 
 
 CASES = {
     "linear 8": Case(
         _codes.LINEAR_8, [c / 127 for c in range(-127, 128)], False, 4, 1 / 254, 0.0071
     ),
+    "linear 6": Case(_codes.LINEAR_6, [c / 31 for c in range(-31, 32)], False, 4, 1 / 62, 0.0275),
     # A scale of bfloat16 is off by 2 ** -9 at most, and no level is near -1.
     "normal 4": Case(_codes.NORMAL_4, NORMAL, False, 2, 0.1215 + 2**-8, 0.081),
     # The worst number lies between a power of two and the next level, 1 + 1/8 or 2 times as large.
     "octaves 8": Case(_codes.OCTAVES_8, OCTAVES, True, 4, 1 / 17, 0.025),
+    "octaves 6": Case(_codes.OCTAVES_6, QUARTERS, True, 4, 1 / 9, 0.048),
     "octaves 4": Case(_codes.OCTAVES_4, [2.0 ** (c - 15) for c in range(16)], True, 4, 1 / 3, 0.16),
 }
 every_map = pytest.mark.parametrize("name", CASES)
+every_storage = pytest.mark.parametrize(
+    "storage", [storages.int8(), storages.int6(), storages.int4()], ids=["int8", "int6", "int4"]
+)
 LENGTHS = [1, 2, 7, 31, 33, 64, 90]
 every_length = pytest.mark.parametrize("n", LENGTHS)
 BLOCK = 16
@@ -69,7 +81,7 @@ def oracle(case: Case, block: int, row: list[float]) -> tuple[list[float], list[
     for where in blocks_of(len(row), block):
         numbers = [row[i] for i in where]
         scale = max(numbers, key=abs)
-        if case.map is _codes.LINEAR_8:
+        if case.map in (_codes.LINEAR_8, _codes.LINEAR_6):
             scale = abs(scale)
         if case.scale_bytes == 2:
             scale = float(np.asarray(scale, jnp.bfloat16))
@@ -163,7 +175,7 @@ def test_what_was_decoded_is_encoded_to_the_same_codes(name, n):
         np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
 
 
-@pytest.mark.parametrize("name", ["linear 8", "normal 4"])
+@pytest.mark.parametrize("name", ["linear 8", "linear 6", "normal 4"])
 @every_length
 def test_signs_are_treated_alike(name, n):
     (*_, decoded), (*_, negative) = rows(name, seed=4), rows(name, seed=4, sign=-1)
@@ -226,8 +238,8 @@ def test_what_cannot_be_kept_is_nan_and_other_blocks_are_not(name, bad):
 
 def test_a_map_without_negative_levels_has_no_zero():
     x = np.tile(np.asarray([0.0, 1.0, 1e-30, 4.0], np.float32), (4, BLOCK // 2))
-    assert (round_trip("octaves 8", x) > 0).all()
-    assert (round_trip("octaves 4", x) > 0).all()
+    for name, case in CASES.items():
+        assert (round_trip(name, x) > 0).all() == case.unsigned
 
 
 # Shapes, dtypes, bytes ----------------------------------------------------------------------------
@@ -256,8 +268,8 @@ def test_blocks(n, block, count, length):
 def test_bytes(name, n):
     case = CASES[name]
     packed = jax.eval_shape(lambda x: there(name, x), jax.ShapeDtypeStruct((3, 5, n), jnp.float32))
-    codes = n if case.map.bits == 8 else math.ceil(n / 2)
-    expected = 15 * (codes + case.scale_bytes * len(blocks_of(n, BLOCK)))
+    blocks = blocks_of(n, BLOCK)
+    expected = 15 * (case.bytes_of_codes(blocks) + case.scale_bytes * len(blocks))
     assert helpers.state_bytes(packed) == expected
 
 
@@ -279,7 +291,7 @@ def test_dtypes(name):
     assert np.isfinite(cut).all()
 
 
-@pytest.mark.parametrize("storage", [storages.int8(), storages.int4()], ids=["int8", "int4"])
+@every_storage
 def test_scalars_and_empty_arrays_stay(storage):
     for array in (jnp.float32(3), jnp.zeros((3, 0)), jnp.zeros(0)):
         packed = storage.pack(array)
@@ -287,7 +299,7 @@ def test_scalars_and_empty_arrays_stay(storage):
         assert storage.unpack(packed, array) is array
 
 
-@pytest.mark.parametrize("storage", [storages.int8(), storages.int4()], ids=["int8", "int4"])
+@every_storage
 def test_jit_equals_eager(storage):
     x = jnp.asarray(numbers("linear 8", 4, 90))
     expected, jitted = storage.pack(x), jax.jit(storage.pack)(x)

@@ -55,7 +55,7 @@ INNER = {
     "no state": lambda: optax.sgd(0.1),
 }
 every_inner = pytest.mark.parametrize("name", INNER)
-STORAGES = {"int8": storages.int8(16), "int4": storages.int4(16)}
+STORAGES = {"int8": storages.int8(16), "int6": storages.int6(16), "int4": storages.int4(16)}
 every_storage = pytest.mark.parametrize("storage", STORAGES.values(), ids=STORAGES)
 # Small models are mostly uncompressed, and a stack goes to the fallback.
 pytestmark = pytest.mark.filterwarnings("ignore:None of .* is compressed", "ignore:.*fallback")
@@ -146,12 +146,14 @@ def test_adam_in_8_bits_learns_a_badly_scaled_quadratic():
 
 
 def test_bytes_of_adam_by_hand():
-    """8 bits: a byte and four for each block of 16; 4 bits: half, and two (of nu four)."""
+    """A block of 12 or 11 of each row has, with 8 bits, a byte for each number and four for the
+    scale; with 6 bits nine and four; with 4 bits half a byte for each, and two (of nu four)."""
     numbers = 8 * 24 + 2 * 6 * 11
     blocks = 8 * 2 + 2 * 6 * 1
     small = 2 * 4 * 24 + 4  # Two moments of the bias, and the count.
     for storage, expected in (
         (storages.int8(16), 2 * (numbers + 4 * blocks)),
+        (storages.int6(16), 2 * (9 * (8 * 2 + 2 * 6 * 1) + 4 * blocks)),
         (storages.int4(16), 2 * (numbers + 12) // 2 + (2 + 4) * blocks),
     ):
         state = jax.eval_shape(few(optax.scale_by_adam(), storage).init, PARAMS)
@@ -427,9 +429,21 @@ def test_codes_and_scales_are_sharded_as_their_parameters():
     assert trace["stack"] == Codes(P("fsdp"), P("fsdp"))
 
 
+@pytest.mark.parametrize(("block", "spec"), [(16, P("fsdp", "tensor")), (64, P("fsdp"))])
+def test_codes_of_six_bits_are_cut_between_blocks(block, spec):
+    """A block's codes are spread over its bytes, so that one of two halves cannot be decoded."""
+    params, specs = {"w": jnp.zeros((16, 64))}, {"w": P("fsdp", "tensor")}
+    found = gum_optax.state_shardings(
+        few(optax.trace(0.9), storages.int6(block)), params, specs, mesh_of("Auto")
+    )
+    assert found.trace["w"].codes.spec == spec
+
+
 ON_MESHES = {
     # Of 30 numbers, the last of four blocks is shorter, and the mesh cuts the second.
     "adamw, int8": few(optax.adamw(0.1), storages.int8(8)),
+    # Of 24 numbers four blocks, of 30 four with a shorter one, in bytes for eight each.
+    "momentum, int6": few(optax.trace(0.9), storages.int6(8)),
     "muon, int4": gum_optax.for_matrices(
         optax.chain(few(optax.trace(0.9), storages.int4(16)), gum_optax.scale_by_polar()), 0.1
     ),
@@ -547,7 +561,9 @@ def trained(storage: Any) -> np.ndarray:
 PLAIN = storages.plain()
 
 
-@pytest.mark.parametrize(("storage", "share"), [(storages.int8(), 0.03), (storages.int4(), 0.3)])
+@pytest.mark.parametrize(
+    ("storage", "share"), [(storages.int8(), 0.03), (storages.int6(), 0.1), (storages.int4(), 0.3)]
+)
 def test_quantized_muon_stays_near_muon(storage, share):
     """A hundred steps on a linear model with noise; the distance is that of the weights."""
     plain, coded = trained(PLAIN), trained(storage)
