@@ -196,13 +196,14 @@ class Config(sweeps.Sitting):
     #: Ratio of neighbouring learning rates in the grid.
     factor: float = 2.0
     #: Grid point at which the search begins, counted from each contender's own rate: -1 is half of
-    #: that rate at the default `factor`. Larger models need smaller rates.
+    #: that rate at the default `factor`. Larger models need smaller rates. Without a search, the
+    #: grid point of all runs.
     first: int = 0
     #: Steps of each run of the search.
     tuning_steps: int = TUNING_STEPS
     #: Runs that judge a rate: first: the first seed on the first corpus; all: the mean over all
-    #: seeds and corpora.
-    tuning_runs: Literal["first", "all"] = "first"
+    #: seeds and corpora; none: there is no search.
+    tuning_runs: Literal["first", "all", "none"] = "first"
     #: Seeds of weights, data order and draws.
     seeds: tuple[int, ...] = (0, 1, 2)
     #: Corpora, each of which is trained on separately.
@@ -246,13 +247,14 @@ def search(config: Config, complete: Complete) -> dict[str, float]:
     """Finds each contender's best rate of the grid, whose neighbours are both worse.
 
     All contenders search in the same rounds, so that their runs share the cores. Those that are
-    not `searched` keep their own rate, grid point 0.
+    not `searched` keep the rate of grid point `first`.
 
     Raises:
       ConfigError: no learning rate of a contender ended with a finite loss.
     """
     # Contender -> grid point -> mean validation loss
-    searched = [key for key in config.contenders if CONTENDERS[key].searched]
+    searching = config.tuning_runs != "none"
+    searched = [key for key in config.contenders if searching and CONTENDERS[key].searched]
     found: dict[str, dict[int, float]] = {key: {} for key in searched}
     while missing := [
         (key, i) for key, losses in found.items() for i in _next(losses, config.first)
@@ -265,7 +267,7 @@ def search(config: Config, complete: Complete) -> dict[str, float]:
             loss = statistics.mean(next(entries)["validation_loss"] for _ in some)
             found[key][i] = loss if math.isfinite(loss) else math.inf
     best = {key: min(losses, key=losses.__getitem__) for key, losses in found.items()}
-    return {key: rate_at(config, key, best.get(key, 0)) for key in config.contenders}
+    return {key: rate_at(config, key, best.get(key, config.first)) for key in config.contenders}
 
 
 _HOPELESS = 8  # the search gives up after more grid points than this, all of which diverged
@@ -300,7 +302,7 @@ def finished(config: Config) -> tuple[dict[str, float], dict[str, dict[str, list
       Contender -> its best learning rate, and corpus -> contender -> the entries of its seeds.
 
     Raises:
-      StopIteration: a run is missing.
+      ConfigError: a run is missing.
     """
     entries = json.loads(config.out.read_text())
 

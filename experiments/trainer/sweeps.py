@@ -34,6 +34,7 @@ from experiments.trainer.config import Sitting as Sitting
 from experiments.trainer.files import write_whole
 from experiments.trainer.loop import Result
 from experiments.trainer.metrics import metrics_path
+from experiments.trainer.options import ConfigError
 from experiments.trainer.pretraining import train
 
 Entry = dict[str, Any]
@@ -124,8 +125,22 @@ def missing(configs: Sequence[_Run], out: Path) -> tuple[list[Entry], list[_Run]
 
 
 def select(entries: Sequence[Entry], configs: Sequence[Training]) -> list[Entry]:
-    """Returns the entry of each configuration, the newest if there are several."""
-    return [next(e for e in reversed(entries) if _is_of(e, config)) for config in configs]
+    """Returns the entry of each configuration, the newest if there are several.
+
+    Raises:
+      ConfigError: a configuration has no entry.
+    """
+
+    def newest(config: Training) -> Entry:
+        for entry in reversed(entries):
+            if _is_of(entry, config):
+                return entry
+        raise ConfigError(
+            f"`out`: the result file has no run of {config.optimizer.name} with seed "
+            f"{config.seed}, learning rate {config.learning_rate:g} and {config.steps} steps"
+        )
+
+    return [newest(config) for config in configs]
 
 
 def identity(config: Training) -> dict[str, Any]:

@@ -368,6 +368,25 @@ def test_the_frontier_searches_until_both_neighbours_are_worse(trained, tmp_path
     assert "low-rank Muon + columns" in capsys.readouterr().out
 
 
+def test_without_a_search_all_runs_have_the_rate_of_one_grid_point(trained, tmp_path):
+    out = tmp_path / "frontier.json"
+    options = ["--contenders", "muon_int6", "lean_muon6", "--corpora", "stdlib", "--out", str(out)]
+    options += ["--tuning-runs", "none", "--seeds", "0", "1"]
+    assert frontier.main([*options, "--first", "-1"]) == 0
+    (asked,) = trained
+    assert {(c.learning_rate, c.steps) for c in asked} == {(1.5e-3, 4000)}
+    assert len(json.loads(out.read_text())) == 2 * 2  # contenders, seeds
+    # The same study is found in its file, another one is not.
+    config = frontier.Config(
+        contenders=("lean_muon6",), tuning_runs="none", first=-1, seeds=(1,), corpora=("stdlib",),
+        out=out,
+    )  # fmt: skip
+    rates, found = frontier.finished(config)
+    assert rates == {"lean_muon6": 1.5e-3} and len(found["stdlib"]["lean_muon6"]) == 1
+    with pytest.raises(ConfigError, match="no run of muon with seed 1, learning rate"):
+        frontier.finished(dataclasses.replace(config, first=0))
+
+
 def test_rates_are_judged_by_all_runs_and_compared_by_pairs(trained, tmp_path, capsys):
     """Where the search has whole runs, there is nothing left for the finals to train."""
     out = tmp_path / "frontier.json"
