@@ -48,9 +48,8 @@ class Codes(NamedTuple):
     """An array ``[..., n]`` at rest.
 
     Attributes:
-      codes: with 8 bits ``int8[..., n]`` or ``uint8[..., n]``; with 6 bits ``uint8[..., 3 k]``,
-        four codes in three bytes of the same block, see `_folded`; with 4 bits
-        ``uint8[..., (n + 1) // 2]``, the first number of each pair in the low bits.
+      codes: with 8 bits ``int8[..., n]`` or ``uint8[..., n]``; with 6 or 4 bits the codes of each
+        block in fewer bytes, ``uint8[..., blocks * bytes]``, see `_folded`.
       scale: ``[..., blocks]``, see `cut`.
     """
 
@@ -138,14 +137,11 @@ def _encode(map: Map, block: int, array: jax.Array) -> Codes:
     divisor = jnp.where(scale == 0, 1, scale).astype(dtype)
     codes = map.to_codes(blocks / divisor)  # [..., count, length]
 
-    # 3. Four codes of six bits share three bytes, two codes of four bits share one.
-    if map.bits == 6:
-        codes = _folded(jnp.pad(codes, _at_the_end(codes.ndim, -codes.shape[-1] % 4)))
-        codes = codes.reshape(*array.shape[:-1], -1)
-    else:
-        codes = codes.reshape(*array.shape[:-1], -1)[..., :n]
-    if map.bits == 4:
-        codes = _paired(jnp.pad(codes, _at_the_end(codes.ndim, n % 2)))
+    # 3. Codes of 6 or 4 bits share bytes, within each block; a code of 8 bits is a byte.
+    folds = map.bits < 8
+    codes = _folded(map.bits, codes) if folds else codes
+    codes = codes.reshape(*array.shape[:-1], -1)
+    codes = codes if folds else codes[..., :n]
     scale = scale.squeeze(-1)
     # Where the last block is shorter, no device has the scales of its own numbers: see `_describe`.
     whole = blocks.shape[-2] * blocks.shape[-1] == n
@@ -157,44 +153,49 @@ def _decode(map: Map, block: int, packed: Codes, n: int, dtype: Any) -> jax.Arra
     codes, scale = packed
     lead = codes.shape[:-1]
     # 1. The codes of each block, [..., count, length].
-    if map.bits == 6:
+    if map.bits < 8:
         count, length = cut(n, block)
-        codes = _unfolded(codes.reshape(*lead, count, -1))[..., :length]
+        codes = _unfolded(map.bits, codes.reshape(*lead, count, -1))[..., :length]
     else:
-        codes = _to_blocks(_unpaired(codes)[..., :n] if map.bits == 4 else codes, block)
+        codes = _to_blocks(codes, block)
     # 2. x = N level_c
     blocks = scale[..., None].astype(dtype) * map.to_levels(codes, dtype)
     return blocks.reshape(*lead, -1)[..., :n]
 
 
-def _paired(codes: jax.Array) -> jax.Array:
-    """``[..., 2 k] -> [..., k]``: two codes become a byte, the first one in its low bits."""
-    # On 16-bit words of both codes: XLA would compute strided slices number by number.
-    pairs = codes.reshape(*codes.shape[:-1], -1, 2)
-    words = jax.lax.bitcast_convert_type(pairs, jnp.uint16)
-    return (words | words >> 4).astype(jnp.uint8)
+# How many codes share bytes, by their bits: two take one byte, or four take three.
+_SHARING = {4: 2, 6: 4}
 
 
-def _unpaired(codes: jax.Array) -> jax.Array:
-    """``[..., k] -> [..., 2 k]``, the inverse."""
-    words = codes.astype(jnp.uint16)
-    pairs = jax.lax.bitcast_convert_type((words | words << 4) & 0x0F0F, jnp.uint8)
-    return pairs.reshape(*codes.shape[:-1], -1)
+def _folded_bytes(bits: int, length: int) -> int:
+    """Returns the bytes of a folded block of ``length`` codes."""
+    together = _SHARING[bits]
+    return -(-length // together) * together * bits // 8
 
 
-def _folded(codes: jax.Array) -> jax.Array:
-    """``[..., 4 k] -> [..., 3 k]``: four codes of 6 bits become three bytes.
+def _folded(bits: int, codes: jax.Array) -> jax.Array:
+    """``[..., length] -> [..., _folded_bytes]``: the codes of each block share bytes.
 
-    The first three quarters of a block keep their places, and two bits of the last quarter are the
-    high bits of each. So every operation is one of neighbouring numbers, as vector units need it.
+    Codes that share a byte lie half or a quarter of the block apart, so that every operation is on
+    runs of numbers: a CPU would take neighbours that share bytes apart one by one, and a TPU keeps
+    arrays with an axis of two or four in several times their size.
     """
-    first, second, third, last = jnp.split(codes, 4, axis=-1)
-    parts = [first | last << 6, second | (last >> 2) << 6, third | (last >> 4) << 6]
-    return jnp.concatenate(parts, axis=-1)
+    together = _SHARING[bits]
+    codes = jnp.pad(codes, _at_the_end(codes.ndim, -codes.shape[-1] % together))
+    parts = jnp.split(codes, together, axis=-1)
+    if bits == 4:
+        low, high = parts
+        return low | high << 4
+    # Two bits of the last quarter become the high bits of each of the other three.
+    first, second, third, last = parts
+    whole = [first | last << 6, second | (last >> 2) << 6, third | (last >> 4) << 6]
+    return jnp.concatenate(whole, axis=-1)
 
 
-def _unfolded(packed: jax.Array) -> jax.Array:
-    """``[..., 3 k] -> [..., 4 k]``, the inverse."""
+def _unfolded(bits: int, packed: jax.Array) -> jax.Array:
+    """The inverse of `_folded`, but for its padding."""
+    if bits == 4:
+        return jnp.concatenate([packed & 15, packed >> 4], axis=-1)
     first, second, third = jnp.split(packed, 3, axis=-1)
     last = first >> 6 | (second >> 6) << 2 | (third >> 6) << 4
     return jnp.concatenate([first & 63, second & 63, third & 63, last], axis=-1)
@@ -231,14 +232,11 @@ def _describe(map: Map, block: int, array: jax.Array) -> Codes:
     count, length = cut(n, block)
     whole = count * length == n
     # 1. The bytes of the codes, and whether each device's numbers have bytes of their own.
-    if map.bits == 6:
-        # A block's codes are spread over all of its bytes, so that a mesh may cut between blocks.
-        of_codes = count * (-(-length // 4) * 3)
+    of_codes, cuts = n, True
+    if map.bits < 8:
+        of_codes = count * _folded_bytes(map.bits, length)
+        # A folded block cannot be decoded in parts.
         cuts = whole and count % _mesh.parts(sharding, last) == 0
-    elif map.bits == 4:
-        of_codes, cuts = (n + 1) // 2, n % 2 == 0
-    else:
-        of_codes, cuts = n, True
     # 2. The scales.
     return Codes(like(of_codes, codes, cuts), like(count, dtype, whole))
 

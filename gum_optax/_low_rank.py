@@ -38,7 +38,7 @@ from gum_optax._treatments import (
 Key: TypeAlias = int | jax.Array
 """A seed, or a threefry key (typed, or raw ``uint32[2]``)."""
 
-STATE_VERSION = 5
+STATE_VERSION = 6
 """Version of the structure of `LowRankState`; checkpoints of another version cannot be restored.
 
 1. Matrices of several batch axes had one leading axis in the state.
@@ -46,6 +46,7 @@ STATE_VERSION = 5
 3. Groups: ``residual`` and ``uncompressed`` are fields, ``Compressed.full`` is called ``residual``.
 4. A new field ``period`` is the number of the period to which bases and draws belong.
 5. Names of groups have ``.`` in the place of ``/``.
+6. Codes of four bits that share a byte are half a block apart; they were neighbours.
 """
 
 

@@ -172,7 +172,7 @@ def gum(
 
 def muon(
     learning_rate: ScalarOrSchedule,
-    storage: storages.Storage = storages.int8(),
+    storage: storages.Storage = storages.int8(block=None),
     *,
     beta: Number = 0.95,
     nesterov: bool = False,

@@ -217,10 +217,10 @@ def _in_8_bits(width: int) -> optax.GradientTransformation:
     return gum_optax.quantized(optax.adamw(_RATE))
 
 
-def _lean_full_rank(width: int) -> optax.GradientTransformation:
-    """Muon with momentum in 8 bits, a scale per row, and hardly any state for the rest."""
-    return gum_optax.muon(
-        _RATE, _ROWS, fallback=fallbacks.factored(), weight_dimension_numbers=_STACKED
+def _lean_full_rank(storage: storages.Storage) -> Callable[[int], optax.GradientTransformation]:
+    """Muon with momentum in a storage, and hardly any state for the rest."""
+    return lambda width: gum_optax.muon(
+        _RATE, storage, fallback=fallbacks.factored(), weight_dimension_numbers=_STACKED
     )
 
 
@@ -266,7 +266,8 @@ STEPS = {
     "GaLore": Step(_galore, between_refreshes),
     "8-bit AdamW": Step(_in_8_bits, full),
     "8-bit AdamW, layer by layer": Step(_in_turn(_in_8_bits), full),
-    "8-bit Muon, lean": Step(_lean_full_rank, full),
+    "8-bit Muon, lean": Step(_lean_full_rank(_ROWS), full),
+    "6-bit Muon, lean": Step(_lean_full_rank(storages.int6(block=None)), full),
     "GUM": Step(_GUM, full),
     "GUM, projected": Step(_GUM, projected),
     "GUM, refresh": Step(_GUM, refresh),

@@ -37,10 +37,11 @@ class Case(NamedTuple):
         return {4: 32, 6: 128, 8: 256}[self.map.bits]
 
     def bytes_of_codes(self, blocks: list[range]) -> int:
-        """Of a row: four codes of 6 bits take three bytes, and blocks are filled up to fours."""
-        if self.map.bits == 6:
-            return len(blocks) * 3 * math.ceil(len(blocks[0]) / 4)
-        return math.ceil(sum(map(len, blocks)) * self.map.bits / 8)
+        """Of a row, in blocks filled up to fours (6 bits: three bytes) or twos (4 bits: one)."""
+        if self.map.bits == 8:
+            return sum(map(len, blocks))
+        codes, bytes_ = {6: (4, 3), 4: (2, 1)}[self.map.bits]
+        return len(blocks) * bytes_ * math.ceil(len(blocks[0]) / codes)
 
 
 CASES = {

@@ -194,7 +194,7 @@ def test_a_leaf_that_is_gone_is_noticed(written):
 
 def test_another_state_version_is_refused(written, monkeypatch):
     monkeypatch.setattr(gum_optax, "STATE_VERSION", gum_optax.STATE_VERSION + 1)
-    with pytest.raises(ConfigError, match=r"state of version 5, .* reads version 6"):
+    with pytest.raises(ConfigError, match=r"state of version 6, .* reads version 7"):
         restore(written)
 
 
@@ -211,7 +211,7 @@ def test_a_checkpoint_of_version_two_is_sent_to_the_gum_optax_that_wrote_it(tmp_
         restore(tmp_path)
     assert str(caught.value) == (
         "`resume`: the checkpoint has an optimizer state of version 2, and this gum_optax reads "
-        "version 5; continue the run with the gum_optax that wrote it, 0.0.9"
+        "version 6; continue the run with the gum_optax that wrote it, 0.0.9"
     )
 
 
