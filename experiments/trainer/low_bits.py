@@ -48,9 +48,9 @@ def _unpack(packed: Codes, like: jax.Array) -> jax.Array:
 # By the values of the options `momentum` and `bases`.
 STORAGES: dict[str, storages.Storage] = {
     "float32": storages.plain(),
-    "int8": storages.int8(),
-    "int6": storages.int6(),
-    "int4": storages.int4(),
+    "int8": storages.int8(256),
+    "int6": storages.int6(128),
+    "int4": storages.int4(32),
     "rows8": storages.int8(block=None),
     "rows4": storages.Storage(_pack, _unpack),
 }

@@ -8,14 +8,15 @@ import optax
 
 import gum_optax
 from experiments.trainer.schedules import schedule
-from gum_optax import fallbacks
+from gum_optax import fallbacks, storages
 
 if TYPE_CHECKING:
     from experiments.trainer.config import Training
 
 FALLBACKS: dict[str, Callable[["Training"], gum_optax.Fallback]] = {
     "adamw": lambda run: fallbacks.adamw(b2=run.b2),
-    "adamw8": lambda run: fallbacks.adamw(b2=run.b2, storage=gum_optax.storages.int8()),
+    "adamw8": lambda run: fallbacks.adamw(b2=run.b2, storage=storages.int8(256)),
+    "adamw8_rows": lambda run: fallbacks.adamw(b2=run.b2, storage=storages.int8(block=None)),
     "factored": lambda run: fallbacks.factored(),
     "factored_momentum": lambda run: fallbacks.factored(0.9),
     "columns": lambda run: fallbacks.columns(),
