@@ -98,11 +98,15 @@ VARIANTS: dict[str, Callable[..., Optimizer]] = {
     ),
     "GUM": lambda rank, drawn, *period: _low_rank_muon(residuals.sampled(drawn), rank, *period),
     "Muon, 8 bits": lambda *_: gum_optax.muon(LEARNING_RATE),
+    "Muon, 6 bits": lambda *_: gum_optax.muon(LEARNING_RATE, storages.int6()),
     "Muon, 4 bits": lambda *_: gum_optax.muon(LEARNING_RATE, storages.int4()),
     "Muon": lambda *_: gum_optax.muon(LEARNING_RATE, storages.plain()),
     "SCALE": lambda *_: gum_optax.for_matrices(gum_optax.normalize_columns(), LEARNING_RATE),
     "AdamW": lambda *_: optax.adamw(LEARNING_RATE),
     "AdamW, 8 bits": lambda *_: gum_optax.quantized(optax.adamw(LEARNING_RATE)),
+    "AdamW, 8 bits, rows": lambda *_: gum_optax.quantized(
+        optax.adamw(LEARNING_RATE), storages.int8(block=None)
+    ),
 }
 
 gum_svd = partial(gum, projector=projectors.svd)

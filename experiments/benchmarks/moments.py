@@ -41,11 +41,15 @@ class Config:
 def main(arguments: Sequence[str]) -> int:
     """Times all ways; prints and writes seconds and ratios; returns the exit code."""
     config = cli.parse(Config, PROGRAM, arguments)
-    eight = gum_optax.quantized(optax.adamw(1e-3))
+    eight, rows_of_8 = (
+        gum_optax.quantized(optax.adamw(1e-3), gum_optax.storages.int8(block))
+        for block in (256, None)
+    )
     ways = {
         "SGD": optax.sgd(1e-3),  # the floor: the gradient and one pass over the parameters
         "AdamW": optax.adamw(1e-3),
         "8-bit AdamW": eight,
+        "8-bit AdamW, a scale per row": rows_of_8,
         "8-bit AdamW, in parts": gum_optax.layer_by_layer(eight, gum_optax.InParts(config.parts)),
     }
     seconds = timing.by_turns(

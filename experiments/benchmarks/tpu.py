@@ -213,10 +213,6 @@ def _galore(width: int) -> optax.GradientTransformation:
     return gum_optax.adamw(_RATE, compression, weight_dimension_numbers=_STACKED)
 
 
-def _in_8_bits(width: int) -> optax.GradientTransformation:
-    return gum_optax.quantized(optax.adamw(_RATE))
-
-
 def _lean_full_rank(storage: storages.Storage) -> Callable[[int], optax.GradientTransformation]:
     """Muon with momentum in a storage, and hardly any state for the rest."""
     return lambda width: gum_optax.muon(
@@ -243,6 +239,10 @@ def _in_turn(
     return lambda width: gum_optax.layer_by_layer(optimizer(width), axes)
 
 
+def _quantized(storage: storages.Storage) -> Callable[[int], optax.GradientTransformation]:
+    return lambda width: gum_optax.quantized(optax.adamw(_RATE), storage)
+
+
 def _gum(residual: Any, **parts: Any) -> Callable[[int], optax.GradientTransformation]:
     """GUM at rank 128 with a residual rule; `parts` are options of `LowRank`, and a fallback."""
     fallback = parts.pop("fallback", None)
@@ -252,9 +252,9 @@ def _gum(residual: Any, **parts: Any) -> Callable[[int], optax.GradientTransform
     )
 
 
-# "Lean": momenta, slots and bases in 8 bits, and a factored second moment for the fallback. Blocks
-# shorter than rows have lengths of which TPUs have no tiles, such as 224.
-_ROWS = storages.int8(block=None)
+# "Lean": momenta, slots and bases in 8 bits, and a factored second moment for the fallback. With a
+# scale per row, since the compiler does not fuse blocks of a row with the arithmetic around them.
+_ROWS, _BLOCKS, _SIX = storages.int8(block=None), storages.int8(256), storages.int6(block=None)
 _LEAN = {"storage": _ROWS, "basis_storage": _ROWS, "fallback": fallbacks.factored()}
 _GUM, _LEAN_GUM = _gum(residuals.sampled(2)), _gum(residuals.sampled(2), **_LEAN)
 _ONE = _gum(residuals.sampled(1), **_LEAN)
@@ -264,10 +264,13 @@ STEPS = {
     "AdamW": Step(_adamw, full),
     "Muon": Step(_muon, full),
     "GaLore": Step(_galore, between_refreshes),
-    "8-bit AdamW": Step(_in_8_bits, full),
-    "8-bit AdamW, layer by layer": Step(_in_turn(_in_8_bits), full),
+    "8-bit AdamW": Step(_quantized(_BLOCKS), full),
+    "8-bit AdamW, layer by layer": Step(_in_turn(_quantized(_BLOCKS)), full),
+    "8-bit AdamW, a scale per row": Step(_quantized(_ROWS), full),
     "8-bit Muon, lean": Step(_lean_full_rank(_ROWS), full),
-    "6-bit Muon, lean": Step(_lean_full_rank(storages.int6(block=None)), full),
+    "8-bit Muon in blocks, lean": Step(_lean_full_rank(_BLOCKS), full),
+    "6-bit Muon, lean": Step(_lean_full_rank(_SIX), full),
+    "6-bit Muon, lean, layer by layer": Step(_in_turn(_lean_full_rank(_SIX)), full),
     "GUM": Step(_GUM, full),
     "GUM, projected": Step(_GUM, projected),
     "GUM, refresh": Step(_GUM, refresh),

@@ -172,11 +172,15 @@ def tpu() -> str:
 
 # Steps of `experiments.benchmarks.tpu` in the order of rows -> their names in the documentation.
 _STEPS = {
-    "8-bit AdamW": "AdamW, moments in 8 bits",
-    "8-bit AdamW, layer by layer": "AdamW, moments in 8 bits, layer by layer",
+    "8-bit AdamW": "AdamW, moments in 8 bits, blocks of 256",
+    "8-bit AdamW, layer by layer": "AdamW, moments in 8 bits, blocks of 256, layer by layer",
+    "8-bit AdamW, a scale per row": "AdamW, moments in 8 bits, a scale per row",
     "AdamW": "AdamW",
     "Muon": "`optax.contrib.muon`",
-    "8-bit Muon, lean": "`muon`, momentum in 8 bits, `fallbacks.factored()`",
+    "8-bit Muon in blocks, lean": "`muon` in 8 bits, blocks of 256, `fallbacks.factored()`",
+    "8-bit Muon, lean": "`muon` in 8 bits, a scale per row, `fallbacks.factored()`",
+    "6-bit Muon, lean": "`muon` in 6 bits, a scale per row, `fallbacks.factored()`",
+    "6-bit Muon, lean, layer by layer": "the same, layer by layer",
     "GaLore": "GaLore",
     "GUM": "GUM",
     "GUM, projected": "GUM, compressed gradients",
