@@ -556,7 +556,7 @@ TABLES: dict[str, tuple[Callable[[], str], ...]] = {
     "docs/little_memory.md": (tpu, chips),
     "docs/finetuning.md": (finetuning, plans),
     "docs/pods.md": (collectives, slices),
-    "docs/results.md": (table, performance, pretraining, times, collectives),
+    "docs/results.md": (table, performance, pretraining, times),
 }
 
 
