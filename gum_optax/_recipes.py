@@ -11,6 +11,7 @@ Each recipe is a direction for matrices, which `for_matrices` completes to an op
 Tests: tests/library/test_recipes.py.
 """
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -18,8 +19,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gum_optax import _checks, _mesh, fallbacks, storages
+from gum_optax import _checks, _mesh, fallbacks, residuals, storages
 from gum_optax import dimension_numbers as dims
+from gum_optax._codec import Compressed, Frame, outside
 from gum_optax._low_rank import LowRank, low_rank
 from gum_optax._matrices import for_matrices
 from gum_optax._orthogonal import scale_by_polar
@@ -60,7 +62,9 @@ def scale_by_gum(
       compression: rank, period, number of drawn layers and other options, see `LowRank`.
       beta: momentum decay, in [0, 1).
       nesterov: whether to use Nesterov momentum.
-      orthogonalizer: the transformation after momentum, by default `scale_by_polar()`.
+      orthogonalizer: the transformation after momentum, by default `scale_by_polar()`. The columns
+        of an update must be combinations of the columns of its momentum, as those of a polar factor
+        are.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``. Its updates are directions without learning
@@ -93,8 +97,31 @@ def scale_by_gum(
     def muon(beta: Number) -> optax.GradientTransformation:
         return optax.chain(optax.trace(decay=beta, nesterov=nesterov), orthogonalizer)
 
+    if storages.rounds(compression.storage):
+        compression = dataclasses.replace(compression, residual=_cleaned(compression.residual))
     # `beta` may be traced, as under `optax.inject_hyperparams`, so it is handed over.
     return _mesh.handing_over(partial(low_rank, compression=compression), muon, beta=beta)
+
+
+def _cleaned(rule: residuals.Residual) -> residuals.Residual:
+    """Returns a residual rule whose drawn matrices are updated outside of their bases alone.
+
+    The momentum of a slot is a sum of residuals of one basis, ``P'M = 0``, and so is its polar
+    factor. A storage's rounding errors have a part inside the basis, where no singular value of M
+    is larger: Newton-Schulz lifts them to the size of all other directions. With momentum in 8 bits
+    a fifth of the squared norm of such an update would be noise.
+    """
+
+    def decode(
+        frame: Frame, updates: Compressed, encoded: Compressed, gradients: Any, state: Any
+    ) -> tuple[Any, Any]:
+        if updates.residual is not None:
+            # F <- F - P P'F
+            clean = outside(frame, updates.residual)
+            updates = updates._replace(residual=clean)
+        return rule.decode(frame, updates, encoded, gradients, state)
+
+    return rule._replace(decode=decode)
 
 
 def gum(

@@ -332,6 +332,11 @@ def pack(storage: Storage, state: PyTree, smallest: int = 0, *, fresh: bool = Fa
     return jax.tree_util.tree_map_with_path(on_leaf, state, is_leaf=_is_codes)
 
 
+def rounds(storage: Storage) -> bool:
+    """Returns whether a storage may change numbers; only `plain` certainly does not."""
+    return storage.pack is not _identity
+
+
 def _identity(array: jax.Array) -> jax.Array:
     return array
 

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import gum_optax
-from gum_optax import LowRank, carries, low_rank, storages
+from gum_optax import LowRank, carries, low_rank, residuals, samplers, storages
 from tests import helpers, tables
 
 TREE = {
@@ -306,3 +306,63 @@ def test_a_storage_sees_floating_arrays_alone():
 def test_what_is_no_storage_is_named(option):
     with pytest.raises(TypeError, match=f"`{option}` must be a Storage"):
         LowRank(**{option: jnp.bfloat16})
+
+
+# Rounding errors of slots -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["exclusive", "additive"])
+@pytest.mark.parametrize("stacked", [False, True], ids=["leaves", "stack"])
+def test_what_rounding_adds_inside_the_basis_is_removed_from_drawn_matrices(form, stacked):
+    """GUM's updates are those of its parts, less the rounding errors of slots in their bases.
+
+    Newton-Schulz makes these errors large, since exact momentum has nothing there.
+    """
+    rng = np.random.default_rng(0)
+    steps = [jnp.asarray(each, jnp.float32) for each in rng.standard_normal((5, 4, 24, 40))]
+    # Of four slots, those for matrices that are not drawn are empty.
+    rule = residuals.sampled(samplers.bernoulli(0.5), form=form)
+    compression = LowRank(6, 10, residual=rule, storage=storages.int8(), key=1)
+    muon = optax.chain(optax.trace(0.95), gum_optax.scale_by_polar())
+
+    def last_updates(tx):
+        state, update, updates = None, jax.jit(tx.update), None
+        for gradients in steps:
+            tree = {"w": gradients} if stacked else list(gradients)
+            updates, state = update(tree, state or tx.init(tree))
+        each = updates["w"] if stacked else jnp.stack(updates)
+        return np.asarray(each, np.float64), jax.tree.map(np.asarray, state)
+
+    clean, state = last_updates(gum_optax.scale_by_gum(compression))
+    raw, same_state = last_updates(low_rank(muon, compression))
+    jax.tree.map(np.testing.assert_array_equal, state, same_state)
+    ((slots,), (bases,)) = (list(each.values()) for each in (state.slots, state.basis))
+    drawn = set(slots.tolist()) - {4}
+    assert 0 < len(drawn) < 4
+    for i, (matrix, unclean) in enumerate(zip(clean, raw, strict=True)):
+        basis = bases[i].astype(np.float64)
+        if i not in drawn:
+            np.testing.assert_allclose(matrix, unclean, atol=1e-6)
+            continue
+        # Outside of the basis nothing changes. Inside, the additive form has the update of the
+        # projection, all of whose singular values are near one; the exclusive form has nothing.
+        outside = np.eye(24) - basis @ basis.T
+        np.testing.assert_allclose(outside @ matrix, outside @ unclean, atol=1e-5)
+        removed = np.linalg.norm(basis.T @ (matrix - unclean)) ** 2
+        assert 0.02 < removed / np.linalg.norm(outside @ matrix) ** 2 < 0.3
+        values = np.linalg.svd(basis.T @ matrix, compute_uv=False)
+        if form == "exclusive":
+            assert values.max() < 1e-5
+        else:
+            assert values.min() > 0.6 and values.max() < 1.25
+
+
+def test_exact_momentum_is_left_alone():
+    """Without a storage that rounds, GUM is the program of its parts."""
+    tree = [jnp.ones((8, 12))] * 4
+    muon = optax.chain(optax.trace(0.95), gum_optax.scale_by_polar())
+    gum, parts = (
+        str(jax.make_jaxpr(tx.update)(tree, jax.eval_shape(tx.init, tree)))
+        for tx in (gum_optax.scale_by_gum(LowRank(2, 2)), low_rank(muon, LowRank(2, 2)))
+    )
+    assert gum == parts
