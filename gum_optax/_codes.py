@@ -15,6 +15,7 @@ map            bits  levels                                  scale         relat
 `LINEAR_8`     8     ``c / 127``, c from -127 to 127         ``max |x|``   .007 (blocks of 256)
 `LINEAR_6`     6     ``c / 31``, c from -31 to 31            ``max |x|``   .027 (blocks of 128)
 `NORMAL_4`     4     16, made for Gaussian numbers           signed        .080 (blocks of 32)
+`FLOAT_8`      8     ``+- 2 ** e (1 + f / 8)``, and zero     ``max |x|``   .026
 `OCTAVES_8`    8     ``2 ** e (1 + f / 8)``, no zero         ``max x``     .024
 `OCTAVES_6`    6     ``2 ** e (1 + f / 4)``, no zero         ``max x``     .047
 `OCTAVES_4`    4     ``2 ** (c - 15)``, no zero              ``max x``     .15
@@ -323,6 +324,24 @@ def _octaves(bits: int, fraction: int) -> tuple[Any, Any]:
     return to_codes, to_levels
 
 
+def _signed(to_codes: Any, to_levels: Any) -> tuple[Any, Any]:
+    """Returns both functions of a map of 7 bits with a sign in the eighth; its level 0 is zero."""
+
+    def signed_codes(u: jax.Array) -> jax.Array:
+        # The least level above zero has code 1, and half of it is nearer to it than to zero.
+        least = to_levels(jnp.ones((), jnp.int32), u.dtype)
+        magnitude = jnp.maximum(to_codes(jnp.abs(u)), jnp.abs(u) > least / 2)
+        negative = (u < 0) & (magnitude > 0)
+        return jnp.where(negative, magnitude | 128, magnitude).astype(jnp.uint8)
+
+    def signed_levels(codes: jax.Array, dtype: Any) -> jax.Array:
+        magnitude = codes & 127
+        level = jnp.where(magnitude == 0, 0, to_levels(magnitude, dtype))
+        return jnp.where(codes > 127, -level, level)
+
+    return signed_codes, signed_levels
+
+
 LINEAR_8 = Map(8, None, _largest, *_linear(127, 0, jnp.int8))
 LINEAR_6 = Map(6, None, _largest, *_linear(31, 32, jnp.uint8))
 # Least squares (Lloyd) on Gaussian blocks of 32 over their signed extremes, with 0 and 1 fixed.
@@ -334,5 +353,7 @@ NORMAL_4 = Map(4, jnp.bfloat16, _signed_extreme, *_table(_NORMAL))
 # For second moments: the next step divides by their roots, so relative errors count and zero is no
 # level. Scales in bfloat16 would never fall at a decay of .999, which rounds back to the old value.
 OCTAVES_8 = Map(8, None, _largest_of_non_negative, *_octaves(8, 3))
+# For Adam's first moment: where the second moment is small too, small numbers count in quotients.
+FLOAT_8 = Map(8, None, _largest, *_signed(*_octaves(7, 3)))
 OCTAVES_6 = Map(6, None, _largest_of_non_negative, *_octaves(6, 2))
 OCTAVES_4 = Map(4, None, _largest_of_non_negative, *_octaves(4, 0))

@@ -20,7 +20,7 @@ _BASIS = storages.field("basis")
 
 def quantized(
     inner: optax.GradientTransformation,
-    storage: storages.Storage = storages.int8(),
+    storage: storages.Storage = storages.float8(),
     *,
     smallest: int = 4096,
 ) -> optax.GradientTransformationExtraArgs:
@@ -42,7 +42,8 @@ def quantized(
     Args:
       inner: any ``optax.GradientTransformation``. The structure of its state must depend on shapes
         and dtypes alone, as in every transformation of optax.
-      storage: how arrays are packed, see `storages`.
+      storage: how arrays are packed, see `storages`; by default in 8 bits of relative precision,
+        since Adam divides by a moment. For momentum that is not divided, `storages.int8` is closer.
       smallest: arrays with fewer numbers are not packed, an int >= 0.
 
     Returns:
@@ -62,7 +63,7 @@ def quantized(
       >>> params = {"kernel": jnp.ones((64, 128)), "bias": jnp.ones(128)}
       >>> updates, state = jax.jit(tx.update)(params, tx.init(params), params)
       >>> state[0].mu["kernel"].codes.dtype, state[0].nu["kernel"].codes.dtype
-      (dtype('int8'), dtype('uint8'))
+      (dtype('uint8'), dtype('uint8'))
 
     References:
       Dettmers et al., 8-bit optimizers via block-wise quantization, arXiv 2110.02861.

@@ -250,7 +250,7 @@ def muon(
       >>> from gum_optax import fallbacks, storages
       >>> tx = gum_optax.muon(
       ...     0.02, weight_decay=0.1,
-      ...     fallback=fallbacks.adamw(storage=storages.int8()), fallback_learning_rate=1e-3)
+      ...     fallback=fallbacks.adamw(storage=storages.float8()), fallback_learning_rate=1e-3)
 
     References:
       Gupta et al., 8-bit Muon, arXiv 2509.23106; Jordan et al., Muon,

@@ -9,7 +9,7 @@ dominate: 3.9 of the 5.5 GiB of GUM's state for Llama-3-8B. A `Fallback` is the 
 fallback                      bytes per parameter      update
 ============================  =======================  ====================================
 ``adamw()``                   8 (4 in bfloat16)        Adam's two moments
-``adamw(storage=int8())``     2                        Adam's two moments in 8 bits
+``adamw(storage=float8())``   2                        Adam's two moments in 8 bits
 ``factored(0.9)``             1                        Adafactor's update and 8-bit momentum
 ``factored()``                0 (V + d numbers)        Adafactor's update
 ``columns()``                 1 for the head           columns of equal norm
@@ -78,7 +78,7 @@ def adamw(
 
       >>> import gum_optax
       >>> from gum_optax import fallbacks, storages
-      >>> tx = gum_optax.muon(0.02, fallback=fallbacks.adamw(storage=storages.int8()))
+      >>> tx = gum_optax.muon(0.02, fallback=fallbacks.adamw(storage=storages.float8()))
     """
     _checks.hyperparameter("b1", b1, below=1.0)
     _checks.hyperparameter("b2", b2, below=1.0)
@@ -147,7 +147,7 @@ def factored(
 
 def columns(
     b1: Number = 0.9,
-    storage: storages.Storage = storages.int8(),
+    storage: storages.Storage = storages.float8(),
     *,
     is_head: Callable[[str], bool] = is_no_table,
 ) -> Fallback:

@@ -153,8 +153,9 @@ CONTENDERS = {
     f"fallback_{fallback}": _with_fallback(name, fallback, rate)
     for fallback, name, rate in (
         ("adamw", "AdamW for the rest", 1e-2),
-        ("adamw8", "8-bit AdamW for the rest", 1e-2),
-        ("adamw8_rows", "8-bit AdamW, a scale per row, for the rest", 1e-2),
+        ("adamw_float8", "8-bit AdamW for the rest", 1e-2),
+        ("adamw8", "AdamW with linear codes for the rest", 1e-2),
+        ("adamw8_rows", "AdamW with linear codes of rows for the rest", 1e-2),
         ("factored", "factored second moment for the rest", 5e-3),
         ("factored_momentum", "the same, and 8-bit momentum", 1e-2),
         ("columns", "SCALE's rule for the rest", 2.5e-3),

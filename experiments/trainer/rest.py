@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 FALLBACKS: dict[str, Callable[["Training"], gum_optax.Fallback]] = {
     "adamw": lambda run: fallbacks.adamw(b2=run.b2),
+    "adamw_float8": lambda run: fallbacks.adamw(b2=run.b2, storage=storages.float8()),
     "adamw8": lambda run: fallbacks.adamw(b2=run.b2, storage=storages.int8(256)),
     "adamw8_rows": lambda run: fallbacks.adamw(b2=run.b2, storage=storages.int8(block=None)),
     "factored": lambda run: fallbacks.factored(),

@@ -83,10 +83,13 @@ BAD_VALUES = {
     "decay": ([residuals.feedback], NOT_DECAY),
     "dtype": ([storages.cast], ["int32", jnp.int32, bool, jnp.complex64, "bogus", 3.0]),
     "block": (
-        [storages.int8, storages.int6, storages.int4],
+        [storages.int8, storages.float8, storages.int6, storages.int4],
         [each for each in NOT_POSITIVE if each is not None],
     ),
-    "non_negative": ([storages.int8, storages.int6, storages.int4], [*NOT_FUNCTION, None, True]),
+    "non_negative": (
+        [storages.int8, storages.float8, storages.int6, storages.int4],
+        [*NOT_FUNCTION, None, True],
+    ),
     "choose": ([storages.by_path], [*NOT_FUNCTION, None, storages.plain()]),
     "smallest": ([functools.partial(gum_optax.quantized, _IDENTITY)], NOT_COUNT),
     # Options of optimizers.

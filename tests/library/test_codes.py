@@ -19,6 +19,7 @@ NORMAL = [-0.8785, -0.6995, -0.5531, -0.4265, -0.3114, -0.2038, -0.1010, 0.0]
 NORMAL += [0.0967, 0.1944, 0.2949, 0.4013, 0.5171, 0.6474, 0.8011, 1.0]
 # Eight levels in each of 32 octaves below 1, and 1 itself, less the first.
 OCTAVES = [*[2.0**e * (1 + f / 8) for e in range(-32, 0) for f in range(8)][1:], 1.0]
+FLOATS = [2.0**e * (1 + f / 8) for e in range(-16, 0) for f in range(8)][1:]
 QUARTERS = [*[2.0**e * (1 + f / 4) for e in range(-16, 0) for f in range(4)][1:], 1.0]
 
 
@@ -48,6 +49,9 @@ CASES = {
     "linear 8": Case(
         _codes.LINEAR_8, [c / 127 for c in range(-127, 128)], False, 4, 1 / 254, 0.0071
     ),
+    "float 8": Case(
+        _codes.FLOAT_8, [*(-x for x in FLOATS), -1.0, 0.0, *FLOATS, 1.0], False, 4, 1 / 17, 0.027
+    ),
     "linear 6": Case(_codes.LINEAR_6, [c / 31 for c in range(-31, 32)], False, 4, 1 / 62, 0.0275),
     # A scale of bfloat16 is off by 2 ** -9 at most, and no level is near -1.
     "normal 4": Case(_codes.NORMAL_4, NORMAL, False, 2, 0.1215 + 2**-8, 0.081),
@@ -58,7 +62,9 @@ CASES = {
 }
 every_map = pytest.mark.parametrize("name", CASES)
 every_storage = pytest.mark.parametrize(
-    "storage", [storages.int8(), storages.int6(), storages.int4()], ids=["int8", "int6", "int4"]
+    "storage",
+    [storages.int8(), storages.float8(), storages.int6(), storages.int4()],
+    ids=["int8", "float8", "int6", "int4"],
 )
 LENGTHS = [1, 2, 7, 31, 33, 64, 90]
 every_length = pytest.mark.parametrize("n", LENGTHS)
@@ -82,7 +88,7 @@ def oracle(case: Case, block: int, row: list[float]) -> tuple[list[float], list[
     for where in blocks_of(len(row), block):
         numbers = [row[i] for i in where]
         scale = max(numbers, key=abs)
-        if case.map in (_codes.LINEAR_8, _codes.LINEAR_6):
+        if case.map in (_codes.LINEAR_8, _codes.LINEAR_6, _codes.FLOAT_8):
             scale = abs(scale)
         if case.scale_bytes == 2:
             scale = float(np.asarray(scale, jnp.bfloat16))
@@ -160,6 +166,20 @@ def test_the_error_has_a_bound(name, n):
         assert (error[:, where] <= allowed * (1 + 1e-5)).all()
 
 
+def test_floats_keep_their_relative_precision_over_sixteen_octaves():
+    exponents = np.linspace(-20, 0, 4 * BLOCK).reshape(4, BLOCK)
+    exponents[:, 0] = 0  # Every block has the largest number, one.
+    x = np.asarray(2.0**exponents, np.float32)
+    for signed in (x, -x):
+        decoded = round_trip("float 8", signed)
+        kept = exponents >= -15
+        relative = np.abs(decoded - signed) / x
+        assert 0.05 < relative[kept].max() < 1 / 16.9
+        assert not decoded[exponents < -17].any()
+        again = (there("float 8", each).codes for each in (signed, decoded))
+        np.testing.assert_array_equal(*again)
+
+
 @every_map
 def test_the_error_of_gaussian_numbers_is_the_documented_one(name):
     case, x = CASES[name], numbers(name, 64, 1024, seed=2)
@@ -176,7 +196,7 @@ def test_what_was_decoded_is_encoded_to_the_same_codes(name, n):
         np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
 
 
-@pytest.mark.parametrize("name", ["linear 8", "linear 6", "normal 4"])
+@pytest.mark.parametrize("name", ["linear 8", "float 8", "linear 6", "normal 4"])
 @every_length
 def test_signs_are_treated_alike(name, n):
     (*_, decoded), (*_, negative) = rows(name, seed=4), rows(name, seed=4, sign=-1)

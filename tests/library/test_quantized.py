@@ -55,7 +55,12 @@ INNER = {
     "no state": lambda: optax.sgd(0.1),
 }
 every_inner = pytest.mark.parametrize("name", INNER)
-STORAGES = {"int8": storages.int8(16), "int6": storages.int6(16), "int4": storages.int4(16)}
+STORAGES = {
+    "int8": storages.int8(16),
+    "float8": storages.float8(16),
+    "int6": storages.int6(16),
+    "int4": storages.int4(16),
+}
 every_storage = pytest.mark.parametrize("storage", STORAGES.values(), ids=STORAGES)
 # Small models are mostly uncompressed, and a stack goes to the fallback.
 pytestmark = pytest.mark.filterwarnings("ignore:None of .* is compressed", "ignore:.*fallback")

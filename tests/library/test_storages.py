@@ -232,7 +232,7 @@ def test_an_int8_state_takes_a_quarter():
     assert int8 == plain / 4 + 4 * rows
 
 
-@pytest.mark.parametrize("storage", [storages.int8, storages.int6, storages.int4])
+@pytest.mark.parametrize("storage", [storages.int8, storages.float8, storages.int6, storages.int4])
 def test_without_a_block_each_row_has_one_scale(storage):
     """However long rows are, their numbers are those of a block of their length."""
     x = jnp.asarray(np.random.default_rng(0).standard_normal((3, 700)), jnp.float32)
@@ -275,7 +275,8 @@ def test_packed_bases_are_those_of_a_projector_that_rounds(carry, storage):
 
 # Measured, of the singular values: 0.0028 (512 x 64) and 0.0049 (1024 x 256), 0.038 and 0.055.
 @pytest.mark.parametrize(
-    ("storage", "error", "bytes_"), [("int8", 0.005, 8), ("int6", 0.02, 6), ("int4", 0.06, 4)]
+    ("storage", "error", "bytes_"),
+    [("int8", 0.005, 8), ("float8", 0.02, 8), ("int6", 0.02, 6), ("int4", 0.06, 4)],
 )
 @pytest.mark.parametrize(("m", "rank"), [(512, 64), (1024, 256)])
 def test_bases_in_few_bits_are_nearly_orthonormal(storage, error, bytes_, m, rank):
