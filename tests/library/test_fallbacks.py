@@ -130,14 +130,14 @@ def test_updates_are_those_of_the_equations(name):
 @pytest.mark.parametrize(
     ("stored", "exact", "bound"),
     [
-        (fallbacks.adamw(storage=storages.int8()), fallbacks.adamw(), 0.05),
+        (fallbacks.adamw(storage=storages.float8()), fallbacks.adamw(), 0.05),
         (fallbacks.factored(0.9), fallbacks.factored(0.9, PLAIN), 0.02),
-        (fallbacks.columns(), fallbacks.columns(storage=PLAIN), 0.02),
+        (fallbacks.columns(), fallbacks.columns(storage=PLAIN), 0.04),
     ],
     ids=["adamw", "factored", "columns"],
 )
 def test_eight_bits_stay_near_float32(stored, exact, bound):
-    """Relative errors of three steps; of momentum alone they are .007, of second moments .025."""
+    """Relative errors of three steps; of linear codes they are .007, of the others .026."""
     for few, many in zip(run(stored), run(exact), strict=True):
         for one, other in zip(jax.tree.leaves(few), jax.tree.leaves(many), strict=True):
             assert np.linalg.norm(one - other) < bound * np.linalg.norm(other)
@@ -215,7 +215,7 @@ def test_heads_have_momentum_and_tables_have_none(path, head):
 
     def momentum(fallback: Any) -> bool:
         state = jax.eval_shape(fallback.make(RATE, 0.0, None).init, params)
-        return any(leaf.dtype == jnp.int8 for leaf in jax.tree.leaves(state))
+        return any(leaf.dtype == jnp.uint8 for leaf in jax.tree.leaves(state))
 
     assert momentum(fallbacks.columns()) == head
     assert momentum(fallbacks.columns(is_head=lambda path: True))

@@ -166,7 +166,8 @@ def test_bytes_of_adam_by_hand():
 
 
 def test_second_moments_and_small_arrays():
-    state = jax.eval_shape(few(optax.scale_by_adam()).init, PARAMS)
+    # The codes of int8 have a dtype for each kind of moment.
+    state = jax.eval_shape(few(optax.scale_by_adam(), storages.int8()).init, PARAMS)
     assert state.mu["w"].codes.dtype == jnp.int8
     assert state.nu["w"].codes.dtype == jnp.uint8
     assert state.mu["bias"].dtype == jnp.float32
@@ -179,8 +180,30 @@ def test_second_moments_and_small_arrays():
         for x in jax.tree.leaves(nothing, is_leaf=lambda x: isinstance(x, Codes))
     )
     # A parameter that is called nu has momentum of both signs.
-    named = jax.eval_shape(few(optax.trace(0.9)).init, {"nu": PARAMS["w"]})
+    named = jax.eval_shape(few(optax.trace(0.9), storages.int8()).init, {"nu": PARAMS["w"]})
     assert named.trace["nu"].codes.dtype == jnp.int8
+
+
+@pytest.mark.parametrize(("storage", "kept"), [(None, True), (storages.int8(block=None), False)])
+def test_adam_keeps_the_momentum_of_rare_words(storage, kept):
+    """A row of a head holds all words, and gradients of rare ones are smaller by three decades.
+
+    Their momentum is below the first level of linear codes, so that Adam takes a tenth of the step.
+    """
+    words = np.logspace(0, -3, 64)  # the size of gradients of each word
+    tx = few(optax.adam(1.0), *([] if storage is None else [storage]))
+    params, ratios = {"head": jnp.zeros((80, 64))}, np.zeros(())
+    state, exact = tx.init(params), optax.adam(1.0).init(params)
+    for seed in range(20):
+        noise = np.random.default_rng(seed).standard_normal((80, 64))
+        gradients = {"head": jnp.asarray(words * (1 + 0.1 * noise), jnp.float32)}
+        updates, state = quick(tx.update)(gradients, state)
+        expected, exact = quick(optax.adam(1.0).update)(gradients, exact)
+        ratios = np.asarray(updates["head"] / expected["head"])
+    # Of each word, as rows are alike.
+    found = ratios.mean(axis=0)
+    assert np.abs(found[: None if kept else 16] - 1).max() < 0.1
+    assert (found[-8:].max() < 0.2) != kept
 
 
 OPTAX = {
@@ -196,7 +219,7 @@ OPTAX = {
 @pytest.mark.parametrize("name", OPTAX)
 def test_second_moments_of_optax(name):
     make, fields = OPTAX[name]
-    state = jax.eval_shape(few(make()).init, {"w": PARAMS["w"]})
+    state = jax.eval_shape(few(make(), storages.int8()).init, {"w": PARAMS["w"]})
     found = {
         path[-3].name
         for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]
@@ -353,8 +376,8 @@ def test_bases_of_low_rank_stay_and_its_moments_do_not():
     matrices = [PARAMS["w"]] * 4
     state = jax.eval_shape(tx.init, matrices)
     assert state.basis["*"].dtype == jnp.float32
-    assert state.inner.mu["*"].low.codes.dtype == jnp.int8
-    assert state.inner.nu["*"].low.codes.dtype == jnp.uint8
+    assert isinstance(state.inner.mu["*"].low, Codes)
+    assert isinstance(state.inner.nu["*"].low, Codes)
     # A state that has a storage of its own is not packed twice.
     inner = gum_optax.low_rank(
         optax.scale_by_adam(), LowRank(2, 2, residuals.sampled(1), storage=storages.int4())
