@@ -133,22 +133,13 @@ def drawn_complements(frame: Frame, leaves: Leaves, low: jax.Array) -> jax.Array
     )
 
 
-def outside(frame: Frame, residual: jax.Array) -> jax.Array:
-    """Removes from the matrices of the slots what lies in their bases: ``X - P P'X``.
-
-    Args:
-      frame: the group's bases and slots.
-      residual: X, ``[slots, m, n]``; what an empty slot holds may change.
-    """
+def drawn_bases(frame: Frame) -> jax.Array:
+    """Gathers the bases of the drawn matrices: ``[slots, m, r]``; an empty slot has any of them."""
     group, basis, slots = frame.group, frame.basis, frame.slots
     assert slots is not None
-
-    def one(slot: jax.Array, residual: jax.Array) -> jax.Array:
-        inside = jnp.minimum(at(slots, slot), group.count - 1)  # An empty slot reads any matrix.
-        own, matrix = _pick(basis, _unravel(inside, group.lead)), at(residual, slot)
-        return put(residual, slot, complement(own, _from_left(own, matrix), matrix))
-
-    return jax.lax.fori_loop(0, len(slots), one, residual)
+    where = _unravel(jnp.minimum(slots, group.count - 1), group.lead)
+    # A gather, not a slice, see `_pick`.
+    return basis.at[where].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
 
 def place(

@@ -173,8 +173,9 @@ def scale_by_polar(
       eps: added to the norm before the iteration.
 
     Returns:
-      A stateless ``optax.GradientTransformation`` for trees of arrays ``[..., m, n]``; results
-      have the dtypes of the updates.
+      A stateless ``optax.GradientTransformationExtraArgs`` for trees of arrays ``[..., m, n]``;
+      results have the dtypes of the updates. The extra argument ``outside``, a tree like the
+      updates of bases P ``[..., m, r]`` or None, projects results out of bases: ``F - P P'F``.
 
     Raises:
       TypeError, ValueError: if ``ns_coeffs``, ``ns_steps`` or ``eps`` is malformed.
@@ -190,19 +191,28 @@ def scale_by_polar(
     _checks.hyperparameter("eps", eps)
     _coefficients(ns_coeffs, ns_steps)
 
-    def polar(x: jax.Array) -> jax.Array:
-        return newton_schulz(x, ns_coeffs, ns_steps, eps)
+    def polar(x: jax.Array, *bases: jax.Array) -> jax.Array:
+        result = newton_schulz(x, ns_coeffs, ns_steps, eps)
+        for basis in bases:  # one or none
+            result = (result - basis @ (basis.mT @ result)).astype(x.dtype)
+        return result
 
-    def apply(x: jax.Array) -> jax.Array:
+    def apply(x: jax.Array, basis: jax.Array | None) -> jax.Array:
+        bases = () if basis is None else (basis,)
         # A loop over a sharded batch axis would gather it.
         if x.ndim > 2 and _scheduling.is_large(x) and not _mesh.on_mesh(x):
-            return _scheduling.one_by_one(polar, x)
-        return polar(x)
+            return _scheduling.one_by_one(polar, x, *bases)
+        return polar(x, *bases)
 
-    def apply_all(updates: Any) -> Any:
+    def apply_all(updates: Any, outside: Any) -> Any:
         leaves, treedef = jax.tree.flatten(updates)
-        return treedef.unflatten(_scheduling.in_sequence(apply, leaves))
+        bases = [None] * len(leaves) if outside is None else treedef.flatten_up_to(outside)
+        return treedef.unflatten(_scheduling.in_sequence(apply, leaves, bases))
 
-    return optax.stateless(
-        lambda updates, params: _mesh.in_auto_mode(apply_all, updates, like=lambda: updates)
-    )
+    def update(
+        updates: Any, state: Any, params: Any = None, *, outside: Any = None, **extra_args: Any
+    ) -> tuple[Any, Any]:
+        del params, extra_args
+        return _mesh.in_auto_mode(apply_all, updates, outside, like=lambda: updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)

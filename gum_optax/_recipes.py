@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gum_optax import _checks, _mesh, fallbacks, residuals, storages
+from gum_optax import _checks, _mesh, fallbacks, storages
 from gum_optax import dimension_numbers as dims
-from gum_optax._codec import Compressed, Frame, outside
+from gum_optax._codec import Compressed, Frame, drawn_bases
 from gum_optax._low_rank import LowRank, low_rank
 from gum_optax._matrices import for_matrices
 from gum_optax._orthogonal import scale_by_polar
@@ -62,9 +62,7 @@ def scale_by_gum(
       compression: rank, period, number of drawn layers and other options, see `LowRank`.
       beta: momentum decay, in [0, 1).
       nesterov: whether to use Nesterov momentum.
-      orthogonalizer: the transformation after momentum, by default `scale_by_polar()`. The columns
-        of an update must be combinations of the columns of its momentum, as those of a polar factor
-        are.
+      orthogonalizer: the transformation after momentum, by default `scale_by_polar()`.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``. Its updates are directions without learning
@@ -97,31 +95,24 @@ def scale_by_gum(
     def muon(beta: Number) -> optax.GradientTransformation:
         return optax.chain(optax.trace(decay=beta, nesterov=nesterov), orthogonalizer)
 
+    # The momentum of a slot is a sum of residuals of one basis, so P'M = 0, and so is P'NS(M). A
+    # storage's rounding errors have a part inside the basis, and Newton-Schulz lifts that to the
+    # size of all other directions, since nothing larger is there: with momentum in 8 bits, a fifth
+    # of the squared norm of an update would be noise. So F = NS(M) becomes F - P P'F.
     if storages.rounds(compression.storage):
-        compression = dataclasses.replace(compression, residual=_cleaned(compression.residual))
+        rule = compression.residual._replace(extra_args=_bases_of_slots)
+        compression = dataclasses.replace(compression, residual=rule)
     # `beta` may be traced, as under `optax.inject_hyperparams`, so it is handed over.
     return _mesh.handing_over(partial(low_rank, compression=compression), muon, beta=beta)
 
 
-def _cleaned(rule: residuals.Residual) -> residuals.Residual:
-    """Returns a residual rule whose drawn matrices are updated outside of their bases alone.
+def _bases_of_slots(frames: dict[str, Frame]) -> dict[str, Any]:
+    """Returns the argument ``outside`` of `scale_by_polar`: bases where updates are of slots."""
 
-    The momentum of a slot is a sum of residuals of one basis, ``P'M = 0``, and so is its polar
-    factor. A storage's rounding errors have a part inside the basis, where no singular value of M
-    is larger: Newton-Schulz lifts them to the size of all other directions. With momentum in 8 bits
-    a fifth of the squared norm of such an update would be noise.
-    """
+    def of_group(frame: Frame) -> Any:
+        return Compressed(None, None if frame.slots is None else drawn_bases(frame))  # pyright: ignore[reportArgumentType]
 
-    def decode(
-        frame: Frame, updates: Compressed, encoded: Compressed, gradients: Any, state: Any
-    ) -> tuple[Any, Any]:
-        if updates.residual is not None:
-            # F <- F - P P'F
-            clean = outside(frame, updates.residual)
-            updates = updates._replace(residual=clean)
-        return rule.decode(frame, updates, encoded, gradients, state)
-
-    return rule._replace(decode=decode)
+    return {"outside": {name: of_group(frame) for name, frame in frames.items()}}
 
 
 def gum(

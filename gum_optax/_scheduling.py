@@ -41,16 +41,20 @@ def is_large(matrices: jax.Array) -> bool:
     return min(matrices.shape[-2:]) > LARGE_SIDE
 
 
-def one_by_one(function: Callable[[jax.Array], jax.Array], matrices: jax.Array) -> jax.Array:
+def one_by_one(
+    function: Callable[..., jax.Array], matrices: jax.Array, *others: jax.Array
+) -> jax.Array:
     """Applies a function to one matrix after the other, and skips those that are zero.
 
     Empty slots of sampled layers hold zero matrices, so they cost no more than a comparison.
 
     Args:
-      function: maps a matrix ``[m, n]`` to one of the same shape and dtype, and **zero to zero**:
-        it is not called for a zero matrix, which is returned unchanged.
+      function: maps a matrix ``[m, n]``, and one of each of ``others``, to one of the same shape
+        and dtype, and **zero to zero**: it is not called for a zero matrix, which is returned
+        unchanged.
       matrices: ``[..., m, n]``, with the batch axes unsharded: a loop over a sharded axis would
         gather it.
+      *others: arrays ``[..., p, q]`` with the same batch axes.
 
     Returns:
       The results ``[..., m, n]``.
@@ -59,11 +63,18 @@ def one_by_one(function: Callable[[jax.Array], jax.Array], matrices: jax.Array) 
         return matrices
     batch = math.prod(matrices.shape[:-2])
     flat = matrices.reshape(batch, *matrices.shape[-2:])  # [batch, m, n]
+    beside = [other.reshape(batch, *other.shape[-2:]) for other in others]
 
     # The loop carries the batch and overwrites it in place: no second copy of it exists.
     def in_place(i: jax.Array, flat: jax.Array) -> jax.Array:
         matrix = at(flat, i)  # [m, n]
-        result = jax.lax.cond(jnp.any(matrix != 0), function, jnp.zeros_like, matrix)
+        result = jax.lax.cond(
+            jnp.any(matrix != 0),
+            function,
+            lambda matrix, *_: jnp.zeros_like(matrix),
+            matrix,
+            *(at(other, i) for other in beside),
+        )
         return put(flat, i, result)
 
     return jax.lax.fori_loop(0, batch, in_place, flat).reshape(matrices.shape)

@@ -82,6 +82,8 @@ class Residual(NamedTuple):
       decode: ``(frame, updates, encoded, gradients, state) -> (updates, state)``, from the updates
         of the inner transformation to the updates of the leaves; ``encoded`` is its input. By
         default the expansion of ``updates.low``.
+      extra_args: ``(frames) -> dict``, extra arguments for the update of the inner transformation,
+        from the frames of all groups by their names; by default there are none.
       slots: ``(group) -> int``, the number of full-size matrices from ``encode`` beside the
         projections; by default 0.
       uncompressed: ``(group) -> str``, the reason why a group should run uncompressed; empty if it
@@ -96,6 +98,7 @@ class Residual(NamedTuple):
     draw: Callable[[Group, jax.Array], jax.Array | None] = lambda group, key: None
     encode: Callable[[Frame, Leaves], Compressed] = _project
     decode: Callable[[Frame, Compressed, Compressed, Leaves, State], tuple[Leaves, State]] = _expand
+    extra_args: Callable[[dict[str, Frame]], dict[str, Any]] = lambda frames: {}
     slots: Callable[[Group], int] = lambda group: 0
     uncompressed: Callable[[Group], str] = lambda group: ""
     reads: Literal["projection", "residual", "gradient"] = "gradient"

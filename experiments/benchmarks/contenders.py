@@ -104,9 +104,6 @@ VARIANTS: dict[str, Callable[..., Optimizer]] = {
     "SCALE": lambda *_: gum_optax.for_matrices(gum_optax.normalize_columns(), LEARNING_RATE),
     "AdamW": lambda *_: optax.adamw(LEARNING_RATE),
     "AdamW, 8 bits": lambda *_: gum_optax.quantized(optax.adamw(LEARNING_RATE)),
-    "AdamW, 8 bits, rows": lambda *_: gum_optax.quantized(
-        optax.adamw(LEARNING_RATE), storages.int8(block=None)
-    ),
 }
 
 gum_svd = partial(gum, projector=projectors.svd)

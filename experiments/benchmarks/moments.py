@@ -41,15 +41,13 @@ class Config:
 def main(arguments: Sequence[str]) -> int:
     """Times all ways; prints and writes seconds and ratios; returns the exit code."""
     config = cli.parse(Config, PROGRAM, arguments)
-    eight, rows_of_8 = (
-        gum_optax.quantized(optax.adamw(1e-3), gum_optax.storages.int8(block))
-        for block in (256, None)
-    )
+    eight = gum_optax.quantized(optax.adamw(1e-3))
+    linear = gum_optax.quantized(optax.adamw(1e-3), gum_optax.storages.int8())
     ways = {
         "SGD": optax.sgd(1e-3),  # the floor: the gradient and one pass over the parameters
         "AdamW": optax.adamw(1e-3),
         "8-bit AdamW": eight,
-        "8-bit AdamW, a scale per row": rows_of_8,
+        "linear 8-bit AdamW": linear,
         "8-bit AdamW, in parts": gum_optax.layer_by_layer(eight, gum_optax.InParts(config.parts)),
     }
     seconds = timing.by_turns(
