@@ -67,17 +67,16 @@ def one_by_one(
 
     # The loop carries the batch and overwrites it in place: no second copy of it exists.
     def in_place(i: jax.Array, flat: jax.Array) -> jax.Array:
-        matrix = at(flat, i)  # [m, n]
-        result = jax.lax.cond(
-            jnp.any(matrix != 0),
-            function,
-            lambda matrix, *_: jnp.zeros_like(matrix),
-            matrix,
-            *(at(other, i) for other in beside),
-        )
+        row = [at(each, i) for each in (flat, *beside)]  # [m, n], and one of each other array
+        result = jax.lax.cond(jnp.any(row[0] != 0), function, _zeros_like_first, *row)
         return put(flat, i, result)
 
     return jax.lax.fori_loop(0, batch, in_place, flat).reshape(matrices.shape)
+
+
+def _zeros_like_first(matrix: jax.Array, *others: jax.Array) -> jax.Array:
+    del others
+    return jnp.zeros_like(matrix)
 
 
 def at(stacked: jax.Array, index: jax.Array) -> jax.Array:
