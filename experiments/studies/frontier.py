@@ -182,6 +182,10 @@ CONTENDERS = {
     "lean_momentum": _lean(
         "Muon", {"optimizer": "muon", "fallback": "factored_momentum"}, "factored with momentum"
     ),
+    "lean_momentum_float8": _lean(
+        "Muon", {"optimizer": "muon", "fallback": "factored_momentum_float8"},
+        "factored with momentum in float8",
+    ),
     "lean_memory": _lean(
         "Muon", {"optimizer": "muon", "fallback": "adamw", "fallback_learning_rate": 1e-2,
                  "b2": 0.999}, "AdamW with b2 = 0.999",

@@ -19,7 +19,8 @@ FALLBACKS: dict[str, Callable[["Training"], gum_optax.Fallback]] = {
     "adamw8": lambda run: fallbacks.adamw(b2=run.b2, storage=storages.int8(256)),
     "adamw8_rows": lambda run: fallbacks.adamw(b2=run.b2, storage=storages.int8(block=None)),
     "factored": lambda run: fallbacks.factored(),
-    "factored_momentum": lambda run: fallbacks.factored(0.9),
+    "factored_momentum": lambda run: fallbacks.factored(0.9, storages.int8()),
+    "factored_momentum_float8": lambda run: fallbacks.factored(0.9, storages.float8()),
     "columns": lambda run: fallbacks.columns(),
 }
 
