@@ -71,7 +71,9 @@ def one_by_one(
         result = jax.lax.cond(jnp.any(row[0] != 0), function, _zeros_like_first, *row)
         return put(flat, i, result)
 
-    return jax.lax.fori_loop(0, batch, in_place, flat).reshape(matrices.shape)
+    # XLA would unroll a loop of one turn, whose results then lie beside their arguments.
+    turns = jax.lax.optimization_barrier(jnp.int32(1)) if batch == 1 else batch
+    return jax.lax.fori_loop(0, turns, in_place, flat).reshape(matrices.shape)
 
 
 def _zeros_like_first(matrix: jax.Array, *others: jax.Array) -> jax.Array:
