@@ -262,19 +262,26 @@ def _largest_of_non_negative(blocks: jax.Array) -> jax.Array:
     return jnp.where(lowest < 0, jnp.nan, jnp.max(blocks, axis=-1, keepdims=True))
 
 
-def _linear(top: int, zero: int, kept: Any) -> tuple[Any, Any]:
-    """Returns both functions of the map ``c / top``; the dtype `kept` holds ``c + zero``."""
+def _linear(top: int) -> tuple[Any, Any]:
+    """Returns both functions of the map ``c / top``, with codes in int8."""
 
     def to_codes(u: jax.Array) -> jax.Array:
-        return (jnp.clip(jnp.round(top * u), -top, top) + zero).astype(kept)
+        return jnp.clip(jnp.round(top * u), -top, top).astype(jnp.int8)
 
     def to_levels(codes: jax.Array, dtype: Any) -> jax.Array:
-        steps = codes.astype(dtype) - zero
-        linear = steps / top
+        linear = codes.astype(dtype) / top
         # XLA multiplies by 1 / top, and by the scale before that: the extreme would not be exact.
-        return jnp.where(jnp.abs(steps) == top, jnp.sign(linear), linear)
+        return jnp.where(jnp.abs(codes) == top, jnp.sign(linear), linear)
 
     return to_codes, to_levels
+
+
+def _unsigned(zero: int, to_codes: Any, to_levels: Any) -> tuple[Any, Any]:
+    """Returns both functions of a map with codes in uint8, of which ``zero`` stands for 0."""
+    return (
+        lambda u: (to_codes(u) + zero).astype(jnp.uint8),
+        lambda codes, dtype: to_levels(codes.astype(jnp.int8) - zero, dtype),
+    )
 
 
 def _table(levels: tuple[float, ...]) -> tuple[Any, Any]:
@@ -342,8 +349,8 @@ def _signed(to_codes: Any, to_levels: Any) -> tuple[Any, Any]:
     return signed_codes, signed_levels
 
 
-LINEAR_8 = Map(8, None, _largest, *_linear(127, 0, jnp.int8))
-LINEAR_6 = Map(6, None, _largest, *_linear(31, 32, jnp.uint8))
+LINEAR_8 = Map(8, None, _largest, *_linear(127))
+LINEAR_6 = Map(6, None, _largest, *_unsigned(32, *_linear(31)))
 # Least squares (Lloyd) on Gaussian blocks of 32 over their signed extremes, with 0 and 1 fixed.
 _NORMAL = (
     *(-0.8785, -0.6995, -0.5531, -0.4265, -0.3114, -0.2038, -0.1010, 0.0),
