@@ -385,7 +385,7 @@ def low_rank(
             carried = keep_dtypes(carried, inner_state)
             inner_state = jax.tree.map(partial(jax.lax.select, due), carried, inner_state)
         low_updates, inner_state = run.update(
-            encoded, inner_state, encoded_parameters, **extra_args, **rule.extra_args(frames)
+            encoded, inner_state, encoded_parameters, **(extra_args | rule.extra_args(frames))
         )
 
         # 5. Back to the shapes of the parameters: U = P L, plus the rule's update of residuals.

@@ -257,7 +257,7 @@ def int4(
     ``1, 1/2, 1/4, ...``, and scales of four bytes. For Adam's second moment use `int8`: it changes
     in many steps much smaller than an octave.
 
-    Everything else is as in `int8`.
+    Everything else is as in `int6`.
 
     Args:
       block: as for `int8`.

@@ -231,6 +231,21 @@ def test_large_matrices_of_a_batch_are_orthogonalized_one_by_one(monkeypatch, sh
     assert set(seen) == {shape[-2:] if looped else shape}
 
 
+@pytest.mark.parametrize("shape", [*(shape for shape, _ in LOOPED), (1, 8, 20)], ids=str)
+def test_results_are_projected_out_of_bases(monkeypatch, shape):
+    """``F - P P'F`` where there is a basis, whether matrices are looped over or not."""
+    monkeypatch.setattr(_scheduling, "LARGE_SIDE", 7)
+    x = _gaussian(shape)
+    bases = np.linalg.qr(_gaussian((*shape[:-1], 3)))[0]
+    updates, outside = {"a": _float32(x), "b": _float32(x)}, {"a": _float32(bases), "b": None}
+    update = jax.jit(gum_optax.scale_by_polar().update, compiler_options=helpers.QUICK)
+    got, _ = update(updates, optax.EmptyState(), None, outside=outside)
+    polar = _oracle(x)
+    expected = polar - bases @ (np.swapaxes(bases, -1, -2) @ polar)
+    np.testing.assert_allclose(got["a"], expected, atol=TOLERANCE)
+    np.testing.assert_allclose(got["b"], polar, atol=TOLERANCE)
+
+
 @pytest.mark.parametrize("kind", ["Explicit", "Auto"])
 def test_scale_by_polar_keeps_shardings(monkeypatch, kind):
     monkeypatch.setattr(_scheduling, "LARGE_SIDE", 7)  # or a loop would gather the batch
