@@ -209,6 +209,20 @@ def chips() -> str:
     )
 
 
+def in_few_bits() -> str:
+    """Returns the memory of steps of Llama-3-8B with states in few bits, in a loop and without."""
+    found = {
+        row["step"]: _gibibytes(row)
+        for row in _read("tpu.json")["rows"]
+        if (row["kind"], row["model"]) == ("v5p", "Llama-3-8B")
+    }
+    steps = [step for step in _STEPS if "-bit" in step and "layer by layer" not in step]
+    return reporting.markdown(
+        ("state in few bits", "whole stacks", "layer by layer"),
+        ((_STEPS[step], found[step], found.get(f"{step}, layer by layer", "")) for step in steps),
+    )
+
+
 def _gibibytes(row: dict[str, Any]) -> str:
     """Formats the compiler's own total of a step, or what a step that does not fit would need."""
     if told := row.get("out_of_memory"):  # "used 59.63G of 31.25G"
@@ -556,6 +570,7 @@ TABLES: dict[str, tuple[Callable[[], str], ...]] = {
     "docs/little_memory.md": (tpu, chips),
     "docs/finetuning.md": (finetuning, plans),
     "docs/pods.md": (collectives, slices),
+    "docs/quantized.md": (in_few_bits,),
     "docs/results.md": (table, performance, pretraining, times),
 }
 
