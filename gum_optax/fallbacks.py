@@ -92,7 +92,7 @@ def adamw(
 
 def factored(
     b1: Number = 0.0,
-    storage: storages.Storage = storages.int8(),
+    storage: storages.Storage = storages.float8(),
     *,
     decay_rate: Number = 0.8,
 ) -> Fallback:
