@@ -159,12 +159,42 @@ def test_the_memory_of_the_first_pages_is_that_of_the_result_file():
     assert (
         f"takes {more[0]:.1f} GiB more and GUM's with compressed gradients {more[1]:.1f}" in memory
     )
-    names = ("8-bit AdamW, layer by layer", "8-bit AdamW", "AdamW")
-    in_turn, stacked, plain = (of[name]["peak_bytes"] / 2**30 for name in names)
-    quantized = " ".join((DOCS / "quantized.md").read_text().split())
-    assert f"takes {in_turn:.1f} GiB in this way" in quantized
-    assert f"and {stacked:.1f} without the loop" in quantized
-    assert f"AdamW in bfloat16 takes {plain:.1f}" in quantized
+    plain = of["AdamW"]["peak_bytes"] / 2**30
+    assert f"AdamW in bfloat16 takes {plain:.1f} GiB" in _quantized()
+
+
+def _quantized():
+    return " ".join((DOCS / "quantized.md").read_text().split())
+
+
+def test_the_losses_of_states_in_few_bits_are_those_of_the_study():
+    entries = json.loads((ROOT / "experiments/results/studies/frontier_fallbacks.json").read_text())
+
+    def losses(**options):
+        options = {"fallback_learning_rate": 0.01, "b2": 0.95, "momentum": "float32"} | options
+        found = {}
+        for entry in entries:
+            config = {"momentum": "float32"} | entry["config"]
+            if all(config[name] == value for name, value in options.items()):
+                found[config["seed"]] = entry["validation_loss"]
+        return [found[seed] for seed in sorted(found)]
+
+    first = [
+        losses(optimizer="muon", fallback=fallback, seed=0)[0]
+        for fallback in ("adamw", "adamw_float8", "adamw8", "adamw8_rows")
+    ]
+    told = "ended at {:.3f} in float32, {:.3f} with `float8`, {:.3f} with `int8` in blocks of 256, "
+    assert (told + "and {:.3f} with `int8` in rows").format(*first) in _quantized()
+    beside = {"fallback": "factored", "fallback_learning_rate": 0.02}
+    gum, gum8 = (losses(optimizer="gum", momentum=each, **beside) for each in ("float32", "int8"))
+    assert len(gum) == len(gum8) == 3
+    below = (sum(gum) - sum(gum8)) / 3
+    assert f"GUM ended {below:.3f} below GUM in float32 (4,000 steps, 3 seeds" in _quantized()
+    muon, muon6 = (
+        losses(optimizer="muon", momentum=each, seed=0, **beside)[0] for each in ("float32", "int6")
+    )
+    choosing = " ".join((DOCS / "choosing.md").read_text().split())
+    assert f"it ended at {muon6:.3f}, float32 at {muon:.3f}" in choosing
 
 
 def test_the_losses_in_the_text_are_those_of_the_study():
