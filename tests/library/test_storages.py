@@ -326,8 +326,9 @@ def test_what_rounding_adds_inside_the_basis_is_removed_from_drawn_matrices(form
     compression = LowRank(6, 10, residual=rule, storage=storages.int8(), key=1)
     muon = optax.chain(optax.trace(0.95), gum_optax.scale_by_polar())
 
-    def last_updates(tx):
-        state, update, updates = None, jax.jit(tx.update), None
+    def last_updates(tx: Any) -> Any:
+        updates: Any = None
+        state, update = None, jax.jit(tx.update)
         for gradients in steps:
             tree = {"w": gradients} if stacked else list(gradients)
             updates, state = update(tree, state or tx.init(tree))
