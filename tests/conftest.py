@@ -20,14 +20,10 @@ if importlib.metadata.version("jaxlib").startswith(("0.7.", "0.8.", "0.9.", "0.1
 os.environ["XLA_FLAGS"] += (
     " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 )
-# 4. One order of operations on all simulated devices. With the scheduler for concurrency, devices
-#    that share few processors start independent collectives in different orders, and each waits for
-#    others in another one until XLA aborts (jaxlib 0.12, two processors, meshes of three axes).
-os.environ["XLA_FLAGS"] += " --xla_cpu_enable_concurrency_optimized_scheduler=false"
-# 5. One thread for NumPy's and JAX's LAPACK: OpenBLAS's others wait busily for their turn where the
+# 4. One thread for NumPy's and JAX's LAPACK: OpenBLAS's others wait busily for their turn where the
 #    processors are taken, and a decomposition of a small matrix then takes a hundred times as long.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-# 6. No tracebacks in compiled programs, which take a twentieth of the time.
+# 5. No tracebacks in compiled programs, which take a twentieth of the time.
 os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 
 # Workers, and the processes that tests start, share compiled programs through a cache on disk; a
