@@ -1,7 +1,7 @@
 r"""Blockwise codes: arrays in 8, 6 or 4 bits per number, and back.
 
 The last axis is cut into *blocks*. Each block keeps one *scale* N, its entry of largest magnitude,
-and for each number the *code* of the nearest *level* of a map onto [-1, 1]:
+and for each number the *code* of the nearest *level* in [-1, 1] of a map, see `_maps`:
 
 .. math::
     c = \arg\min_k |\ell_k - x / N|, \qquad \hat x = N \ell_c
@@ -9,31 +9,15 @@ and for each number the *code* of the nearest *level* of a map onto [-1, 1]:
 Every map has the level 1, which is exact: the scale of a decoded block is the old one, so encoding
 a decoded array changes nothing, and where a block decays its scale decays as it would in float32.
 
-=============  ====  ======================================  ============  ==================
-map            bits  levels                                  scale         relative l2 error
-=============  ====  ======================================  ============  ==================
-`LINEAR_8`     8     ``c / 127``, c from -127 to 127         ``max |x|``   .007 (blocks of 256)
-`LINEAR_6`     6     ``c / 31``, c from -31 to 31            ``max |x|``   .027 (blocks of 128)
-`NORMAL_4`     4     16, made for Gaussian numbers           signed        .080 (blocks of 32)
-`FLOAT_8`      8     ``+- 2 ** e (1 + f / 8)``, and zero     ``max |x|``   .026
-`OCTAVES_8`    8     ``2 ** e (1 + f / 8)``, no zero         ``max x``     .024
-`OCTAVES_6`    6     ``2 ** e (1 + f / 4)``, no zero         ``max x``     .047
-`OCTAVES_4`    4     ``2 ** (c - 15)``, no zero              ``max x``     .15
-=============  ====  ======================================  ============  ==================
-
 A scale takes four bytes per block, in `NORMAL_4` two. Blocks depend on the length of the axis
 alone, so that a state has the same arrays on every mesh.
 
 References:
-  Dettmers et al., 8-bit optimizers, arXiv 2110.02861; Li et al., 4-bit optimizers, arXiv
-  2309.01507 (maps without zero); Gupta et al., 8-bit Muon, arXiv 2509.23106 (linear maps);
-  Blumenberg et al., BOF4, arXiv 2505.06653 (signed scales).
+  Dettmers et al., 8-bit optimizers via block-wise quantization, arXiv 2110.02861.
 
 Tests: tests/library/test_codes.py.
 """
 
-import itertools
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -42,6 +26,7 @@ import jax.core
 import jax.numpy as jnp
 
 from gum_optax import _mesh
+from gum_optax._maps import Map
 from gum_optax._numerics import at_least_float32
 
 
@@ -56,24 +41,6 @@ class Codes(NamedTuple):
 
     codes: jax.Array
     scale: jax.Array
-
-
-class Map(NamedTuple):
-    """Levels in [-1, 1], and how a block is scaled to them.
-
-    Attributes:
-      bits: 8, 6 or 4.
-      scale_dtype: the dtype of scales; None: the dtype of the computation, float32 or float64.
-      extreme: ``blocks [..., length] -> [..., 1]``, the entry that is scaled to 1.
-      to_codes: ``u -> codes``, of numbers in [-1, 1]; numbers outside have the nearest code.
-      to_levels: ``(codes, dtype) -> levels``.
-    """
-
-    bits: int
-    scale_dtype: Any
-    extreme: Callable[[jax.Array], jax.Array]
-    to_codes: Callable[[jax.Array], jax.Array]
-    to_levels: Callable[[jax.Array, Any], jax.Array]
 
 
 def cut(n: int, block: int) -> tuple[int, int]:
@@ -240,127 +207,3 @@ def _describe(map: Map, block: int, array: jax.Array) -> Codes:
         cuts = whole and count % _mesh.parts(sharding, last) == 0
     # 2. The scales.
     return Codes(like(of_codes, codes, cuts), like(count, dtype, whole))
-
-
-# Maps ----------------------------------------------------------------------------------------
-
-
-def _largest(blocks: jax.Array) -> jax.Array:
-    return jnp.max(jnp.abs(blocks), axis=-1, keepdims=True)
-
-
-def _signed_extreme(blocks: jax.Array) -> jax.Array:
-    """The entry of largest magnitude with its sign; the positive one of two that are equal."""
-    highest = jnp.max(blocks, axis=-1, keepdims=True)
-    lowest = jnp.min(blocks, axis=-1, keepdims=True)
-    # Written so that a NaN, which compares false, is kept.
-    return jnp.where(-lowest > highest, lowest, highest)
-
-
-def _largest_of_non_negative(blocks: jax.Array) -> jax.Array:
-    lowest = jnp.min(blocks, axis=-1, keepdims=True)
-    return jnp.where(lowest < 0, jnp.nan, jnp.max(blocks, axis=-1, keepdims=True))
-
-
-def _linear(top: int) -> tuple[Any, Any]:
-    """Returns both functions of the map ``c / top``, with codes in int8."""
-
-    def to_codes(u: jax.Array) -> jax.Array:
-        return jnp.clip(jnp.round(top * u), -top, top).astype(jnp.int8)
-
-    def to_levels(codes: jax.Array, dtype: Any) -> jax.Array:
-        linear = codes.astype(dtype) / top
-        # XLA multiplies by 1 / top, and by the scale before that: the extreme would not be exact.
-        return jnp.where(jnp.abs(codes) == top, jnp.sign(linear), linear)
-
-    return to_codes, to_levels
-
-
-def _unsigned(zero: int, to_codes: Any, to_levels: Any) -> tuple[Any, Any]:
-    """Returns both functions of a map with codes in uint8, of which ``zero`` stands for 0."""
-    return (
-        lambda u: (to_codes(u) + zero).astype(jnp.uint8),
-        lambda codes, dtype: to_levels(codes.astype(jnp.int8) - zero, dtype),
-    )
-
-
-def _table(levels: tuple[float, ...]) -> tuple[Any, Any]:
-    """Returns both functions of a map with these rising levels.
-
-    They compare with constants and read no table from memory.
-    """
-    middles = [(low + high) / 2 for low, high in itertools.pairwise(levels)]
-
-    def to_codes(u: jax.Array) -> jax.Array:
-        # The number of midpoints that u exceeds.
-        codes = jnp.zeros(u.shape, jnp.uint8)
-        for middle in middles:
-            codes += (u > middle).astype(jnp.uint8)
-        return codes
-
-    def to_levels(codes: jax.Array, dtype: Any) -> jax.Array:
-        result = jnp.full(codes.shape, levels[0], dtype)
-        for code, level in enumerate(levels[1:], start=1):
-            result = jnp.where(codes >= code, jnp.asarray(level, dtype), result)
-        return result
-
-    return to_codes, to_levels
-
-
-def _octaves(bits: int, fraction: int) -> tuple[Any, Any]:
-    """Returns both functions of the map ``2 ** e (1 + f / 2 ** fraction)`` up to 1, without zero.
-
-    Codes count the leading bits of float32, so neither function needs a logarithm, which takes a
-    CPU longer than the rest of a step of Adam.
-    """
-    top = 2**bits - 1
-    dropped = 23 - fraction  # of float32's 23 bits of fraction
-    # The leading bits of 1.0, whose exponent is stored as 127, less its code.
-    offset = (127 << fraction) - top
-
-    def to_codes(u: jax.Array) -> jax.Array:
-        word = jax.lax.bitcast_convert_type(u.astype(jnp.float32), jnp.int32)
-        # With half of the last bit that is kept, cutting the others off rounds to nearest.
-        codes = (word + (1 << (dropped - 1)) >> dropped) - offset
-        return jnp.clip(codes, 0, top).astype(jnp.uint8)
-
-    def to_levels(codes: jax.Array, dtype: Any) -> jax.Array:
-        word = codes.astype(jnp.int32) + offset << dropped
-        return jax.lax.bitcast_convert_type(word, jnp.float32).astype(dtype)
-
-    return to_codes, to_levels
-
-
-def _signed(to_codes: Any, to_levels: Any) -> tuple[Any, Any]:
-    """Returns both functions of a map of 7 bits with a sign in the eighth; its level 0 is zero."""
-
-    def signed_codes(u: jax.Array) -> jax.Array:
-        # The least level above zero has code 1, and half of it is nearer to it than to zero.
-        least = to_levels(jnp.ones((), jnp.int32), u.dtype)
-        magnitude = jnp.maximum(to_codes(jnp.abs(u)), jnp.abs(u) > least / 2)
-        negative = (u < 0) & (magnitude > 0)
-        return jnp.where(negative, magnitude | 128, magnitude).astype(jnp.uint8)
-
-    def signed_levels(codes: jax.Array, dtype: Any) -> jax.Array:
-        magnitude = codes & 127
-        level = jnp.where(magnitude == 0, 0, to_levels(magnitude, dtype))
-        return jnp.where(codes > 127, -level, level)
-
-    return signed_codes, signed_levels
-
-
-LINEAR_8 = Map(8, None, _largest, *_linear(127))
-LINEAR_6 = Map(6, None, _largest, *_unsigned(32, *_linear(31)))
-# Least squares (Lloyd) on Gaussian blocks of 32 over their signed extremes, with 0 and 1 fixed.
-_NORMAL = (
-    *(-0.8785, -0.6995, -0.5531, -0.4265, -0.3114, -0.2038, -0.1010, 0.0),
-    *(0.0967, 0.1944, 0.2949, 0.4013, 0.5171, 0.6474, 0.8011, 1.0),
-)
-NORMAL_4 = Map(4, jnp.bfloat16, _signed_extreme, *_table(_NORMAL))
-# For second moments: the next step divides by their roots, so relative errors count and zero is no
-# level. Scales in bfloat16 would never fall at a decay of .999, which rounds back to the old value.
-OCTAVES_8 = Map(8, None, _largest_of_non_negative, *_octaves(8, 3))
-# For Adam's first moment: where the second moment is small too, small numbers count in quotients.
-FLOAT_8 = Map(8, None, _largest, *_signed(*_octaves(7, 3)))
-OCTAVES_6 = Map(6, None, _largest_of_non_negative, *_octaves(6, 2))
-OCTAVES_4 = Map(4, None, _largest_of_non_negative, *_octaves(4, 0))

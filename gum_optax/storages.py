@@ -27,7 +27,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from gum_optax import _checks, _codes, _scheduling
+from gum_optax import _checks, _codes, _maps, _scheduling
 from gum_optax._numerics import at_least_float32
 from gum_optax._paths import PyTree
 
@@ -170,7 +170,7 @@ def int8(
     References:
       Gupta et al., 8-bit Muon, arXiv 2509.23106; Dettmers et al., arXiv 2110.02861.
     """
-    return _coded(_codes.LINEAR_8, _codes.OCTAVES_8, block, non_negative)
+    return _coded(_maps.LINEAR_8, _maps.OCTAVES_8, block, non_negative)
 
 
 def float8(
@@ -210,7 +210,7 @@ def float8(
       Dettmers et al., arXiv 2110.02861, for codes of relative precision; Micikevicius et al., FP8
       formats, arXiv 2209.05433.
     """
-    return _coded(_codes.FLOAT_8, _codes.OCTAVES_8, block, non_negative)
+    return _coded(_maps.FLOAT_8, _maps.OCTAVES_8, block, non_negative)
 
 
 def int6(
@@ -243,7 +243,7 @@ def int6(
       >>> packed.codes.shape, packed.codes.dtype, packed.scale.shape
       ((64, 384), dtype('uint8'), (64, 4))
     """
-    return _coded(_codes.LINEAR_6, _codes.OCTAVES_6, block, non_negative)
+    return _coded(_maps.LINEAR_6, _maps.OCTAVES_6, block, non_negative)
 
 
 def int4(
@@ -283,7 +283,7 @@ def int4(
     References:
       Li et al., arXiv 2309.01507; Blumenberg et al., arXiv 2505.06653.
     """
-    return _coded(_codes.NORMAL_4, _codes.OCTAVES_4, block, non_negative)
+    return _coded(_maps.NORMAL_4, _maps.OCTAVES_4, block, non_negative)
 
 
 def by_path(choose: Callable[[KeyPath], Storage]) -> Storage:
@@ -313,8 +313,8 @@ def by_path(choose: Callable[[KeyPath], Storage]) -> Storage:
 
 
 def _coded(
-    signed: _codes.Map,
-    unsigned: _codes.Map,
+    signed: _maps.Map,
+    unsigned: _maps.Map,
     block: int | None,
     non_negative: Callable[[KeyPath], bool],
 ) -> Storage:
@@ -323,10 +323,10 @@ def _coded(
     _checks.function("non_negative", non_negative, "path -> bool")
 
     # Scalars and empty arrays have no blocks and are not packed.
-    def pack(levels: _codes.Map, array: jax.Array) -> Any:
+    def pack(levels: _maps.Map, array: jax.Array) -> Any:
         return _codes.encode(levels, length, array) if _has_blocks(array) else array
 
-    def unpack(levels: _codes.Map, packed: Any, like: jax.Array) -> jax.Array:
+    def unpack(levels: _maps.Map, packed: Any, like: jax.Array) -> jax.Array:
         return _codes.decode(levels, length, packed, like) if _has_blocks(like) else packed
 
     one, other = (Storage(partial(pack, m), partial(unpack, m)) for m in (signed, unsigned))

@@ -24,9 +24,9 @@ os.environ["XLA_FLAGS"] += (
 #    processors are taken, and a decomposition of a small matrix then takes a hundred times as long.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # 5. More threads than collectives can take. Each of the 8 devices below begins the independent
-#    collectives of a program in an order of its own. Where XLA's pool has as many threads as a small
-#    machine has processors, all of them wait in different collectives for a device that has none
-#    left, until XLA aborts (jaxlib 0.12, three axes, two processors).
+#    collectives of a program in an order of its own. Where XLA's pool has only as many threads as a
+#    small machine has processors, all of them wait in different collectives for a device that has
+#    none left, until XLA aborts (jaxlib 0.12, three axes, two processors).
 os.environ.setdefault("NPROC", "64")
 # 6. No tracebacks in compiled programs, which take a twentieth of the time.
 os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gum_optax import _codes, storages
+from gum_optax import _codes, _maps, storages
 from tests import helpers
 
 # The oracle ---------------------------------------------------------------------------------------
@@ -47,18 +47,18 @@ class Case(NamedTuple):
 
 CASES = {
     "linear 8": Case(
-        _codes.LINEAR_8, [c / 127 for c in range(-127, 128)], False, 4, 1 / 254, 0.0071
+        _maps.LINEAR_8, [c / 127 for c in range(-127, 128)], False, 4, 1 / 254, 0.0071
     ),
     "float 8": Case(
-        _codes.FLOAT_8, [*(-x for x in FLOATS), -1.0, 0.0, *FLOATS, 1.0], False, 4, 1 / 17, 0.027
+        _maps.FLOAT_8, [*(-x for x in FLOATS), -1.0, 0.0, *FLOATS, 1.0], False, 4, 1 / 17, 0.027
     ),
-    "linear 6": Case(_codes.LINEAR_6, [c / 31 for c in range(-31, 32)], False, 4, 1 / 62, 0.0275),
+    "linear 6": Case(_maps.LINEAR_6, [c / 31 for c in range(-31, 32)], False, 4, 1 / 62, 0.0275),
     # A scale of bfloat16 is off by 2 ** -9 at most, and no level is near -1.
-    "normal 4": Case(_codes.NORMAL_4, NORMAL, False, 2, 0.1215 + 2**-8, 0.081),
+    "normal 4": Case(_maps.NORMAL_4, NORMAL, False, 2, 0.1215 + 2**-8, 0.081),
     # The worst number lies between a power of two and the next level, 1 + 1/8 or 2 times as large.
-    "octaves 8": Case(_codes.OCTAVES_8, OCTAVES, True, 4, 1 / 17, 0.025),
-    "octaves 6": Case(_codes.OCTAVES_6, QUARTERS, True, 4, 1 / 9, 0.048),
-    "octaves 4": Case(_codes.OCTAVES_4, [2.0 ** (c - 15) for c in range(16)], True, 4, 1 / 3, 0.16),
+    "octaves 8": Case(_maps.OCTAVES_8, OCTAVES, True, 4, 1 / 17, 0.025),
+    "octaves 6": Case(_maps.OCTAVES_6, QUARTERS, True, 4, 1 / 9, 0.048),
+    "octaves 4": Case(_maps.OCTAVES_4, [2.0 ** (c - 15) for c in range(16)], True, 4, 1 / 3, 0.16),
 }
 every_map = pytest.mark.parametrize("name", CASES)
 every_storage = pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def oracle(case: Case, block: int, row: list[float]) -> tuple[list[float], list[
     for where in blocks_of(len(row), block):
         numbers = [row[i] for i in where]
         scale = max(numbers, key=abs)
-        if case.map in (_codes.LINEAR_8, _codes.LINEAR_6, _codes.FLOAT_8):
+        if case.map in (_maps.LINEAR_8, _maps.LINEAR_6, _maps.FLOAT_8):
             scale = abs(scale)
         if case.scale_bytes == 2:
             scale = float(np.asarray(scale, jnp.bfloat16))
