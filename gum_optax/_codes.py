@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from gum_optax import _mesh
 from gum_optax._maps import Map
 from gum_optax._numerics import at_least_float32
+from gum_optax._rounding import round_at_random
 
 
 class Codes(NamedTuple):
@@ -56,8 +57,13 @@ def cut(n: int, block: int) -> tuple[int, int]:
     return count, -(-n // count)
 
 
-def encode(map: Map, block: int, array: jax.Array) -> Codes:
+def encode(map: Map, block: int, array: jax.Array, key: jax.Array | None = None) -> Codes:
     """Returns the codes of a floating-point array ``[..., n]``, ``n >= 1``.
+
+    Numbers have the nearest level, or with a key one of the two levels around them, at random, so
+    that the mean of the decoded number is the number:
+
+    ``c = argmin_k |level_k - x / N|``, or ``E[N level_c] = x``
 
     A block with a non-finite number decodes to NaN as a whole, and so does a block with a negative
     number under a map without negative levels. Blocks below the range of normal numbers become
@@ -65,7 +71,7 @@ def encode(map: Map, block: int, array: jax.Array) -> Codes:
     """
     described = _describe(map, block, array)
     packed = _mesh.in_auto_mode(
-        lambda array: _encode(map, block, array), array, like=lambda: described
+        lambda *given: _encode(map, block, *given), array, key, like=lambda: described
     )
     if isinstance(array, jax.core.Tracer) or _mesh.sharding_of(array) is None:
         return packed
@@ -87,9 +93,11 @@ def decode(map: Map, block: int, packed: Codes, like: jax.Array) -> jax.Array:
 # once per leaf; `inline` then puts its operations into the caller's program without a call. Outside
 # of `jit`, it is one program instead of one for each operation.
 @partial(jax.jit, static_argnums=(0, 1), inline=True)
-def _encode(map: Map, block: int, array: jax.Array) -> Codes:
+def _encode(map: Map, block: int, array: jax.Array, key: jax.Array | None) -> Codes:
     dtype, n = at_least_float32(array.dtype), array.shape[-1]
     blocks = _to_blocks(array.astype(dtype), block)  # [..., count, length]
+    # A key for the codes, and one for scales in fewer bits than the computation.
+    of_codes, of_scales = (None, None) if key is None else jax.random.split(key)
 
     # 1. The scale N, rounded to its own dtype before anything is divided by it.
     kept = map.scale_dtype or dtype
@@ -97,13 +105,15 @@ def _encode(map: Map, block: int, array: jax.Array) -> Codes:
     extreme = map.extreme(blocks)  # [..., count, 1]
     # Clipped, since the inverse of a larger scale is no normal number, and XLA divides by inverses.
     largest = float(limits.max) / 4
-    scale = jnp.clip(extreme, -largest, largest).astype(kept)
+    scale = jnp.clip(extreme, -largest, largest)
+    scale = scale.astype(kept) if of_scales is None else _rounded(of_scales, scale, kept)
     scale = jnp.where(jnp.abs(extreme) < float(limits.tiny), 0, scale)
     scale = jnp.where(jnp.isfinite(extreme), scale, jnp.nan)
 
-    # 2. c = argmin_k |level_k - x / N|
+    # 2. The level c nearest to u = x / N, or one of two at random.
     divisor = jnp.where(scale == 0, 1, scale).astype(dtype)
-    codes = map.to_codes(blocks / divisor)  # [..., count, length]
+    share = None if of_codes is None else _to_blocks(_shares(of_codes, array.shape), block)
+    codes = map.to_codes(blocks / divisor, share)  # [..., count, length]
 
     # 3. Codes of 6 or 4 bits share bytes, within each block; a code of 8 bits is a byte.
     folds = map.bits < 8
@@ -114,6 +124,19 @@ def _encode(map: Map, block: int, array: jax.Array) -> Codes:
     # Where the last block is shorter, no device has the scales of its own numbers: see `_describe`.
     whole = blocks.shape[-2] * blocks.shape[-1] == n
     return Codes(codes, scale if whole else _mesh.gather(scale, axis=-1))
+
+
+def _shares(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Returns random numbers in (0, 1), in float32; multiples of ``2**-16``, less half of it."""
+    # Neither 0 nor 1: a number that is a level, up to a rounding error, keeps it.
+    return (jax.random.bits(key, shape, jnp.uint16).astype(jnp.float32) + 0.5) * 2.0**-16
+
+
+def _rounded(key: jax.Array, scale: jax.Array, dtype: Any) -> jax.Array:
+    """Rounds scales at random to their own dtype, if that is bfloat16."""
+    if dtype != jnp.bfloat16:
+        return scale.astype(dtype)
+    return round_at_random(key, scale.astype(jnp.float32))
 
 
 @partial(jax.jit, static_argnums=(0, 1, 3, 4), inline=True)
@@ -195,7 +218,7 @@ def _describe(map: Map, block: int, array: jax.Array) -> Codes:
             (*lead, length), dtype, sharding=_mesh.sharding_like(sharding, [*entries, entry])
         )
 
-    codes = jax.eval_shape(map.to_codes, jax.ShapeDtypeStruct((), jnp.float32)).dtype
+    codes = jax.eval_shape(map.to_codes, jax.ShapeDtypeStruct((), jnp.float32), None).dtype
     dtype = map.scale_dtype or at_least_float32(array.dtype)
     count, length = cut(n, block)
     whole = count * length == n

@@ -111,6 +111,11 @@ class LowRank:
         for name in ("storage", "basis_storage"):
             value = getattr(self, name)
             _checks.instance(name, value, storages.Storage, "of `gum_optax.storages`")
+        if self.basis_storage.key is not None:
+            raise ValueError(
+                "`basis_storage` must not round `at_random`: bases are packed once in a period, "
+                "so there is no mean over steps that it would keep."
+            )
         _checks.function("group_by", self.group_by, "(path, leaf) -> role")
         _checks.key("key", self.key)
 
@@ -290,6 +295,8 @@ def low_rank(
     ) -> LowRankState:
         """Returns the state in a new period, with these bases and draws, after the carry."""
         fresh, at_rest = unpacked(groups), pack_bases(basis)
+        # The step that follows has the same count, and must have other bits.
+        [bits] = storages.bits_of(storage, ~state.count)
         old = storages.unpack(storage, state.inner, fresh.inner)
         bases = (unpack_bases(packed, fresh.basis) for packed in (state.basis, at_rest))
         inner = keep_dtypes(compression.carry(fresh.inner, old, *bases), old)
@@ -297,7 +304,7 @@ def low_rank(
             period=period_of(compression, state.count),
             basis=at_rest,
             slots=slots,
-            inner=storages.pack(storage, inner),
+            inner=storages.pack(storage, inner, bits=bits),
         )
 
     def update(
@@ -419,6 +426,7 @@ def low_rank(
         # 7. Updates in the gradients' dtypes. Leaves without entries belong to no group, and their
         #    update is their gradient.
         results = [new_leaves.get(i, leaf).astype(leaf.dtype) for i, leaf in enumerate(leaves)]
+        bits = storages.bits_of(storage, state.count, 2)
         new_state = LowRankState(
             count=jnp.asarray(optax.safe_increment(state.count)),
             period=period,
@@ -426,8 +434,8 @@ def low_rank(
             basis=at_rest,
             slots=slots,
             residual=residual,
-            inner=storages.pack(storage, inner_state),
-            uncompressed=storages.pack(storage, uncompressed_state),
+            inner=storages.pack(storage, inner_state, bits=bits[0]),
+            uncompressed=storages.pack(storage, uncompressed_state, bits=bits[1]),
         )
         return treedef.unflatten(results), keep_dtypes(new_state, state)
 

@@ -37,14 +37,17 @@ class Map(NamedTuple):
       bits: 8, 6 or 4.
       scale_dtype: the dtype of scales; None: the dtype of the computation, float32 or float64.
       extreme: ``blocks [..., length] -> [..., 1]``, the entry that is scaled to 1.
-      to_codes: ``u -> codes``, of numbers in [-1, 1]; numbers outside have the nearest code.
+      to_codes: ``(u, share) -> codes``, of numbers in [-1, 1]; numbers outside have the nearest
+        code. The share, in (0, 1), divides each interval between two levels: u is rounded to one
+        or the other on its two sides. None is a half, which rounds to nearest; with shares that
+        are uniform on (0, 1) u is rounded at random, and the mean of its level is u.
       to_levels: ``(codes, dtype) -> levels``.
     """
 
     bits: int
     scale_dtype: Any
     extreme: Callable[[jax.Array], jax.Array]
-    to_codes: Callable[[jax.Array], jax.Array]
+    to_codes: Callable[[jax.Array, jax.Array | None], jax.Array]
     to_levels: Callable[[jax.Array, Any], jax.Array]
 
 
@@ -68,8 +71,10 @@ def _largest_of_non_negative(blocks: jax.Array) -> jax.Array:
 def _linear(top: int) -> tuple[Any, Any]:
     """Returns both functions of the map ``c / top``, with codes in int8."""
 
-    def to_codes(u: jax.Array) -> jax.Array:
-        return jnp.clip(jnp.round(top * u), -top, top).astype(jnp.int8)
+    def to_codes(u: jax.Array, share: jax.Array | None = None) -> jax.Array:
+        # No addition of zero where the share is a half: a TPU's compiler would pay for it.
+        shifted = top * u if share is None else top * u + (share - 0.5)
+        return jnp.clip(jnp.round(shifted), -top, top).astype(jnp.int8)
 
     def to_levels(codes: jax.Array, dtype: Any) -> jax.Array:
         linear = codes.astype(dtype) / top
@@ -82,7 +87,7 @@ def _linear(top: int) -> tuple[Any, Any]:
 def _unsigned(zero: int, to_codes: Any, to_levels: Any) -> tuple[Any, Any]:
     """Returns both functions of a map with codes in uint8, of which ``zero`` stands for 0."""
     return (
-        lambda u: (to_codes(u) + zero).astype(jnp.uint8),
+        lambda u, share=None: (to_codes(u, share) + zero).astype(jnp.uint8),
         lambda codes, dtype: to_levels(codes.astype(jnp.int8) - zero, dtype),
     )
 
@@ -92,13 +97,14 @@ def _table(levels: tuple[float, ...]) -> tuple[Any, Any]:
 
     They compare with constants and read no table from memory.
     """
-    middles = [(low + high) / 2 for low, high in itertools.pairwise(levels)]
 
-    def to_codes(u: jax.Array) -> jax.Array:
-        # The number of midpoints that u exceeds.
+    def to_codes(u: jax.Array, share: jax.Array | None = None) -> jax.Array:
+        # The number of borders that u exceeds, one between any two levels: their midpoint if the
+        # share is a half.
         codes = jnp.zeros(u.shape, jnp.uint8)
-        for middle in middles:
-            codes += (u > middle).astype(jnp.uint8)
+        for low, high in itertools.pairwise(levels):
+            border = (low + high) / 2 if share is None else low + (high - low) * share
+            codes += (u > border).astype(jnp.uint8)
         return codes
 
     def to_levels(codes: jax.Array, dtype: Any) -> jax.Array:
@@ -121,10 +127,12 @@ def _octaves(bits: int, fraction: int) -> tuple[Any, Any]:
     # The leading bits of 1.0, whose exponent is stored as 127, less its code.
     offset = (127 << fraction) - top
 
-    def to_codes(u: jax.Array) -> jax.Array:
+    def to_codes(u: jax.Array, share: jax.Array | None = None) -> jax.Array:
         word = jax.lax.bitcast_convert_type(u.astype(jnp.float32), jnp.int32)
-        # With half of the last bit that is kept, cutting the others off rounds to nearest.
-        codes = (word + (1 << (dropped - 1)) >> dropped) - offset
+        # With a share of the last bit that is kept, cutting the others off rounds as the share
+        # tells: to nearest with half of it. Levels of one octave are evenly spaced.
+        added = 1 << (dropped - 1) if share is None else (share * 2**dropped).astype(jnp.int32)
+        codes = (word + added >> dropped) - offset
         return jnp.clip(codes, 0, top).astype(jnp.uint8)
 
     def to_levels(codes: jax.Array, dtype: Any) -> jax.Array:
@@ -137,10 +145,12 @@ def _octaves(bits: int, fraction: int) -> tuple[Any, Any]:
 def _signed(to_codes: Any, to_levels: Any) -> tuple[Any, Any]:
     """Returns both functions of a map of 7 bits with a sign in the eighth; its level 0 is zero."""
 
-    def signed_codes(u: jax.Array) -> jax.Array:
-        # The least level above zero has code 1, and half of it is nearer to it than to zero.
+    def signed_codes(u: jax.Array, share: jax.Array | None = None) -> jax.Array:
+        # The least level above zero has code 1. Below it, the other neighbour is zero.
         least = to_levels(jnp.ones((), jnp.int32), u.dtype)
-        magnitude = jnp.maximum(to_codes(jnp.abs(u)), jnp.abs(u) > least / 2)
+        border = least * (0.5 if share is None else share)
+        size = jnp.abs(u)
+        magnitude = jnp.where(size < least, size > border, to_codes(size, share))
         negative = (u < 0) & (magnitude > 0)
         return jnp.where(negative, magnitude | 128, magnitude).astype(jnp.uint8)
 

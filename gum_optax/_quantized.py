@@ -14,6 +14,7 @@ import optax
 from gum_optax import _checks, _ledger, storages
 from gum_optax._low_rank import keep_dtypes
 from gum_optax._paths import PyTree, is_stand_in
+from gum_optax._rounding import RoundingState
 
 _BASIS = storages.field("basis")
 
@@ -47,7 +48,8 @@ def quantized(
       smallest: arrays with fewer numbers are not packed, an int >= 0.
 
     Returns:
-      An ``optax.GradientTransformationExtraArgs``, whose state is the state of ``inner``, packed.
+      An ``optax.GradientTransformationExtraArgs``, whose state is the state of ``inner``, packed;
+      with a storage that rounds `storages.at_random` it is a `RoundingState` around this.
 
     Raises:
       TypeError, ValueError: if an argument is malformed; at ``update`` if the state was made for
@@ -73,21 +75,29 @@ def quantized(
     smallest = _checks.non_negative_int("smallest", smallest)
     run = optax.with_extra_args_support(inner)
     # Bases of `low_rank` are not packed.
-    resting = storages.by_path(lambda path: storages.plain() if _BASIS(path) else storage)
+    one = storage._replace(key=None)
+    resting = storages.by_path(lambda path: storages.plain() if _BASIS(path) else one)
     pack = partial(storages.pack, resting, smallest=smallest)
 
     def init(params: PyTree) -> Any:
         if is_stand_in(params):
             return jnp.zeros(())  # A prefix of every state: `map_params` changes nothing.
         with _ledger.resting(pack):
-            return pack(run.init(params), fresh=True)
+            packed = pack(run.init(params), fresh=True)
+        return packed if storage.key is None else RoundingState(jnp.zeros([], jnp.int32), packed)
 
     def update(
         updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any
     ) -> tuple[PyTree, Any]:
         if is_stand_in(updates):
             return updates, state
-        # 1. The shapes of the state before it was packed. `init` has warned already, when the
+        # 1. The key of this step, if the storage rounds at random.
+        step = bits = None
+        if storage.key is not None:
+            _checks.instance("state", state, RoundingState, "as `storages.at_random` needs it")
+            step, state = state
+            [bits] = storages.bits_of(storage, step)
+        # 2. The shapes of the state before it was packed. `init` has warned already, when the
         #    caller ran it.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
@@ -95,12 +105,14 @@ def quantized(
         expected = jax.eval_shape(pack, like)
         containers, state = jax.tree.structure(state), _regrouped(like, expected, state)
         _checks.same_shapes(expected, state)
-        # 2. (U, S) = inner(G, unpack(S)), then pack(S), in the dtypes and containers of the state
+        # 3. (U, S) = inner(G, unpack(S)), then pack(S), in the dtypes and containers of the state
         #    that came in.
         unpacked = storages.unpack(resting, state, like, smallest)
         new_updates, new_state = run.update(updates, unpacked, params, **extra_args)
-        packed = jax.tree.leaves(keep_dtypes(pack(new_state), state))
-        return keep_dtypes(new_updates, updates), containers.unflatten(packed)
+        packed = jax.tree.leaves(keep_dtypes(pack(new_state, bits=bits), state))
+        new_state = containers.unflatten(packed)
+        new_state = new_state if step is None else RoundingState(step + 1, new_state)
+        return keep_dtypes(new_updates, updates), new_state
 
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
 

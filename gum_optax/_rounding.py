@@ -18,12 +18,12 @@ _DROPPED = 16  # bits by which bfloat16 is shorter than float32
 
 
 class RoundingState(NamedTuple):
-    """State of `stochastic_rounding`.
+    """State of `stochastic_rounding`, and of `quantized` with `storages.at_random`.
 
     Attributes:
       step: ``int32[]``, the number of updates so far; with the key it determines the random bits.
         It wraps around, so that bits repeat after ``2**32`` updates.
-      inner: the state of the wrapped optimizer.
+      inner: the state of the wrapped optimizer; in `quantized`, packed.
     """
 
     step: jax.Array
@@ -99,9 +99,8 @@ def stochastic_rounding(
         wide = _wide(params)
         moves, inner_state = run.update(_wide(updates), state.inner, wide, **extra_args)
         # 2. x = W + U, rounded at random, each leaf by bits of its own.
-        typed = jax.random.wrap_key_data(_checks.key_data(key), impl="threefry2x32")
         leaves, tree = jax.tree.flatten(params)
-        keys = jax.random.split(jax.random.fold_in(typed, state.step), len(leaves))
+        keys = jax.random.split(key_of_step(key, state.step), len(leaves))
         moves = [
             _rounded_move(k, leaf, move)
             for k, leaf, move in zip(keys, leaves, tree.flatten_up_to(moves), strict=True)
@@ -109,6 +108,12 @@ def stochastic_rounding(
         return tree.unflatten(moves), RoundingState(state.step + 1, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
+
+
+def key_of_step(key: int | jax.Array, step: jax.Array) -> jax.Array:
+    """Returns the typed key for the random bits of one step."""
+    typed = jax.random.wrap_key_data(_checks.key_data(key), impl="threefry2x32")
+    return jax.random.fold_in(typed, step)
 
 
 def _wide(tree: PyTree) -> PyTree:

@@ -186,10 +186,15 @@ CONTENDERS = {
         "Muon", {"optimizer": "muon", "fallback": "factored_momentum_float8"},
         "factored with momentum in float8",
     ),
-    "lean_memory": _lean(
-        "Muon", {"optimizer": "muon", "fallback": "adamw", "fallback_learning_rate": 1e-2,
-                 "b2": 0.999}, "AdamW with b2 = 0.999",
-    ),
+} | {
+    # The longer a second moment remembers, the less of it changes in a step: can 8 bits follow it?
+    key: _lean("Muon", {"optimizer": "muon", "fallback": fallback, "fallback_learning_rate": 1e-2,
+                        "b2": 0.999}, f"{name} with b2 = 0.999")
+    for key, fallback, name in (
+        ("lean_memory", "adamw", "AdamW"),
+        ("lean_memory_float8", "adamw_float8", "8-bit AdamW"),
+        ("lean_memory_at_random", "adamw_float8_at_random", "8-bit AdamW, rounded at random,"),
+    )
 }  # fmt: skip
 
 

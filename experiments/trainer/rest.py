@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 FALLBACKS: dict[str, Callable[["Training"], gum_optax.Fallback]] = {
     "adamw": lambda run: fallbacks.adamw(b2=run.b2),
     "adamw_float8": lambda run: fallbacks.adamw(b2=run.b2, storage=storages.float8()),
+    "adamw_float8_at_random": lambda run: fallbacks.adamw(
+        b2=run.b2, storage=storages.at_random(storages.float8(), run.seed)
+    ),
     "adamw8": lambda run: fallbacks.adamw(b2=run.b2, storage=storages.int8(256)),
     "adamw8_rows": lambda run: fallbacks.adamw(b2=run.b2, storage=storages.int8(block=None)),
     "factored": lambda run: fallbacks.factored(),

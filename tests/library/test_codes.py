@@ -19,7 +19,8 @@ NORMAL = [-0.8785, -0.6995, -0.5531, -0.4265, -0.3114, -0.2038, -0.1010, 0.0]
 NORMAL += [0.0967, 0.1944, 0.2949, 0.4013, 0.5171, 0.6474, 0.8011, 1.0]
 # Eight levels in each of 32 octaves below 1, and 1 itself, less the first.
 OCTAVES = [*[2.0**e * (1 + f / 8) for e in range(-32, 0) for f in range(8)][1:], 1.0]
-FLOATS = [2.0**e * (1 + f / 8) for e in range(-16, 0) for f in range(8)][1:]
+# Less two: code 0 is zero.
+FLOATS = [2.0**e * (1 + f / 8) for e in range(-16, 0) for f in range(8)][2:]
 QUARTERS = [*[2.0**e * (1 + f / 4) for e in range(-16, 0) for f in range(4)][1:], 1.0]
 
 
@@ -194,6 +195,75 @@ def test_what_was_decoded_is_encoded_to_the_same_codes(name, n):
     again = there(name, decoded)
     for one, other in zip(packed[n], again[n], strict=True):
         np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+
+
+# All numbers that 16 random bits stand for.
+SHARES = ((np.arange(2**16) + 0.5) / 2**16).astype(np.float32)
+
+
+@every_map
+def test_the_mean_over_all_random_bits_is_the_number(name):
+    """By enumeration; a number between two levels has one of these two."""
+    levels = np.sort(np.asarray(CASES[name].levels))
+    rng = np.random.default_rng(0)
+    which = np.append(rng.integers(0, len(levels) - 1, 30), [0, len(levels) - 2])
+    low, high = levels[which], levels[which + 1]
+    u = (low + (high - low) * rng.uniform(0.001, 0.999, low.shape)).astype(np.float32)
+
+    @functools.partial(jax.jit, compiler_options=helpers.QUICK)
+    def found(u):
+        codes = CASES[name].map.to_codes(jnp.broadcast_to(u, SHARES.shape), SHARES)
+        return CASES[name].map.to_levels(codes, jnp.float32)
+
+    for i in range(len(u)):
+        decoded = np.asarray(found(u[i]), np.float64)
+        # The levels of the program are float32.
+        up = np.abs(decoded - high[i]) < np.abs(decoded - low[i])
+        np.testing.assert_allclose(decoded, np.where(up, high[i], low[i]), rtol=1e-6, atol=1e-30)
+        # Half of the least step of the bits, and float32's rounding of sums below 128.
+        assert abs(decoded.mean() - u[i]) <= (high[i] - low[i]) * 2**-15 + 1e-6 * abs(u[i])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def at_random(name: str, tree: Any, key: jax.Array) -> Any:
+    return jax.tree.map(lambda x: _codes.encode(CASES[name].map, BLOCK, x, key), tree)
+
+
+@every_map
+def test_random_bits_do_not_change_what_was_decoded(name):
+    _, packed, decoded = rows(name, seed=3)
+    for seed in range(3):
+        again = at_random(name, decoded, jax.random.key(seed))
+        for n in LENGTHS:
+            for one, other in zip(packed[n], again[n], strict=True):
+                np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+
+
+@pytest.mark.parametrize("name", ["linear 8", "normal 4", "octaves 8"])
+def test_the_mean_over_keys_is_the_array(name):
+    """Of whole arrays, whose numbers have bits of their own; `NORMAL_4` has scales in bfloat16."""
+    x, count = numbers(name, 6, 2 * BLOCK + 1, seed=8), 2000
+    keys = jax.random.split(jax.random.key(0), count)
+    decode = functools.partial(_codes.decode, CASES[name].map, BLOCK, like=jnp.asarray(x))
+    packed = jax.vmap(lambda key: at_random(name, x, key))(keys)
+    decoded = np.asarray(jax.jit(jax.vmap(decode))(packed), np.float64)
+    # Five standard errors of each number, or a rounding error.
+    bound = 5 * decoded.std(axis=0) / np.sqrt(count) + 1e-6 * np.abs(x)
+    found = np.abs(decoded.mean(axis=0) - x) < bound
+    if name == "normal 4":
+        # No level lies below -0.8785, and a scale may be rounded to less than numbers near it.
+        blocks = [x[:, list(where)] for where in blocks_of(x.shape[1], BLOCK)]
+        u = [b / np.take_along_axis(b, np.abs(b).argmax(1)[:, None], 1) for b in blocks]
+        u = np.concatenate(u, axis=1)
+        found |= (u < -0.87) | ((u > 0.99) & (u < 1))
+        assert 0 < (u < -0.87).sum() < 20
+    assert found.all()
+    # Errors of neighbours are not correlated.
+    errors = (decoded - x).reshape(count, -1)
+    errors = errors[:, errors.std(axis=0) > 1e-4 * np.abs(x).max()]
+    correlations = np.corrcoef(errors, rowvar=False) - np.eye(errors.shape[1])
+    if name != "normal 4":  # There, a scale is shared by the numbers of a block.
+        assert np.abs(correlations).max() < 6 / np.sqrt(count)
 
 
 @pytest.mark.parametrize("name", ["linear 8", "float 8", "linear 6", "normal 4"])

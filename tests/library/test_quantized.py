@@ -67,6 +67,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:None of .* is compressed", "igno
 few = functools.partial(quantized, smallest=SMALLEST)
 
 
+def rounded(storage: storages.Storage, key: int | None) -> storages.Storage:
+    return storage if key is None else storages.at_random(storage, key)
+
+
 quick = functools.partial(jax.jit, compiler_options=helpers.QUICK)
 
 
@@ -145,6 +149,99 @@ def test_adam_in_8_bits_learns_a_badly_scaled_quadratic():
     (plain, _), (int8, largest) = losses("plain", start), losses("int8", start)
     assert largest < 0.02
     assert int8 < 1e-3 * jnp.sum(curvature) and plain < 1e-3 * jnp.sum(curvature)
+
+
+# Rounding at random -------------------------------------------------------------------------------
+
+
+def test_a_slow_second_moment_is_followed_only_at_random():
+    """With b2 = .99 a step changes it by a hundredth; levels are 6 to 12 % apart."""
+    scales = jnp.asarray(2.0 ** np.random.default_rng(0).uniform(-4, 0, (2, 512)), jnp.float32)
+    like = jax.eval_shape(optax.scale_by_rms().init, scales).nu
+
+    def mean_ratio(key: int | None) -> float:
+        tx = few(optax.scale_by_rms(0.99), rounded(storages.float8(), key))
+
+        def step(state, key):
+            gradients = scales * jax.random.normal(key, scales.shape)
+            return tx.update(gradients, state)[1], None
+
+        keys = jax.random.split(jax.random.key(1), 1500)
+        state, _ = jax.jit(lambda s: jax.lax.scan(step, s, keys))(tx.init(scales))
+        nu = (state if key is None else state.inner).nu
+        unsigned: Any = storages.float8(non_negative=lambda path: True)
+        decoded = unsigned.choose(()).unpack(nu, like)
+        return float(jnp.mean(decoded / scales**2))
+
+    # Measured: 1.39 and 1.00; the mean of 1024 averages of 200 squares is off by .003.
+    assert mean_ratio(None) > 1.25
+    assert abs(mean_ratio(0) - 1) < 0.02
+
+
+def test_random_bits_change_with_the_step_and_the_array_and_not_with_the_run():
+    pair = {"a": PARAMS["w"], "b": PARAMS["w"]}
+    tx = few(optax.trace(0.9), storages.at_random(storages.int4(16), 3))
+    update = quick(tx.update)
+    _, first = update(pair, tx.init(pair))
+    assert first.step == 1
+    tables.assert_equal(first, update(pair, tx.init(pair))[1])
+    different = [first.inner.trace["a"].codes != first.inner.trace["b"].codes]
+    # The same sum, one step later, and with another key.
+    later = update(pair, tx.init(pair)._replace(step=jnp.int32(1)))[1]
+    other = few(optax.trace(0.9), storages.at_random(storages.int4(16), jax.random.key(4))).update(
+        pair, tx.init(pair)
+    )[1]
+    different += [first.inner.trace["a"].codes != s.inner.trace["a"].codes for s in (later, other)]
+    assert all(0.2 < each.mean() < 0.9 for each in different)
+
+
+def test_both_states_of_low_rank_have_random_bits_of_their_own():
+    """With equal gradients, of compressed matrices and of others: momentum is rounded apart."""
+    storage = storages.at_random(storages.int4(16))
+    compression = LowRank(4, 1, projector=helpers.first_coordinates, storage=storage)
+    same = np.linspace(0.1, 1, 48, dtype=np.float32)
+    params = {"a": [np.tile(same, (8, 1))] * 4, "b": np.tile(same, (4, 1))}
+    tx = gum_optax.low_rank(optax.trace(0.9), compression)
+    update = quick(tx.update)
+    _, first = update(params, tx.init(params))
+    arrays = [*first.inner.trace.values(), *first.uncompressed.trace.values()]
+    leaves = jax.tree.leaves(arrays, is_leaf=lambda node: isinstance(node, Codes))
+    # A slot is zero inside the basis, and where nothing is drawn; zeros are a level.
+    codes = [tuple(row) for leaf in leaves for row in np.asarray(leaf.codes).reshape(-1, 24)]
+    codes = [row for row in codes if len(set(row)) > 1]
+    assert len(set(codes)) == len(codes) >= 4 * 4 + 4
+    tables.assert_equal(first, update(params, tx.init(params))[1])
+    with pytest.raises(ValueError, match="`basis_storage` must not round `at_random`"):
+        LowRank(4, basis_storage=storages.at_random(storages.int8()))
+    with pytest.raises(ValueError, match="put `at_random` around `by_path`"):
+        inside = storages.by_path(lambda path: storage)
+        few(optax.trace(0.9), inside).init(PARAMS)
+
+
+def test_momentum_in_bfloat16_is_rounded_at_random():
+    storage, ones = storages.cast(jnp.bfloat16), {"w": jnp.full((64, 64), 1 + 2.0**-10)}
+    tx = few(optax.trace(0.9), storages.at_random(storage))
+    _, state = quick(tx.update)(ones, tx.init(ones))
+    found = np.asarray(state.inner.trace["w"], np.float32)
+    # An eighth of the way from 1 to the next number, 1 + 2 ** -7.
+    assert set(np.unique(found)) == {1.0, 1 + 2.0**-7}
+    assert abs((found > 1).mean() - 1 / 8) < 5 * np.sqrt(7 / 64 / 4096)
+
+
+@pytest.mark.parametrize("storage", [storages.cast(jnp.float16), storages.cast("float8_e4m3fn")])
+def test_a_storage_without_rounding_at_random_is_named(storage):
+    tx = few(optax.trace(0.9), storages.at_random(storage))
+    with pytest.raises(
+        ValueError, match=r"`storage`: the storage of .trace\['odd'\] has no rounding"
+    ):
+        tx.update(PARAMS, tx.init(PARAMS))
+    plain = few(optax.trace(0.9), storages.at_random(storages.plain()))
+    _, state = plain.update(PARAMS, plain.init(PARAMS))
+    tables.assert_equal(
+        state.inner, optax.trace(0.9).update(PARAMS, optax.trace(0.9).init(PARAMS))[1]
+    )
+    with pytest.raises(TypeError, match="`state` must be a RoundingState"):
+        tx.update(PARAMS, few(optax.trace(0.9), storage).init(PARAMS))
 
 
 # Bytes, dtypes, trees -----------------------------------------------------------------------------
@@ -268,6 +365,14 @@ def test_types_are_stable(name, storage, dtype):
     assert helpers.described(updates) == helpers.described(params)
 
 
+@every_storage
+def test_types_are_stable_with_random_bits(storage):
+    before, after, _ = tables.any_number_of_steps(
+        few(optax.adamw(0.1), storages.at_random(storage)), PARAMS
+    )
+    assert helpers.described(after) == helpers.described(before)
+
+
 @pytest.mark.parametrize("tree", ["only None", "empty dict", "None leaves", "masked nodes"])
 def test_trees_without_arrays(tree):
     params = tables.values(tables.TREES[tree])
@@ -283,8 +388,9 @@ def test_integers_and_keys_are_untouched():
     assert helpers.described(state) == helpers.described(inner.init(PARAMS))
 
 
-def test_no_second_compilation_and_donation():
-    tx = few(optax.adamw(0.1))
+@pytest.mark.parametrize("key", [None, 0])
+def test_no_second_compilation_and_donation(key):
+    tx = few(optax.adamw(0.1), rounded(storages.float8(), key))
 
     def step(params, state, gradients):
         updates, state = tx.update(gradients, state, params)
@@ -316,8 +422,9 @@ def test_extra_arguments_and_injected_hyperparameters():
     jax.eval_shape(lambda p: muon(0.1, beta=0.9).init(p), PARAMS)
 
 
-def test_checkpoints(tmp_path):
-    tx = few(optax.adamw(0.1), storages.int4())
+@pytest.mark.parametrize("key", [None, 0])
+def test_checkpoints(tmp_path, key):
+    tx = few(optax.adamw(0.1), rounded(storages.int4(), key))
     _, state = steps(tx, 2)
     restored = flax.serialization.from_bytes(tx.init(PARAMS), flax.serialization.to_bytes(state))
     tables.assert_equal(jax.tree.map(np.asarray, restored), jax.tree.map(np.asarray, state))
@@ -332,7 +439,12 @@ def test_checkpoints(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: few(optax.adamw(0.01)), lambda: gum_optax.muon(0.01, storages.int4())]
+    "make",
+    [
+        lambda: few(optax.adamw(0.01)),
+        lambda: few(optax.adamw(0.01), storages.at_random(storages.float8())),
+        lambda: gum_optax.muon(0.01, storages.int4()),
+    ],
 )
 def test_flax_nnx(make):
     """Its optimizer has variables in the state, which turn NamedTuples into mappings."""
@@ -388,6 +500,7 @@ def test_bases_of_low_rank_stay_and_its_moments_do_not():
 
 PLANNED = {
     "adamw": lambda: few(optax.adamw(0.1)),
+    "adamw, at random": lambda: few(optax.adamw(0.1), storages.at_random(storages.float8())),
     "muon": lambda: gum_optax.muon(0.1),
     "muon, lean fallback": lambda: gum_optax.muon(0.1, fallback=few(optax.adamw(0.1))),
     "all of gum": lambda: few(gum_optax.gum(0.1, LowRank(2, 2)), storages.int4()),
@@ -470,6 +583,7 @@ def test_codes_of_six_bits_are_cut_between_blocks(block, spec):
 ON_MESHES = {
     # Of 30 numbers, the last of four blocks is shorter, and the mesh cuts the second.
     "adamw, int8": few(optax.adamw(0.1), storages.int8(8)),
+    "adamw, at random": few(optax.adamw(0.1), storages.at_random(storages.float8(8))),
     # Of 24 numbers four blocks, of 30 four with a shorter one, in bytes for eight each.
     "momentum, int6": few(optax.trace(0.9), storages.int6(8)),
     "muon, int4": gum_optax.for_matrices(
@@ -487,7 +601,10 @@ ON_MESH = tables.values(
 def results_on_mesh(tx: Any, params: Any, state: Any, place: Any) -> Any:
     gradients = [jax.device_put(tables.values(ON_MESH, seed), place) for seed in (1, 2, 3)]
     # A compiled program refuses arrays of other types or shardings than it was made for.
-    update = jax.jit(tx.update).lower(gradients[0], state, params).compile(helpers.QUICK)
+    # Where a mesh cuts blocks, steps need `out_shardings` to keep the sharding of the state.
+    where = jax.tree.map(lambda leaf: leaf.sharding, state)
+    update = jax.jit(tx.update, out_shardings=(None, where))
+    update = update.lower(gradients[0], state, params).compile(helpers.QUICK)
     results = []
     for each in gradients:
         updates, state = update(each, state, params)
@@ -532,6 +649,9 @@ def test_bad_arguments_are_named():
             quantized(optax.adam(0.1), bad)
         with pytest.raises(TypeError, match="`storage` must be a Storage"):
             gum_optax.muon(0.1, bad)
+    for bad in ("0", 1.5, [0, 1]):
+        with pytest.raises((TypeError, ValueError), match="`key` must be"):
+            storages.at_random(storages.int8(), bad)
     with pytest.raises(TypeError, match=r"`choose\(path\)` must be a Storage"):
         few(optax.adam(0.1), storages.by_path(lambda path: 8)).init(PARAMS)
 
