@@ -18,6 +18,7 @@ import gum_optax
 from experiments import reporting
 from experiments.benchmarks import timing
 from experiments.trainer import cli
+from gum_optax import storages
 
 PROGRAM = "experiments.benchmarks.moments"
 
@@ -42,12 +43,14 @@ def main(arguments: Sequence[str]) -> int:
     """Times all ways; prints and writes seconds and ratios; returns the exit code."""
     config = cli.parse(Config, PROGRAM, arguments)
     eight = gum_optax.quantized(optax.adamw(1e-3))
-    linear = gum_optax.quantized(optax.adamw(1e-3), gum_optax.storages.int8())
+    linear = gum_optax.quantized(optax.adamw(1e-3), storages.int8())
+    at_random = gum_optax.quantized(optax.adamw(1e-3), storages.at_random(storages.float8()))
     ways = {
         "SGD": optax.sgd(1e-3),  # the floor: the gradient and one pass over the parameters
         "AdamW": optax.adamw(1e-3),
         "8-bit AdamW": eight,
         "linear 8-bit AdamW": linear,
+        "8-bit AdamW, rounded at random": at_random,
         "8-bit AdamW, in parts": gum_optax.layer_by_layer(eight, gum_optax.InParts(config.parts)),
     }
     seconds = timing.by_turns(

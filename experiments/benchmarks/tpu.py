@@ -267,6 +267,7 @@ STEPS = {
     "8-bit AdamW": Step(_quantized(_BLOCKS), full),
     "8-bit AdamW, layer by layer": Step(_in_turn(_quantized(_BLOCKS)), full),
     "8-bit AdamW, a scale per row": Step(_quantized(storages.float8()), full),
+    "8-bit AdamW, rounded at random": Step(_quantized(storages.at_random(storages.float8())), full),
     "8-bit Muon, lean": Step(_lean_full_rank(_ROWS), full),
     "8-bit Muon in blocks, lean": Step(_lean_full_rank(_BLOCKS), full),
     "6-bit Muon, lean": Step(_lean_full_rank(_SIX), full),
