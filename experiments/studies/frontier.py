@@ -187,6 +187,12 @@ CONTENDERS = {
         "factored with momentum in float8",
     ),
 } | {
+    # Weights in fewer bits, rounded at random. Momentum is in float32.
+    f"lean_{weights}_weights": _lean("Muon", {"optimizer": "muon", "weights": weights}, rest)
+    for weights, rest in (
+        ("bfloat16", "weights in bfloat16, factored"), ("int8", "weights in 8 bits, factored")
+    )
+} | {
     # The longer a second moment remembers, the less of it changes in a step: can 8 bits follow it?
     key: _lean("Muon", {"optimizer": "muon", "fallback": fallback, "fallback_learning_rate": 1e-2,
                         "b2": 0.999}, f"{name} with b2 = 0.999")

@@ -56,8 +56,10 @@ class Training(Checked):
     #: Data type of the forward and backward pass; bfloat16 suits GPUs and TPUs.
     dtype: Literal["float32", "bfloat16"] = "float32"
     #: Data type of stored weights. bfloat16 halves their memory; stochastic rounding then keeps
-    #: small updates from being lost, and the optimizer works in float32.
-    weights: Literal["float32", "bfloat16"] = "float32"
+    #: small updates from being lost, and the optimizer works in float32. With int8, weights have
+    #: values of 8-bit codes, also by stochastic rounding, but their memory is that of float32: an
+    #: experiment about the loss.
+    weights: Literal["float32", "bfloat16", "int8"] = "float32"
     #: Recompute the activations of each block in the backward pass instead of storing them.
     remat: bool = False
     #: Number of parts of a batch (micro-batches) to compute gradients of in turn and sum.

@@ -15,7 +15,7 @@ import optax
 import tyro
 
 import gum_optax
-from experiments.trainer import methods
+from experiments.trainer import methods, rounding
 from experiments.trainer.methods import Gum, Optimizer, Transformation
 from experiments.trainer.options import ConfigError, choose
 from experiments.trainer.schedules import schedule
@@ -127,4 +127,8 @@ def build(run: "Training", layers: int) -> Transformation:
     # Outermost, as nothing may change the updates after it: they make the rounded sum exact.
     if run.weights == "bfloat16":
         return gum_optax.stochastic_rounding(optimizer, run.seed)
+    if run.weights == "int8":
+        return rounding.in_few_bits(
+            optimizer, gum_optax.storages.at_random(gum_optax.storages.int8(), run.seed)
+        )
     return optimizer

@@ -111,7 +111,8 @@ def start(
         static, params = llama.create(
             arch, dtype=config.dtype, seed=config.seed, remat=config.remat
         )  # fmt: skip
-        cast: Any = optax.tree.cast(params, config.weights)
+        stored = "bfloat16" if config.weights == "bfloat16" else "float32"
+        cast: Any = optax.tree.cast(params, stored)
         return static, cast
 
     def place(shardings: Any) -> llama.Params:
