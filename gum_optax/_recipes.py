@@ -62,7 +62,10 @@ def scale_by_gum(
       compression: rank, period, number of drawn layers and other options, see `LowRank`.
       beta: momentum decay, in [0, 1).
       nesterov: whether to use Nesterov momentum.
-      orthogonalizer: the transformation after momentum, by default `scale_by_polar()`.
+      orthogonalizer: the transformation after momentum, by default `scale_by_polar()`. Where the
+        compression has a ``storage`` that rounds, it is passed ``outside``, the bases of drawn
+        matrices, as `scale_by_polar` describes; one that ignores it leaves the rounding errors of
+        momentum inside these bases in the update.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``. Its updates are directions without learning

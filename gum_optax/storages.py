@@ -346,7 +346,7 @@ def at_random(storage: Storage, key: int | jax.Array = 0) -> Storage:
 
     Numbers beyond the levels of their block are rounded to nearest: those below the lowest of
     `int4`, -0.88 of the extreme, and second moments below the least level. So is a state when it
-    is made.
+    is made. In `layer_by_layer` all layers have the same random bits.
 
     Args:
       storage: the storage that rounds. Around `by_path`, all chosen ones round at random.
