@@ -20,7 +20,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gum_optax import _checks, _ledger, _mesh, _sources, carries, projectors, residuals, storages
+from gum_optax import (
+    _checks,
+    _ledger,
+    _mesh,
+    _packing,
+    _sources,
+    carries,
+    projectors,
+    residuals,
+    storages,
+)
 from gum_optax._codec import Frame
 from gum_optax._groups import Group, GroupBy, by_role, find_groups
 from gum_optax._paths import PyTree, is_stand_in, leaves_with_names
@@ -232,8 +242,8 @@ def low_rank(
     _checks.transformation("inner", inner)
     _checks.instance("compression", compression, LowRank, "such as `LowRank(rank=64)`")
     rule, storage = compression.residual, compression.storage
-    pack_bases = partial(storages.pack, compression.basis_storage)
-    unpack_bases = partial(storages.unpack, compression.basis_storage)
+    pack_bases = partial(_packing.pack, compression.basis_storage)
+    unpack_bases = partial(_packing.unpack, compression.basis_storage)
     # Any: optax types it for trees of parameters, and here it runs on dicts of `Compressed`.
     run: Any = optax.with_extra_args_support(inner)
 
@@ -283,8 +293,8 @@ def low_rank(
     def packed(state: LowRankState, fresh: bool = False) -> LowRankState:
         return state._replace(
             basis=pack_bases(state.basis, fresh=fresh),
-            inner=storages.pack(storage, state.inner, fresh=fresh),
-            uncompressed=storages.pack(storage, state.uncompressed, fresh=fresh),
+            inner=_packing.pack(storage, state.inner, fresh=fresh),
+            uncompressed=_packing.pack(storage, state.uncompressed, fresh=fresh),
         )
 
     def renewed(
@@ -296,15 +306,15 @@ def low_rank(
         """Returns the state in a new period, with these bases and draws, after the carry."""
         fresh, at_rest = unpacked(groups), pack_bases(basis)
         # The step that follows has the same count, and must have other bits.
-        [bits] = storages.bits_of(storage, ~state.count)
-        old = storages.unpack(storage, state.inner, fresh.inner)
+        [bits] = _packing.bits_of(storage, ~state.count)
+        old = _packing.unpack(storage, state.inner, fresh.inner)
         bases = (unpack_bases(packed, fresh.basis) for packed in (state.basis, at_rest))
         inner = keep_dtypes(compression.carry(fresh.inner, old, *bases), old)
         return state._replace(
             period=period_of(compression, state.count),
             basis=at_rest,
             slots=slots,
-            inner=storages.pack(storage, inner, bits=bits),
+            inner=_packing.pack(storage, inner, bits=bits),
         )
 
     def update(
@@ -386,7 +396,7 @@ def low_rank(
         #    selected entry by entry, which XLA fuses with the update of momentum; inside the `cond`
         #    above, every momentum would be copied at every step.
         #    low_updates[group]: like encoded[group]
-        inner_state = storages.unpack(storage, state.inner, fresh.inner)
+        inner_state = _packing.unpack(storage, state.inner, fresh.inner)
         if not projected:
             carried = compression.carry(fresh.inner, inner_state, old_basis, basis)
             carried = keep_dtypes(carried, inner_state)
@@ -416,7 +426,7 @@ def low_rank(
         if uncompressed:
             direct, uncompressed_state = run.update(
                 _collect(uncompressed, leaves),
-                storages.unpack(storage, state.uncompressed, fresh.uncompressed),
+                _packing.unpack(storage, state.uncompressed, fresh.uncompressed),
                 None if parameters is None else _collect(uncompressed, parameters),
                 **extra_args,
             )
@@ -426,7 +436,7 @@ def low_rank(
         # 7. Updates in the gradients' dtypes. Leaves without entries belong to no group, and their
         #    update is their gradient.
         results = [new_leaves.get(i, leaf).astype(leaf.dtype) for i, leaf in enumerate(leaves)]
-        bits = storages.bits_of(storage, state.count, 2)
+        bits = _packing.bits_of(storage, state.count, 2)
         new_state = LowRankState(
             count=jnp.asarray(optax.safe_increment(state.count)),
             period=period,
@@ -434,8 +444,8 @@ def low_rank(
             basis=at_rest,
             slots=slots,
             residual=residual,
-            inner=storages.pack(storage, inner_state, bits=bits[0]),
-            uncompressed=storages.pack(storage, uncompressed_state, bits=bits[1]),
+            inner=_packing.pack(storage, inner_state, bits=bits[0]),
+            uncompressed=_packing.pack(storage, uncompressed_state, bits=bits[1]),
         )
         return treedef.unflatten(results), keep_dtypes(new_state, state)
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gum_optax import _checks, _ledger, storages
+from gum_optax import _checks, _ledger, _packing, storages
 from gum_optax._low_rank import keep_dtypes
 from gum_optax._paths import PyTree, is_stand_in
 from gum_optax._rounding import RoundingState
@@ -77,7 +77,7 @@ def quantized(
     # Bases of `low_rank` are not packed.
     one = storage._replace(key=None)
     resting = storages.by_path(lambda path: storages.plain() if _BASIS(path) else one)
-    pack = partial(storages.pack, resting, smallest=smallest)
+    pack = partial(_packing.pack, resting, smallest=smallest)
 
     def init(params: PyTree) -> Any:
         if is_stand_in(params):
@@ -96,7 +96,7 @@ def quantized(
         if storage.key is not None:
             _checks.instance("state", state, RoundingState, "as `storages.at_random` needs it")
             step, state = state
-            [bits] = storages.bits_of(storage, step)
+            [bits] = _packing.bits_of(storage, step)
         # 2. The shapes of the state before it was packed. `init` has warned already, when the
         #    caller ran it.
         with warnings.catch_warnings():
@@ -107,7 +107,7 @@ def quantized(
         _checks.same_shapes(expected, state)
         # 3. (U, S) = inner(G, unpack(S)), then pack(S), in the dtypes and containers of the state
         #    that came in.
-        unpacked = storages.unpack(resting, state, like, smallest)
+        unpacked = _packing.unpack(resting, state, like, smallest)
         new_updates, new_state = run.update(updates, unpacked, params, **extra_args)
         packed = jax.tree.leaves(keep_dtypes(pack(new_state, bits=bits), state))
         new_state = containers.unflatten(packed)

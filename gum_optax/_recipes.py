@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gum_optax import _checks, _mesh, fallbacks, storages
+from gum_optax import _checks, _mesh, _packing, fallbacks, storages
 from gum_optax import dimension_numbers as dims
 from gum_optax._codec import Compressed, Frame, drawn_bases
 from gum_optax._low_rank import LowRank, low_rank
@@ -102,7 +102,7 @@ def scale_by_gum(
     # storage's rounding errors have a part inside the basis, and Newton-Schulz lifts that to the
     # size of all other directions, since nothing larger is there: with momentum in 8 bits, a fifth
     # of the squared norm of an update would be noise. So F = NS(M) becomes F - P P'F.
-    if storages.rounds(compression.storage):
+    if _packing.rounds(compression.storage):
         rule = compression.residual._replace(extra_args=_bases_of_slots)
         compression = dataclasses.replace(compression, residual=rule)
     # `beta` may be traced, as under `optax.inject_hyperparams`, so it is handed over.

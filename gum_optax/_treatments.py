@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gum_optax import _ledger, residuals, storages
+from gum_optax import _ledger, _packing, residuals
 from gum_optax._codec import Compressed
 from gum_optax._groups import Group
 
@@ -81,11 +81,11 @@ def rows(inner: Any, compression: Any, groups: Sequence[Group]) -> Iterator[_led
 
     # The bytes of the inner state for `tree`, without those that it has for an empty tree.
     def inner_bytes(tree: Any) -> int:
-        pack = partial(storages.pack, compression.storage)
+        pack = partial(_packing.pack, compression.storage)
         return _ledger.bytes_beyond(lambda t: pack(inner.init(t)), tree, {})
 
     def basis_bytes(group: Group) -> int:
-        pack = partial(storages.pack, compression.basis_storage)
+        pack = partial(_packing.pack, compression.basis_storage)
         return _ledger.bytes_of(jax.eval_shape(lambda: pack(zero_bases([group]))))
 
     for group in groups:

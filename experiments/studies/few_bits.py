@@ -58,7 +58,7 @@ def through(storage: storages.Storage) -> Rounding:
     """Returns the rounding of a storage: pack an array and unpack it, as between two steps."""
 
     def rounded(array: jax.Array) -> jax.Array:
-        return storages.unpack(storage, storages.pack(storage, array), array)
+        return storage.unpack(storage.pack(array), array)
 
     return rounded
 

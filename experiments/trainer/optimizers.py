@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
+import jax
 import optax
 import tyro
 
@@ -128,7 +129,5 @@ def build(run: "Training", layers: int) -> Transformation:
     if run.weights == "bfloat16":
         return gum_optax.stochastic_rounding(optimizer, run.seed)
     if run.weights == "int8":
-        return rounding.in_few_bits(
-            optimizer, gum_optax.storages.at_random(gum_optax.storages.int8(), run.seed)
-        )
+        return rounding.in_few_bits(optimizer, jax.random.key(run.seed))
     return optimizer

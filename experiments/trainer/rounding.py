@@ -19,17 +19,18 @@ import optax
 
 from gum_optax import RoundingState, storages
 
+_STORAGE: Any = storages.int8()
 _SMALLEST = 4096  # arrays with fewer numbers are not rounded
 
 
 def in_few_bits(
-    inner: optax.GradientTransformation, storage: storages.Storage
+    inner: optax.GradientTransformation, key: jax.Array
 ) -> optax.GradientTransformationExtraArgs:
     """Wraps a whole optimizer: its updates lead from weights in codes to weights in codes.
 
     Args:
       inner: the optimizer, with its learning rate.
-      storage: the form of the weights; one that rounds `storages.at_random` has the mean W + U.
+      key: the key of the random bits.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``, whose state is a `RoundingState`. Nothing may
@@ -46,11 +47,17 @@ def in_few_bits(
         # 1. x = W + U
         moves, inner_state = run.update(updates, state.inner, params, **extra_args)
         exact = optax.apply_updates(params, moves)
-        # 2. U' = W' - W, where W' are the numbers that the codes of x stand for.
-        [bits] = storages.bits_of(storage, state.step)
-        packed = storages.pack(storage, exact, _SMALLEST, bits=bits)
-        kept = storages.unpack(storage, packed, exact, _SMALLEST)
+        # 2. U' = W' - W, where W' are the numbers that the codes of x stand for; each leaf is
+        #    rounded by bits of its own.
+        leaves, tree = jax.tree.flatten(exact)
+        keys = jax.random.split(jax.random.fold_in(key, state.step), len(leaves))
+        kept = tree.unflatten(map(rounded, keys, leaves))
         moves = jax.tree.map(jnp.subtract, kept, params)
         return moves, RoundingState(state.step + 1, inner_state)
+
+    def rounded(key: jax.Array, x: jax.Array) -> jax.Array:
+        if x.size < _SMALLEST:
+            return x
+        return _STORAGE.unpack(_STORAGE.pack_at_random(x, key), x)
 
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]

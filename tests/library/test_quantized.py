@@ -18,7 +18,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import gum_optax
-from gum_optax import LowRank, quantized, residuals, storages
+from gum_optax import LowRank, _packing, quantized, residuals, storages
 from gum_optax._codes import Codes
 from tests import helpers, tables
 
@@ -109,8 +109,8 @@ def test_a_step_starts_from_the_decoded_state(storage):
     @quick
     def step_by_hand(gradients, state):
         updates, new = inner.update(gradients, state, PARAMS)
-        packed = storages.pack(other, new)
-        return updates, packed, storages.unpack(other, packed, inner.init(PARAMS))
+        packed = _packing.pack(other, new)
+        return updates, packed, _packing.unpack(other, packed, inner.init(PARAMS))
 
     update, state = quick(tx.update), quick(tx.init)(PARAMS)
     for seed in range(3):

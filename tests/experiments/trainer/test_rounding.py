@@ -26,7 +26,7 @@ def steps() -> dict[str, np.ndarray]:
     """The weights after one step, for each of a hundred keys."""
 
     def step(key: jax.Array) -> optax.Params:
-        tx = rounding.in_few_bits(optax.sgd(1.0), storages.at_random(storages.int8(), key))
+        tx = rounding.in_few_bits(optax.sgd(1.0), key)
         updates, _ = tx.update(GRADS, tx.init(PARAMS), PARAMS)
         return optax.apply_updates(PARAMS, updates)
 
