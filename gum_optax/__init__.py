@@ -13,6 +13,7 @@ from gum_optax import storages as storages
 from gum_optax._codec import Compressed as Compressed
 from gum_optax._codec import Frame as Frame
 from gum_optax._columns import normalize_columns as normalize_columns
+from gum_optax._compression import LowRank as LowRank
 from gum_optax._depth import by_band as by_band
 from gum_optax._depth import rank_by_depth as rank_by_depth
 from gum_optax._dion import scale_by_dion2 as scale_by_dion2
@@ -33,7 +34,6 @@ from gum_optax._layers import LayersState as LayersState
 from gum_optax._layers import layer_by_layer as layer_by_layer
 from gum_optax._ledger import PlanRow as PlanRow
 from gum_optax._low_rank import STATE_VERSION as STATE_VERSION
-from gum_optax._low_rank import LowRank as LowRank
 from gum_optax._low_rank import LowRankState as LowRankState
 from gum_optax._low_rank import low_rank as low_rank
 from gum_optax._matrices import for_matrices as for_matrices

@@ -16,8 +16,8 @@ import optax
 
 from gum_optax import _checks, _codec, carries, projectors
 from gum_optax._codec import Compressed, Frame, Leaves
+from gum_optax._compression import LowRank
 from gum_optax._groups import Group
-from gum_optax._low_rank import LowRank
 from gum_optax._paths import PyTree, leaves_with_names
 from gum_optax.residuals import Residual, State
 

@@ -11,8 +11,8 @@ from typing import Any
 import optax
 
 from gum_optax import _checks, carries, projectors, residuals
+from gum_optax._compression import LowRank
 from gum_optax._gains import scale_by_gain
-from gum_optax._low_rank import LowRank
 
 
 def galore(rank: Any = 128, period: int = 200, **parts: Any) -> LowRank:

@@ -22,7 +22,8 @@ import optax
 from gum_optax import _checks, _mesh, _packing, fallbacks, storages
 from gum_optax import dimension_numbers as dims
 from gum_optax._codec import Compressed, Frame, drawn_bases
-from gum_optax._low_rank import LowRank, low_rank
+from gum_optax._compression import LowRank
+from gum_optax._low_rank import low_rank
 from gum_optax._matrices import for_matrices
 from gum_optax._orthogonal import scale_by_polar
 from gum_optax._quantized import quantized

@@ -20,10 +20,11 @@ import optax
 
 from gum_optax import _codec, _codes, _refresh, _sources, _taps, projectors
 from gum_optax import dimension_numbers as dims
+from gum_optax._compression import period_of
 from gum_optax._groups import Group
 from gum_optax._interception import interpreter
 from gum_optax._interpreter import Interpreter, View
-from gum_optax._low_rank import LowRankState, period_of
+from gum_optax._low_rank import LowRankState
 from gum_optax._paths import PyTree, leaves_with_names
 from gum_optax._projected import Projected
 
