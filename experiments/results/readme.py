@@ -175,6 +175,7 @@ _STEPS = {
     "8-bit AdamW": "AdamW, moments in 8 bits, blocks of 256",
     "8-bit AdamW, layer by layer": "AdamW, moments in 8 bits, blocks of 256, layer by layer",
     "8-bit AdamW, a scale per row": "AdamW, moments in 8 bits, a scale per row",
+    "8-bit AdamW, rounded at random": "the same, rounded at random",
     "AdamW": "AdamW",
     "Muon": "`optax.contrib.muon`",
     "8-bit Muon in blocks, lean": "`muon` in 8 bits, blocks of 256, `fallbacks.factored()`",
