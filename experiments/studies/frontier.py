@@ -169,6 +169,8 @@ CONTENDERS = {
         ("muon8", "Muon, 8 bits", {"optimizer": "muon", "momentum": "int8"}),
         ("muon6", "Muon, 6 bits", {"optimizer": "muon", "momentum": "int6"}),
         ("muon4", "Muon, 4 bits", {"optimizer": "muon", "momentum": "int4"}),
+        ("muon4_at_random", "Muon, 4 bits, rounded at random",
+         {"optimizer": "muon", "momentum": "int4_at_random"}),
         ("columns", "low-rank Muon + columns, rotated", _turned()),
         ("columns8", "low-rank Muon in 8 bits + columns, rotated",
          _turned(momentum="int8", bases="int8")),

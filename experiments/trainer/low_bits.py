@@ -51,6 +51,7 @@ STORAGES: dict[str, storages.Storage] = {
     "int8": storages.int8(256),
     "int6": storages.int6(128),
     "int4": storages.int4(32),
+    "int4_at_random": storages.at_random(storages.int4(32)),
     "rows8": storages.int8(block=None),
     "rows4": storages.Storage(_pack, _unpack),
 }
