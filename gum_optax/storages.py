@@ -324,10 +324,16 @@ def by_path(choose: Callable[[KeyPath], Storage]) -> Storage:
       ...     lambda path: storages.int8() if is_momentum(path) else storages.plain())
     """
     _checks.function("choose", choose, "path -> Storage")
-    # Of a single array; states are packed array by array, see `_packing`.
+
+    # Of a single array; `_packing` asks for the storage of each array of a state.
+    def chosen() -> Storage:
+        storage = choose(())
+        _checks.instance("choose(path)", storage, Storage, "of `gum_optax.storages`")
+        return storage
+
     return Storage(
-        lambda array: choose(()).pack(array),
-        lambda packed, like: choose(()).unpack(packed, like),
+        lambda array: chosen().pack(array),
+        lambda packed, like: chosen().unpack(packed, like),
         choose,
     )
 

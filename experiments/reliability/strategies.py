@@ -91,8 +91,10 @@ STORAGES: dict[str, storages.Storage] = {
     # Blocks so small that even these matrices have several.
     "int8": storages.int8(4),
     "int4": storages.int4(2),
+    "bfloat16 at random": storages.at_random(storages.cast("bfloat16")),
+    "int8 at random": storages.at_random(storages.int8(4), 3),
 }
-IN_FEW_BITS = ("int8", "int4")
+IN_FEW_BITS = ("int8", "int4", "int8 at random")
 SAMPLERS: dict[str, int | samplers.Sampler] = {
     "0": 0, "1": 1, "2": 2, "3": 3, "none": samplers.none,
     "bernoulli 0.3": samplers.bernoulli(0.3), "bernoulli 0.7": samplers.bernoulli(0.7),
