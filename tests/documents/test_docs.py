@@ -185,6 +185,12 @@ def test_the_losses_of_states_in_few_bits_are_those_of_the_study():
     ]
     told = "ended at {:.3f} in float32, {:.3f} with `float8`, {:.3f} with `int8` in blocks of 256, "
     assert (told + "and {:.3f} with `int8` in rows").format(*first) in _quantized()
+    slow = [
+        losses(optimizer="muon", fallback=fallback, seed=0, b2=0.999)[0]
+        for fallback in ("adamw", "adamw_float8_at_random", "adamw_float8")
+    ]
+    told = "ended at {:.3f} in float32, {:.3f} with `float8` rounded at random, and {:.3f} rounded "
+    assert (told + "to nearest").format(*slow) in _quantized()
     beside = {"fallback": "factored", "fallback_learning_rate": 0.02}
     gum, gum8 = (losses(optimizer="gum", momentum=each, **beside) for each in ("float32", "int8"))
     assert len(gum) == len(gum8) == 3
