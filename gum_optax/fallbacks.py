@@ -158,8 +158,8 @@ def columns(
         U_j = M_j / \operatorname{rms}(M_j)
 
     Columns are vectors along axis -2, so a column of an embedding ``[V, d]`` holds one feature of
-    all tokens. Updates have a root mean square of one, Adam's of about 0.2: use learning rates a
-    few times smaller than for AdamW.
+    all tokens. Updates have a root mean square of one. Beside Muon the best learning rate was the
+    same as AdamW's, 1e-2, within a factor of two.
 
     Args:
       b1: decay of the head's momentum, in [0, 1).

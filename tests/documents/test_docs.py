@@ -171,7 +171,8 @@ def test_the_losses_of_states_in_few_bits_are_those_of_the_study():
     entries = json.loads((ROOT / "experiments/results/studies/frontier_fallbacks.json").read_text())
 
     def losses(**options):
-        options = {"fallback_learning_rate": 0.01, "b2": 0.95, "momentum": "float32"} | options
+        usual = {"fallback_learning_rate": 0.01, "b2": 0.95, "weights": "float32"}
+        options = usual | {"momentum": "float32"} | options
         found = {}
         for entry in entries:
             config = {"momentum": "float32"} | entry["config"]
@@ -192,13 +193,19 @@ def test_the_losses_of_states_in_few_bits_are_those_of_the_study():
     told = "ended at {:.3f} in float32, {:.3f} with `float8` rounded at random, and {:.3f} rounded "
     assert (told + "to nearest").format(*slow) in _quantized()
     beside = {"fallback": "factored", "fallback_learning_rate": 0.02}
-    gum, gum8 = (losses(optimizer="gum", momentum=each, **beside) for each in ("float32", "int8"))
+    sampled = {"optimizer": "gum", "residual": "sampled", **beside}
+    gum, gum8 = (losses(momentum=each, **sampled) for each in ("float32", "int8"))
     assert len(gum) == len(gum8) == 3
     below = (sum(gum) - sum(gum8)) / 3
     assert f"GUM ended {below:.3f} below GUM in float32 (4,000 steps, 3 seeds" in _quantized()
     muon, muon6 = (
         losses(optimizer="muon", momentum=each, seed=0, **beside)[0] for each in ("float32", "int6")
     )
+    half, byte = (
+        losses(optimizer="muon", weights=each, seed=0, **beside)[0] for each in ("bfloat16", "int8")
+    )
+    assert f"ended at {half:.3f} with such weights, and at {muon:.3f} with float32" in _quantized()
+    assert f"rounded in the same way, ended at {byte:.3f}" in _quantized()
     choosing = " ".join((DOCS / "choosing.md").read_text().split())
     assert f"it ended at {muon6:.3f}, float32 at {muon:.3f}" in choosing
 
