@@ -192,22 +192,26 @@ def test_the_losses_of_states_in_few_bits_are_those_of_the_study():
     ]
     told = "ended at {:.3f} in float32, {:.3f} with `float8` rounded at random, and {:.3f} rounded "
     assert (told + "to nearest").format(*slow) in _quantized()
+    scale = losses(optimizer="muon", fallback="columns")
+    assert f"SCALE's rule ended at {sum(scale) / 3:.3f} (3 seeds, 1e-2)" in _quantized()
     beside = {"fallback": "factored", "fallback_learning_rate": 0.02}
     sampled = {"optimizer": "gum", "residual": "sampled", **beside}
     gum, gum8 = (losses(momentum=each, **sampled) for each in ("float32", "int8"))
     assert len(gum) == len(gum8) == 3
     below = (sum(gum) - sum(gum8)) / 3
     assert f"GUM ended {below:.3f} below GUM in float32 (4,000 steps, 3 seeds" in _quantized()
-    muon, muon6 = (
-        losses(optimizer="muon", momentum=each, seed=0, **beside)[0] for each in ("float32", "int6")
+    muons, muons6 = (
+        losses(optimizer="muon", momentum=each, **beside)[:2] for each in ("float32", "int6")
     )
+    muon = muons[0]
     half, byte = (
         losses(optimizer="muon", weights=each, seed=0, **beside)[0] for each in ("bfloat16", "int8")
     )
     assert f"ended at {half:.3f} with such weights, and at {muon:.3f} with float32" in _quantized()
     assert f"rounded in the same way, ended at {byte:.3f}" in _quantized()
     choosing = " ".join((DOCS / "choosing.md").read_text().split())
-    assert f"it ended at {muon6:.3f}, float32 at {muon:.3f}" in choosing
+    told = "it ended at {:.3f} and {:.3f}, float32 at {:.3f} and {:.3f} ([result]"
+    assert told.format(*muons6, *muons) in choosing
 
 
 def test_the_losses_in_the_text_are_those_of_the_study():
