@@ -94,7 +94,12 @@ def quantized(
         # 1. The key of this step, if the storage rounds at random.
         step = bits = None
         if storage.key is not None:
-            _checks.instance("state", state, RoundingState, "as `storages.at_random` needs it")
+            if not isinstance(state, RoundingState):
+                # Not `_checks.instance`, which would print all arrays of the state.
+                raise TypeError(
+                    "`state` must be a `RoundingState`, as `init` makes it if the storage rounds "
+                    f"`at_random`, got a {type(state).__name__}."
+                )
             step, state = state
             [bits] = _packing.bits_of(storage, step)
         # 2. The shapes of the state before it was packed. `init` has warned already, when the

@@ -67,7 +67,7 @@ def plain() -> Storage:
       >>> import gum_optax
       >>> tx = gum_optax.gum(0.02, gum_optax.LowRank(storage=gum_optax.storages.plain()))
     """
-    return Storage(_identity, lambda packed, like: packed, pack_at_random=lambda array, key: array)
+    return Storage(_identity, lambda packed, like: packed)
 
 
 def _identity(array: jax.Array) -> jax.Array:
@@ -77,8 +77,8 @@ def _identity(array: jax.Array) -> jax.Array:
 def cast(dtype: Any) -> Storage:
     """Keeps the state in another floating-point dtype, rounded to nearest.
 
-    The inner transformation computes in float32 (float64 for float64 parameters). Of
-    all dtypes, only bfloat16 can be rounded `at_random`.
+    The inner transformation computes in float32 (float64 for float64 parameters). Of all dtypes,
+    only bfloat16 can be rounded `at_random`.
 
     Args:
       dtype: for example ``jnp.bfloat16``: half the bytes of float32.
@@ -100,15 +100,13 @@ def cast(dtype: Any) -> Storage:
     return Storage(
         lambda array: array.astype(rest),
         lambda packed, like: packed.astype(at_least_float32(like.dtype)),
-        pack_at_random=_halved if rest == jnp.bfloat16 else None,
+        pack_at_random=_to_bfloat16 if rest == jnp.bfloat16 else None,
     )
 
 
-def _halved(array: jax.Array, key: jax.Array) -> jax.Array:
-    def halved(array: jax.Array, key: jax.Array) -> jax.Array:
-        return round_at_random(key, array.astype(jnp.float32))
-
-    return _mesh.in_auto_mode(halved, array, key, like=lambda: array)
+def _to_bfloat16(array: jax.Array, key: jax.Array) -> jax.Array:
+    wide = array.astype(jnp.float32)
+    return _mesh.in_auto_mode(round_at_random, key, wide, like=lambda: array)
 
 
 def field(*names: str) -> Callable[[KeyPath], bool]:
@@ -157,8 +155,8 @@ def int8(
 
     The inner transformation computes in float32 (float64 for float64 parameters). Rounding is to
     nearest unless told otherwise (`at_random`), and a state that is decoded and encoded again does
-    not change. A block with a
-    non-finite number becomes NaN. Scalars and empty arrays are not packed.
+    not change. A block with a non-finite number becomes NaN. Scalars and empty arrays are not
+    packed.
 
     Args:
       block: the largest length of a block, an int >= 1, or None for rows: one block for each row

@@ -240,7 +240,7 @@ def test_a_storage_without_rounding_at_random_is_named(storage):
     tables.assert_equal(
         state.inner, optax.trace(0.9).update(PARAMS, optax.trace(0.9).init(PARAMS))[1]
     )
-    with pytest.raises(TypeError, match="`state` must be a RoundingState"):
+    with pytest.raises(TypeError, match=r"`state` must be a `RoundingState`.* got a TraceState"):
         tx.update(PARAMS, few(optax.trace(0.9), storage).init(PARAMS))
 
 
@@ -584,6 +584,9 @@ ON_MESHES = {
     # Of 30 numbers, the last of four blocks is shorter, and the mesh cuts the second.
     "adamw, int8": few(optax.adamw(0.1), storages.int8(8)),
     "adamw, at random": few(optax.adamw(0.1), storages.at_random(storages.float8(8))),
+    "momentum, bfloat16 at random": few(
+        optax.trace(0.9), storages.at_random(storages.cast("bfloat16"))
+    ),
     # Of 24 numbers four blocks, of 30 four with a shorter one, in bytes for eight each.
     "momentum, int6": few(optax.trace(0.9), storages.int6(8)),
     "muon, int4": gum_optax.for_matrices(
