@@ -122,6 +122,11 @@ class Training(Checked):
                 f"{self.batch_size}"
             )
 
+    @property
+    def stored(self) -> str:
+        """The data type of the arrays of weights; values of 8-bit codes are stored in float32."""
+        return "float32" if self.weights == "int8" else self.weights
+
 
 @dataclasses.dataclass(frozen=True)
 class Config(Training):

@@ -82,8 +82,7 @@ def _finetune(config: Config, mesh: Mesh | None, show: bool) -> Outcome:
     if config.export:
         make_directory("export", Path(config.export))
     # 2. Model and data. The first process downloads; the others find the files on disk.
-    stored = "bfloat16" if config.weights == "bfloat16" else "float32"
-    base = processes.in_turn(lambda: pretrained.load(config.model, dtype=stored))
+    base = processes.in_turn(lambda: pretrained.load(config.model, dtype=config.stored))
     data = _data(config, mesh, base)
     loop.begin(config, data.material.digest, f"the data of {config.task}")
     # 3. Copy the weights to the devices, and free those in host memory.

@@ -111,8 +111,7 @@ def start(
         static, params = llama.create(
             arch, dtype=config.dtype, seed=config.seed, remat=config.remat
         )  # fmt: skip
-        stored = "bfloat16" if config.weights == "bfloat16" else "float32"
-        cast: Any = optax.tree.cast(params, stored)
+        cast: Any = optax.tree.cast(params, config.stored)
         return static, cast
 
     def place(shardings: Any) -> llama.Params:
