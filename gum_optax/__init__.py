@@ -54,6 +54,8 @@ from gum_optax._recipes import muon as muon
 from gum_optax._recipes import scale_by_gum as scale_by_gum
 from gum_optax._rounding import RoundingState as RoundingState
 from gum_optax._rounding import stochastic_rounding as stochastic_rounding
+from gum_optax._rows_and_columns import RacsState as RacsState
+from gum_optax._rows_and_columns import scale_by_racs as scale_by_racs
 from gum_optax._sharding import state_shardings as state_shardings
 from gum_optax.displacements import displaced as displaced
 from gum_optax.fallbacks import Fallback as Fallback

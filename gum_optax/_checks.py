@@ -95,6 +95,17 @@ def transformation(name: str, value: Any) -> None:
         )
 
 
+def matrices(name: str, tree: Any) -> None:
+    """Raises unless all leaves of a tree that the transformation `name` gets are matrices."""
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        if len(jnp.shape(leaf)) < 2:
+            raise ValueError(
+                f"`{name}` needs leaves with at least 2 axes, [..., m, n], got shape "
+                f"{jnp.shape(leaf)} at `{jax.tree_util.keystr(path)}`; give vectors and scalars "
+                "another transformation, with `gum_optax.for_matrices` or `optax.partition`."
+            )
+
+
 def floating_dtype(name: str, value: Any) -> Any:
     """Returns ``value`` as a dtype, or raises if it is not a real float."""
     try:

@@ -105,7 +105,7 @@ def normalize_columns(eps: float | jax.Array = 1e-8) -> optax.GradientTransforma
         return jax.tree.map(lambda e, r: _in_range(_equal_share, e, r), updates, projected)
 
     def init(params: PyTree) -> optax.EmptyState:
-        _check_axes(params)
+        _checks.matrices("normalize_columns", params)
         return optax.EmptyState()
 
     def update(
@@ -117,7 +117,7 @@ def normalize_columns(eps: float | jax.Array = 1e-8) -> optax.GradientTransforma
         **extra: Any,
     ) -> tuple[PyTree, optax.OptState]:
         del params, extra
-        _check_axes(updates)
+        _checks.matrices("normalize_columns", updates)
         return _mesh.in_auto_mode(normalize, updates, projected, like=lambda: updates), state
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -169,13 +169,3 @@ def _equal_share(residual: jax.Array, projected: jax.Array) -> jax.Array:
 def _norms(x: jax.Array) -> jax.Array:
     """Returns the norms of columns, ``[..., 1, n]``."""
     return jnp.sqrt(jnp.sum(x**2, axis=-2, keepdims=True))
-
-
-def _check_axes(tree: PyTree) -> None:
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        if len(jnp.shape(leaf)) < 2:
-            raise ValueError(
-                f"`normalize_columns` needs leaves with at least 2 axes, [..., m, n], got shape "
-                f"{jnp.shape(leaf)} at `{jax.tree_util.keystr(path)}`; give vectors and scalars "
-                "another transformation, e.g. with `optax.partition`."
-            )

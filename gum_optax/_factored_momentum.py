@@ -98,12 +98,9 @@ def scale_by_factored_momentum(
     _checks.hyperparameter("beta", beta, below=1.0)
 
     def init(params: PyTree) -> FactoredMomentumState:
+        _checks.matrices("scale_by_factored_momentum", params)
+
         def zeros(leaf: jax.Array) -> Factored:
-            if leaf.ndim < 2:
-                raise ValueError(
-                    "`scale_by_factored_momentum` needs leaves with at least 2 axes, got shape "
-                    f"{leaf.shape}; use it with `gum_optax.for_matrices`."
-                )
             *batch, m, n = leaf.shape
             r, dtype = min(rank, m, n), jnp.promote_types(leaf.dtype, jnp.float32)
             sides = (jnp.zeros((*batch, side, r), dtype) for side in (m, n))

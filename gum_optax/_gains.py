@@ -73,12 +73,7 @@ def scale_by_gain(
     axes = -2 if per == "column" else (-2, -1)
 
     def init(params: PyTree) -> PyTree:
-        # z: the norm of the last result of each matrix; zero before the first. Not in bfloat16,
-        # which would round a growth of 1 % to 0.8 or 1.6 %.
-        def none_yet(leaf: jax.Array) -> jax.Array:
-            return jnp.zeros(leaf.shape[:-2], at_least_float32(leaf.dtype))
-
-        return jax.tree.map(none_yet, params)
+        return jax.tree.map(no_norm_yet, params)
 
     def scaled(x: jax.Array, low: jax.Array, low_update: jax.Array, last: jax.Array) -> Any:
         # gain = |D| / (|R| + eps), [..., 1, n] or [..., 1, 1]
@@ -86,11 +81,7 @@ def scale_by_gain(
         result = gain * x  # S, [..., m, n]
         if growth_limit is None:
             return result, last
-        # S <- S / max(1, |S| / (limit (z + eps))), and z <- |S| of the limited result
-        size = norm(result, (-2, -1))[..., 0, 0]  # |S|, [...]
-        excess = jnp.maximum(size / (growth_limit * (last + eps)), 1.0)
-        divisor = jnp.where(last > 0, excess, 1.0)
-        return result / divisor[..., None, None], (size / divisor).astype(last.dtype)
+        return limit_growth(result, last, growth_limit, eps)
 
     def update(
         updates: PyTree,
@@ -111,3 +102,29 @@ def scale_by_gain(
         return jax.tree.transpose(jax.tree.structure(updates), None, pairs)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def no_norm_yet(leaf: jax.Array) -> jax.Array:
+    """Returns z for matrices ``[..., m, n]`` before their first result: zeros ``[...]``."""
+    # Not in bfloat16, which would round a growth of 1 % to 0.8 or 1.6 %.
+    return jnp.zeros(leaf.shape[:-2], at_least_float32(leaf.dtype))
+
+
+def limit_growth(
+    result: jax.Array, last: jax.Array, limit: float, eps: float = 0.0
+) -> tuple[jax.Array, jax.Array]:
+    """Limits the growth of norms from step to step.
+
+    Args:
+      result: S, matrices ``[..., m, n]``.
+      last: z, the norms of their last results ``[...]``; where it is zero, there is no limit.
+      limit: the largest ratio of two successive norms.
+      eps: added to z.
+
+    Returns:
+      ``S / max(1, |S| / (limit (z + eps)))``, and its norms ``[...]`` in the dtype of ``last``.
+    """
+    size = norm(result, (-2, -1))[..., 0, 0]  # |S|, [...]
+    excess = jnp.maximum(size / (limit * (jnp.where(last > 0, last, 1.0) + eps)), 1.0)
+    divisor = jnp.where(last > 0, excess, 1.0)
+    return result / divisor[..., None, None], (size / divisor).astype(last.dtype)

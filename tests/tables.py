@@ -190,6 +190,7 @@ TRANSFORMATIONS: dict[str, tuple[Callable[[Any, LowRank], Any], LowRank]] = {
     "dion2": (lambda *_: gum_optax.scale_by_dion2(0.5), SIMPLE),
     "factored_momentum": (lambda *_: gum_optax.scale_by_factored_momentum(RANK), SIMPLE),
     "adam_mini": (lambda *_: gum_optax.scale_by_adam_mini(), SIMPLE),
+    "racs": (lambda *_: gum_optax.scale_by_racs(), SIMPLE),
     "adalomo": (lambda learning_rate, _: gum_optax.adalomo(learning_rate), SIMPLE),
     # Codes with both moments of Adam, since second moments have separate maps; and bases.
     **{
@@ -211,7 +212,7 @@ every = pytest.mark.parametrize("name", TRANSFORMATIONS)
 COMPILED = [name for name in TRANSFORMATIONS if name not in ("adamw", "gum_galore")]
 every_compiled = pytest.mark.parametrize("name", COMPILED)
 # The ones with a `LowRankState`.
-FULL_RANK = ("muon in 8 bits", "dion2", "factored_momentum", "adam_mini", "adalomo")
+FULL_RANK = ("muon in 8 bits", "dion2", "factored_momentum", "adam_mini", "racs", "adalomo")
 LOW_RANK = [name for name in COMPILED if name not in FULL_RANK]
 # A small selection for tests that compile each case: with slots and without, with a fallback and
 # without, with one moment and with two.

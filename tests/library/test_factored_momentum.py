@@ -89,7 +89,7 @@ def test_degenerate_gradients_are_finite_and_do_not_freeze():
 
 
 def test_needs_matrices():
-    with pytest.raises(ValueError, match=r"at least 2 axes, got shape \(3,\)"):
+    with pytest.raises(ValueError, match=r"at least 2 axes, \[..., m, n\], got shape \(3,\)"):
         gum_optax.scale_by_factored_momentum(2).init({"b": jnp.ones(3)})
     with pytest.raises(ValueError, match="`rank` must be at least 1, got 0"):
         gum_optax.scale_by_factored_momentum(0)
