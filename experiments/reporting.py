@@ -52,6 +52,14 @@ STYLES = {
     "frugal": Style("FRUGAL", COLOURS[3], ">"),
     "apollo": Style("APOLLO", COLOURS[4], "p"),
     "apollo_mini": Style("APOLLO-Mini", COLOURS[4], "h"),
+    "rmnp": Style("RMNP", COLOURS[6], "+"),
+    "ldadam": Style("LDAdam", COLOURS[3], "H"),
+    "subtrack": Style("SubTrack++", COLOURS[3], "8"),
+    "swan": Style("SWAN", COLOURS[6], "1"),
+    "racs": Style("RACS", COLOURS[6], "2"),
+    "adam_mini": Style("Adam-mini", COLOURS[1], "D"),
+    "adalomo": Style("AdaLomo", COLOURS[1], "v"),
+    "mofasgd": Style("MoFaSGD", COLOURS[2], "P"),
     "joint_muon": Style("joint Muon", COLOURS[2], "X"),
 }
 

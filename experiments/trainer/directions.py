@@ -2,7 +2,7 @@
 
 A residual is E = G - P P'G `[m, n]`, the part of a gradient G that its basis P `[m, r]` leaves out.
 All directions have the Frobenius norm of m - r orthonormal rows, sqrt(m - r), so that they differ
-in shape alone.
+in shape alone; `energy` has it on average over steps.
 """
 
 from collections.abc import Callable
@@ -53,6 +53,41 @@ def _sized(direction: Callable[[jax.Array], jax.Array]) -> optax.GradientTransfo
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
+def _by_energy(decay: float = 0.9) -> optax.GradientTransformationExtraArgs:
+    """Divides the columns of residuals by a running average of their norms: Alice's scale.
+
+    With p_j an average of |E_j|^2 that is corrected for its start at zero, E_j becomes
+    ``sqrt((m - r) / n) E_j / sqrt(p_j)``, so that the whole has the norm sqrt(m - r) on average.
+
+    References:
+      Gong et al., arXiv 2502.07752, by secondary sources, without its limit on growing norms.
+    """
+
+    def init(params: Any) -> Any:
+        averages = jax.tree.map(lambda leaf: jnp.zeros_like(leaf[..., :1, :]), params)
+        return jnp.zeros((), jnp.int32), averages
+
+    def update(
+        updates: Any, state: Any, params: Any = None, *, projected: Any = None, **_: Any
+    ) -> Any:
+        del params
+        count, averages = optax.safe_increment(state[0]), state[1]
+
+        # E [..., m, n], p [..., 1, n]
+        def average(E: jax.Array, p: jax.Array) -> jax.Array:
+            return decay * p + (1 - decay) * jnp.sum(E**2, axis=-2, keepdims=True)
+
+        def one(E: jax.Array, R: jax.Array, p: jax.Array) -> jax.Array:
+            size = ((E.shape[-2] - R.shape[-2]) / E.shape[-1]) ** 0.5
+            divisor = jnp.sqrt(p / (1 - decay**count))
+            return size * E / jnp.maximum(divisor, jnp.finfo(E.dtype).tiny)
+
+        averages = jax.tree.map(average, updates, averages)
+        return jax.tree.map(one, updates, projected, averages), (count, averages)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
 def _unit_rows(residual: jax.Array) -> jax.Array:
     """Divides each row of residuals `[..., m, n]` by its norm; rows of zeros stay zero."""
     norms = jnp.linalg.norm(residual, axis=-1, keepdims=True)
@@ -62,6 +97,7 @@ def _unit_rows(residual: jax.Array) -> jax.Array:
 # By the values of the option `residual`.
 DIRECTIONS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "columns": gum_optax.normalize_columns,
+    "energy": _by_energy,
     "rows": lambda: _sized(_unit_rows),
     "sign": lambda: _sized(jnp.sign),
     "plain": lambda: _sized(lambda residual: residual),

@@ -1,6 +1,7 @@
 """The optimizers of the experiments: one dataclass each, with its name, options and `build`.
 
-An optimizer joins `optimizers.OPTIMIZERS`, from which command lines, studies and tests take it.
+Here are AdamW, Muon and the unbiased low-rank optimizers; `peers` has those of other papers. An
+optimizer joins `optimizers.OPTIMIZERS`, from which command lines, studies and tests take it.
 Schedule, clipping and fallback are options of the run and the same under every optimizer, so that
 two runs differ in one thing. Options that several optimizers share sit in base classes:
 
@@ -31,7 +32,6 @@ from experiments.trainer.options import (
     not_negative,
     option,
     positive,
-    share,
 )
 from experiments.trainer.schedules import schedule, share_of_peak
 from gum_optax import projectors, residuals
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 Transformation = optax.GradientTransformation
 Projector = Literal["subspace_iteration", "svd", "randomized_svd", "random_orthonormal"]
-Momentum = Literal["float32", "int8", "int6", "int4", "rows8", "rows4"]
+Momentum = Literal["float32", "int8", "int6", "int4", "int4_at_random", "rows8", "rows4"]
 Restart = Literal["everything", "slots", "rotate"]
 
 # The values of the option `restart`, as carries of the library.
@@ -108,17 +108,6 @@ class Projecting(Refreshed):
 
 
 @dataclasses.dataclass(frozen=True)
-class BySvd(Projecting):
-    """A low-rank optimizer as published, with bases from an exact SVD."""
-
-    #: Method that computes bases from gradients.
-    projector: Projector = "svd"
-
-    def common(self, run: "Training") -> dict[str, Any]:
-        return super().common(run) | {"projector": getattr(projectors, self.projector)}
-
-
-@dataclasses.dataclass(frozen=True)
 class Carrying(Projecting):
     """A low-rank optimizer of this library, with its own projector and a choice of carries."""
 
@@ -146,10 +135,13 @@ class Unbiased(Carrying):
     full_rank_layers: int = option(2, not_negative)
     #: Rule for the residual, the part of a gradient that its basis leaves out. drop: it is lost.
     #: sampled, additive: the drawn layers keep it, in place of their projection or beside it.
-    #: columns, rows, sign, plain: it is added without momentum, with its columns, rows or entries
-    #: normalized or as it is (plain), at the size of an orthogonal matrix; drawn layers keep it as
-    #: under additive instead.
-    residual: Literal["drop", "sampled", "additive", "columns", "rows", "sign", "plain"] = "sampled"
+    #: columns, energy, rows, sign, plain: it is added without momentum, with its columns, rows or
+    #: entries normalized or as it is (plain), at the size of an orthogonal matrix; drawn layers
+    #: keep it as under additive instead. energy: columns are divided by a running average of their
+    #: norms, which Alice does.
+    residual: Literal[
+        "drop", "sampled", "additive", "columns", "energy", "rows", "sign", "plain"
+    ] = "sampled"
     #: Exponent e: residual_scale is multiplied by (learning rate / peak learning rate)^e.
     residual_decay: float = option(0.0, not_negative)
 
@@ -196,20 +188,6 @@ class Scaled(Optimizer):
     #: sqrt(max(m, n)); at 0.2 updates have the size of AdamW's. None: it is multiplied by
     #: sqrt(max(1, n / m)) as in Muon, which needs a larger learning rate.
     consistent_rms: float | None = option(0.2, positive)
-
-
-@dataclasses.dataclass(frozen=True)
-class Switching(Projecting):
-    """A low-rank optimizer that switches to random projections late in the run."""
-
-    #: Share of the steps after which bases are random instead of from an SVD.
-    golore_switch: float = option(0.5, share)
-
-    def common(self, run: "Training") -> dict[str, Any]:
-        return super().common(run) | {"switch_step": round(self.golore_switch * run.steps)}
-
-
-# The optimizers -----------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,7 +238,7 @@ class Gum(Unbiased, Scaled):
             options["rank"] = gum_optax.rank_by_depth(self.rank, self.rank_slope)
             options["group_by"] = gum_optax.by_band(layers, self.bands)
         compression = gum_optax.LowRank(**self.common(run) | options)
-        return _low_rank_muon(self, run, rate, compression)
+        return low_rank_muon(self, run, rate, compression)
 
     def _full_rank(self, layers: int) -> Any:
         """Returns the number of drawn layers of each role and band, or a sampler of them."""
@@ -320,50 +298,6 @@ class Muon(Scaled):
 
 
 @dataclasses.dataclass(frozen=True)
-class GaLore(BySvd):
-    """Adam on gradients projected to low rank; biased."""
-
-    name: ClassVar[str] = "galore"
-
-    def build(self, run: "Training", rate: optax.Schedule, layers: int) -> Transformation:
-        return _low_rank_adamw(run, rate, gum_optax.galore(**self.common(run)))
-
-
-@dataclasses.dataclass(frozen=True)
-class GaLoreMuon(BySvd, Scaled):
-    """Low-rank Muon without full-rank layers; biased."""
-
-    name: ClassVar[str] = "galore_muon"
-
-    def build(self, run: "Training", rate: optax.Schedule, layers: int) -> Transformation:
-        # GaLore's Adam keeps its moments over a refresh. Momentum restarts here, as GUM's does.
-        compression = gum_optax.galore(carry=gum_optax.carries.restart, **self.common(run))
-        return _low_rank_muon(self, run, rate, compression)
-
-
-@dataclasses.dataclass(frozen=True)
-class GoLore(Switching):
-    """GaLore that switches to random projections late in the run."""
-
-    name: ClassVar[str] = "golore"
-
-    def build(self, run: "Training", rate: optax.Schedule, layers: int) -> Transformation:
-        return _low_rank_adamw(run, rate, gum_optax.golore(**self.common(run)))
-
-
-@dataclasses.dataclass(frozen=True)
-class GoLoreMuon(Switching, Scaled):
-    """Low-rank Muon that switches to random projections late in the run; biased."""
-
-    name: ClassVar[str] = "golore_muon"
-
-    def build(self, run: "Training", rate: optax.Schedule, layers: int) -> Transformation:
-        # Momentum restarts at a refresh, as in `GaLoreMuon`.
-        compression = gum_optax.golore(carry=gum_optax.carries.restart, **self.common(run))
-        return _low_rank_muon(self, run, rate, compression)
-
-
-@dataclasses.dataclass(frozen=True)
 class UnbiasedAdamW(Unbiased):
     """Adam on unbiased compressed gradients."""
 
@@ -372,61 +306,7 @@ class UnbiasedAdamW(Unbiased):
     def build(self, run: "Training", rate: optax.Schedule, layers: int) -> Transformation:
         # Entries of Adam's update are about 0.2; those of an orthogonal matrix about 1 / sqrt(n).
         rule = self.rule(run, self.full_rank_layers, as_adam)
-        return _low_rank_adamw(run, rate, gum_optax.LowRank(residual=rule, **self.common(run)))
-
-
-@dataclasses.dataclass(frozen=True)
-class Scale(Optimizer):
-    """SCALE on the hidden matrices: gradients with normalized columns, and no state.
-
-    SCALE trains the head with momentum. Here the run's fallback trains it, as under every other
-    optimizer.
-    """
-
-    name: ClassVar[str] = "scale"
-
-    def build(self, run: "Training", rate: optax.Schedule, layers: int) -> Transformation:
-        return _for_matrices(run, rate, gum_optax.normalize_columns())
-
-
-@dataclasses.dataclass(frozen=True)
-class Fira(BySvd):
-    """GaLore plus the residual, scaled by the gain of GaLore's Adam."""
-
-    name: ClassVar[str] = "fira"
-
-    def build(self, run: "Training", rate: optax.Schedule, layers: int) -> Transformation:
-        return _low_rank_adamw(run, rate, gum_optax.fira(**self.common(run)))
-
-
-@dataclasses.dataclass(frozen=True)
-class Frugal(BySvd):
-    """GaLore plus the signs of the residual."""
-
-    name: ClassVar[str] = "frugal"
-
-    def build(self, run: "Training", rate: optax.Schedule, layers: int) -> Transformation:
-        return _low_rank_adamw(run, rate, gum_optax.frugal(**self.common(run)))
-
-
-@dataclasses.dataclass(frozen=True)
-class Apollo(Projecting):
-    """Gradients with each column scaled by the gain of an Adam on random projections."""
-
-    name: ClassVar[str] = "apollo"
-
-    def build(self, run: "Training", rate: optax.Schedule, layers: int) -> Transformation:
-        return _low_rank_adamw(run, rate, gum_optax.apollo(**self.common(run)))
-
-
-@dataclasses.dataclass(frozen=True)
-class ApolloMini(Refreshed):
-    """Gradients scaled by the gain of an Adam on one random direction."""
-
-    name: ClassVar[str] = "apollo_mini"
-
-    def build(self, run: "Training", rate: optax.Schedule, layers: int) -> Transformation:
-        return _low_rank_adamw(run, rate, gum_optax.apollo_mini(**self.common(run)))
+        return low_rank_adamw(run, rate, gum_optax.LowRank(residual=rule, **self.common(run)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -444,14 +324,14 @@ class JointMuon(Carrying):
         compression = gum_optax.LowRank(residual=rule, **self.common(run))
         momentum = gum_optax.low_rank(optax.trace(0.95), compression)
         direction = optax.chain(momentum, gum_optax.scale_by_polar(), as_adam())
-        return _for_matrices(run, rate, direction)
+        return for_matrices(run, rate, direction)
 
 
 # Recipes of the library with the options of a run: Muon, Adam or any direction of a matrix, and the
 # fallback for all other weights.
 
 
-def _low_rank_muon(
+def low_rank_muon(
     scaled: Scaled, run: "Training", rate: optax.Schedule, compression: gum_optax.LowRank
 ) -> Transformation:
     # The compression makes the difference between GUM, GaLore-Muon and GoLore-Muon.
@@ -464,7 +344,7 @@ def _low_rank_muon(
     )
 
 
-def _low_rank_adamw(
+def low_rank_adamw(
     run: "Training", rate: optax.Schedule, compression: gum_optax.LowRank
 ) -> Transformation:
     return gum_optax.adamw(
@@ -476,7 +356,7 @@ def _low_rank_adamw(
     )
 
 
-def _for_matrices(
+def for_matrices(
     run: "Training", rate: optax.Schedule, direction: Transformation
 ) -> Transformation:
     return gum_optax.for_matrices(

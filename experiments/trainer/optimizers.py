@@ -1,7 +1,7 @@
 """The table of optimizers, and the way from options to the optimizer of a run.
 
-Each optimizer is a dataclass of `methods`; an entry in `OPTIMIZERS` gives it to command lines,
-studies and tests.
+Each optimizer is a dataclass of `methods` or `peers`; an entry in `OPTIMIZERS` gives it to command
+lines, studies and tests.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ import optax
 import tyro
 
 import gum_optax
-from experiments.trainer import methods, rounding
+from experiments.trainer import methods, peers, rounding
 from experiments.trainer.methods import Gum, Optimizer, Transformation
 from experiments.trainer.options import ConfigError, choose
 from experiments.trainer.schedules import schedule
@@ -31,16 +31,24 @@ OPTIMIZERS: dict[str, Optimizer] = {
         Gum(),
         methods.AdamW(),
         methods.Muon(),
-        methods.GaLore(),
-        methods.GaLoreMuon(),
-        methods.GoLore(),
-        methods.GoLoreMuon(),
+        peers.GaLore(),
+        peers.GaLoreMuon(),
+        peers.GoLore(),
+        peers.GoLoreMuon(),
         methods.UnbiasedAdamW(),
-        methods.Scale(),
-        methods.Fira(),
-        methods.Frugal(),
-        methods.Apollo(),
-        methods.ApolloMini(),
+        peers.Scale(),
+        peers.Rmnp(),
+        peers.Fira(),
+        peers.Frugal(),
+        peers.Apollo(),
+        peers.ApolloMini(),
+        peers.LDAdam(),
+        peers.SubTrack(),
+        peers.Swan(),
+        peers.Racs(),
+        peers.AdamMini(),
+        peers.AdaLomo(),
+        peers.MoFaSGD(),
         methods.JointMuon(),
     )
 }

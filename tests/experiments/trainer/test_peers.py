@@ -1,0 +1,68 @@
+"""Optimizers of other papers, as the experiments build them, against float64 and by their state."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.trainer import optimizers
+from experiments.trainer.config import Config, change
+from tests import helpers, reference
+
+M, N, RANK = 6, 10, 2
+# With names of the models, by which the leaf is a matrix.
+TREE = {"layers": [{"attention": {"query": {"kernel": np.zeros((M, N), np.float32)}}}]}
+
+
+def _build(name: str, **options: Any) -> Any:
+    """Builds an optimizer with steps of the size of its direction: no clipping, no schedule."""
+    base = Config(warmup=0.0, clip_norm=0.0, learning_rate=1.0, final_learning_rate=1.0)
+    return optimizers.build(change(base, optimizer=name, **options), layers=1)
+
+
+def _gradients() -> np.ndarray:
+    """Four gradients whose columns differ in size."""
+    return np.random.default_rng(0).normal(size=(4, M, N)) * np.arange(1, N + 1)
+
+
+def _updates(name: str) -> list[np.ndarray]:
+    trees = [jax.tree.map(lambda _, G=G: G.astype(np.float32), TREE) for G in _gradients()]
+    run = helpers.run(_build(name), trees, TREE)
+    return [np.asarray(jax.tree.leaves(update)[0]) for update, _ in run]
+
+
+def test_rmnp_is_momentum_with_columns_of_one_size():
+    momentum = 0.0
+    for G, update in zip(_gradients(), _updates("rmnp"), strict=True):
+        momentum = 0.95 * momentum + G
+        expected = -0.2 * momentum / np.sqrt(np.mean(momentum**2, axis=0))
+        np.testing.assert_allclose(update, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_swan_is_the_polar_factor_of_standardized_columns():
+    for G, update in zip(_gradients(), _updates("swan"), strict=True):
+        standard = (G - G.mean(0)) / G.std(0)
+        expected = -0.2 * N**0.5 * reference.newton_schulz(standard)
+        np.testing.assert_allclose(update, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name, numbers",
+    [
+        ("rmnp", M * N),
+        ("swan", 0),
+        ("racs", M + N + 1),
+        ("adam_mini", M * N + N),
+        ("mofasgd", RANK * (M + N + 1)),
+        ("ldadam", M * N + M * RANK + 2 * N * RANK),
+        ("subtrack", M * RANK + 2 * N * RANK + 1),
+    ],
+)
+def test_states_have_the_sizes_of_the_table_of_methods(name, numbers):
+    """docs/methods.md counts the numbers of one matrix."""
+    ranked = name in ("mofasgd", "ldadam", "subtrack")
+    state = jax.eval_shape(_build(name, **({"rank": RANK} if ranked else {})).init, TREE)
+    floats = [leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    assert sum(leaf.size for leaf in floats) == numbers
