@@ -1,9 +1,8 @@
 """The weights of a model and their places in an optimizer, for a backward pass that compresses.
 
-Three parts come together here: a loss as a program, the places of matrices in an optimizer's state
-(`_sources`), and taps on weights (`_taps`), which an interpreter puts into the program
-(`_interception`). `Model` makes the taps, `differentiated` runs the program, and `Model.gradients`
-and `Model.renewed` build gradients and states from the results.
+`Model` joins the parameters with the states of the optimizer that compress them (`_sources`). It
+makes taps on weights (`_taps`); after the backward pass (`_differentiation`), `Model.gradients` and
+`Model.renewed` build gradients and states from what the taps found.
 
 Tests: tests/library/test_backward.py.
 """
@@ -21,49 +20,12 @@ import optax
 from gum_optax import _codec, _codes, _refresh, _sources, _taps, projectors
 from gum_optax import dimension_numbers as dims
 from gum_optax._compression import period_of
+from gum_optax._differentiation import Found, Program, differentiated
 from gum_optax._groups import Group
 from gum_optax._interception import interpreter
-from gum_optax._interpreter import Interpreter, View
 from gum_optax._low_rank import LowRankState
 from gum_optax._paths import PyTree, leaves_with_names
 from gum_optax._projected import Projected
-
-# A loss as a program ---------------------------------------------------------------------------
-
-
-class Program(NamedTuple):
-    """A loss as a jaxpr.
-
-    Attributes:
-      closed: the jaxpr, a function of the leaves of the parameters.
-      results: the structure of its results.
-      has_aux: whether the loss returns a pair (value, aux).
-    """
-
-    closed: Any
-    results: Any
-    has_aux: bool
-
-
-def traced(
-    loss: Callable[..., Any], params: PyTree, args: Any, kwargs: Any, has_aux: bool
-) -> Program:
-    """Traces a loss, or raises if it does not return a real scalar (with aux, a pair).
-
-    All other arguments become constants of the jaxpr, since only parameters are followed.
-    """
-    closed, shapes = jax.make_jaxpr(
-        lambda params: loss(params, *args, **kwargs), return_shape=True
-    )(params)
-    if has_aux and not (isinstance(shapes, tuple) and len(shapes) == 2):
-        raise TypeError(f"`loss` must return a pair (value, aux) with `has_aux`, got {shapes}.")
-    value: Any = shapes[0] if has_aux else shapes
-    if getattr(value, "shape", None) != () or not jnp.issubdtype(value.dtype, jnp.floating):
-        raise TypeError(f"`loss` must return a real scalar, got {value}.")
-    return Program(closed, jax.tree.structure(shapes), has_aux)
-
-
-# A model and its optimizer -----------------------------------------------------------------------
 
 
 class Weight(NamedTuple):
@@ -87,21 +49,6 @@ class Weight(NamedTuple):
     def key(self) -> tuple[int, str]:
         """The key of its group's slots."""
         return self.source, self.group.name
-
-
-class Found(NamedTuple):
-    """The results of a backward pass.
-
-    Attributes:
-      leaves: by position, gradients of leaves that are not compressed, and residuals.
-      taps: by position, the cotangents of taps: new basis ``[*batch, m, r]``, None outside of
-        refreshes, and ``P'G`` ``[*batch, r, n]``.
-      slots: by group, G of drawn matrices, ``[slots, m, n]``.
-    """
-
-    leaves: dict[int, jax.Array]
-    taps: dict[int, tuple[Any, jax.Array]]
-    slots: dict[Any, jax.Array]
 
 
 class Model:
@@ -282,65 +229,6 @@ class Model:
                 )
             )
         return states
-
-
-def differentiated(
-    model: Model,
-    program: Program,
-    run: Interpreter,
-    taps: dict[int, _taps.Tap],
-    at_root: frozenset[int] = frozenset(),
-) -> tuple[Any, Found]:
-    """Runs a program and its backward pass.
-
-    Args:
-      model: the parameters.
-      program: the loss.
-      run: decides how weights are tapped; its slots are not used.
-      taps: by position, the taps of compressed leaves.
-      at_root: positions of weights that are tapped before anything uses them.
-
-    Returns:
-      The value of the loss, or its pair with aux, and the results of the backward pass.
-    """
-    weights = {weight.leaf: weight for weight in model.weights}
-    # 1. The arguments of differentiation: leaves that are not compressed, or all leaves if
-    #    residuals are wanted; zeros and, for a refresh, bases, whose cotangents are the results of
-    #    taps; and slots. A refresh keeps no gradient of a matrix and needs no slots.
-    plain = {i: leaf for i, leaf in enumerate(model.leaves) if run.residual or i not in weights}
-    lows = {leaf: (tap.basis if run.whole else None, tap.low) for leaf, tap in taps.items()}
-    zeros = {} if run.whole else model.zero_slots()
-
-    # 2. The loss as a function of them: each compressed leaf enters the program as a view.
-    def function(plain: Any, lows: Any, slots: Any) -> Any:
-        inner = run.inside(slots)
-        values: list[Any] = []
-        for i, leaf in enumerate(model.leaves):
-            value: Any = plain.get(i, leaf)
-            if i in weights:
-                basis, low = lows[i]
-                tap = taps[i]._replace(low=low)
-                if basis is not None:
-                    tap = tap._replace(basis=basis)
-                weight = weights[i]
-                unpack = model.unpack_of(weight) if isinstance(tap.basis, _codes.Codes) else None
-                value = View(value, weight.axes, tap, i, weight.key, unpack)
-                if i in at_root:
-                    value = inner.tapped(value, "root")
-            values.append(value)
-        results = inner.run(program.closed.jaxpr, program.closed.consts, values)
-        results = [inner.tapped(result, "result") for result in results]
-        return (results[0], inner.slots), results
-
-    # 3. The backward pass, from a cotangent of one for the loss and zero for the slots.
-    (value, _), pull, results = jax.vjp(function, plain, lows, zeros, has_aux=True)
-    one = jnp.ones_like(value)
-    if not run.whole:
-        # The value before the backward pass: otherwise XLA may compute it after the update, for
-        # which it keeps a copy of the old head. A refresh has no use for the value.
-        value, one = jax.lax.optimization_barrier((value, one))
-    found = Found(*pull((one, zeros)))
-    return jax.tree.unflatten(program.results, [value, *results[1:]]), found
 
 
 def _in_parts(source: _sources.Source, group: Group) -> Any:

@@ -45,12 +45,13 @@ import jax.numpy as jnp
 import optax
 
 from gum_optax import _checks, _sources
+from gum_optax._differentiation import differentiated, traced
 from gum_optax._interception import interpreter
 from gum_optax._interpreter import Interpreter
 from gum_optax._low_rank import LowRankState
 from gum_optax._paths import PyTree
 from gum_optax._projected import Projected
-from gum_optax._weights import Model, differentiated, number_of, traced
+from gum_optax._weights import Model, number_of
 
 __all__ = ["Projected", "Use", "explain", "refresh", "value_and_grad"]
 
