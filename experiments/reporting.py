@@ -52,6 +52,7 @@ STYLES = {
     "frugal": Style("FRUGAL", COLOURS[3], ">"),
     "apollo": Style("APOLLO", COLOURS[4], "p"),
     "apollo_mini": Style("APOLLO-Mini", COLOURS[4], "h"),
+    "normuon": Style("NorMuon", COLOURS[2], "*"),
     "rmnp": Style("RMNP", COLOURS[6], "+"),
     "ldadam": Style("LDAdam", COLOURS[3], "H"),
     "subtrack": Style("SubTrack++", COLOURS[3], "8"),

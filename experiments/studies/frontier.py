@@ -110,6 +110,8 @@ CONTENDERS = {
         ("rmnp_rows8", "RMNP, 8 bits, a scale per row", 3e-3,
          {"optimizer": "rmnp", "momentum": "rows8"}),
         ("rmnp_int4", "RMNP, 4 bits", 3e-3, {"optimizer": "rmnp", "momentum": "int4"}),
+        ("normuon", "NorMuon", 3e-3, {"optimizer": "normuon"}),
+        ("normuon_int8", "NorMuon, 8 bits", 3e-3, {"optimizer": "normuon", "momentum": "int8"}),
         ("adamw", "AdamW", 1e-3, {"optimizer": "adamw"}),
         ("galore_muon", "GaLore-Muon", 3e-3, _muon("drop")),
         ("gum", "GUM", 3e-3, _muon("sampled", 2)),

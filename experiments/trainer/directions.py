@@ -27,6 +27,40 @@ def as_adam() -> optax.GradientTransformation:
     return optax.stateless(lambda updates, params: jax.tree.map(one, updates))
 
 
+def equal_outputs(decay: float) -> optax.GradientTransformationExtraArgs:
+    """Divides columns by the root of a running average of their mean squares, at an RMS of 0.2.
+
+    A column of a kernel `[..., m, n]` holds the weights of one output. The average of each, `[...,
+    1, n]`, is corrected for its start at zero, and a matrix keeps the RMS of Adam's updates.
+
+    References:
+      Li et al., NorMuon, arXiv 2510.05491.
+    """
+
+    def init(params: Any) -> Any:
+        averages = jax.tree.map(lambda leaf: jnp.zeros_like(leaf[..., :1, :]), params)
+        return jnp.zeros((), jnp.int32), averages
+
+    def update(updates: Any, state: Any, params: Any = None, **_: Any) -> Any:
+        del params
+        count, averages = optax.safe_increment(state[0]), state[1]
+
+        # O [..., m, n], v [..., 1, n]:   v <- decay v + (1 - decay) mean_i O_ij^2
+        def average(O: jax.Array, v: jax.Array) -> jax.Array:
+            return decay * v + (1 - decay) * jnp.mean(O**2, axis=-2, keepdims=True)
+
+        # U = O / sqrt(v / (1 - decay^t)),   U <- 0.2 U / rms(U)
+        def one(O: jax.Array, v: jax.Array) -> jax.Array:
+            U = O / jnp.maximum(jnp.sqrt(v / (1 - decay**count)), 1e-8)
+            rms = jnp.sqrt(jnp.mean(U**2, axis=(-2, -1), keepdims=True))
+            return 0.2 * U / jnp.maximum(rms, 1e-8)
+
+        averages = jax.tree.map(average, updates, averages)
+        return jax.tree.map(one, updates, averages), (count, averages)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
 def _sized(direction: Callable[[jax.Array], jax.Array]) -> optax.GradientTransformationExtraArgs:
     """Makes a transformation that scales `direction` of a residual to the norm ``sqrt(m - r)``.
 

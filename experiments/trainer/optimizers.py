@@ -38,6 +38,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
         methods.UnbiasedAdamW(),
         peers.Scale(),
         peers.Rmnp(),
+        peers.NorMuon(),
         peers.Fira(),
         peers.Frugal(),
         peers.Apollo(),

@@ -14,7 +14,7 @@ import optax
 
 import gum_optax
 from experiments.trainer import low_bits
-from experiments.trainer.directions import as_adam
+from experiments.trainer.directions import as_adam, equal_outputs
 from experiments.trainer.methods import (
     Momentum,
     Optimizer,
@@ -213,6 +213,22 @@ class Rmnp(Optimizer):
         # M <- 0.95 M + G,   U_j = 0.2 M_j / rms(M_j)   (Deng et al., arXiv 2603.20527)
         momentum = gum_optax.quantized(optax.trace(0.95), low_bits.STORAGES[self.momentum])
         direction = optax.chain(momentum, gum_optax.normalize_columns(), optax.scale(0.2))
+        return for_matrices(run, rate, direction)
+
+
+@dataclasses.dataclass(frozen=True)
+class NorMuon(Optimizer):
+    """Muon with updates of one size for all outputs (NorMuon)."""
+
+    name: ClassVar[str] = "normuon"
+
+    #: Storage of momentum between two steps.
+    momentum: Momentum = "float32"
+
+    def build(self, run: "Training", rate: optax.Schedule, layers: int) -> Transformation:
+        # M <- 0.95 M + G,  O = NS(M),  U = O / sqrt(average of O^2 over inputs and steps)
+        momentum = gum_optax.quantized(optax.trace(0.95), low_bits.STORAGES[self.momentum])
+        direction = optax.chain(momentum, gum_optax.scale_by_polar(), equal_outputs(run.b2))
         return for_matrices(run, rate, direction)
 
 

@@ -41,6 +41,17 @@ def test_rmnp_is_momentum_with_columns_of_one_size():
         np.testing.assert_allclose(update, expected, rtol=1e-4, atol=1e-6)
 
 
+def test_normuon_is_muon_with_outputs_of_one_size():
+    momentum, v, b2 = 0.0, 0.0, Config().b2
+    for t, (G, update) in enumerate(zip(_gradients(), _updates("normuon"), strict=True), 1):
+        momentum = 0.95 * momentum + G
+        polar = reference.newton_schulz(momentum)
+        v = b2 * v + (1 - b2) * np.mean(polar**2, axis=0)
+        step = polar / np.sqrt(v / (1 - b2**t))
+        expected = -0.2 * step / np.sqrt(np.mean(step**2))
+        np.testing.assert_allclose(update, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_swan_is_the_polar_factor_of_standardized_columns():
     for G, update in zip(_gradients(), _updates("swan"), strict=True):
         standard = (G - G.mean(0)) / G.std(0)
@@ -52,6 +63,7 @@ def test_swan_is_the_polar_factor_of_standardized_columns():
     "name, numbers",
     [
         ("rmnp", M * N),
+        ("normuon", M * N + N),
         ("swan", 0),
         ("racs", M + N + 1),
         ("adam_mini", M * N + N),
