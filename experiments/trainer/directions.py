@@ -27,6 +27,15 @@ def as_adam() -> optax.GradientTransformation:
     return optax.stateless(lambda updates, params: jax.tree.map(one, updates))
 
 
+def _averages_of_columns(params: Any) -> tuple[jax.Array, Any]:
+    """Returns a count of steps and a zero for each column of matrices, `[..., 1, n]`."""
+
+    def zeros(leaf: Any) -> jax.Array:
+        return jnp.zeros((*leaf.shape[:-2], 1, leaf.shape[-1]), leaf.dtype)
+
+    return jnp.zeros((), jnp.int32), jax.tree.map(zeros, params)
+
+
 def equal_outputs(decay: float) -> optax.GradientTransformationExtraArgs:
     """Divides columns by the root of a running average of their mean squares, at an RMS of 0.2.
 
@@ -37,28 +46,24 @@ def equal_outputs(decay: float) -> optax.GradientTransformationExtraArgs:
       Li et al., NorMuon, arXiv 2510.05491.
     """
 
-    def init(params: Any) -> Any:
-        averages = jax.tree.map(lambda leaf: jnp.zeros_like(leaf[..., :1, :]), params)
-        return jnp.zeros((), jnp.int32), averages
-
     def update(updates: Any, state: Any, params: Any = None, **_: Any) -> Any:
         del params
         count, averages = optax.safe_increment(state[0]), state[1]
 
-        # O [..., m, n], v [..., 1, n]:   v <- decay v + (1 - decay) mean_i O_ij^2
-        def average(O: jax.Array, v: jax.Array) -> jax.Array:
-            return decay * v + (1 - decay) * jnp.mean(O**2, axis=-2, keepdims=True)
+        # X [..., m, n], v [..., 1, n]:   v <- decay v + (1 - decay) mean_i X_ij^2
+        def average(X: jax.Array, v: jax.Array) -> jax.Array:
+            return decay * v + (1 - decay) * jnp.mean(X**2, axis=-2, keepdims=True)
 
-        # U = O / sqrt(v / (1 - decay^t)),   U <- 0.2 U / rms(U)
-        def one(O: jax.Array, v: jax.Array) -> jax.Array:
-            U = O / jnp.maximum(jnp.sqrt(v / (1 - decay**count)), 1e-8)
+        # U = X / sqrt(v / (1 - decay^t)),   U <- 0.2 U / rms(U)
+        def one(X: jax.Array, v: jax.Array) -> jax.Array:
+            U = X / jnp.maximum(jnp.sqrt(v / (1 - decay**count)), 1e-8)
             rms = jnp.sqrt(jnp.mean(U**2, axis=(-2, -1), keepdims=True))
             return 0.2 * U / jnp.maximum(rms, 1e-8)
 
         averages = jax.tree.map(average, updates, averages)
         return jax.tree.map(one, updates, averages), (count, averages)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(_averages_of_columns, update)
 
 
 def _sized(direction: Callable[[jax.Array], jax.Array]) -> optax.GradientTransformationExtraArgs:
@@ -97,10 +102,6 @@ def _by_energy(decay: float = 0.9) -> optax.GradientTransformationExtraArgs:
       Gong et al., arXiv 2502.07752, by secondary sources, without its limit on growing norms.
     """
 
-    def init(params: Any) -> Any:
-        averages = jax.tree.map(lambda leaf: jnp.zeros_like(leaf[..., :1, :]), params)
-        return jnp.zeros((), jnp.int32), averages
-
     def update(
         updates: Any, state: Any, params: Any = None, *, projected: Any = None, **_: Any
     ) -> Any:
@@ -119,7 +120,7 @@ def _by_energy(decay: float = 0.9) -> optax.GradientTransformationExtraArgs:
         averages = jax.tree.map(average, updates, averages)
         return jax.tree.map(one, updates, projected, averages), (count, averages)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(_averages_of_columns, update)
 
 
 def _unit_rows(residual: jax.Array) -> jax.Array:
