@@ -495,14 +495,28 @@ def test_residuals_without_momentum_have_the_size_of_the_directions_left_out():
             np.float32(residual), state, projected=np.float32(projected)
         )
         np.testing.assert_allclose(np.linalg.norm(found, axis=(1, 2)), 2.0, rtol=1e-5)
+        columns = np.linalg.norm(found, axis=1)
         equal = {
-            "columns": np.linalg.norm(found, axis=1),
+            "columns": columns,
+            "energy": columns,  # at the first step, of which the average consists
             "rows": np.linalg.norm(found, axis=2),
             "sign": np.abs(found),
             "plain": np.asarray(found) / residual,
         }[name]
         for each in equal:
             np.testing.assert_allclose(each, each.ravel()[0], rtol=1e-4)
+
+
+def test_energies_of_columns_are_averaged_over_steps():
+    rng = np.random.default_rng(0)
+    steps, projected = rng.normal(size=(5, 6, 10)), np.zeros((2, 10), np.float32)
+    direction: Any = directions.DIRECTIONS["energy"]()
+    state, average = direction.init(np.float32(steps[0])), 0.0
+    for t, residual in enumerate(steps, 1):
+        found, state = direction.update(np.float32(residual), state, projected=projected)
+        average = 0.9 * average + 0.1 * np.sum(residual**2, axis=0)
+        expected = (4 / 10) ** 0.5 * residual / np.sqrt(average / (1 - 0.9**t))
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_the_mechanism_splits_momentum_at_the_bases():
