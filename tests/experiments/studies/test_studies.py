@@ -490,7 +490,7 @@ def test_residuals_without_momentum_have_the_size_of_the_directions_left_out():
     residual, projected = rng.normal(size=(2, 6, 10)), rng.normal(size=(2, 2, 10))
     for name, make in directions.DIRECTIONS.items():
         direction: Any = make()
-        state = direction.init(residual)
+        state = direction.init(np.float32(residual))
         found, _ = jax.jit(direction.update)(
             np.float32(residual), state, projected=np.float32(projected)
         )
