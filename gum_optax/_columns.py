@@ -21,7 +21,8 @@ import jax.numpy as jnp
 import optax
 
 from gum_optax import _checks, _mesh
-from gum_optax._numerics import at_least_float32, safe_scale
+from gum_optax._column_scaling import ColumnScaling, scaled
+from gum_optax._numerics import at_least_float32, norm, safe_scale
 from gum_optax._paths import PyTree
 
 # Columns below this share of |R_j| are taken for rounding errors. It is the precision of bfloat16,
@@ -102,7 +103,7 @@ def normalize_columns(eps: float | jax.Array = 1e-8) -> optax.GradientTransforma
     def normalize(updates: PyTree, projected: PyTree | None) -> PyTree:
         if projected is None:
             return jax.tree.map(unit_rms, updates)
-        return jax.tree.map(lambda e, r: _in_range(_equal_share, e, r), updates, projected)
+        return jax.tree.map(lambda e, r: _in_range(_of_residual, e, r), updates, projected)
 
     def init(params: PyTree) -> optax.EmptyState:
         _checks.matrices("normalize_columns", params)
@@ -120,7 +121,7 @@ def normalize_columns(eps: float | jax.Array = 1e-8) -> optax.GradientTransforma
         _checks.matrices("normalize_columns", updates)
         return _mesh.in_auto_mode(normalize, updates, projected, like=lambda: updates), state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return ColumnScaling(init, update, _equal_shares)
 
 
 def _in_range(function: Any, x: jax.Array, *others: jax.Array) -> jax.Array:
@@ -143,7 +144,23 @@ def _unit_rms(x: jax.Array, eps: jax.Array) -> jax.Array:
     return unit / jnp.where(divisor > 0, divisor, 1)
 
 
-def _equal_share(residual: jax.Array, projected: jax.Array) -> jax.Array:
+def _equal_shares(
+    norms: jax.Array,
+    rows: int,
+    projected: jax.Array,
+    projected_update: jax.Array | None,
+    state: Any,
+) -> tuple[jax.Array, Any]:
+    """Returns the factors that give columns of a residual the norm ``sqrt((m - r) / n)``."""
+    del projected_update
+    r, n = projected.shape[-2:]
+    # c_j = sqrt((m - r) / n) / max(|E_j|, 2^-8 |R_j|, tiny)
+    divisor = jnp.maximum(norms, _NOISE * norm(projected, -2))
+    divisor = jnp.maximum(divisor, jnp.finfo(norms.dtype).tiny)
+    return ((rows - r) / n) ** 0.5 / divisor, state
+
+
+def _of_residual(residual: jax.Array, projected: jax.Array) -> jax.Array:
     """Returns a residual E [..., m, n] with columns of norm ``sqrt((m - r) / n)``."""
     *batch, m, n = residual.shape
     r = projected.shape[-2] if projected.ndim > 1 else m + 1
@@ -152,20 +169,4 @@ def _equal_share(residual: jax.Array, projected: jax.Array) -> jax.Array:
             "`projected` must hold R = P'G of shape [..., r, n], r <= m, for each residual "
             f"[..., m, n], got {projected.shape} for {residual.shape}; pass both as wide matrices."
         )
-    # All sizes are in units of s_j = max_i |e_ij|, so that squares stay in range.
-    scale = safe_scale(residual, axis=-2)  # [..., 1, n]
-    unit = residual / scale
-    size = _norms(unit)
-    # floor_j = 2^-8 |R_j|. The quotient of scales may overflow; the column then becomes zero, as it
-    # should.
-    projected_scale = safe_scale(projected, axis=-2)
-    floor = _NOISE * _norms(projected / projected_scale)
-    floor = floor * (projected_scale / scale)
-    # E_j <- sqrt((m - r) / n) E_j / max(|E_j|, floor_j, tiny)
-    divisor = jnp.maximum(jnp.maximum(size, floor), jnp.finfo(unit.dtype).tiny)
-    return ((m - r) / n) ** 0.5 * (unit / divisor)
-
-
-def _norms(x: jax.Array) -> jax.Array:
-    """Returns the norms of columns, ``[..., 1, n]``."""
-    return jnp.sqrt(jnp.sum(x**2, axis=-2, keepdims=True))
+    return scaled(_equal_shares, residual, projected, None, ())[0]

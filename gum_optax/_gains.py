@@ -13,6 +13,7 @@ part of G that it does not see is scaled by the same gain:
 Tests: tests/library/test_gains.py.
 """
 
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 import optax
 
 from gum_optax import _checks
+from gum_optax._column_scaling import ColumnScaling, scaled
 from gum_optax._numerics import at_least_float32, norm
 from gum_optax._paths import PyTree
 
@@ -75,13 +77,22 @@ def scale_by_gain(
     def init(params: PyTree) -> PyTree:
         return jax.tree.map(no_norm_yet, params)
 
-    def scaled(x: jax.Array, low: jax.Array, low_update: jax.Array, last: jax.Array) -> Any:
+    def factors(
+        norms: jax.Array,
+        rows: int,
+        projected: jax.Array,
+        projected_update: jax.Array | None,
+        last: jax.Array,
+    ) -> tuple[jax.Array, jax.Array]:
+        del rows
+        assert projected_update is not None
         # gain = |D| / (|R| + eps), [..., 1, n] or [..., 1, 1]
-        gain = norm(low_update, axes) / (norm(low, axes) + eps)
-        result = gain * x  # S, [..., m, n]
+        gain = norm(projected_update, axes) / (norm(projected, axes) + eps)
         if growth_limit is None:
-            return result, last
-        return limit_growth(result, last, growth_limit, eps)
+            return gain, last
+        # S = X diag(gain) has columns of the norms `gain * norms`.
+        divisor, sizes = growth(norm(gain * norms, (-2, -1)), last, growth_limit, eps)
+        return gain / divisor, sizes
 
     def update(
         updates: PyTree,
@@ -98,10 +109,11 @@ def scale_by_gain(
                 "`scale_by_gain` needs `projected` and `projected_update`, which "
                 "`residuals.through` and `residuals.guided` give it; it does nothing by itself."
             )
-        pairs = jax.tree.map(scaled, updates, projected, projected_update, state)
+        one = partial(scaled, factors)
+        pairs = jax.tree.map(one, updates, projected, projected_update, state)
         return jax.tree.transpose(jax.tree.structure(updates), None, pairs)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return ColumnScaling(init, update, factors)
 
 
 def no_norm_yet(leaf: jax.Array) -> jax.Array:
@@ -110,21 +122,22 @@ def no_norm_yet(leaf: jax.Array) -> jax.Array:
     return jnp.zeros(leaf.shape[:-2], at_least_float32(leaf.dtype))
 
 
-def limit_growth(
-    result: jax.Array, last: jax.Array, limit: float, eps: float = 0.0
+def growth(
+    sizes: jax.Array, last: jax.Array, limit: float, eps: float = 0.0
 ) -> tuple[jax.Array, jax.Array]:
     """Limits the growth of norms from step to step.
 
     Args:
-      result: S, matrices ``[..., m, n]``.
+      sizes: ``|S|`` of matrices, ``[..., 1, 1]``.
       last: z, the norms of their last results ``[...]``; where it is zero, there is no limit.
       limit: the largest ratio of two successive norms.
       eps: added to z.
 
     Returns:
-      ``S / max(1, |S| / (limit (z + eps)))``, and its norms ``[...]`` in the dtype of ``last``.
+      The divisor ``max(1, |S| / (limit (z + eps)))`` of S, ``[..., 1, 1]``, and the norms of the
+      results, ``[...]``, in the dtype of ``last``.
     """
-    size = norm(result, (-2, -1))[..., 0, 0]  # |S|, [...]
-    excess = jnp.maximum(size / (limit * (jnp.where(last > 0, last, 1.0) + eps)), 1.0)
-    divisor = jnp.where(last > 0, excess, 1.0)
-    return result / divisor[..., None, None], (size / divisor).astype(last.dtype)
+    z = last[..., None, None]
+    excess = jnp.maximum(sizes / (limit * (jnp.where(z > 0, z, 1.0) + eps)), 1.0)
+    divisor = jnp.where(z > 0, excess, 1.0)
+    return divisor, (sizes / divisor)[..., 0, 0].astype(last.dtype)

@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import optax
 
 from gum_optax import _checks
-from gum_optax._gains import limit_growth, no_norm_yet
-from gum_optax._numerics import at_least_float32, safe_scale
+from gum_optax._gains import growth, no_norm_yet
+from gum_optax._numerics import at_least_float32, norm, safe_scale
 from gum_optax._paths import PyTree
 from gum_optax._rates import Number
 
@@ -128,8 +128,8 @@ def scale_by_racs(
             started = (1 - beta**count).astype(g.dtype)
             U = started * g / jnp.where(divisor > 0, divisor, 1)
             # 4. |U| <- min(|U|, limit |U| of the step before)
-            U, norms = limit_growth(U, last, growth_limit)
-            return U.astype(G.dtype), q, s, norms
+            excess, norms = growth(norm(U, (-2, -1)), last, growth_limit)
+            return (U / excess).astype(G.dtype), q, s, norms
 
         leaves, treedef = jax.tree.flatten(updates)
         states = (treedef.flatten_up_to(part) for part in state[1:])

@@ -38,7 +38,9 @@ import optax
 
 from gum_optax import _checks, _codec, samplers
 from gum_optax._codec import Compressed, Frame, Leaves
+from gum_optax._column_scaling import ColumnScaling, expanded
 from gum_optax._groups import Group
+from gum_optax._projected import Projected
 from gum_optax._scheduling import in_sequence
 
 State: TypeAlias = Any
@@ -289,6 +291,10 @@ def through(transformation: optax.GradientTransformation) -> Residual:
     that it can scale the residual relative to them, and no parameters. A transformation with
     full-size state costs full-size memory, so this rule is meant for stateless ones.
 
+    `normalize_columns` and `scale_by_gain` multiply columns by factors that depend on their norms
+    alone. By themselves (not in a chain) they are applied without computing E, which makes an
+    update about as fast as with `drop`.
+
     Args:
       transformation: any optax transformation, for example `gum_optax.normalize_columns`.
 
@@ -308,7 +314,18 @@ def through(transformation: optax.GradientTransformation) -> Residual:
     References:
       Chen et al., Fira, arXiv 2410.01623; Zmushko et al., FRUGAL, arXiv 2411.07837.
     """
-    return _sent(transformation, _codec.left_out, lambda basis, low, sent: basis @ low + sent)
+    transform = _transform_of("transformation", transformation)
+
+    def update_of(group, basis, low, projected, gradient, state):
+        # U = P D + E diag(c), without E unless the backward pass has computed it already.
+        if isinstance(transformation, ColumnScaling) and not isinstance(gradient, Projected):
+            matrices = _codec.whole(group, basis, projected, gradient)
+            return expanded(transformation.factors, basis, low, projected, matrices, state)
+        # U = P D + transformation(E)
+        sent, state = transform(group, basis, low, projected, gradient, state)
+        return basis @ low + sent, state
+
+    return _sent(transformation, update_of)
 
 
 def guided(transformation: optax.GradientTransformation) -> Residual:
@@ -338,7 +355,8 @@ def guided(transformation: optax.GradientTransformation) -> Residual:
     References:
       Zhu et al., APOLLO, arXiv 2412.05270, algorithm 1.
     """
-    return _sent(transformation, _codec.whole, lambda basis, low, sent: sent)
+    # U = transformation(G)
+    return _sent(transformation, _transform_of("transformation", transformation, _codec.whole))
 
 
 def feedback(decay: float = 0.0) -> Residual:
@@ -431,18 +449,14 @@ _Part: TypeAlias = Callable[[Group, jax.Array, jax.Array, Any], jax.Array]
 
 
 def _sent(
-    transformation: optax.GradientTransformation,
-    part: _Part,
-    combine: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+    transformation: optax.GradientTransformation, update_of: Callable[..., tuple[jax.Array, State]]
 ) -> Residual:
     """Makes the rule that sends a part of the gradient through a transformation, leaf by leaf.
 
     Args:
-      transformation: the transformation of the part.
-      part: selects the part, the residual or the whole gradient.
-      combine: ``(basis, D, transformed part [*batch, m, n]) -> update``.
+      transformation: the transformation of the part, whose state each leaf has.
+      update_of: ``(group, basis, D, R, gradient, state) -> (wide update, state)`` of one leaf.
     """
-    transform = _transform_of("transformation", transformation, part)
 
     def init(group: Group) -> State:
         shape = (*group.batch, group.m, group.n)
@@ -455,14 +469,13 @@ def _sent(
     ) -> tuple[Leaves, State]:
         new_state = []
 
-        def update_of(basis, low, *of_leaf):
-            sent, of_leaf_state = transform(frame.group, basis, low, *of_leaf)
+        def of_leaf(basis, low, *others):
+            update, of_leaf_state = update_of(frame.group, basis, low, *others)
             new_state.append(of_leaf_state)
-            # U = P D + transformation(E) for `through`, transformation(G) for `guided`.
-            return combine(basis, low, sent)
+            return update
 
         columns = [_codec.split(frame.group, encoded.low), gradients, state]
-        leaves = _leaf_by_leaf(frame, update_of, updates.low, gradients, *columns)
+        leaves = _leaf_by_leaf(frame, of_leaf, updates.low, gradients, *columns)
         return leaves, tuple(new_state)
 
     return Residual(init=init, decode=decode, reads="residual")

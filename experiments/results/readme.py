@@ -341,6 +341,7 @@ def _answers() -> Iterator[tuple[str, str, str]]:
                 ("Muon", "Muon"),
                 ("Muon, 8 bits", "8-bit Muon"),
                 ("GUM", "GUM"),
+                ("columns of the residual", "low-rank Muon with the column-normalized residual"),
                 ("SCALE", "SCALE"),
                 ("AdamW", "AdamW"),
             )

@@ -149,7 +149,7 @@ class Unbiased(Carrying):
         self,
         run: "Training",
         full_rank: int | gum_optax.samplers.Sampler,
-        also: Callable[[], Transformation] = optax.identity,
+        also: Callable[[], Transformation] | None = None,
     ) -> residuals.Residual:
         """Returns the residual rule that the options name.
 
@@ -157,7 +157,7 @@ class Unbiased(Carrying):
           run: for the schedule that `residual_decay` follows.
           full_rank: number of drawn layers, or a sampler of them.
           also: makes the transformation that brings a residual without momentum, of the size of
-            an orthogonal matrix, to the size of the update that it joins.
+            an orthogonal matrix, to the size of the update that it joins; None: it has that size.
         """
         # 1. Rules without a direction for the layers that are not drawn.
         match self.residual:
@@ -169,11 +169,16 @@ class Unbiased(Carrying):
                 return residuals.sampled(full_rank, form="additive")
         # 2. A residual E without momentum: residual_scale * share^residual_decay * direction(E).
         #    The learning rate multiplies it later, as it does the rest of the update.
-        direct = optax.chain(DIRECTIONS[self.residual](), also(), optax.scale(self.residual_scale))
+        parts = [DIRECTIONS[self.residual]()]
+        if also is not None:
+            parts.append(also())
+        if self.residual_scale != 1:
+            parts.append(optax.scale(self.residual_scale))
         if self.residual_decay:
             share = share_of_peak(run)
-            power = optax.scale_by_schedule(lambda step: share(step) ** self.residual_decay)
-            direct = optax.chain(direct, power)
+            parts.append(optax.scale_by_schedule(lambda s: share(s) ** self.residual_decay))
+        #    A direction by itself may be one whose residual is never computed.
+        direct = optax.chain(*parts) if len(parts) > 1 else parts[0]
         # 3. Undrawn layers get this update; drawn ones, if any, keep E in their slot.
         if full_rank == 0:
             return residuals.through(direct)
