@@ -35,19 +35,23 @@ The factors c of the columns of its residual, ``[..., 1, n]`` or one for all, fr
 """
 
 
-class ColumnScaling(optax.GradientTransformationExtraArgs):
-    """A transformation that multiplies the columns of residuals by factors of their norms.
+_NAME = "column_factors"
 
-    Attributes:
-      factors: the factors of one leaf.
+
+def column_scaling(
+    init: Callable[..., Any], update: Callable[..., Any], factors: Factors
+) -> optax.GradientTransformationExtraArgs:
+    """Makes a transformation that multiplies the columns of residuals by factors.
+
+    The factors are an attribute of its ``update``, so that a copy with another update loses them.
     """
+    setattr(update, _NAME, factors)
+    return optax.GradientTransformationExtraArgs(init, update)
 
-    factors: Factors
 
-    def __new__(cls, init: Any, update: Any, factors: Factors) -> "ColumnScaling":
-        self = super().__new__(cls, init, update)
-        self.factors = factors
-        return self
+def factors_of(transformation: optax.GradientTransformation) -> Factors | None:
+    """Returns the factors of a transformation that was made by `column_scaling`, or None."""
+    return getattr(transformation.update, _NAME, None)
 
 
 def scaled(

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import optax
 
 from gum_optax import _checks, _mesh
-from gum_optax._column_scaling import ColumnScaling, scaled
+from gum_optax._column_scaling import column_scaling, scaled
 from gum_optax._numerics import at_least_float32, norm, safe_scale
 from gum_optax._paths import PyTree
 
@@ -121,7 +121,7 @@ def normalize_columns(eps: float | jax.Array = 1e-8) -> optax.GradientTransforma
         _checks.matrices("normalize_columns", updates)
         return _mesh.in_auto_mode(normalize, updates, projected, like=lambda: updates), state
 
-    return ColumnScaling(init, update, _equal_shares)
+    return column_scaling(init, update, _equal_shares)
 
 
 def _in_range(function: Any, x: jax.Array, *others: jax.Array) -> jax.Array:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import optax
 
 from gum_optax import _checks
-from gum_optax._column_scaling import ColumnScaling, scaled
+from gum_optax._column_scaling import column_scaling, scaled
 from gum_optax._numerics import at_least_float32, norm
 from gum_optax._paths import PyTree
 
@@ -113,7 +113,7 @@ def scale_by_gain(
         pairs = jax.tree.map(one, updates, projected, projected_update, state)
         return jax.tree.transpose(jax.tree.structure(updates), None, pairs)
 
-    return ColumnScaling(init, update, factors)
+    return column_scaling(init, update, factors)
 
 
 def no_norm_yet(leaf: jax.Array) -> jax.Array:

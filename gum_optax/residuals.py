@@ -38,7 +38,7 @@ import optax
 
 from gum_optax import _checks, _codec, samplers
 from gum_optax._codec import Compressed, Frame, Leaves
-from gum_optax._column_scaling import ColumnScaling, expanded
+from gum_optax._column_scaling import expanded, factors_of
 from gum_optax._groups import Group
 from gum_optax._projected import Projected
 from gum_optax._scheduling import in_sequence
@@ -315,12 +315,13 @@ def through(transformation: optax.GradientTransformation) -> Residual:
       Chen et al., Fira, arXiv 2410.01623; Zmushko et al., FRUGAL, arXiv 2411.07837.
     """
     transform = _transform_of("transformation", transformation)
+    factors = factors_of(transformation)
 
     def update_of(group, basis, low, projected, gradient, state):
         # U = P D + E diag(c), without E unless the backward pass has computed it already.
-        if isinstance(transformation, ColumnScaling) and not isinstance(gradient, Projected):
+        if factors is not None and not isinstance(gradient, Projected):
             matrices = _codec.whole(group, basis, projected, gradient)
-            return expanded(transformation.factors, basis, low, projected, matrices, state)
+            return expanded(factors, basis, low, projected, matrices, state)
         # U = P D + transformation(E)
         sent, state = transform(group, basis, low, projected, gradient, state)
         return basis @ low + sent, state

@@ -11,7 +11,7 @@ import pytest
 
 import gum_optax
 from gum_optax import LowRank, normalize_columns, residuals, scale_by_gain
-from gum_optax._column_scaling import expanded
+from gum_optax._column_scaling import expanded, factors_of
 from tests import helpers
 
 M, N, R = 12, 20, 4
@@ -31,7 +31,7 @@ def _expanded(transformation, basis, gradient, update, dtype=np.float64):
     with jax.enable_x64(dtype == np.float64):
         P, G, D = (jnp.asarray(x, dtype) for x in (basis, gradient, update))
         state = transformation.init(jnp.zeros((M, N), dtype))
-        return expanded(transformation.factors, P, D, P.mT @ G, G, state)
+        return expanded(factors_of(transformation), P, D, P.mT @ G, G, state)
 
 
 @pytest.mark.parametrize("orthonormal", [True, False], ids=["orthonormal", "rounded"])
@@ -85,8 +85,11 @@ def test_a_chain_is_applied_to_the_residual():
         run = helpers.run(gum_optax.low_rank(optax.scale(0.0), compression), [[G] for G in noise])
         return [update[0] for update, _ in run]
 
+    once = np.asarray(updates(normalize_columns()))
     twice = updates(optax.chain(normalize_columns(), optax.scale(2.0)))
-    np.testing.assert_allclose(twice, 2 * np.asarray(updates(normalize_columns())), atol=1e-5)
+    np.testing.assert_allclose(twice, 2 * once, atol=1e-5)
+    other = normalize_columns()._replace(update=lambda E, s, p=None, **extra: (0.0 * E, s))
+    np.testing.assert_array_equal(updates(other), 0 * once)
 
 
 @pytest.mark.parametrize(
