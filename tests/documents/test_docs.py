@@ -219,6 +219,14 @@ def test_the_losses_of_states_in_few_bits_are_those_of_the_study():
     assert told.format(sum(muons6) / 3, sum(muons) / 3) in choosing
 
 
+def test_the_losses_of_longer_fine_tuning_are_those_of_the_study():
+    entries = json.loads((ROOT / "experiments/results/studies/finetuning_long.json").read_text())
+    loss = {entry["config"]["optimizer"]: entry["loss"]["mean"] for entry in entries}
+    text = " ".join((DOCS / "finetuning.md").read_text().split())
+    told = "8-bit Muon has a loss of {muon:.3f} with 318 MiB of state, AdamW {adamw:.3f} and GUM "
+    assert (told + "{gum:.3f}").format(**loss) in text
+
+
 def test_the_losses_in_the_text_are_those_of_the_study():
     first, second = overview.points().values()
     above = {
