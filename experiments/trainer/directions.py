@@ -27,43 +27,61 @@ def as_adam() -> optax.GradientTransformation:
     return optax.stateless(lambda updates, params: jax.tree.map(one, updates))
 
 
-def _averages_of_columns(params: Any) -> tuple[jax.Array, Any]:
-    """Returns a count of steps and a zero for each column of matrices, `[..., 1, n]`."""
+def _by_average(
+    scaled: Callable[[jax.Array, jax.Array, Any], jax.Array], decay: float
+) -> optax.GradientTransformationExtraArgs:
+    """Makes a transformation that scales matrices by running averages of their columns' squares.
 
-    def zeros(leaf: Any) -> jax.Array:
-        return jnp.zeros((*leaf.shape[:-2], 1, leaf.shape[-1]), leaf.dtype)
+    Args:
+      scaled: ``(X [..., m, n], v [..., 1, n], R) -> update`` of one matrix, where v is the average
+        of ``mean_i X_ij^2``, corrected for its start at zero, and R its projection, or None.
+      decay: decay of the average.
+    """
 
-    return jnp.zeros((), jnp.int32), jax.tree.map(zeros, params)
+    def init(params: Any) -> Any:
+        def zeros(leaf: Any) -> jax.Array:
+            return jnp.zeros((*leaf.shape[:-2], 1, leaf.shape[-1]), leaf.dtype)
+
+        return jnp.zeros((), jnp.int32), jax.tree.map(zeros, params)
+
+    def update(
+        updates: Any, state: Any, params: Any = None, *, projected: Any = None, **_: Any
+    ) -> Any:
+        del params
+        count = optax.safe_increment(state[0])
+
+        # v <- decay v + (1 - decay) mean_i X_ij^2
+        def average(X: jax.Array, v: jax.Array) -> jax.Array:
+            return decay * v + (1 - decay) * jnp.mean(X**2, axis=-2, keepdims=True)
+
+        def one(X: jax.Array, v: jax.Array, *R: jax.Array) -> jax.Array:
+            return scaled(X, v / (1 - decay**count), *R or (None,))
+
+        averages = jax.tree.map(average, updates, state[1])
+        beside = () if projected is None else (projected,)
+        return jax.tree.map(one, updates, averages, *beside), (count, averages)
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def equal_outputs(decay: float) -> optax.GradientTransformationExtraArgs:
     """Divides columns by the root of a running average of their mean squares, at an RMS of 0.2.
 
-    A column of a kernel `[..., m, n]` holds the weights of one output. The average of each, `[...,
-    1, n]`, is corrected for its start at zero, and a matrix keeps the RMS of Adam's updates.
+    A column of a kernel `[..., m, n]` holds the weights of one output. A matrix keeps the RMS of
+    Adam's updates.
 
     References:
       Li et al., NorMuon, arXiv 2510.05491.
     """
 
-    def update(updates: Any, state: Any, params: Any = None, **_: Any) -> Any:
-        del params
-        count, averages = optax.safe_increment(state[0]), state[1]
+    # U = X / sqrt(v),   U <- 0.2 U / rms(U)
+    def scaled(X: jax.Array, v: jax.Array, R: Any) -> jax.Array:
+        del R
+        U = X / jnp.maximum(jnp.sqrt(v), 1e-8)
+        rms = jnp.sqrt(jnp.mean(U**2, axis=(-2, -1), keepdims=True))
+        return 0.2 * U / jnp.maximum(rms, 1e-8)
 
-        # X [..., m, n], v [..., 1, n]:   v <- decay v + (1 - decay) mean_i X_ij^2
-        def average(X: jax.Array, v: jax.Array) -> jax.Array:
-            return decay * v + (1 - decay) * jnp.mean(X**2, axis=-2, keepdims=True)
-
-        # U = X / sqrt(v / (1 - decay^t)),   U <- 0.2 U / rms(U)
-        def one(X: jax.Array, v: jax.Array) -> jax.Array:
-            U = X / jnp.maximum(jnp.sqrt(v / (1 - decay**count)), 1e-8)
-            rms = jnp.sqrt(jnp.mean(U**2, axis=(-2, -1), keepdims=True))
-            return 0.2 * U / jnp.maximum(rms, 1e-8)
-
-        averages = jax.tree.map(average, updates, averages)
-        return jax.tree.map(one, updates, averages), (count, averages)
-
-    return optax.GradientTransformationExtraArgs(_averages_of_columns, update)
+    return _by_average(scaled, decay)
 
 
 def _sized(direction: Callable[[jax.Array], jax.Array]) -> optax.GradientTransformationExtraArgs:
@@ -95,32 +113,20 @@ def _sized(direction: Callable[[jax.Array], jax.Array]) -> optax.GradientTransfo
 def _by_energy(decay: float = 0.9) -> optax.GradientTransformationExtraArgs:
     """Divides the columns of residuals by a running average of their norms: Alice's scale.
 
-    With p_j an average of |E_j|^2 that is corrected for its start at zero, E_j becomes
-    ``sqrt((m - r) / n) E_j / sqrt(p_j)``, so that the whole has the norm sqrt(m - r) on average.
+    With p_j the average of |E_j|^2, E_j becomes ``sqrt((m - r) / n) E_j / sqrt(p_j)``, so that the
+    whole has the norm sqrt(m - r) on average.
 
     References:
       Gong et al., arXiv 2502.07752, by secondary sources, without its limit on growing norms.
     """
 
-    def update(
-        updates: Any, state: Any, params: Any = None, *, projected: Any = None, **_: Any
-    ) -> Any:
-        del params
-        count, averages = optax.safe_increment(state[0]), state[1]
+    def scaled(E: jax.Array, v: jax.Array, R: Any) -> jax.Array:
+        m, n = E.shape[-2:]
+        size = ((m - R.shape[-2]) / n) ** 0.5
+        # p = m v, of mean squares v
+        return size * E / jnp.maximum(jnp.sqrt(m * v), jnp.finfo(E.dtype).tiny)
 
-        # E [..., m, n], p [..., 1, n]
-        def average(E: jax.Array, p: jax.Array) -> jax.Array:
-            return decay * p + (1 - decay) * jnp.sum(E**2, axis=-2, keepdims=True)
-
-        def one(E: jax.Array, R: jax.Array, p: jax.Array) -> jax.Array:
-            size = ((E.shape[-2] - R.shape[-2]) / E.shape[-1]) ** 0.5
-            divisor = jnp.sqrt(p / (1 - decay**count))
-            return size * E / jnp.maximum(divisor, jnp.finfo(E.dtype).tiny)
-
-        averages = jax.tree.map(average, updates, averages)
-        return jax.tree.map(one, updates, projected, averages), (count, averages)
-
-    return optax.GradientTransformationExtraArgs(_averages_of_columns, update)
+    return _by_average(scaled, decay)
 
 
 def _unit_rows(residual: jax.Array) -> jax.Array:

@@ -198,7 +198,19 @@ class Scale(Optimizer):
 
 
 @dataclasses.dataclass(frozen=True)
-class Rmnp(Optimizer):
+class WithMomentum(Optimizer):
+    """An optimizer of full-rank momentum."""
+
+    #: Storage of momentum between two steps.
+    momentum: Momentum = "float32"
+
+    def trace(self) -> Transformation:
+        """Returns Muon's momentum, packed between steps: M <- 0.95 M + G."""
+        return gum_optax.quantized(optax.trace(0.95), low_bits.STORAGES[self.momentum])
+
+
+@dataclasses.dataclass(frozen=True)
+class Rmnp(WithMomentum):
     """Momentum with normalized columns, which is Muon without Newton-Schulz (RMNP).
 
     Entries have a root mean square of 0.2 in each column, the size of AdamW's updates.
@@ -206,29 +218,21 @@ class Rmnp(Optimizer):
 
     name: ClassVar[str] = "rmnp"
 
-    #: Storage of momentum between two steps.
-    momentum: Momentum = "float32"
-
     def build(self, run: "Training", rate: optax.Schedule, layers: int) -> Transformation:
-        # M <- 0.95 M + G,   U_j = 0.2 M_j / rms(M_j)   (Deng et al., arXiv 2603.20527)
-        momentum = gum_optax.quantized(optax.trace(0.95), low_bits.STORAGES[self.momentum])
-        direction = optax.chain(momentum, gum_optax.normalize_columns(), optax.scale(0.2))
+        # U_j = 0.2 M_j / rms(M_j)   (Deng et al., arXiv 2603.20527)
+        direction = optax.chain(self.trace(), gum_optax.normalize_columns(), optax.scale(0.2))
         return for_matrices(run, rate, direction)
 
 
 @dataclasses.dataclass(frozen=True)
-class NorMuon(Optimizer):
+class NorMuon(WithMomentum):
     """Muon with updates of one size for all outputs (NorMuon)."""
 
     name: ClassVar[str] = "normuon"
 
-    #: Storage of momentum between two steps.
-    momentum: Momentum = "float32"
-
     def build(self, run: "Training", rate: optax.Schedule, layers: int) -> Transformation:
-        # M <- 0.95 M + G,  O = NS(M),  U = O / sqrt(average of O^2 over inputs and steps)
-        momentum = gum_optax.quantized(optax.trace(0.95), low_bits.STORAGES[self.momentum])
-        direction = optax.chain(momentum, gum_optax.scale_by_polar(), equal_outputs(run.b2))
+        # O = NS(M),  U = O / sqrt(average of O^2 over inputs and steps)
+        direction = optax.chain(self.trace(), gum_optax.scale_by_polar(), equal_outputs(run.b2))
         return for_matrices(run, rate, direction)
 
 
