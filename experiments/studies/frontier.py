@@ -28,6 +28,7 @@ import matplotlib.pyplot as plt
 from experiments import reporting
 from experiments.models import llama, presets
 from experiments.reporting import COLOURS, CORPORA, STYLES, Style, save
+from experiments.studies import singular_values
 from experiments.studies.pretraining import steps_to
 from experiments.trainer import cli, loop, optimizers, rest, sweeps, together
 from experiments.trainer.config import Config as Run
@@ -427,7 +428,7 @@ def _deviation(values: Sequence[float]) -> float:
 def main(arguments: Sequence[str]) -> int:
     """Runs what is missing, prints tables, draws the figure; returns the exit code."""
     config = cli.parse(Config, PROGRAM, arguments)
-    complete: Complete = sweeps.runner(config, config.out)
+    complete: Complete = sweeps.runner(config, config.out, singular_values.pretrain)
     if config.together:
         ends = sweeps.deadline_in(config.budget_minutes)
         complete = partial(together.complete, out=config.out, deadline=ends)
