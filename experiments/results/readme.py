@@ -96,6 +96,25 @@ def pretraining() -> str:
     return reporting.markdown(head, lines)
 
 
+def costs() -> str:
+    """Returns the time of an update by optimizer, over GaLore-Muon's in the same process."""
+    ratios = _read("benchmarks/variants/60m.json")["ratios"]
+    return reporting.markdown(
+        ("update", "over GaLore-Muon's (least, largest of a turn)"),
+        (
+            (
+                _COSTS.get(name, name),
+                f"{ratio['of_medians']:.2f} ({ratio['min']:.2f}, {ratio['max']:.2f})",
+            )
+            for name, ratio in sorted(ratios.items(), key=lambda item: item[1]["of_medians"])
+        ),
+    )
+
+
+# Names in the result file that need more words on a page.
+_COSTS = {"columns of the residual": "low-rank Muon + columns"}
+
+
 def times() -> str:
     """Returns steps and time to AdamW's last loss in the frontier study, on each corpus."""
     result = _read("studies/time_to_loss.json")
@@ -573,7 +592,7 @@ TABLES: dict[str, tuple[Callable[[], str], ...]] = {
     "docs/finetuning.md": (finetuning, plans),
     "docs/pods.md": (collectives, slices),
     "docs/quantized.md": (in_few_bits,),
-    "docs/results.md": (table, performance, pretraining, times),
+    "docs/results.md": (table, performance, costs, pretraining, times),
 }
 
 
