@@ -62,6 +62,7 @@ STYLES = {
     "adalomo": Style("AdaLomo", COLOURS[1], "v"),
     "mofasgd": Style("MoFaSGD", COLOURS[2], "P"),
     "joint_muon": Style("joint Muon", COLOURS[2], "X"),
+    "ramped_gum": Style("ramped GUM", COLOURS[0], "X"),
 }
 
 # Names of corpora in the titles of figures, by the last part of their paths.

@@ -156,6 +156,7 @@ CONTENDERS = {
         # Question 2: how many layers to draw?
         ("gum_1", "GUM, 1 layer drawn", 3e-3, _muon("sampled", 1)),
         ("gum_4", "GUM, half of the layers drawn", 3e-3, _muon("sampled", 4)),
+        ("gum_ramp", "GUM with a ramp after restarts", 3e-3, {"optimizer": "ramped_gum"}),
         ("columns_slots_1", "GUM additive + columns, 1 layer drawn", 3e-3, _muon("columns", 1)),
         ("columns_slots_4", "GUM additive + columns, half drawn", 3e-3, _muon("columns", 4)),
         # Question 3: does an old basis cost loss?

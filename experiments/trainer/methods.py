@@ -257,6 +257,24 @@ class Gum(Unbiased, Scaled):
 
 
 @dataclasses.dataclass(frozen=True)
+class RampedGum(Unbiased):
+    """GUM with small steps where momentum has just restarted."""
+
+    name: ClassVar[str] = "ramped_gum"
+
+    def build(self, run: "Training", rate: optax.Schedule, layers: int) -> Transformation:
+        # A polar factor has the same size after one gradient as after many. Its factor
+        # 1 - 0.95^t is the weight of the t gradients since the restart in an average of infinitely
+        # many. A refresh restarts the whole inner state, and with it the count of the schedule.
+        ramp = optax.scale_by_schedule(lambda count: 1 - 0.95 ** (count + 1))
+        orthogonalizer = optax.chain(gum_optax.scale_by_polar(), ramp)
+        rule = self.rule(run, self.full_rank_layers)
+        compression = gum_optax.LowRank(residual=rule, **self.common(run))
+        direction = gum_optax.scale_by_gum(compression, orthogonalizer=orthogonalizer)
+        return for_matrices(run, rate, optax.chain(direction, as_adam()))
+
+
+@dataclasses.dataclass(frozen=True)
 class AdamW(Optimizer):
     """AdamW on all weights; the fallback may have a learning rate of its own."""
 

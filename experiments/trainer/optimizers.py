@@ -51,6 +51,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
         peers.AdaLomo(),
         peers.MoFaSGD(),
         methods.JointMuon(),
+        methods.RampedGum(),
     )
 }
 

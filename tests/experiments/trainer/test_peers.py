@@ -13,13 +13,14 @@ from tests import helpers, reference
 
 M, N, RANK = 6, 10, 2
 # With names of the models, by which the leaf is a matrix.
-TREE = {"layers": [{"attention": {"query": {"kernel": np.zeros((M, N), np.float32)}}}]}
+LAYER = {"attention": {"query": {"kernel": np.zeros((M, N), np.float32)}}}
+TREE = {"layers": [LAYER]}
 
 
-def _build(name: str, **options: Any) -> Any:
+def _build(name: str, layers: int = 1, **options: Any) -> Any:
     """Builds an optimizer with steps of the size of its direction: no clipping, no schedule."""
     base = Config(warmup=0.0, clip_norm=0.0, learning_rate=1.0, final_learning_rate=1.0)
-    return optimizers.build(change(base, optimizer=name, **options), layers=1)
+    return optimizers.build(change(base, optimizer=name, **options), layers)
 
 
 def _gradients() -> np.ndarray:
@@ -57,6 +58,30 @@ def test_swan_is_the_polar_factor_of_standardized_columns():
         standard = (G - G.mean(0)) / G.std(0)
         expected = -0.2 * N**0.5 * reference.newton_schulz(standard)
         np.testing.assert_allclose(update, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_ramp_begins_anew_with_every_period():
+    """One of two layers is drawn, and the count restarts for both."""
+    layers = {"layers": [LAYER] * 2}
+    rng = np.random.default_rng(0)
+    trees = [
+        jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), layers)
+        for _ in range(5)
+    ]
+    options = {"rank": RANK, "period": 3, "full_rank_layers": 1, "layers": 2}
+    ramped, plain = (
+        [update for update, _ in helpers.run(_build(name, **options), trees, layers)]
+        for name in ("ramped_gum", "gum")
+    )
+    for t, update, of_gum in zip((1, 2, 3, 1, 2), ramped, plain, strict=True):
+        weight = 1 - 0.95**t
+        jax.tree.map(
+            lambda ours, theirs, weight=weight: np.testing.assert_allclose(
+                ours, weight * theirs, rtol=1e-5, atol=1e-7
+            ),
+            update,
+            of_gum,
+        )
 
 
 @pytest.mark.parametrize(
