@@ -13,7 +13,6 @@ part of G that it does not see is scaled by the same gain:
 Tests: tests/library/test_gains.py.
 """
 
-from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -23,7 +22,7 @@ import optax
 from gum_optax import _checks
 from gum_optax._column_scaling import column_scaling, scaled
 from gum_optax._numerics import at_least_float32, norm
-from gum_optax._paths import PyTree
+from gum_optax._paths import PyTree, unzip
 
 
 def scale_by_gain(
@@ -109,9 +108,9 @@ def scale_by_gain(
                 "`scale_by_gain` needs `projected` and `projected_update`, which "
                 "`residuals.through` and `residuals.guided` give it; it does nothing by itself."
             )
-        one = partial(scaled, factors)
-        pairs = jax.tree.map(one, updates, projected, projected_update, state)
-        return jax.tree.transpose(jax.tree.structure(updates), None, pairs)
+        leaves, treedef = jax.tree.flatten(updates)
+        others = map(treedef.flatten_up_to, (projected, projected_update, state))
+        return unzip(updates, [scaled(factors, *row) for row in zip(leaves, *others, strict=True)])
 
     return column_scaling(init, update, factors)
 

@@ -163,6 +163,13 @@ def test_a_gain_needs_to_be_told_of_the_projection():
         tx.update(G, tx.init(G))
 
 
+def test_a_tree_without_leaves_has_no_gains():
+    nothing = {"none": []}
+    tx = scale_by_gain()
+    told = {"projected": nothing, "projected_update": nothing}
+    assert tx.update(nothing, tx.init(nothing), **told) == (nothing, nothing)
+
+
 @pytest.mark.parametrize("scale", [1e25, 1e-3])
 def test_gains_do_not_depend_on_the_size_of_gradients(scale):
     """Squares of 1e25 leave the range of float32; D = sign R, so updates are the same."""
