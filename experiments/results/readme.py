@@ -98,7 +98,7 @@ def pretraining() -> str:
 
 def costs() -> str:
     """Returns the time of an update by optimizer, over GaLore-Muon's in the same process."""
-    ratios = _read("benchmarks/variants/60m.json")["ratios"]
+    ratios: dict[str, dict[str, float]] = _read("benchmarks/variants/60m.json")["ratios"]
     return reporting.markdown(
         ("update", "over GaLore-Muon's (least, largest of a turn)"),
         (
