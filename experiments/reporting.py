@@ -53,6 +53,7 @@ STYLES = {
     "apollo": Style("APOLLO", COLOURS[4], "p"),
     "apollo_mini": Style("APOLLO-Mini", COLOURS[4], "h"),
     "normuon": Style("NorMuon", COLOURS[2], "*"),
+    "mud": Style("MUD", COLOURS[2], "d"),
     "rmnp": Style("RMNP", COLOURS[6], "+"),
     "ldadam": Style("LDAdam", COLOURS[3], "H"),
     "subtrack": Style("SubTrack++", COLOURS[3], "8"),

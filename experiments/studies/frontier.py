@@ -112,6 +112,8 @@ CONTENDERS = {
          {"optimizer": "rmnp", "momentum": "rows8"}),
         ("rmnp_int4", "RMNP, 4 bits", 3e-3, {"optimizer": "rmnp", "momentum": "int4"}),
         ("normuon", "NorMuon", 3e-3, {"optimizer": "normuon"}),
+        ("mud", "MUD", 3e-3, {"optimizer": "mud"}),
+        ("mud_int6", "MUD, 6 bits", 3e-3, {"optimizer": "mud", "momentum": "int6"}),
         ("normuon_int8", "NorMuon, 8 bits", 3e-3, {"optimizer": "normuon", "momentum": "int8"}),
         ("adamw", "AdamW", 1e-3, {"optimizer": "adamw"}),
         ("galore_muon", "GaLore-Muon", 3e-3, _muon("drop")),

@@ -39,6 +39,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
         peers.Scale(),
         peers.Rmnp(),
         peers.NorMuon(),
+        peers.Mud(),
         peers.Fira(),
         peers.Frugal(),
         peers.Apollo(),

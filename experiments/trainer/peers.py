@@ -14,7 +14,7 @@ import optax
 
 import gum_optax
 from experiments.trainer import low_bits
-from experiments.trainer.directions import as_adam, equal_outputs
+from experiments.trainer.directions import as_adam, decorrelate, equal_outputs
 from experiments.trainer.methods import (
     Momentum,
     Optimizer,
@@ -234,6 +234,16 @@ class NorMuon(WithMomentum):
         # O = NS(M),  U = O / sqrt(average of O^2 over inputs and steps)
         direction = optax.chain(self.trace(), gum_optax.scale_by_polar(), equal_outputs(run.b2))
         return for_matrices(run, rate, direction)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mud(WithMomentum):
+    """Momentum with decorrelated rows, a cheaper Muon (MUD)."""
+
+    name: ClassVar[str] = "mud"
+
+    def build(self, run: "Training", rate: optax.Schedule, layers: int) -> Transformation:
+        return for_matrices(run, rate, optax.chain(self.trace(), decorrelate(), as_adam()))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -120,7 +120,7 @@ def missing(configs: Sequence[_Run], out: Path) -> tuple[list[Entry], list[_Run]
     return entries, [
         config
         for config in dict.fromkeys(configs)
-        if not any(_is_of(entry, config) for entry in entries)
+        if not any(is_of(entry, config) for entry in entries)
     ]
 
 
@@ -133,7 +133,7 @@ def select(entries: Sequence[Entry], configs: Sequence[Training]) -> list[Entry]
 
     def newest(config: Training) -> Entry:
         for entry in reversed(entries):
-            if _is_of(entry, config):
+            if is_of(entry, config):
                 return entry
         raise ConfigError(
             f"`out`: the result file has no run of {config.optimizer.name} with seed "
@@ -150,7 +150,7 @@ def identity(config: Training) -> dict[str, Any]:
     return {name: value for name, value in record(config).items() if name not in free}
 
 
-def _is_of(entry: Entry, config: Training) -> bool:
+def is_of(entry: Entry, config: Training) -> bool:
     """Whether an entry, perhaps from an older version, belongs to a configuration."""
     old = entry["config"]
     if (old["optimizer"], old["seed"]) != (config.optimizer.name, config.seed):

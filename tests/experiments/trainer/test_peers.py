@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.trainer import optimizers
+from experiments.trainer import directions, optimizers
 from experiments.trainer.config import Config, change
 from tests import helpers, reference
 
@@ -53,6 +53,34 @@ def test_normuon_is_muon_with_outputs_of_one_size():
         np.testing.assert_allclose(update, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("tall", [False, True])
+def test_mud_takes_from_each_row_its_parts_along_earlier_ones(tall):
+    tree = jax.tree.map(lambda leaf: leaf.T if tall else leaf, TREE)
+    trees = [
+        jax.tree.map(lambda _, G=G: (G.T if tall else G).astype(np.float32), TREE)
+        for G in _gradients()
+    ]
+    momentum = 0.0
+    for G, (update, _) in zip(_gradients(), helpers.run(_build("mud"), trees, tree), strict=True):
+        momentum = 0.95 * momentum + G
+        rows = [row / np.linalg.norm(row) for row in momentum]
+        # Forward substitution: x_i = q_i - sum over j < i of (q_i . q_j) x_j
+        solved = []
+        for i, row in enumerate(rows):
+            solved.append(row - sum((row @ rows[j]) * solved[j] for j in range(i)))
+        expected = -0.2 * N**0.5 * np.stack([row / np.linalg.norm(row) for row in solved])
+        [found] = jax.tree.leaves(update)
+        np.testing.assert_allclose(found.T if tall else found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_mud_keeps_orthonormal_rows_and_rows_of_zeros():
+    rows = np.linalg.qr(np.random.default_rng(0).normal(size=(N, M)))[0].T.astype(np.float32)
+    rows[2] = 0
+    direction = directions.decorrelate()
+    update, _ = direction.update(rows, direction.init(rows))
+    np.testing.assert_allclose(update, rows, atol=1e-6)
+
+
 def test_swan_is_the_polar_factor_of_standardized_columns():
     for G, update in zip(_gradients(), _updates("swan"), strict=True):
         standard = (G - G.mean(0)) / G.std(0)
@@ -89,6 +117,7 @@ def test_the_ramp_begins_anew_with_every_period():
     [
         ("rmnp", M * N),
         ("normuon", M * N + N),
+        ("mud", M * N),
         ("swan", 0),
         ("racs", M + N + 1),
         ("adam_mini", M * N + N),
