@@ -43,11 +43,13 @@ class Found(NamedTuple):
 
     Attributes:
       above: its loss above Muon's best one in the same result file, nats per token.
+      loss: its last validation loss.
       rate: its learning rate.
       bytes: state of the hidden matrices, bytes per parameter.
     """
 
     above: float
+    loss: float
     rate: float
     bytes: float
 
@@ -60,14 +62,15 @@ def found(key: str, rate: float | None = None) -> Found:
       LookupError: there is no run.
     """
     runs = [
-        (loss - _runs(source, "muon", rate)[0].loss, run)
+        (ended.loss - _runs(source, "muon", rate)[0].loss, ended)
         for source in SOURCES
-        for loss, run in _runs(source, key, rate)[:1]
+        for ended in _runs(source, key, rate)[:1]
     ]
     if not runs:
         raise LookupError(f"no run of {key} has {frontier.STEPS} steps")
-    above, run = min(runs, key=lambda each: each[0])
-    return Found(above, run.learning_rate, frontier.hidden_bytes(run) / _parameters())
+    above, (loss, run) = min(runs, key=lambda each: each[0])
+    bytes_per_parameter = frontier.hidden_bytes(run) / _parameters()
+    return Found(above, loss, run.learning_rate, bytes_per_parameter)
 
 
 class _Ended(NamedTuple):

@@ -18,7 +18,7 @@ from typing import Any
 from experiments import reporting
 from experiments.benchmarks import communication, pods, step
 from experiments.benchmarks import training as whole_steps
-from experiments.results import overview
+from experiments.results import one_seed, overview
 from experiments.studies import finetuning as answers
 from experiments.studies import frontier
 from experiments.studies import pretraining as comparison
@@ -334,7 +334,9 @@ def _answers() -> Iterator[tuple[str, str, str]]:
         f"{len(losses['fallback_adamw'])} seeds",
         f"AdamW {statistics.mean(losses['fallback_adamw']):.3f}, `fallbacks.factored()` "
         f"{statistics.mean(losses['fallback_factored']):.3f}, with hardly any state, and lower in "
-        f"every seed; the same beside 8-bit Muon {statistics.mean(losses['lean_muon8']):.3f}",
+        f"every seed; the same beside 8-bit Muon {statistics.mean(losses['lean_muon8']):.3f}. On a "
+        f"second corpus, beside 6-bit Muon, {-one_seed.found('lean_muon6').above:.2f} below Muon "
+        "beside AdamW (one seed)",
         "python -m experiments.studies.frontier --tuning-runs first --tuning-steps 4000 --corpora "
         "stdlib --contenders fallback_factored fallback_adamw lean_muon8 --out "
         "experiments/results/studies/frontier_fallbacks.json",

@@ -16,7 +16,7 @@ import pytest
 
 import gum_optax
 from experiments import demo
-from experiments.results import overview, readme
+from experiments.results import one_seed, overview, readme
 from experiments.trainer import cli
 
 ROOT = Path(__file__).parents[2]
@@ -214,6 +214,9 @@ def test_the_losses_of_states_in_few_bits_are_those_of_the_study():
     )
     assert f"ended at {half:.3f} with such weights, and at {muon:.3f} with float32" in _quantized()
     assert f"rounded in the same way, ended at {byte:.3f}" in _quantized()
+    lean = one_seed.found("lean_muon6")
+    muon = one_seed.found("muon").loss
+    assert f"ended at {lean.loss:.3f}, Muon beside AdamW at {muon:.3f} (one seed" in _quantized()
     choosing = " ".join((DOCS / "choosing.md").read_text().split())
     told = "it ended at {:.3f} in the mean, float32 at {:.3f} ([result]"
     assert told.format(sum(muons6) / 3, sum(muons) / 3) in choosing
