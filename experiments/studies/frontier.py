@@ -146,6 +146,7 @@ CONTENDERS = {
         ("subtrack", "SubTrack++", 1e-3, {"optimizer": "subtrack"}),
         ("mofasgd", "MoFaSGD", 3e-3, {"optimizer": "mofasgd"}),
         ("swan", "SWAN", 3e-3, {"optimizer": "swan"}),
+        ("swan_momentum", "SWAN with momentum", 3e-3, {"optimizer": "swan", "decay": 0.95}),
         ("racs", "RACS", 3e-3, {"optimizer": "racs"}),
         ("adam_mini", "Adam-mini", 1e-3, {"optimizer": "adam_mini"}),
         ("adalomo", "AdaLomo", 1e-2, {"optimizer": "adalomo"}),

@@ -204,9 +204,9 @@ class WithMomentum(Optimizer):
     #: Storage of momentum between two steps.
     momentum: Momentum = "float32"
 
-    def trace(self) -> Transformation:
-        """Returns Muon's momentum, packed between steps: M <- 0.95 M + G."""
-        return gum_optax.quantized(optax.trace(0.95), low_bits.STORAGES[self.momentum])
+    def trace(self, decay: float = 0.95) -> Transformation:
+        """Returns Muon's momentum, packed between steps: M <- decay M + G."""
+        return gum_optax.quantized(optax.trace(decay), low_bits.STORAGES[self.momentum])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,10 +247,13 @@ class Mud(WithMomentum):
 
 
 @dataclasses.dataclass(frozen=True)
-class Swan(Optimizer):
+class Swan(WithMomentum):
     """The polar factor of gradients with standardized columns, and no state (SWAN)."""
 
     name: ClassVar[str] = "swan"
+
+    #: Decay of momentum that takes the gradients' place; at 0 there is none.
+    decay: float = option(0.0, share)
 
     def build(self, run: "Training", rate: optax.Schedule, layers: int) -> Transformation:
         # The vector of weights into one output is a column here and a row in the paper.
@@ -258,6 +261,7 @@ class Swan(Optimizer):
             return jax.tree.map(lambda G: G - jnp.mean(G, axis=-2, keepdims=True), updates)
 
         direction = optax.chain(
+            self.trace(self.decay) if self.decay else optax.identity(),
             optax.stateless(center),
             gum_optax.normalize_columns(),
             gum_optax.scale_by_polar(),

@@ -28,9 +28,9 @@ def _gradients() -> np.ndarray:
     return np.random.default_rng(0).normal(size=(4, M, N)) * np.arange(1, N + 1)
 
 
-def _updates(name: str) -> list[np.ndarray]:
+def _updates(name: str, **options: Any) -> list[np.ndarray]:
     trees = [jax.tree.map(lambda _, G=G: G.astype(np.float32), TREE) for G in _gradients()]
-    run = helpers.run(_build(name), trees, TREE)
+    run = helpers.run(_build(name, **options), trees, TREE)
     return [np.asarray(jax.tree.leaves(update)[0]) for update, _ in run]
 
 
@@ -81,9 +81,12 @@ def test_mud_keeps_orthonormal_rows_and_rows_of_zeros():
     np.testing.assert_allclose(update, rows, atol=1e-6)
 
 
-def test_swan_is_the_polar_factor_of_standardized_columns():
-    for G, update in zip(_gradients(), _updates("swan"), strict=True):
-        standard = (G - G.mean(0)) / G.std(0)
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+def test_swan_is_the_polar_factor_of_standardized_columns(decay):
+    momentum = 0.0
+    for G, update in zip(_gradients(), _updates("swan", decay=decay), strict=True):
+        momentum = decay * momentum + G
+        standard = (momentum - momentum.mean(0)) / momentum.std(0)
         expected = -0.2 * N**0.5 * reference.newton_schulz(standard)
         np.testing.assert_allclose(update, expected, rtol=1e-4, atol=1e-5)
 
