@@ -135,12 +135,12 @@ class Unbiased(Carrying):
     full_rank_layers: int = option(2, not_negative)
     #: Rule for the residual, the part of a gradient that its basis leaves out. drop: it is lost.
     #: sampled, additive: the drawn layers keep it, in place of their projection or beside it.
-    #: columns, energy, rows, sign, plain: it is added without momentum, with its columns, rows or
-    #: entries normalized or as it is (plain), at the size of an orthogonal matrix; drawn layers
-    #: keep it as under additive instead. energy: columns are divided by a running average of their
-    #: norms, which Alice does.
+    #: columns, energy, polar, rows, sign, plain: it is added without momentum, with its columns,
+    #: singular values, rows or entries normalized or as it is (plain), at the size of an orthogonal
+    #: matrix; drawn layers keep it as under additive instead. energy: columns are divided by a
+    #: running average of their norms, which Alice does. polar: columns are normalized before.
     residual: Literal[
-        "drop", "sampled", "additive", "columns", "energy", "rows", "sign", "plain"
+        "drop", "sampled", "additive", "columns", "energy", "polar", "rows", "sign", "plain"
     ] = "sampled"
     #: Exponent e: residual_scale is multiplied by (learning rate / peak learning rate)^e.
     residual_decay: float = option(0.0, not_negative)
