@@ -6,7 +6,7 @@ docs/methods.md.
 """
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -254,20 +254,24 @@ class Swan(WithMomentum):
 
     #: Decay of momentum that takes the gradients' place; at 0 there is none.
     decay: float = option(0.0, share)
+    #: What is done to columns: standardized (mean 0 and one size), normalized (one size), as_is.
+    columns: Literal["standardized", "normalized", "as_is"] = "standardized"
+    #: What follows: polar (Newton-Schulz) or decorrelation (a triangular solve, as in MUD).
+    orthogonalizer: Literal["polar", "decorrelation"] = "polar"
 
     def build(self, run: "Training", rate: optax.Schedule, layers: int) -> Transformation:
         # The vector of weights into one output is a column here and a row in the paper.
         def center(updates: optax.Updates, params: optax.Params | None) -> optax.Updates:
             return jax.tree.map(lambda G: G - jnp.mean(G, axis=-2, keepdims=True), updates)
 
-        direction = optax.chain(
-            self.trace(self.decay) if self.decay else optax.identity(),
-            optax.stateless(center),
-            gum_optax.normalize_columns(),
-            gum_optax.scale_by_polar(),
-            as_adam(),
-        )
-        return for_matrices(run, rate, direction)
+        parts = [self.trace(self.decay)] if self.decay else []
+        if self.columns == "standardized":
+            parts.append(optax.stateless(center))
+        if self.columns != "as_is":
+            parts.append(gum_optax.normalize_columns())
+        whiten = {"polar": gum_optax.scale_by_polar, "decorrelation": decorrelate}
+        parts += [whiten[self.orthogonalizer](), as_adam()]
+        return for_matrices(run, rate, optax.chain(*parts))
 
 
 @dataclasses.dataclass(frozen=True)

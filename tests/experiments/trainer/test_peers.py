@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from experiments.trainer import directions, optimizers
@@ -82,13 +83,26 @@ def test_mud_keeps_orthonormal_rows_and_rows_of_zeros():
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.9])
-def test_swan_is_the_polar_factor_of_standardized_columns(decay):
-    momentum = 0.0
-    for G, update in zip(_gradients(), _updates("swan", decay=decay), strict=True):
+@pytest.mark.parametrize("columns", ["standardized", "normalized", "as_is"])
+def test_swan_is_the_polar_factor_of_standardized_columns(decay, columns):
+    of = {
+        "standardized": lambda M: (M - M.mean(0)) / M.std(0),
+        "normalized": lambda M: M / np.linalg.norm(M, axis=0),
+        "as_is": lambda M: M,
+    }[columns]
+    momentum, updates = 0.0, _updates("swan", decay=decay, columns=columns)
+    for G, update in zip(_gradients(), updates, strict=True):
         momentum = decay * momentum + G
-        standard = (momentum - momentum.mean(0)) / momentum.std(0)
-        expected = -0.2 * N**0.5 * reference.newton_schulz(standard)
+        expected = -0.2 * N**0.5 * reference.newton_schulz(of(momentum))
         np.testing.assert_allclose(update, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_swan_by_mud_is_mud_of_standardized_gradients():
+    standard = [(G - G.mean(0)) / G.std(0) for G in _gradients()]
+    for G, update in zip(standard, _updates("swan", orthogonalizer="decorrelation"), strict=True):
+        rows = jnp.asarray(G, jnp.float32)
+        expected, _ = directions.decorrelate().update(rows, optax.EmptyState())
+        np.testing.assert_allclose(update, -0.2 * N**0.5 * expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_ramp_begins_anew_with_every_period():
