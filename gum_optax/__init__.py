@@ -14,6 +14,8 @@ from gum_optax._codec import Compressed as Compressed
 from gum_optax._codec import Frame as Frame
 from gum_optax._columns import normalize_columns as normalize_columns
 from gum_optax._compression import LowRank as LowRank
+from gum_optax._decorrelation import decorrelate as decorrelate
+from gum_optax._decorrelation import scale_by_decorrelation as scale_by_decorrelation
 from gum_optax._depth import by_band as by_band
 from gum_optax._depth import rank_by_depth as rank_by_depth
 from gum_optax._dion import scale_by_dion2 as scale_by_dion2

@@ -9,7 +9,7 @@ Matrices are wide inside, m <= n: tall ones are transposed first, so that Gram m
 Tests: tests/library/test_orthogonal.py.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -190,9 +190,25 @@ def scale_by_polar(
     """
     _checks.hyperparameter("eps", eps)
     _coefficients(ns_coeffs, ns_steps)
+    return matrix_by_matrix(lambda x: newton_schulz(x, ns_coeffs, ns_steps, eps))
 
-    def polar(x: jax.Array, *bases: jax.Array) -> jax.Array:
-        result = newton_schulz(x, ns_coeffs, ns_steps, eps)
+
+def matrix_by_matrix(
+    direction: Callable[[jax.Array], jax.Array],
+) -> optax.GradientTransformationExtraArgs:
+    """Makes a transformation that replaces every matrix by its direction.
+
+    Args:
+      direction: maps ``[..., m, n]`` to the same shape and dtype, and zero to zero.
+
+    Returns:
+      A stateless transformation. Batches of large matrices take turns in a loop. The extra argument
+      ``outside``, a tree like the updates of bases P ``[..., m, r]`` or None, projects results
+      out of bases: ``F - P P'F``.
+    """
+
+    def one(x: jax.Array, *bases: jax.Array) -> jax.Array:
+        result = direction(x)
         for basis in bases:  # one or none
             result = (result - basis @ (basis.mT @ result)).astype(x.dtype)
         return result
@@ -201,8 +217,8 @@ def scale_by_polar(
         bases = () if basis is None else (basis,)
         # A loop over a sharded batch axis would gather it.
         if x.ndim > 2 and _scheduling.is_large(x) and not _mesh.on_mesh(x):
-            return _scheduling.one_by_one(polar, x, *bases)
-        return polar(x, *bases)
+            return _scheduling.one_by_one(one, x, *bases)
+        return one(x, *bases)
 
     def apply_all(updates: Any, outside: Any) -> Any:
         leaves, treedef = jax.tree.flatten(updates)

@@ -84,31 +84,6 @@ def equal_outputs(decay: float) -> optax.GradientTransformationExtraArgs:
     return _by_average(scaled, decay)
 
 
-def decorrelate() -> optax.GradientTransformation:
-    """Makes the rows of matrices, on their short side, nearly orthonormal by a triangular solve.
-
-    One pass of MUD, in the place of Muon's Newton-Schulz: a Gram matrix and one solve, about a
-    tenth of its arithmetic. A matrix with orthonormal rows stays as it is; rows of zeros stay zero.
-
-    References:
-      Southworth and Thomas, MUD, arXiv 2603.17970.
-    """
-
-    def one(M: jax.Array) -> jax.Array:
-        tall = M.shape[-2] > M.shape[-1]
-        # 1. Rows of length 1, on the short side: Q [..., m, n] with m <= n
-        Q = _unit_rows(M.mT if tall else M)
-        # 2. T = tril(Q Q'), whose diagonal is 1. A row of zeros would have 0 there.
-        below = jnp.tril(Q @ Q.mT, -1)
-        T = below + jnp.eye(Q.shape[-2], dtype=Q.dtype)
-        # 3. Q <- T^-1 Q, a step of Gauss-Seidel: from each row, its parts along earlier ones go.
-        Q = jax.lax.linalg.triangular_solve(T, Q, left_side=True, lower=True)
-        Q = _unit_rows(Q)
-        return Q.mT if tall else Q
-
-    return optax.stateless(lambda updates, params: jax.tree.map(one, updates))
-
-
 def _sized(direction: Callable[[jax.Array], jax.Array]) -> optax.GradientTransformationExtraArgs:
     """Makes a transformation that scales `direction` of a residual to the norm ``sqrt(m - r)``.
 

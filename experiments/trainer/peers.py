@@ -14,7 +14,7 @@ import optax
 
 import gum_optax
 from experiments.trainer import low_bits
-from experiments.trainer.directions import as_adam, decorrelate, equal_outputs
+from experiments.trainer.directions import as_adam, equal_outputs
 from experiments.trainer.methods import (
     Momentum,
     Optimizer,
@@ -243,7 +243,9 @@ class Mud(WithMomentum):
     name: ClassVar[str] = "mud"
 
     def build(self, run: "Training", rate: optax.Schedule, layers: int) -> Transformation:
-        return for_matrices(run, rate, optax.chain(self.trace(), decorrelate(), as_adam()))
+        return for_matrices(
+            run, rate, optax.chain(self.trace(), gum_optax.scale_by_decorrelation(), as_adam())
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,7 +271,10 @@ class Swan(WithMomentum):
             parts.append(optax.stateless(center))
         if self.columns != "as_is":
             parts.append(gum_optax.normalize_columns())
-        whiten = {"polar": gum_optax.scale_by_polar, "decorrelation": decorrelate}
+        whiten = {
+            "polar": gum_optax.scale_by_polar,
+            "decorrelation": gum_optax.scale_by_decorrelation,
+        }
         parts += [whiten[self.orthogonalizer](), as_adam()]
         return for_matrices(run, rate, optax.chain(*parts))
 
