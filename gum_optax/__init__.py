@@ -13,6 +13,7 @@ from gum_optax import storages as storages
 from gum_optax._codec import Compressed as Compressed
 from gum_optax._codec import Frame as Frame
 from gum_optax._columns import normalize_columns as normalize_columns
+from gum_optax._columns import standardize_columns as standardize_columns
 from gum_optax._compression import LowRank as LowRank
 from gum_optax._decorrelation import decorrelate as decorrelate
 from gum_optax._decorrelation import scale_by_decorrelation as scale_by_decorrelation
@@ -54,6 +55,7 @@ from gum_optax._recipes import adamw as adamw
 from gum_optax._recipes import gum as gum
 from gum_optax._recipes import muon as muon
 from gum_optax._recipes import scale_by_gum as scale_by_gum
+from gum_optax._recipes import swan as swan
 from gum_optax._rounding import RoundingState as RoundingState
 from gum_optax._rounding import stochastic_rounding as stochastic_rounding
 from gum_optax._rows_and_columns import RacsState as RacsState

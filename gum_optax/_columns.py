@@ -1,4 +1,4 @@
-r"""Column normalization: a stateless direction from the scale of columns alone (SCALE).
+r"""Column normalization: stateless directions from the scale of columns alone (SCALE, SWAN).
 
 A column of a JAX kernel [inputs, outputs] holds the weights that feed one output. The
 transformation divides every column by its own norm. It has two uses, which give columns different
@@ -122,6 +122,65 @@ def normalize_columns(eps: float | jax.Array = 1e-8) -> optax.GradientTransforma
         return _mesh.in_auto_mode(normalize, updates, projected, like=lambda: updates), state
 
     return column_scaling(init, update, _equal_shares)
+
+
+def standardize_columns(eps: float | jax.Array = 1e-8) -> optax.GradientTransformationExtraArgs:
+    r"""Gives every column of each update the mean zero and the standard deviation one.
+
+    A column of a kernel [inputs, outputs] holds the weights of one output. This is SWAN's first
+    step, ahead of `scale_by_polar`, and needs no optimizer state:
+
+    .. math:: X_j \leftarrow (X_j - \bar X_j) / \max(\operatorname{std}(X_j),\ \epsilon)
+
+    Columns whose entries are equal become zero. Squares neither overflow nor underflow.
+
+    Args:
+      eps: lower bound of the standard deviation.
+
+    Returns:
+      A stateless ``optax.GradientTransformationExtraArgs`` for trees of arrays ``[..., m, n]``.
+      Results have the dtypes of the updates; half precision is computed in float32.
+
+    Raises:
+      TypeError, ValueError: if ``eps`` is not a finite number >= 0.
+      ValueError: from ``init`` and ``update``, if a leaf has fewer than two axes.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import gum_optax
+      >>> tx = gum_optax.standardize_columns()
+      >>> G = jnp.array([[3.0, 1.0], [5.0, 1.0]])
+      >>> tx.update(G, tx.init(G))[0]
+      Array([[-1.,  0.],
+             [ 1.,  0.]], dtype=float32)
+
+    References:
+      Ma et al., SWAN, arXiv 2412.13148.
+    """
+    _checks.hyperparameter("eps", eps)
+
+    def standardize(x: jax.Array) -> jax.Array:
+        # In units of the largest entry, so that sums stay in range: X_j / s_j, and eps / s_j.
+        scale = safe_scale(x, axis=-2)  # [..., 1, n]
+        unit = x / scale
+        centered = unit - jnp.mean(unit, axis=-2, keepdims=True)
+        return _unit_rms(centered, jnp.asarray(eps, x.dtype) / scale)
+
+    def all_leaves(updates: PyTree) -> PyTree:
+        return jax.tree.map(lambda x: _in_range(standardize, x), updates)
+
+    def init(params: PyTree) -> optax.EmptyState:
+        _checks.matrices("standardize_columns", params)
+        return optax.EmptyState()
+
+    def update(
+        updates: PyTree, state: optax.OptState, params: PyTree | None = None, **extra: Any
+    ) -> tuple[PyTree, optax.OptState]:
+        del params, extra
+        _checks.matrices("standardize_columns", updates)
+        return _mesh.in_auto_mode(all_leaves, updates, like=lambda: updates), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _in_range(function: Any, x: jax.Array, *others: jax.Array) -> jax.Array:

@@ -4,7 +4,8 @@ An optimizer takes a compression, so that every pair of the two is one call:
 
 - ``gum(0.02, LowRank())`` is GUM, ``gum(0.02, galore())`` is GaLore-Muon;
 - ``adamw(1e-3, LowRank())`` is unbiased AdamW, ``adamw(1e-3, galore())`` is GaLore;
-- ``muon(0.02)`` compresses no gradients but quantizes its momentum.
+- ``muon(0.02)`` compresses no gradients but quantizes its momentum;
+- ``swan(0.02)`` has no momentum.
 
 Each recipe is a direction for matrices, which `for_matrices` completes to an optimizer.
 
@@ -22,6 +23,7 @@ import optax
 from gum_optax import _checks, _mesh, _packing, fallbacks, storages
 from gum_optax import dimension_numbers as dims
 from gum_optax._codec import Compressed, Frame, drawn_bases
+from gum_optax._columns import standardize_columns
 from gum_optax._compression import LowRank
 from gum_optax._low_rank import low_rank
 from gum_optax._matrices import for_matrices
@@ -260,6 +262,71 @@ def muon(
         orthogonalizer,
         _scale_by_shape(consistent_rms),
     )
+    return for_matrices(
+        direction,
+        learning_rate,
+        weight_decay=weight_decay,
+        weight_decay_mask=weight_decay_mask,
+        weight_dimension_numbers=weight_dimension_numbers,
+        fallback=fallback,
+        fallback_learning_rate=fallback_learning_rate,
+    )
+
+
+def swan(
+    learning_rate: ScalarOrSchedule,
+    orthogonalizer: optax.GradientTransformation = _POLAR,
+    *,
+    consistent_rms: Number | None = None,
+    weight_decay: Number = 0.0,
+    weight_decay_mask: Mask = None,
+    weight_dimension_numbers: dims.DimensionNumbers | None = None,
+    fallback: optax.GradientTransformation | Fallback | None = None,
+    fallback_learning_rate: ScalarOrSchedule | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""SWAN: the polar factor of standardized gradients, without any state for matrices.
+
+    Matrices get `standardize_columns`, Newton-Schulz, Muon's shape scaling, decoupled weight decay
+    and the learning rate; everything else gets the fallback, see `for_matrices`:
+
+    .. math:: U = \text{NS}\left(\frac{G - \bar G}{\operatorname{std}(G)}\right)
+        \qquad\text{(by columns, the weights of one output)}
+
+    There is no momentum to average the noise of batches, and steps of successive batches cancel in
+    part. So the learning rate is far larger than Muon's: eight times was best in our studies.
+
+    Args:
+      learning_rate: a number, or a schedule of the step count.
+      orthogonalizer: the transformation after `standardize_columns`, by default
+        `scale_by_polar()`; `scale_by_decorrelation` takes less time.
+      consistent_rms: as for `gum`.
+      weight_decay: as for `for_matrices`.
+      weight_decay_mask: as for `for_matrices`.
+      weight_dimension_numbers: as for `for_matrices`.
+      fallback: as for `for_matrices`.
+      fallback_learning_rate: as for `for_matrices`.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs``.
+
+    Raises:
+      TypeError, ValueError: if an argument is malformed.
+
+    Example:
+      Hardly any state for embedding, head and norms either:
+
+      >>> import gum_optax
+      >>> from gum_optax import fallbacks
+      >>> tx = gum_optax.swan(
+      ...     2.4e-2, consistent_rms=0.2,
+      ...     fallback=fallbacks.factored(), fallback_learning_rate=2e-3)
+
+    References:
+      Ma et al., SWAN, arXiv 2412.13148, by secondary sources.
+    """
+    _checks.transformation("orthogonalizer", orthogonalizer)
+    _consistent_rms(consistent_rms)
+    direction = optax.chain(standardize_columns(), orthogonalizer, _scale_by_shape(consistent_rms))
     return for_matrices(
         direction,
         learning_rate,

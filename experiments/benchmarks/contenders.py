@@ -101,6 +101,11 @@ VARIANTS: dict[str, Callable[..., Optimizer]] = {
     "Muon, 6 bits": lambda *_: gum_optax.muon(LEARNING_RATE, storages.int6()),
     "Muon, 4 bits": lambda *_: gum_optax.muon(LEARNING_RATE, storages.int4()),
     "Muon": lambda *_: gum_optax.muon(LEARNING_RATE, storages.plain()),
+    "MUD, 8 bits": lambda *_: gum_optax.muon(
+        LEARNING_RATE, orthogonalizer=gum_optax.scale_by_decorrelation()
+    ),
+    "SWAN": lambda *_: gum_optax.swan(LEARNING_RATE),
+    "SWAN by MUD": lambda *_: gum_optax.swan(LEARNING_RATE, gum_optax.scale_by_decorrelation()),
     "SCALE": lambda *_: gum_optax.for_matrices(gum_optax.normalize_columns(), LEARNING_RATE),
     "AdamW": lambda *_: optax.adamw(LEARNING_RATE),
     "AdamW, 8 bits": lambda *_: gum_optax.quantized(optax.adamw(LEARNING_RATE)),

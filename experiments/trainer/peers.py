@@ -8,8 +8,6 @@ docs/methods.md.
 import dataclasses
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import jax
-import jax.numpy as jnp
 import optax
 
 import gum_optax
@@ -262,21 +260,22 @@ class Swan(WithMomentum):
     orthogonalizer: Literal["polar", "decorrelation"] = "polar"
 
     def build(self, run: "Training", rate: optax.Schedule, layers: int) -> Transformation:
-        # The vector of weights into one output is a column here and a row in the paper.
-        def center(updates: optax.Updates, params: optax.Params | None) -> optax.Updates:
-            return jax.tree.map(lambda G: G - jnp.mean(G, axis=-2, keepdims=True), updates)
-
-        parts = [self.trace(self.decay)] if self.decay else []
-        if self.columns == "standardized":
-            parts.append(optax.stateless(center))
-        if self.columns != "as_is":
-            parts.append(gum_optax.normalize_columns())
+        treat = {
+            "standardized": gum_optax.standardize_columns,
+            "normalized": gum_optax.normalize_columns,
+            "as_is": optax.identity,
+        }
         whiten = {
             "polar": gum_optax.scale_by_polar,
             "decorrelation": gum_optax.scale_by_decorrelation,
         }
-        parts += [whiten[self.orthogonalizer](), as_adam()]
-        return for_matrices(run, rate, optax.chain(*parts))
+        direction = optax.chain(
+            self.trace(self.decay) if self.decay else optax.identity(),
+            treat[self.columns](),
+            whiten[self.orthogonalizer](),
+            as_adam(),
+        )
+        return for_matrices(run, rate, direction)
 
 
 @dataclasses.dataclass(frozen=True)

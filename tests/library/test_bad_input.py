@@ -23,11 +23,12 @@ _IDENTITY = optax.identity()
 Compression = functools.partial(LowRank, rank=2, period=3)
 gum = functools.partial(gum_optax.gum, 0.1)
 muon = functools.partial(gum_optax.muon, 0.1)
+swan = functools.partial(gum_optax.swan, 0.1)
 adamw = functools.partial(gum_optax.adamw, 0.1)
 for_matrices = functools.partial(gum_optax.for_matrices, _IDENTITY, 0.1)
 golore = functools.partial(gum_optax.golore, switch_step=5)
 scale_by_gum = gum_optax.scale_by_gum
-OPTIMIZERS = [gum, muon, adamw, for_matrices]
+OPTIMIZERS = [gum, muon, swan, adamw, for_matrices]
 COMPRESSIONS = [LowRank, gum_optax.galore, golore]
 
 
@@ -105,11 +106,12 @@ BAD_VALUES = {
         [lambda direction: gum_optax.for_matrices(direction, 0.1)],
         [*NOT_TRANSFORMATION, None, LowRank()],
     ),
-    "orthogonalizer": ([gum, scale_by_gum, muon], [*NOT_TRANSFORMATION, None]),
+    "orthogonalizer": ([gum, scale_by_gum, muon, swan], [*NOT_TRANSFORMATION, None]),
     "learning_rate": (
         [
             gum_optax.gum,
             gum_optax.muon,
+            gum_optax.swan,
             gum_optax.adamw,
             functools.partial(gum_optax.for_matrices, _IDENTITY),
         ],
@@ -121,7 +123,7 @@ BAD_VALUES = {
     "eps": ([adamw, gum_optax.scale_by_polar], [*NOT_NUMBER, None]),
     "b1": ([adamw], NOT_DECAY),
     "b2": ([adamw], NOT_DECAY),
-    "consistent_rms": ([gum, muon], NOT_NUMBER),
+    "consistent_rms": ([gum, muon, swan], NOT_NUMBER),
     "fallback": (OPTIMIZERS, NOT_TRANSFORMATION),
 }
 

@@ -11,8 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-import gum_optax
-from gum_optax import normalize_columns
+from gum_optax import normalize_columns, standardize_columns
 from tests import helpers
 
 SHAPES = [(6, 10), (10, 6), (8, 8), (1, 5), (5, 1), (3, 6, 10), (2, 3, 10, 6)]
@@ -182,6 +181,43 @@ def test_residuals_are_invariant_to_the_scale_of_columns():
 
 
 # Measured: 5.6e-5 and 0.47 of a full column.
+@functools.partial(jax.jit, compiler_options=helpers.QUICK, static_argnames="eps")
+def _standardize(x, eps=1e-8):
+    return standardize_columns(eps).update(x, optax.EmptyState())[0]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_standardized_columns_equal_the_float64_loop(shape):
+    x = _gaussian(*shape) + 3
+    expected = _oracle(x - x.mean(-2, keepdims=True))
+    np.testing.assert_allclose(_standardize(_float32(x)), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1e-33, 1e30, 1e37])
+@pytest.mark.parametrize("eps", [0.0, 1e-2])
+def test_standardized_columns_of_extreme_scales_follow_the_definition(scale, eps):
+    x = _gaussian(6, 10)
+    expected = _oracle(scale * (x - x.mean(0)), eps)
+    got = _standardize(_float32(scale * x), eps=eps)
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_columns_of_equal_entries_become_zero():
+    x = np.float32(_gaussian(6, 3))
+    x[:, 1] = 0.3
+    got = _standardize(x)
+    np.testing.assert_array_equal(got[:, 1], 0)
+    np.testing.assert_allclose(np.std(got[:, ::2], axis=0), 1, rtol=1e-5)
+
+
+def test_standardized_half_precision_and_empty_leaves():
+    x = jnp.asarray(_gaussian(6, 10), jnp.bfloat16)
+    assert _standardize(x).dtype == jnp.bfloat16
+    exact = _standardize(x.astype(jnp.float32))
+    np.testing.assert_array_equal(_standardize(x), exact.astype(jnp.bfloat16))
+    assert _standardize(jnp.zeros((0, 4))).shape == (0, 4)
+
+
 @pytest.mark.parametrize(("dtype", "bound"), [(jnp.float32, 1e-3), (jnp.bfloat16, 0.75)])
 def test_columns_that_are_rounding_stay_small(dtype, bound):
     """Half of the gradient's columns lie in the basis's span, so their residual is noise."""
@@ -276,10 +312,13 @@ def test_masked_leaves_are_left_out():
 
 @pytest.mark.parametrize("leaf", [np.ones(3), np.ones(())], ids=["vector", "scalar"])
 def test_leaves_that_are_not_matrices_are_named(leaf):
-    tx, tree = normalize_columns(), {"norm": {"scale": leaf}}
-    for call in (lambda: tx.init(tree), lambda: tx.update(tree, optax.EmptyState())):
-        with pytest.raises(ValueError, match=r"at least 2 axes.*\['norm'\]\['scale'\].*partition"):
-            call()
+    tree = {"norm": {"scale": leaf}}
+    for make in (normalize_columns, standardize_columns):
+        tx = make()
+        for call in (tx.init, lambda tree, tx=tx: tx.update(tree, optax.EmptyState())):
+            told = rf"`{make.__name__}`.* 2 axes.*\['norm'\]\['scale'\].*partition"
+            with pytest.raises(ValueError, match=told):
+                call(tree)
 
 
 @pytest.mark.parametrize("shape", [(7, 10), (2, 9), (10,), (1, 2, 10)], ids=str)
@@ -290,5 +329,6 @@ def test_projections_of_the_wrong_shape_are_named(shape):
 
 @pytest.mark.parametrize("eps", [-1e-8, float("nan"), float("inf"), "1e-8", None])
 def test_a_bad_eps_fails_at_once(eps):
-    with pytest.raises((TypeError, ValueError), match="`eps` must"):
-        gum_optax.normalize_columns(eps)
+    for make in (normalize_columns, standardize_columns):
+        with pytest.raises((TypeError, ValueError), match="`eps` must"):
+            make(eps)

@@ -17,6 +17,7 @@ import pytest
 
 import gum_optax
 from gum_optax import LowRank, carries, projectors, residuals, samplers, storages
+from tests import reference
 from tests.helpers import first_coordinates, jit_once, low_rank_state
 from tests.tables import (
     PERIOD,
@@ -34,6 +35,7 @@ PUBLIC = [
     gum_optax.gum,
     gum_optax.scale_by_gum,
     gum_optax.muon,
+    gum_optax.swan,
     gum_optax.adamw,
     gum_optax.for_matrices,
     gum_optax.low_rank,
@@ -61,7 +63,8 @@ def test_nothing_has_more_than_twelve_arguments(factory):
 
 
 @pytest.mark.parametrize(
-    "factory", [gum_optax.gum, gum_optax.muon, gum_optax.adamw, gum_optax.for_matrices]
+    "factory",
+    [gum_optax.gum, gum_optax.muon, gum_optax.swan, gum_optax.adamw, gum_optax.for_matrices],
 )
 def test_optimizers_are_called_alike(factory):
     """In optax's order: the learning rate comes first, and what is optional has a name."""
@@ -456,3 +459,24 @@ def test_a_model_of_one_layer_is_trained_as_by_muon():
     updates, _ = jax.jit(direction.update)(params, state)
     expected, _ = jax.jit(muon.update)(params, muon.init(params))
     assert_close(updates, expected)
+
+
+@pytest.mark.parametrize("orthogonalizer", ["polar", "decorrelation"])
+def test_swan_orthogonalizes_standardized_gradients_and_keeps_nothing(orthogonalizer):
+    rng = np.random.default_rng(0)
+    params = {"layers": [{"kernel": np.float32(rng.normal(size=(5, 8)))} for _ in range(2)]}
+    part = getattr(gum_optax, f"scale_by_{orthogonalizer}")()
+    tx = gum_optax.swan(0.1, part, consistent_rms=0.2)
+    state = tx.init(params)
+    assert sum(leaf.size for leaf in jax.tree.leaves(state)) <= 2  # counters
+    direction = {
+        "polar": reference.newton_schulz,
+        "decorrelation": lambda X: np.asarray(gum_optax.decorrelate(np.float32(X))),
+    }[orthogonalizer]
+    for _ in range(2):  # the second step is like the first
+        gradients = jax.tree.map(lambda W: np.float32(rng.normal(size=W.shape) + 1), params)
+        updates, state = jax.jit(tx.update)(gradients, state, params)
+        for update, G in zip(jax.tree.leaves(updates), jax.tree.leaves(gradients), strict=True):
+            standard = (G - G.mean(0)) / G.std(0)
+            expected = -0.1 * 0.2 * 8**0.5 * direction(standard)
+            np.testing.assert_allclose(update, expected, rtol=1e-4, atol=1e-6)
