@@ -361,6 +361,8 @@ def _answers() -> Iterator[tuple[str, str, str]]:
             for key, name in (
                 ("Muon", "Muon"),
                 ("Muon, 8 bits", "8-bit Muon"),
+                ("MUD, 8 bits", "8-bit MUD"),
+                ("SWAN by MUD", "SWAN by MUD"),
                 ("GUM", "GUM"),
                 ("columns of the residual", "low-rank Muon with the column-normalized residual"),
                 ("SCALE", "SCALE"),
