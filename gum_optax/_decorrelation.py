@@ -58,15 +58,14 @@ def _decorrelate(x: jax.Array) -> jax.Array:
     wide = (x.mT if tall else x).astype(at_least_float32(x.dtype))  # [..., m, n]
     # 1. Rows of length one. On a mesh, all devices have whole columns from here on.
     Q = _unit_rows(_mesh.gather_rows(wide))
-    # 2. T = tril(Q Q'), whose diagonal is one; that of a row of zeros would be zero.
-    eye = jnp.eye(Q.shape[-2], dtype=Q.dtype)
-    T = jnp.tril(Q @ Q.mT, -1) + eye  # [..., m, m]
-    # 3. Y = T^-1 Q. The product with the inverse takes a fourth longer than a solve with n columns
-    #    and shards along n, as no solve does.
+    # 2. T^-1, where T = tril(Q Q') has ones on its diagonal: the solve reads what lies below it.
+    gram = Q @ Q.mT  # [..., m, m]
+    eye = jnp.broadcast_to(jnp.eye(Q.shape[-2], dtype=Q.dtype), gram.shape)
     inverse = jax.lax.linalg.triangular_solve(
-        T, jnp.broadcast_to(eye, T.shape), left_side=True, lower=True, unit_diagonal=True
+        gram, eye, left_side=True, lower=True, unit_diagonal=True
     )
-    # 4. Rows of length one.
+    # 3. Y = T^-1 Q, then rows of length one. A product with the inverse takes a fourth longer than
+    #    a solve with n columns would, and shards along n, as no solve does.
     U = _unit_rows(_mesh.gather_rows(inverse @ Q)).astype(x.dtype)
     return U.mT if tall else U
 
