@@ -1,9 +1,9 @@
 """Peers, draws and periods on one seed: `python -m experiments.results.one_seed` draws the figure.
 
-The runs of 4,000 steps on the speeches are in two result files of `experiments.studies.frontier`:
-`frontier_speeches.json`, trained on CPUs, and `frontier.json`, trained on a GPU. The same run of
-Muon differs by 0.006 between the two, so each loss is compared with Muon's in its own file. One
-seed does not tell methods apart whose losses differ by less than 0.02.
+The runs of 4,000 steps are in result files of `experiments.studies.frontier`, trained on CPUs and,
+`frontier.json`, on a GPU. The same run of Muon differs by 0.006 between the two, and the library by
+its version, so each loss is compared with Muon's in its own file. One seed does not tell methods
+apart whose losses differ by less than 0.02.
 """
 
 import functools
@@ -19,8 +19,11 @@ from experiments.trainer import sweeps
 from experiments.trainer.config import Config as Run
 
 STUDIES = Path(__file__).parent / "studies"
-SOURCES = (STUDIES / "frontier_speeches.json", STUDIES / "frontier.json")
-CONFIG = frontier.Config(corpora=("runs/sotu",), seeds=(0,))
+STDLIB, SPEECHES = "stdlib", "runs/sotu"
+SOURCES = {
+    STDLIB: (STUDIES / "frontier_fallbacks.json", STUDIES / "frontier.json"),
+    SPEECHES: (STUDIES / "frontier_speeches.json", STUDIES / "frontier.json"),
+}
 # Optimizers of other papers, and ours to compare with, in no order.
 PEERS = ()
 # Line of the left panel -> number of drawn layers of 8 -> contender.
@@ -35,6 +38,7 @@ PERIODS = {
     "low-rank Muon + columns": {20: "columns_20", 200: "columns_rotate", 1000: "columns_1000"},
 }
 
+_CONFIG = frontier.Config()
 _RATE = 3e-3  # of all runs of the figure: the best one of all methods based on Muon
 
 
@@ -55,16 +59,16 @@ class Found(NamedTuple):
 
 
 @functools.cache
-def found(key: str, rate: float | None = None) -> Found:
-    """Returns the best run of a contender over both files and, unless `rate` is given, all rates.
+def found(key: str, rate: float | None = None, corpus: str = SPEECHES) -> Found:
+    """Returns the best run of a contender on a corpus, of one learning rate or of all.
 
     Raises:
       LookupError: there is no run.
     """
     runs = [
-        (ended.loss - _runs(source, "muon", rate)[0].loss, ended)
-        for source in SOURCES
-        for ended in _runs(source, key, rate)[:1]
+        (ended.loss - _runs(source, "muon", rate, corpus)[0].loss, ended)
+        for source in SOURCES[corpus]
+        for ended in _runs(source, key, rate, corpus)[:1]
     ]
     if not runs:
         raise LookupError(f"no run of {key} has {frontier.STEPS} steps")
@@ -78,12 +82,12 @@ class _Ended(NamedTuple):
     run: Run
 
 
-def _runs(source: Path, key: str, rate: float | None) -> list[_Ended]:
+def _runs(source: Path, key: str, rate: float | None, corpus: str) -> list[_Ended]:
     """Returns the contender's runs of a file at one or all learning rates, the best one first."""
     runs = []
     for entry in _entries(source):
         its_rate = entry["config"]["learning_rate"]
-        run = frontier.point(CONFIG, key, its_rate, 0, CONFIG.corpora[0], frontier.STEPS)
+        run = frontier.point(_CONFIG, key, its_rate, 0, corpus, frontier.STEPS)
         if rate in (None, its_rate) and sweeps.is_of(entry, run):
             runs.append(_Ended(entry["validation_loss"], run))
     return sorted(runs, key=lambda ended: ended.loss)
@@ -97,7 +101,7 @@ def _entries(source: Path) -> list[sweeps.Entry]:
 @functools.cache
 def _parameters() -> float:
     """Returns the number of parameters of the hidden matrices: AdamW has 8 bytes for each."""
-    run = frontier.point(CONFIG, "adamw", 1e-3, 0, CONFIG.corpora[0], frontier.STEPS)
+    run = frontier.point(_CONFIG, "adamw", 1e-3, 0, SPEECHES, frontier.STEPS)
     return frontier.hidden_bytes(run) / 8
 
 
