@@ -75,6 +75,11 @@ def _turned(**more: Any) -> dict[str, Any]:
     return _muon("columns", restart="rotate", **more)
 
 
+def _polar(scale: float, **more: Any) -> dict[str, Any]:
+    """Options with `scale` times the polar factor of the residual; a refresh rotates momentum."""
+    return _muon("polar", restart="rotate", residual_scale=scale, **more)
+
+
 def _adam(optimizer: str, **more: Any) -> dict[str, Any]:
     # Power iteration replaces the SVD of these methods' papers: bases by SVD train no better and
     # take an accelerator minutes.
@@ -157,10 +162,12 @@ CONTENDERS = {
         ("adalomo", "AdaLomo", 1e-2, {"optimizer": "adalomo"}),
         ("energy", "low-rank Muon + columns by energy", 3e-3,
          _muon("energy", restart="rotate")),
-        ("polar", "low-rank Muon + polar factor of the residual", 3e-3,
-         _muon("polar", restart="rotate")),
-        ("polar_8", "the same, 8 times the residual", 3e-3,
-         _muon("polar", restart="rotate", residual_scale=8.0)),
+        ("polar", "low-rank Muon + polar factor of the residual", 3e-3, _polar(1.0)),
+        ("polar_8", "the same, 8 times the residual", 3e-3, _polar(8.0)),
+        ("polar_4", "the same, 4 times the residual", 3e-3, _polar(4.0)),
+        ("polar_4_int8", "the same, momentum and bases in 8 bits", 3e-3,
+         _polar(4.0, momentum="int8", bases="int8")),
+        ("polar_4_16", "4 times the residual, rank 16", 3e-3, _polar(4.0, rank=16)),
         ("sign", "low-rank Muon + sign", 3e-3, _muon("sign")),
         ("rows", "low-rank Muon + rows", 3e-3, _muon("rows")),
         ("plain", "low-rank Muon + residual", 3e-3, _muon("plain")),
