@@ -293,7 +293,7 @@ def swan(
         \qquad\text{(by columns, the weights of one output)}
 
     There is no momentum to average the noise of batches, and steps of successive batches cancel in
-    part. So the learning rate is far larger than Muon's: eight times was best in our studies.
+    part. So the learning rate is far larger than Muon's: four times was best in our longest runs.
 
     Args:
       learning_rate: a number, or a schedule of the step count.
@@ -318,7 +318,7 @@ def swan(
       >>> import gum_optax
       >>> from gum_optax import fallbacks
       >>> tx = gum_optax.swan(
-      ...     2.4e-2, consistent_rms=0.2,
+      ...     1.2e-2, consistent_rms=0.2,
       ...     fallback=fallbacks.factored(), fallback_learning_rate=2e-3)
 
     References:

@@ -25,7 +25,10 @@ SOURCES = {
     SPEECHES: (STUDIES / "frontier_speeches.json", STUDIES / "frontier.json"),
 }
 # Optimizers of other papers, and ours to compare with, in no order.
-PEERS = ()
+PEERS = (
+    "muon", "swan_momentum", "normuon", "muon_int6", "polar_4", "polar_8", "mud", "swan", "rmnp",
+    "apollo", "fira", "adamw", "scale", "columns_rotate", "gum", "galore_muon", "joint",
+)  # fmt: skip
 # Line of the left panel -> number of drawn layers of 8 -> contender.
 DRAWS = {
     "GUM": {0: "galore_muon", 1: "gum_1", 2: "gum", 4: "gum_4"},
@@ -106,15 +109,27 @@ def _parameters() -> float:
 
 
 def table() -> str:
-    """Returns a table of peers in Markdown, the least loss first."""
+    """Returns a table of peers in Markdown, the least loss on the speeches first."""
     rows = sorted(((key, found(key)) for key in PEERS), key=lambda row: row[1].above)
     return reporting.markdown(
-        ("optimizer", "learning rate", "bytes per parameter", "above Muon (nats), one seed"),
+        ("optimizer", "bytes per parameter", "rate: above Muon, speeches", "and the library"),
         (
-            (frontier.CONTENDERS[key].name, f"{f.rate:g}", f"{f.bytes:.1f}", f"{f.above:.3f}")
-            for key, f in rows
+            (frontier.CONTENDERS[key].name, f"{of.bytes:.1f}", _cell(of), _on_library(key))
+            for key, of in rows
         ),
     )
+
+
+def _on_library(key: str) -> str:
+    """Returns the cell of a contender on the library, which is empty if it has no run there."""
+    try:
+        return _cell(found(key, corpus=STDLIB))
+    except LookupError:
+        return ""
+
+
+def _cell(of: Found) -> str:
+    return f"{of.rate:g}: {of.above:.3f}"
 
 
 def draw() -> Path:

@@ -1,8 +1,8 @@
 """The README's first figure and table: `python -m experiments.results.overview` makes both.
 
 The numbers come from the result file of `experiments.studies.frontier`: each contender at its best
-learning rate, as the difference from Muon's loss with the same seed. Points are labelled directly
-instead of in a legend.
+learning rate, as the difference from Muon's loss with the same seed. Contenders that have one seed
+so far (`one_seed`) are marked as such. Points are labelled directly instead of in a legend.
 """
 
 import functools
@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from experiments import reporting
 from experiments.reporting import COLOURS, STYLES, Style
+from experiments.results import one_seed
 from experiments.studies import frontier
 
 RESULTS = Path(__file__).parent
@@ -25,7 +26,7 @@ SHOWN = {
     "gum": (STYLES["gum"], (10, -4)),
     "galore_muon": (STYLES["galore_muon"], (10, -4)),
     "adamw": (STYLES["adamw"], (-58, -4)),
-    "scale": (STYLES["scale"], (8, -15)),
+    "scale": (STYLES["scale"], (8, -21)),
 }
 # Contender -> the situation in which to choose it, and the code that makes it.
 CHOICES = {
@@ -49,6 +50,14 @@ CHOICES = {
     "galore_muon": (
         "GaLore with Muon",
         "`gum(3e-3, galore(rank=32), consistent_rms=0.2)`",
+    ),
+}
+# Contenders with one seed: style, offset of the label on each corpus, situation and code.
+NEW = {
+    "swan": (
+        STYLES["swan"]._replace(colour=COLOURS[6], marker="o"),
+        {"stdlib": (8, -8), "runs/sotu": (8, -17)},
+        ("no state at all (SWAN), one seed", "`swan(1.2e-2, consistent_rms=0.2)`"),
     ),
 }
 TITLES = {"stdlib": "Python's standard library", "runs/sotu": "State of the Union speeches"}
@@ -105,6 +114,12 @@ def table() -> str:
         situation, constructor = CHOICES[key]
         above = ", ".join(_signed(of[key].above) for of in (first, second))
         rows.append((situation, constructor, f"{first[key].bytes:.1f}", above))
+    # Rows of one seed go behind those with a loss that is at most as high.
+    for key, (_, _, choice) in NEW.items():
+        gaps = [one_seed.found(key, corpus=corpus).above for corpus in CONFIG.corpora]
+        place = sum(statistics.mean(first[other].above) <= gaps[0] for other in SHOWN)
+        above = ", ".join(_signed([gap]) for gap in gaps)
+        rows.insert(place, (*choice, f"{one_seed.found(key).bytes:.1f}", above))
     return reporting.markdown(
         ("you want", "write", "bytes per parameter", "above Muon (nats)"),
         rows,
@@ -135,6 +150,16 @@ def draw() -> Path:
             each.annotate(
                 style.name, (point.bytes, mean), beside, textcoords="offset points",
                 color=style.colour, fontsize=10.5, fontweight="bold",
+            )  # fmt: skip
+        for key, (style, beside, _) in NEW.items():
+            new = one_seed.found(key, corpus=corpus)
+            # A hollow marker: there is one seed, and so no bar.
+            each.plot(
+                new.bytes, new.above, style.marker, color=style.colour, markersize=8, mfc="white"
+            )
+            each.annotate(
+                f"{style.name} (one seed)", (new.bytes, new.above), beside[corpus],
+                textcoords="offset points", color=style.colour, fontsize=10.5, fontweight="bold",
             )  # fmt: skip
         each.set(
             xlabel="state of hidden matrices, bytes per parameter",

@@ -230,6 +230,19 @@ def test_the_losses_of_longer_fine_tuning_are_those_of_the_study():
     assert (told + "{gum:.3f}").format(**loss) in text
 
 
+def test_the_losses_of_one_seed_are_those_of_the_studies():
+    choosing = " ".join((DOCS / "choosing.md").read_text().split())
+    swan, library = one_seed.found("swan"), one_seed.found("swan", corpus=one_seed.STDLIB)
+    assert f"ended {swan.above:.2f} above Muon, ahead of AdamW" in choosing
+    assert f"on the library {library.above:.2f} above it, like SCALE" in choosing
+    assert swan.above < min(one_seed.found(key).above for key in ("adamw", "columns_rotate"))
+    assert swan.rate == library.rate == 4 * one_seed.found("muon").rate
+    assert f"{one_seed.found('mud').above:.2f} above Muon on the speeches" in choosing
+    times = json.loads((ROOT / "experiments/results/benchmarks/variants/60m.json").read_text())
+    mud, muon = (times["ratios"][f"{name}, 8 bits"]["of_medians"] for name in ("MUD", "Muon"))
+    assert 0.4 < mud / muon < 0.6  # "half of the time of an update"
+
+
 def test_the_losses_in_the_text_are_those_of_the_study():
     first, second = overview.points().values()
     above = {
