@@ -8,6 +8,7 @@ projection always goes through the inner transformation. The rules differ in the
   size, with weights that make the gradient estimate unbiased (GUM);
 - `through` sends it through a separate optax transformation and adds the two updates (Fira,
   FRUGAL);
+- `orthogonalized` adds its polar factor;
 - `guided` sends the whole gradient through a separate transformation and takes only its update
   (APOLLO);
 - `feedback` adds it to the next gradient (LDAdam, Dion).
@@ -39,9 +40,13 @@ import optax
 from gum_optax import _checks, _codec, samplers
 from gum_optax._codec import Compressed, Frame, Leaves
 from gum_optax._column_scaling import expanded, factors_of
+from gum_optax._columns import normalize_columns
 from gum_optax._groups import Group
+from gum_optax._orthogonal import scale_by_polar
 from gum_optax._projected import Projected
 from gum_optax._scheduling import in_sequence
+
+_POLAR = scale_by_polar()
 
 State: TypeAlias = Any
 """The state of a rule for one group: any tree of arrays."""
@@ -327,6 +332,56 @@ def through(transformation: optax.GradientTransformation) -> Residual:
         return basis @ low + sent, state
 
     return _sent(transformation, update_of)
+
+
+def orthogonalized(
+    scale: float | jax.Array = 4.0, orthogonalizer: optax.GradientTransformation = _POLAR
+) -> Residual:
+    r"""Adds the polar factor of the residual, without momentum and a few times as large.
+
+    With ``E = G - P P'G`` and D the inner transformation's update of ``P'G``, the update is
+
+    .. math::
+        F = \text{NS}(E \,\text{diag}(1 / \|E_j\|)), \qquad
+        U = P D + \text{scale}\; (F - P P^\top F)
+
+    A direction without momentum bears larger steps than one with it: the noise of successive
+    batches cancels in part. Of the rules without full-size state, this one came closest to
+    full-rank Muon in our studies, with low-rank Muon and a scale of 4. It takes the time of
+    full-rank Muon.
+
+    E has no part in the span of P but rounding errors, which are largest if bases are kept in few
+    bits. Newton-Schulz lifts them to the size of everything else, and ``F - P P'F`` removes them.
+
+    Args:
+      scale: the size of the residual's singular values; those of low-rank Muon's update are one.
+      orthogonalizer: the transformation that follows the normalization of columns, by default
+        `scale_by_polar()`.
+
+    Returns:
+      A `Residual` without slots.
+
+    Raises:
+      TypeError, ValueError: if ``scale`` is not a finite number >= 0, or ``orthogonalizer`` no
+        optax transformation.
+
+    Example:
+      >>> import gum_optax
+      >>> from gum_optax import carries, residuals
+      >>> compression = gum_optax.LowRank(
+      ...     rank=64, residual=residuals.orthogonalized(), carry=carries.rotate)
+      >>> tx = gum_optax.gum(3e-3, compression, consistent_rms=0.2)
+    """
+    _checks.hyperparameter("scale", scale)
+    _checks.transformation("orthogonalizer", orthogonalizer)
+    direction = optax.chain(normalize_columns(), orthogonalizer)
+    transform = _transform_of("orthogonalizer", direction)
+
+    def update_of(group, basis, low, projected, gradient, state):
+        F, state = transform(group, basis, low, projected, gradient, state)  # wide [*batch, m, n]
+        return basis @ (low - scale * (basis.mT @ F)) + scale * F, state
+
+    return _sent(direction, update_of)
 
 
 def guided(transformation: optax.GradientTransformation) -> Residual:

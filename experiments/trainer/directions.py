@@ -139,8 +139,6 @@ def _unit_rows(residual: jax.Array) -> jax.Array:
 DIRECTIONS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "columns": gum_optax.normalize_columns,
     "energy": _by_energy,
-    # Newton-Schulz makes m - r singular values one, which has the norm of the others.
-    "polar": lambda: optax.chain(gum_optax.normalize_columns(), gum_optax.scale_by_polar()),
     "rows": lambda: _sized(_unit_rows),
     "sign": lambda: _sized(jnp.sign),
     "plain": lambda: _sized(lambda residual: residual),

@@ -135,10 +135,10 @@ class Unbiased(Carrying):
     full_rank_layers: int = option(2, not_negative)
     #: Rule for the residual, the part of a gradient that its basis leaves out. drop: it is lost.
     #: sampled, additive: the drawn layers keep it, in place of their projection or beside it.
-    #: columns, energy, polar, rows, sign, plain: it is added without momentum, with its columns,
-    #: singular values, rows or entries normalized or as it is (plain), at the size of an orthogonal
-    #: matrix; drawn layers keep it as under additive instead. energy: columns are divided by a
-    #: running average of their norms, which Alice does. polar: columns are normalized before.
+    #: columns, energy, rows, sign, plain: it is added without momentum, with its columns, rows or
+    #: entries normalized or as it is (plain), at the size of an orthogonal matrix; drawn layers
+    #: keep it as under additive instead. energy: columns are divided by a running average of their
+    #: norms, which Alice does. polar: it is orthogonalized; no layers are drawn.
     residual: Literal[
         "drop", "sampled", "additive", "columns", "energy", "polar", "rows", "sign", "plain"
     ] = "sampled"
@@ -167,6 +167,13 @@ class Unbiased(Carrying):
                 return residuals.sampled(full_rank)
             case "additive":
                 return residuals.sampled(full_rank, form="additive")
+            case "polar":
+                if full_rank or self.residual_decay or also:
+                    raise ConfigError(
+                        "`residual` is polar, which goes with low-rank Muon, `full_rank_layers` 0 "
+                        "and `residual_decay` 0"
+                    )
+                return residuals.orthogonalized(self.residual_scale)
         # 2. A residual E without momentum: residual_scale * share^residual_decay * direction(E).
         #    The learning rate multiplies it later, as it does the rest of the update.
         parts = [DIRECTIONS[self.residual]()]

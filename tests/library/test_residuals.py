@@ -21,6 +21,7 @@ from gum_optax import (
     projectors,
     residuals,
     scale_by_gain,
+    storages,
 )
 from tests import cases, helpers, reference
 from tests.cases import EXPERTS, SEPARATE, SQUARE, STACKED, label
@@ -115,6 +116,44 @@ def test_residuals_through_a_transformation_equal_the_reference(case, inner, rul
     assert run.draws == [set()] * cases.PERIODS
     sizes = {"rank": case.rank, "K": case.K, "bases": run.bases, "carry": "keep"}
     cases.assert_close(run.updates, reference.through(oracle, oracle_rule, gradients, **sizes))
+
+
+@pytest.mark.parametrize(
+    ("case", "inner"), [(SEPARATE, "muon"), (STACKED, "momentum"), (EXPERTS, "muon")], ids=label
+)
+def test_orthogonalized_residuals_equal_the_reference(case, inner):
+    tx, oracle = INNER[inner]
+
+    def polar(state, E, R, D):
+        size = ((E.shape[0] - R.shape[0]) / E.shape[1]) ** 0.5
+        return 3 * reference.newton_schulz(size * E / np.linalg.norm(E, axis=0)), state
+
+    gradients = cases.gradients_of(case)
+    compression = case.compression(
+        residual=residuals.orthogonalized(3.0), projector=projectors.svd, carry=carries.keep
+    )
+    run = cases.run(low_rank(tx, compression), case, gradients)
+    sizes = {"rank": case.rank, "K": case.K, "bases": run.bases, "carry": "keep"}
+    cases.assert_close(run.updates, reference.through(oracle, polar, gradients, **sizes))
+
+
+def test_rounded_bases_leave_nothing_of_an_orthogonalized_residual_inside():
+    """With P in 8 bits, E keeps 1 % of the dominant directions, which would be lifted to one."""
+    rng = np.random.default_rng(0)
+    strong = 100 * rng.normal(size=(16, 4)) @ rng.normal(size=(4, 40))
+    params = {"layers": [np.float32(strong + rng.normal(size=(16, 40))) for _ in range(2)]}
+    P = np.linalg.svd(strong)[0][:, :4]
+
+    def inside(rule):
+        """The norm of the updates' part inside the basis, where low-rank updates are zero."""
+        compression = LowRank(4, 9, rule, projectors.svd, basis_storage=storages.int8(16))
+        tx = low_rank(optax.scale(0.0), compression)
+        updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
+        return max(np.linalg.norm(P.T @ np.asarray(U)) for U in updates["layers"])
+
+    polar = optax.chain(normalize_columns(), gum_optax.scale_by_polar())
+    assert inside(residuals.orthogonalized(1.0)) < 0.02  # measured 0.009
+    assert inside(residuals.through(polar)) > 1  # measured 1.9
 
 
 # LDAdam and Dion refresh at every step; between refreshes the rule must hold as well.
@@ -366,6 +405,8 @@ def test_states_keep_their_shapes_and_dtypes_over_steps(rule):
         (lambda: residuals.sampled(1.5), "gamma"),
         (lambda: residuals.sampled(1, form="both"), "form"),
         (lambda: residuals.sampled(1, undrawn="sign"), "undrawn"),
+        (lambda: residuals.orthogonalized(-1.0), "scale"),
+        (lambda: residuals.orthogonalized(2.0, None), "orthogonalizer"),
         (lambda: residuals.through(None), "transformation"),
         (lambda: residuals.through(optax.identity), "transformation"),
         (lambda: residuals.feedback(1.0), "decay"),

@@ -10,6 +10,7 @@ import pytest
 import gum_optax
 from experiments.trainer import optimizers
 from experiments.trainer.config import Config, change
+from experiments.trainer.options import ConfigError
 from tests import helpers, reference
 
 M, N, RANK = 6, 10, 2
@@ -119,6 +120,12 @@ def test_the_ramp_begins_anew_with_every_period():
             update,
             of_gum,
         )
+
+
+def test_the_orthogonalized_residual_draws_no_layers():
+    for options in ({"full_rank_layers": 1}, {"full_rank_layers": 0, "residual_decay": 1.0}):
+        with pytest.raises(ConfigError, match="`residual` is polar"):
+            _build("gum", residual="polar", **options)
 
 
 @pytest.mark.parametrize(
