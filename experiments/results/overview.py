@@ -20,7 +20,7 @@ SOURCE = RESULTS / "studies/frontier.json"
 # Contender -> its style, and the offset of its label from its point, in points right and up.
 SHOWN = {
     "muon": (STYLES["muon"], (10, 7)),
-    "muon_rows8": (Style("Muon, 8 bits", COLOURS[2], "P"), (10, 7)),
+    "muon_rows8": (Style("Muon, 8 bits", COLOURS[2], "P"), (9, -14)),
     "muon_rows4": (Style("Muon, 4 bits", COLOURS[2], "X"), (10, -4)),
     "columns_rotate": (Style("low-rank Muon + columns", COLOURS[3], "h"), (10, -4)),
     "gum": (STYLES["gum"], (10, -4)),
@@ -54,6 +54,15 @@ CHOICES = {
 }
 # Contenders with one seed: style, offset of the label on each corpus, situation and code.
 NEW = {
+    "polar_4": (
+        Style("low-rank Muon + polar", COLOURS[3], "o"),
+        {"stdlib": (9, -4), "runs/sotu": (9, 12)},
+        (
+            "near Muon's loss from low-rank momentum, one seed",
+            "`gum(3e-3, LowRank(rank=32, residual=residuals.orthogonalized(), "
+            "carry=carries.rotate), consistent_rms=0.2)`",
+        ),
+    ),
     "swan": (
         STYLES["swan"]._replace(colour=COLOURS[6], marker="o"),
         {"stdlib": (8, -8), "runs/sotu": (8, -17)},
@@ -158,7 +167,7 @@ def draw() -> Path:
                 new.bytes, new.above, style.marker, color=style.colour, markersize=8, mfc="white"
             )
             each.annotate(
-                f"{style.name} (one seed)", (new.bytes, new.above), beside[corpus],
+                style.name, (new.bytes, new.above), beside[corpus],
                 textcoords="offset points", color=style.colour, fontsize=10.5, fontweight="bold",
             )  # fmt: skip
         each.set(

@@ -236,6 +236,11 @@ def test_the_losses_of_one_seed_are_those_of_the_studies():
     assert f"ended {swan.above:.2f} above Muon, ahead of AdamW" in choosing
     assert f"on the library {library.above:.2f} above it, like SCALE" in choosing
     assert swan.above < min(one_seed.found(key).above for key in ("adamw", "columns_rotate"))
+    polar = [one_seed.found("polar_4", corpus=corpus).above for corpus in one_seed.SOURCES]
+    assert "is {:.2f} and {:.2f} above it (one seed)".format(*polar) in choosing
+    columns = [of["columns_rotate"].above for of in overview.points().values()]
+    told = "where the column-normalized residual is {:.2f} and {:.2f}."
+    assert told.format(*(sum(each) / 3 for each in columns)) in choosing
     assert swan.rate == library.rate == 4 * one_seed.found("muon").rate
     assert f"{one_seed.found('mud').above:.2f} above Muon on the speeches" in choosing
     times = json.loads((ROOT / "experiments/results/benchmarks/variants/60m.json").read_text())
