@@ -166,7 +166,7 @@ CONTENDERS = {
         ("polar_8", "low-rank Muon + 8 times the residual's polar factor", 3e-3, _polar(8.0)),
         ("polar_4", "low-rank Muon + 4 times the residual's polar factor", 3e-3, _polar(4.0)),
         ("polar_2", "low-rank Muon + twice the residual's polar factor", 3e-3, _polar(2.0)),
-        ("polar_4_int8", "the same, 8 bits", 3e-3,
+        ("polar_4_int8", "low-rank Muon + 4 times the residual's polar factor, 8 bits", 3e-3,
          _polar(4.0, momentum="int8", bases="int8")),
         ("polar_4_16", "the same, rank 16", 3e-3, _polar(4.0, rank=16)),
         ("sign", "low-rank Muon + sign", 3e-3, _muon("sign")),
