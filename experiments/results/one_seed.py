@@ -25,8 +25,9 @@ SOURCES = {
 }
 # Optimizers of other papers, and ours to compare with, in no order.
 PEERS = (
-    "muon", "swan_momentum", "normuon", "muon_int6", "polar_4", "polar_4_int8", "polar_8", "mud", "swan", "rmnp",
-    "apollo", "fira", "adamw", "scale", "columns_rotate", "gum", "galore_muon", "joint",
+    "muon", "swan_momentum", "normuon", "muon_int6", "polar_4", "polar_4_int8", "polar_8", "mud",
+    "swan", "rmnp", "apollo", "fira", "adamw", "scale", "columns_rotate", "gum",
+    "galore_muon", "joint",
 )  # fmt: skip
 _CONFIG = frontier.Config()
 
