@@ -31,6 +31,23 @@ def newton_schulz(X: Matrix, steps: int = 5, eps: float = 1e-8) -> Matrix:
     return X
 
 
+def decorrelated(X: Matrix) -> Matrix:
+    """MUD's direction: each row, of length one, without its correlations with earlier rows."""
+    if X.shape[0] > X.shape[1]:
+        return decorrelated(X.T).T
+    rows = [_unit(row) for row in np.asarray(X, np.float64)]
+    # Forward substitution: y_i = q_i - sum over j < i of (q_i . q_j) y_j
+    solved: list[np.ndarray] = []
+    for i, row in enumerate(rows):
+        solved.append(row - sum((row @ rows[j]) * solved[j] for j in range(i)))
+    return np.stack([_unit(row) for row in solved])
+
+
+def _unit(row: np.ndarray) -> np.ndarray:
+    length = np.linalg.norm(row)
+    return row / length if length else row
+
+
 def top_left_singular_vectors(G: Matrix, rank: int) -> Matrix:
     return np.linalg.svd(G, full_matrices=False)[0][:, :rank]
 

@@ -25,7 +25,7 @@ from experiments.trainer.methods import (
     low_rank_adamw,
     low_rank_muon,
 )
-from experiments.trainer.options import at_least, option, share
+from experiments.trainer.options import ConfigError, at_least, option, share
 from gum_optax import projectors, residuals
 
 if TYPE_CHECKING:
@@ -241,9 +241,8 @@ class Mud(WithMomentum):
     name: ClassVar[str] = "mud"
 
     def build(self, run: "Training", rate: optax.Schedule, layers: int) -> Transformation:
-        return for_matrices(
-            run, rate, optax.chain(self.trace(), gum_optax.scale_by_decorrelation(), as_adam())
-        )
+        direction = optax.chain(self.trace(), gum_optax.scale_by_decorrelation(), as_adam())
+        return for_matrices(run, rate, direction)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,6 +257,13 @@ class Swan(WithMomentum):
     columns: Literal["standardized", "normalized", "as_is"] = "standardized"
     #: What follows: polar (Newton-Schulz) or decorrelation (a triangular solve, as in MUD).
     orthogonalizer: Literal["polar", "decorrelation"] = "polar"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.momentum != "float32" and not self.decay:
+            raise ConfigError(
+                f"`momentum` is {self.momentum}, and there is none to store: `decay` is 0"
+            )
 
     def build(self, run: "Training", rate: optax.Schedule, layers: int) -> Transformation:
         treat = {

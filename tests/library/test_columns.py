@@ -180,7 +180,6 @@ def test_residuals_are_invariant_to_the_scale_of_columns():
     )
 
 
-# Measured: 5.6e-5 and 0.47 of a full column.
 @functools.partial(jax.jit, compiler_options=helpers.QUICK, static_argnames="eps")
 def _standardize(x, eps=1e-8):
     return standardize_columns(eps).update(x, optax.EmptyState())[0]
@@ -218,6 +217,7 @@ def test_standardized_half_precision_and_empty_leaves():
     assert _standardize(jnp.zeros((0, 4))).shape == (0, 4)
 
 
+# Measured: 5.6e-5 and 0.47 of a full column.
 @pytest.mark.parametrize(("dtype", "bound"), [(jnp.float32, 1e-3), (jnp.bfloat16, 0.75)])
 def test_columns_that_are_rounding_stay_small(dtype, bound):
     """Half of the gradient's columns lie in the basis's span, so their residual is noise."""

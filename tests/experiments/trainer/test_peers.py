@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import gum_optax
 from experiments.trainer import optimizers
 from experiments.trainer.config import Config, change
 from experiments.trainer.options import ConfigError
@@ -55,24 +54,12 @@ def test_normuon_is_muon_with_outputs_of_one_size():
         np.testing.assert_allclose(update, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("tall", [False, True])
-def test_mud_takes_from_each_row_its_parts_along_earlier_ones(tall):
-    tree = jax.tree.map(lambda leaf: leaf.T if tall else leaf, TREE)
-    trees = [
-        jax.tree.map(lambda _, G=G: (G.T if tall else G).astype(np.float32), TREE)
-        for G in _gradients()
-    ]
+def test_mud_is_momentum_with_decorrelated_rows():
     momentum = 0.0
-    for G, (update, _) in zip(_gradients(), helpers.run(_build("mud"), trees, tree), strict=True):
+    for G, update in zip(_gradients(), _updates("mud"), strict=True):
         momentum = 0.95 * momentum + G
-        rows = [row / np.linalg.norm(row) for row in momentum]
-        # Forward substitution: x_i = q_i - sum over j < i of (q_i . q_j) x_j
-        solved = []
-        for i, row in enumerate(rows):
-            solved.append(row - sum((row @ rows[j]) * solved[j] for j in range(i)))
-        expected = -0.2 * N**0.5 * np.stack([row / np.linalg.norm(row) for row in solved])
-        [found] = jax.tree.leaves(update)
-        np.testing.assert_allclose(found.T if tall else found, expected, rtol=1e-4, atol=1e-5)
+        expected = -0.2 * N**0.5 * reference.decorrelated(momentum)
+        np.testing.assert_allclose(update, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.9])
@@ -90,12 +77,17 @@ def test_swan_is_the_polar_factor_of_standardized_columns(decay, columns):
         np.testing.assert_allclose(update, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_swan_by_mud_is_mud_of_standardized_gradients():
-    standard = [(G - G.mean(0)) / G.std(0) for G in _gradients()]
-    for G, update in zip(standard, _updates("swan", orthogonalizer="decorrelation"), strict=True):
-        rows = jnp.asarray(G, jnp.float32)
-        expected = gum_optax.decorrelate(rows)
-        np.testing.assert_allclose(update, -0.2 * N**0.5 * expected, rtol=1e-4, atol=1e-5)
+def test_swan_by_mud_decorrelates_standardized_gradients():
+    for G, update in zip(
+        _gradients(), _updates("swan", orthogonalizer="decorrelation"), strict=True
+    ):
+        expected = -0.2 * N**0.5 * reference.decorrelated((G - G.mean(0)) / G.std(0))
+        np.testing.assert_allclose(update, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_swan_without_momentum_stores_none():
+    with pytest.raises(ConfigError, match=r"`momentum` is int8, .* `decay` is 0"):
+        _build("swan", momentum="int8")
 
 
 def test_the_ramp_begins_anew_with_every_period():
