@@ -96,6 +96,9 @@ VARIANTS: dict[str, Callable[..., Optimizer]] = {
     "columns of the residual": lambda rank, _, *period: _low_rank_muon(
         residuals.through(gum_optax.normalize_columns()), rank, *period
     ),
+    "orthogonalized residual": lambda rank, _, *period: _low_rank_muon(
+        residuals.orthogonalized(), rank, *period
+    ),
     "GUM": lambda rank, drawn, *period: _low_rank_muon(residuals.sampled(drawn), rank, *period),
     "Muon, 8 bits": lambda *_: gum_optax.muon(LEARNING_RATE),
     "Muon, 6 bits": lambda *_: gum_optax.muon(LEARNING_RATE, storages.int6()),

@@ -112,7 +112,10 @@ def costs() -> str:
 
 
 # Names in the result file that need more words on a page.
-_COSTS = {"columns of the residual": "low-rank Muon + columns"}
+_COSTS = {
+    "columns of the residual": "low-rank Muon + columns",
+    "orthogonalized residual": "low-rank Muon + orthogonalized residual",
+}
 
 
 def times() -> str:
@@ -339,7 +342,10 @@ def _answers() -> Iterator[tuple[str, str, str]]:
         "beside AdamW (one seed)",
         "python -m experiments.studies.frontier --tuning-runs first --tuning-steps 4000 --corpora "
         "stdlib --contenders fallback_factored fallback_adamw lean_muon8 --out "
-        "experiments/results/studies/frontier_fallbacks.json",
+        # The table puts backticks around the whole.
+        "experiments/results/studies/frontier_fallbacks.json`, and `python -m "
+        "experiments.studies.frontier --tuning-runs none --corpora runs/sotu --seeds 0 "
+        "--contenders muon lean_muon6 --out experiments/results/studies/frontier_speeches.json",
     )
     # 5. Loss and state of fine-tuning.
     rows = {row["optimizer"]: row for row in _finetuned()}

@@ -246,6 +246,8 @@ def test_the_losses_of_one_seed_are_those_of_the_studies():
     times = json.loads((ROOT / "experiments/results/benchmarks/variants/60m.json").read_text())
     mud, muon = (times["ratios"][f"{name}, 8 bits"]["of_medians"] for name in ("MUD", "Muon"))
     assert 0.4 < mud / muon < 0.6  # "half of the time of an update"
+    full, low = (times["ratios"][n]["of_medians"] for n in ("Muon", "orthogonalized residual"))
+    assert 1.15 < low / full < 1.25  # "a fifth longer than full-rank Muon's"
 
 
 def test_the_losses_in_the_text_are_those_of_the_study():
