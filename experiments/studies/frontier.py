@@ -449,10 +449,13 @@ def _deviation(values: Sequence[float]) -> float:
 def main(arguments: Sequence[str]) -> int:
     """Runs what is missing, prints tables, draws the figure; returns the exit code."""
     config = cli.parse(Config, PROGRAM, arguments)
-    complete: Complete = sweeps.runner(config, config.out, singular_values.pretrain)
+    complete: Complete = sweeps.runner(config, config.out, singular_values.pretrain_for_ranks)
     if config.together:
-        ends = sweeps.deadline_in(config.budget_minutes)
-        complete = partial(together.complete, out=config.out, deadline=ends)
+        complete = partial(
+            together.complete, out=config.out,
+            deadline=sweeps.deadline_in(config.budget_minutes),
+            measure=singular_values.stable_ranks,
+        )  # fmt: skip
     # 1. Tune each contender.  2. Compare them at full length.  3. Report.
     best = search(config, complete)
     found = {corpus: complete(finals(config, best, corpus)) for corpus in config.corpora}

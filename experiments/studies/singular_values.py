@@ -1,5 +1,7 @@
 """The singular values of trained weights."""
 
+import statistics
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -15,19 +17,31 @@ _QUANTILES = 17  # kept of each matrix's singular values, from the smallest to t
 def pretrain(config: Config, *, show: bool) -> tuple[Result, dict[str, Any]]:
     """Pretrains; returns the result and the spectra of its weights, for the result file."""
     result = train(config, show=show)
-    return result, measure(result)
+    return result, {"spectra": spectra(result.params)}
 
 
-def measure(result: Result) -> dict[str, Any]:
-    """Returns by path the stable rank and singular values of every hidden matrix of a run."""
-    leaves = jax.tree_util.tree_flatten_with_path(result.params["layers"])[0]
+def pretrain_for_ranks(config: Config, *, show: bool) -> tuple[Result, dict[str, Any]]:
+    """Pretrains; returns the result and the stable ranks of its weights, for the result file."""
+    result = train(config, show=show)
+    return result, stable_ranks(result.params)
+
+
+def stable_ranks(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns by kind of matrix (q, gate, ...) the mean stable rank over the blocks of a model."""
+    by_kind: dict[str, list[float]] = {}
+    for path, found in spectra(params).items():
+        by_kind.setdefault(path.split("/")[-2], []).append(found["stable_rank"])
+    return {"stable_rank": {kind: statistics.mean(ranks) for kind, ranks in by_kind.items()}}
+
+
+def spectra(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns by path the stable rank and singular values of every hidden matrix of a model."""
+    leaves = jax.tree_util.tree_flatten_with_path(params["layers"])[0]
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
     return {
-        "spectra": {
-            name: spectrum(np.asarray(leaf, np.float64))
-            for name, (_, leaf) in zip(names, leaves, strict=True)
-            if leaf.ndim == 2
-        }
+        name: spectrum(np.asarray(leaf, np.float64))
+        for name, (_, leaf) in zip(names, leaves, strict=True)
+        if leaf.ndim == 2
     }
 
 

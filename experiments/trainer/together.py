@@ -17,7 +17,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,9 +38,15 @@ from experiments.trainer.pretraining import prepare
 # Options that may differ between the runs of a program, beside those that never change a loss.
 NUMBERS = ("learning_rate", "fallback_learning_rate", "residual_scale", "seed", "corpus")
 
+# From the last weights of a run to further fields of its entry.
+Measure = Callable[[llama.Params], dict[str, Any]]
+
 
 def complete(
-    configs: Sequence[Config], out: Path, deadline: float | None = None
+    configs: Sequence[Config],
+    out: Path,
+    deadline: float | None = None,
+    measure: Measure | None = None,
 ) -> list[sweeps.Entry]:
     """Trains with every configuration that `out` does not hold yet, like `sweeps.complete`.
 
@@ -51,20 +57,23 @@ def complete(
       configs: the configurations, in any order.
       out: the JSON file to read and to rewrite. Entries of other configurations stay in it.
       deadline: the time at which a program is saved, after its next validation.
+      measure: makes further fields of an entry from the last weights of its run.
 
     Raises:
       OutOfTime: the deadline has passed; finished programs are in `out`.
     """
     entries, missing = sweeps.missing(configs, out)
     for program in programs(missing):
-        for entry in train(program, deadline):
+        for entry in train(program, deadline, measure):
             entries.append(entry)
             print(sweeps.summary(entry), flush=True)
         sweeps.write(out, entries)
     return sweeps.select(entries, configs)
 
 
-def train(configs: Sequence[Config], deadline: float | None = None) -> list[sweeps.Entry]:
+def train(
+    configs: Sequence[Config], deadline: float | None = None, measure: Measure | None = None
+) -> list[sweeps.Entry]:
     """Trains with all configurations in one program; returns their entries for a result file.
 
     After a validation, a checkpoint is saved if the last one is `checkpoint_minutes` old.
@@ -72,6 +81,7 @@ def train(configs: Sequence[Config], deadline: float | None = None) -> list[swee
     Args:
       configs: the configurations.
       deadline: the time at which to save and stop.
+      measure: as in `complete`.
 
     Raises:
       ConfigError: the configurations differ in other options than `NUMBERS`, or an option cannot
@@ -142,6 +152,11 @@ def train(configs: Sequence[Config], deadline: float | None = None) -> list[swee
     #    runs.
     alone = jax.eval_shape(lambda state: jax.tree.map(lambda leaf: leaf[0], state.params), state)
     opt_state = jax.eval_shape(optimizers.build(first, arch.layers).init, alone)
+    last = jax.device_get(state.params)
+    measured = [
+        measure(jax.tree.map(lambda leaf, i=i: leaf[i], last)) if measure else {}
+        for i in range(len(configs))
+    ]
     return [
         checkpoints.describe(config, texts[config.corpus].digest)
         | {
@@ -155,7 +170,8 @@ def train(configs: Sequence[Config], deadline: float | None = None) -> list[swee
             "parameters": llama.parameter_count(alone),
             "peak_bytes": loop.device_peak(),
         }
-        for config, curve in zip(configs, curves, strict=True)
+        | more
+        for config, curve, more in zip(configs, curves, measured, strict=True)
     ]
 
 

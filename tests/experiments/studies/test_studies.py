@@ -30,7 +30,6 @@ from experiments.trainer import directions, optimizers, sweeps
 from experiments.trainer.config import Config as Run
 from experiments.trainer.config import change
 from experiments.trainer.evaluation import wilson
-from experiments.trainer.loop import Result
 from experiments.trainer.options import ConfigError
 from experiments.trainer.pretraining import architecture
 
@@ -272,11 +271,13 @@ def test_a_spectrum():
 
 
 def test_hidden_matrices_are_measured():
-    layer = {"attn": {"q": {"kernel": np.eye(4)}}, "norm": {"scale": np.ones(4)}}
-    params = {"embed": {"embedding": np.eye(4)}, "layers": {0: layer, 1: layer}}
-    result = Result(1, None, 1.0, 1.0, 1, 1, [], params)
-    found = singular_values.measure(result)["spectra"]
-    assert list(found) == ["0/attn/q/kernel", "1/attn/q/kernel"]
+    layers = {
+        i: {"attn": {"q": {"kernel": np.eye(4)[:rank]}}, "norm": {"scale": np.ones(4)}}
+        for i, rank in enumerate((4, 1))
+    }
+    params = {"embed": {"embedding": np.eye(4)}, "layers": layers}
+    assert list(singular_values.spectra(params)) == ["0/attn/q/kernel", "1/attn/q/kernel"]
+    assert singular_values.stable_ranks(params) == {"stable_rank": {"q": pytest.approx(2.5)}}
 
 
 def answered(config):
