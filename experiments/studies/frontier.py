@@ -168,6 +168,8 @@ CONTENDERS = {
         ("polar_2", "low-rank Muon + twice the residual's polar factor", 3e-3, _polar(2.0)),
         ("polar_4_int8", "low-rank Muon + 4 times the residual's polar factor, 8 bits", 3e-3,
          _polar(4.0, momentum="int8", bases="int8")),
+        ("polar_4_64_int8", "the same, 8 bits, rank 64", 3e-3,
+         _polar(4.0, rank=64, momentum="int8", bases="int8")),
         ("polar_4_16", "the same, rank 16", 3e-3, _polar(4.0, rank=16)),
         ("sign", "low-rank Muon + sign", 3e-3, _muon("sign")),
         ("rows", "low-rank Muon + rows", 3e-3, _muon("rows")),
@@ -213,6 +215,8 @@ CONTENDERS = {
          _turned(momentum="int8", bases="int8")),
         ("gum", "GUM", _muon("sampled", 2)),
         ("gum8", "GUM, 8 bits", _muon("sampled", 2, momentum="int8", bases="int8")),
+        ("polar8", "low-rank Muon in 8 bits + 4 times the residual's polar factor",
+         _polar(4.0, momentum="int8", bases="int8")),
         ("galore_muon", "GaLore-Muon", _muon("drop")),
     )
 } | {

@@ -1,0 +1,124 @@
+"""Contenders of the frontier study over three seeds: `python -m experiments.results.contenders`.
+
+It prints their table. Learning rates were found in four ways, each a search of the study.
+"""
+
+import functools
+import statistics
+from pathlib import Path
+from typing import NamedTuple
+
+from experiments import reporting
+from experiments.studies import frontier
+from experiments.trainer import sweeps
+
+SOURCE = Path(__file__).parent / "studies/frontier.json"
+SEARCHES = (
+    # 1. Every rate on all seeds and both corpora, at full length.
+    frontier.Config(
+        contenders=(
+            "muon", "muon_rows8", "muon_rows4", "joint", "columns_rotate", "columns_20",
+            "columns_16", "adamw", "gum", "galore_muon", "scale", "swan",
+        ),
+        tuning_runs="all", tuning_steps=frontier.STEPS, out=SOURCE,
+    ),
+    # 2. Every rate on the first seed and corpus, at full length.
+    frontier.Config(
+        contenders=("muon_int6", "polar_4", "polar_4_int8", "mud", "normuon", "swan_momentum"),
+        tuning_steps=frontier.STEPS, out=SOURCE,
+    ),
+    # 3. Every rate on the first seed and corpus, over 1,000 steps.
+    frontier.Config(contenders=("racs", "apollo_mini", "adalomo", "frugal"), out=SOURCE),
+    # 4. None: they have the best rate of their relatives.
+    frontier.Config(contenders=("muon_int4",), tuning_runs="none", out=SOURCE),
+)  # fmt: skip
+CORPORA = frontier.Config().corpora
+
+
+class Point(NamedTuple):
+    """One contender on one corpus.
+
+    Attributes:
+      bytes: state of the hidden matrices, bytes per parameter.
+      above: for each seed, the loss above Muon's with the same seed, nats per token.
+      rate: its best learning rate.
+    """
+
+    bytes: float
+    above: list[float]
+    rate: float
+
+
+@functools.cache
+def finished() -> tuple[dict[str, float], dict[str, dict[str, list[sweeps.Entry]]]]:
+    """Returns the best rates, and corpus -> contender -> the entries of its seeds."""
+    best: dict[str, float] = {}
+    found: dict[str, dict[str, list[sweeps.Entry]]] = {corpus: {} for corpus in CORPORA}
+    for search in SEARCHES:
+        rates, entries = frontier.finished(search)
+        best |= rates
+        for corpus, of in entries.items():
+            found[corpus] |= of
+    return best, found
+
+
+@functools.cache
+def points() -> dict[str, dict[str, Point]]:
+    """Returns corpus -> contender -> its point, at the best learning rate."""
+    best, entries = finished()
+    # Bytes are the same on every corpus and seed.
+    hidden = {
+        key: frontier.hidden_bytes(
+            frontier.point(SEARCHES[0], key, rate, 0, CORPORA[0], frontier.STEPS)
+        )
+        for key, rate in best.items()
+    }
+    # AdamW's state is two float32 moments: eight bytes for each parameter.
+    parameters = hidden["adamw"] / 8
+    losses = {
+        corpus: {key: [entry["validation_loss"] for entry in es] for key, es in of.items()}
+        for corpus, of in entries.items()
+    }
+    return {
+        corpus: {
+            key: Point(
+                hidden[key] / parameters,
+                [loss - muon for loss, muon in zip(each, of["muon"], strict=True)],
+                best[key],
+            )
+            for key, each in of.items()
+        }
+        for corpus, of in losses.items()
+    }
+
+
+def table() -> str:
+    """Returns a table of all contenders in Markdown, the least loss over both corpora first."""
+    found = points()
+
+    def over_corpora(key: str) -> float:
+        return statistics.mean(gap for of in found.values() for gap in of[key].above)
+
+    rows = []
+    for key in sorted(found[CORPORA[0]], key=over_corpora):
+        of = [found[corpus][key] for corpus in CORPORA]
+        rows.append((
+            frontier.CONTENDERS[key].name, f"{of[0].bytes:.1f}", f"{of[0].rate:g}",
+            *(_cell(point.above) for point in of),
+        ))  # fmt: skip
+    return reporting.markdown(
+        ("optimizer", "bytes per parameter", "learning rate", "above Muon: library", "speeches"),
+        rows,
+    )
+
+
+def _cell(above: list[float]) -> str:
+    """Formats the mean and the standard deviation of the differences of seeds."""
+    if not any(above):  # Muon itself
+        return "0"
+    mean = f"{statistics.mean(above):.3f}".replace("-0.000", "0.000")
+    return f"{mean} ({statistics.stdev(above):.3f})"
+
+
+if __name__ == "__main__":
+    print(table())
