@@ -24,7 +24,7 @@ import numpy as np
 
 from experiments import reporting
 from experiments.benchmarks import timing
-from experiments.results import overview
+from experiments.results import contenders, overview
 from experiments.studies import frontier
 from experiments.studies.pretraining import steps_to
 from experiments.trainer import cli, pretraining, sweeps
@@ -33,6 +33,10 @@ from experiments.trainer.config import change
 from experiments.trainer.methods import Refreshed
 
 PROGRAM = "experiments.studies.time_to_loss"
+# The order is that of the tables.
+COMPARED = (
+    "muon", "muon_rows8", "muon_rows4", "columns_rotate", "gum", "galore_muon", "adamw", "scale",
+)  # fmt: skip
 Curves = dict[str, dict[str, list[sweeps.Entry]]]  # corpus -> contender -> one entry for each seed
 
 
@@ -51,11 +55,12 @@ class Config:
 def main(arguments: Sequence[str]) -> int:
     """Measures, compares, prints tables, writes results and figure; returns the exit code."""
     config = cli.parse(Config, PROGRAM, arguments)
-    best, curves = frontier.finished(overview.CONFIG)
+    best, entries = contenders.finished()
+    curves = {corpus: {key: of[key] for key in COMPARED} for corpus, of in entries.items()}
     # 1. Seconds of a step, on the first corpus and seed: time depends on neither.
+    study = frontier.Config()
     runs = {
-        key: frontier.point(overview.CONFIG, key, rate, 0, "stdlib", frontier.STEPS)
-        for key, rate in best.items()
+        key: frontier.point(study, key, best[key], 0, "stdlib", frontier.STEPS) for key in COMPARED
     }
     seconds = timed(config, runs)
     # 2. Time to the last losses of AdamW and Muon.

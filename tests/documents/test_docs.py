@@ -16,7 +16,7 @@ import pytest
 
 import gum_optax
 from experiments import demo
-from experiments.results import one_seed, overview, readme
+from experiments.results import contenders, one_seed, readme
 from experiments.trainer import cli
 
 ROOT = Path(__file__).parents[2]
@@ -230,18 +230,22 @@ def test_the_losses_of_longer_fine_tuning_are_those_of_the_study():
     assert (told + "{gum:.3f}").format(**loss) in text
 
 
-def test_the_losses_of_one_seed_are_those_of_the_studies():
+def test_the_losses_of_methods_in_the_guide_are_those_of_the_studies():
     choosing = " ".join((DOCS / "choosing.md").read_text().split())
-    swan, library = one_seed.found("swan"), one_seed.found("swan", corpus=one_seed.STDLIB)
-    assert f"ended {swan.above:.2f} above Muon, ahead of AdamW" in choosing
-    assert f"on the library {library.above:.2f} above it, like SCALE" in choosing
-    assert swan.above < min(one_seed.found(key).above for key in ("adamw", "columns_rotate"))
-    polar = [one_seed.found("polar_4", corpus=corpus).above for corpus in one_seed.SOURCES]
-    assert "is {:.2f} and {:.2f} above it (one seed)".format(*polar) in choosing
-    columns = [of["columns_rotate"].above for of in overview.points().values()]
-    told = "where the column-normalized residual is {:.2f} and {:.2f}."
-    assert told.format(*(sum(each) / 3 for each in columns)) in choosing
-    assert swan.rate == library.rate == 4 * one_seed.found("muon").rate
+    above = {
+        key: [sum(of[key].above) / 3 for of in contenders.points().values()]
+        for key in ("polar_4_int8", "columns_rotate", "swan", "scale", "adamw", "muon_rows4")
+    }
+    polar, columns, swan = (above[key] for key in ("polar_4_int8", "columns_rotate", "swan"))
+    assert "at 0.4 bytes, it is {:.2f} and {:.2f} above Muon, below".format(*polar) in choosing
+    assert all(p < four for p, four in zip(polar, above["muon_rows4"], strict=True))
+    told = "the column-normalized residual is {:.2f} and {:.2f} above."
+    assert told.format(*columns) in choosing
+    assert f"on the speeches it ended {swan[1]:.2f} above Muon, ahead of AdamW" in choosing
+    assert f"on the library {swan[0]:.2f} above it, like SCALE" in choosing
+    assert swan[1] < above["adamw"][1] and abs(swan[0] - above["scale"][0]) < 0.01
+    rates = {key: point.rate for key, point in contenders.points()["stdlib"].items()}
+    assert rates["swan"] == 4 * rates["muon"]
     assert f"{one_seed.found('mud').above:.2f} above Muon on the speeches" in choosing
     times = json.loads((ROOT / "experiments/results/benchmarks/variants/60m.json").read_text())
     mud, muon = (times["ratios"][f"{name}, 8 bits"]["of_medians"] for name in ("MUD", "Muon"))
@@ -251,13 +255,27 @@ def test_the_losses_of_one_seed_are_those_of_the_studies():
 
 
 def test_the_losses_in_the_text_are_those_of_the_study():
-    first, second = overview.points().values()
+    first, second = contenders.points().values()
     above = {
         key: [sum(of[key].above) / len(of[key].above) for of in (first, second)] for key in first
     }
     results = " ".join((DOCS / "results.md").read_text().split())
     assert "ends {:.2f} and {:.2f} above it".format(*above["columns_rotate"]) in results
     assert "and {:.2f} and {:.2f} above Muon".format(*above["gum"]) in results
+    told = "ends {:.2f} above Muon on the library and {:.2f} on the speeches, below Muon in 4 bits"
+    assert told.format(*above["polar_4_int8"]) in results
+    bytes_of = {key: point.bytes for key, point in first.items()}
+    fewer = {key for key in first if bytes_of[key] <= bytes_of["polar_4_int8"]} - {"polar_4_int8"}
+    for corpus in (0, 1):
+        assert min(above[key][corpus] for key in fewer) > above["polar_4_int8"][corpus]
+    drawn = (above["galore_muon"], above["gum_4"])
+    told = "falls from {:.2f} to {:.2f} and from {:.2f} to {:.2f}"
+    assert told.format(*(each[i] for i in (0, 1) for each in drawn)) in results
+    longer = [
+        above[f"{key}_20"][i] - above[key.replace("galore", "galore_muon")][i]
+        for key in ("gum", "galore") for i in (0, 1)
+    ]  # fmt: skip
+    assert f"lose {min(longer):.2f} to {max(longer):.2f}." in results
     lead = [g - m for g, m in zip(above["galore_muon"], above["gum"], strict=True)]
     assert all(round(each, 2) in (0.04, 0.05) for each in lead)
     for of in (first, second):
