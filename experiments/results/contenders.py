@@ -1,6 +1,7 @@
 """Contenders of the frontier study over three seeds: `python -m experiments.results.contenders`.
 
-It prints their table. Their learning rates were found in four ways, each a search of the study.
+It prints tables of their losses and of the stable ranks of their weights. Learning rates were found
+in four ways, each a search of the study.
 """
 
 import functools
@@ -118,6 +119,40 @@ def table() -> str:
     )
 
 
+@functools.cache
+def stable_ranks() -> dict[str, dict[str, float]]:
+    """Returns corpus -> contender -> the mean stable rank of its last weights.
+
+    Each kind of matrix (q, gate, ...) has the same weight in the mean. Contenders that ran before
+    stable ranks were kept are left out.
+    """
+    _, found = finished()
+    return {
+        corpus: {
+            key: statistics.mean(rank for e in entries for rank in e["stable_rank"].values())
+            for key, entries in of.items()
+            if all("stable_rank" in e for e in entries)
+        }
+        for corpus, of in found.items()
+    }
+
+
+def ranks_table() -> str:
+    """Returns stable ranks beside losses, in Markdown; the largest rank first."""
+    gaps = points().values()
+    first, second = stable_ranks().values()
+    return reporting.markdown(
+        ("weights trained by", "stable rank: library", "speeches", "above Muon (nats)"),
+        (
+            (
+                frontier.CONTENDERS[key].name, f"{first[key]:.1f}", f"{second[key]:.1f}",
+                ", ".join(f"{statistics.mean(of[key].above):.2f}" for of in gaps),
+            )
+            for key in sorted(first, key=lambda key: -first[key])
+        ),
+    )  # fmt: skip
+
+
 def _cell(above: list[float]) -> str:
     """Formats the mean and the standard deviation of the differences of seeds."""
     if not any(above):  # Muon itself
@@ -127,4 +162,4 @@ def _cell(above: list[float]) -> str:
 
 
 if __name__ == "__main__":
-    print(table())
+    print(table(), ranks_table(), sep="\n\n")

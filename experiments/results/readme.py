@@ -454,7 +454,21 @@ def _claims() -> Iterator[tuple[str, str, str]]:
         + "{:.2f} and {:.2f} above AdamW".format(*over_adamw),
         "4,000 steps, 20 periods, two corpora",
     )
-    # 6. Fine-tuning.
+    # 6. Stable rank. Both parts of the sentence must hold on both corpora.
+    ranks = list(contenders.stable_ranks().values())
+    assert all(of["galore_20"] < of["gum_20"] and of["gum_1"] < of["gum_4"] for of in ranks)
+    yield (
+        "weights of a higher stable rank than GaLore's, which explains a lower loss",
+        "higher: with K = 20, {:.0f} and {:.0f} with GUM, {:.0f} and {:.0f} with ".format(
+            *(of["gum_20"] for of in ranks), *(of["galore_20"] for of in ranks)
+        )
+        + "GaLore-Muon. But a rank explains no loss: without any state SWAN's are {:.0f} and "
+        "{:.0f}, 6-bit Muon's {:.0f} and {:.0f}".format(
+            *(of["swan"] for of in ranks), *(of["muon_int6"] for of in ranks)
+        ),
+        "4,000 steps, two corpora",
+    )
+    # 7. Fine-tuning.
     losses = {row["optimizer"]: row["loss"] for row in _finetuned()}
     yield (
         "fine-tuning: better than GaLore and full-parameter training",
@@ -688,6 +702,7 @@ TABLES: dict[str, tuple[Callable[[], str], ...]] = {
         times,
         claims,
         contenders.table,
+        contenders.ranks_table,
         one_seed.table,
     ),
 }
