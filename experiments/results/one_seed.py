@@ -24,7 +24,9 @@ SOURCES = {
     SPEECHES: (STUDIES / "frontier_speeches.json", STUDIES / "frontier.json"),
 }
 # Contenders that have no three seeds yet, in no order, and Muon.
-PEERS = ("muon", "swan_momentum", "normuon", "mud", "polar_8", "rmnp", "apollo", "fira")
+PEERS = (
+    "muon", "swan_momentum", "normuon", "mud", "polar_8", "rmnp", "apollo", "fira", "adalomo",
+)  # fmt: skip
 _CONFIG = frontier.Config()
 
 
