@@ -6,12 +6,14 @@ in four ways, each a search of the study.
 
 import functools
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from experiments import reporting
 from experiments.studies import frontier
 from experiments.trainer import sweeps
+from experiments.trainer.config import change
 
 SOURCE = Path(__file__).parent / "studies/frontier.json"
 SEARCHES = (
@@ -38,6 +40,11 @@ SEARCHES = (
         contenders=("muon_int6", "gum_1", "gum_4", "gum_20", "gum_1000", "galore_20"),
         tuning_runs="none", out=SOURCE,
     ),
+)  # fmt: skip
+# Twice the blocks, at the rate that is best for Muon.
+DEEP = frontier.Config(
+    contenders=("muon", "muon_rows8", "muon_int6", "polar_4", "gum"), tuning_runs="none", first=-1,
+    base=change(frontier.BASE, preset="deep"), out=SOURCE.with_name("frontier_deep.json"),
 )  # fmt: skip
 CORPORA = frontier.Config().corpora
 
@@ -82,21 +89,19 @@ def points() -> dict[str, dict[str, Point]]:
     }
     # AdamW's state is two float32 moments: eight bytes for each parameter.
     parameters = hidden["adamw"] / 8
-    losses = {
-        corpus: {key: [entry["validation_loss"] for entry in es] for key, es in of.items()}
-        for corpus, of in entries.items()
-    }
     return {
         corpus: {
-            key: Point(
-                hidden[key] / parameters,
-                [loss - muon for loss, muon in zip(each, of["muon"], strict=True)],
-                best[key],
-            )
+            key: Point(hidden[key] / parameters, _above(each, of["muon"]), best[key])
             for key, each in of.items()
         }
-        for corpus, of in losses.items()
+        for corpus, of in entries.items()
     }
+
+
+def _above(entries: Sequence[sweeps.Entry], muon: Sequence[sweeps.Entry]) -> list[float]:
+    """Returns how far the last losses are above Muon's, seed by seed."""
+    pairs = zip(entries, muon, strict=True)
+    return [entry["validation_loss"] - other["validation_loss"] for entry, other in pairs]
 
 
 def table() -> str:
@@ -116,6 +121,21 @@ def table() -> str:
     return reporting.markdown(
         ("optimizer", "bytes per parameter", "learning rate", "above Muon: library", "speeches"),
         rows,
+    )
+
+
+def deep_table() -> str:
+    """Returns a table of contenders on 16 blocks in Markdown, the least loss first."""
+    _, entries = frontier.finished(DEEP)
+    above = {
+        key: [_above(of[key], of["muon"]) for of in entries.values()] for key in DEEP.contenders
+    }
+    return reporting.markdown(
+        ("16 blocks", "above Muon: library", "speeches"),
+        (
+            (frontier.CONTENDERS[key].name, *map(_cell, above[key]))
+            for key in sorted(above, key=lambda key: sum(map(sum, above[key])))
+        ),
     )
 
 
@@ -162,4 +182,4 @@ def _cell(above: list[float]) -> str:
 
 
 if __name__ == "__main__":
-    print(table(), ranks_table(), sep="\n\n")
+    print(table(), deep_table(), ranks_table(), sep="\n\n")

@@ -702,6 +702,7 @@ TABLES: dict[str, tuple[Callable[[], str], ...]] = {
         times,
         claims,
         contenders.table,
+        contenders.deep_table,
         contenders.ranks_table,
         one_seed.table,
     ),
