@@ -14,6 +14,7 @@ from gum_optax._codec import Compressed as Compressed
 from gum_optax._codec import Frame as Frame
 from gum_optax._columns import normalize_columns as normalize_columns
 from gum_optax._columns import standardize_columns as standardize_columns
+from gum_optax._compact import compact as compact
 from gum_optax._compression import LowRank as LowRank
 from gum_optax._decorrelation import decorrelate as decorrelate
 from gum_optax._decorrelation import scale_by_decorrelation as scale_by_decorrelation

@@ -37,15 +37,9 @@ CHOICES = {
         "the same in a tenth of AdamW's bytes",
         "`muon(3e-3, storages.int6(), consistent_rms=0.2)`",
     ),
-    "polar_4": (
-        "the least loss of low-rank momentum",
-        "`gum(3e-3, LowRank(rank=32, residual=residuals.orthogonalized(), carry=carries.rotate), "
-        "consistent_rms=0.2)`",
-    ),
     "polar_4_int8": (
         "**the least loss below half a byte**",
-        "`gum(3e-3, LowRank(rank=32, residual=residuals.orthogonalized(), carry=carries.rotate, "
-        "storage=storages.int8(), basis_storage=storages.int8()), consistent_rms=0.2)`",
+        "`gum(3e-3, compact(rank=32), consistent_rms=0.2)`",
     ),
     "muon_rows4": (
         "less than a byte, better than AdamW",

@@ -100,6 +100,30 @@ def test_galore_is_a_compression():
     assert (default.rank, default.period) == (LowRank().rank, LowRank().period)
 
 
+def test_the_compact_compression_is_made_of_its_parts():
+    """A scale other than the default, over a refresh: three steps of period two."""
+    params = {"w": jnp.zeros((12, 20))}
+    parts = {
+        "residual": residuals.orthogonalized(2.0), "carry": carries.rotate,
+        "storage": storages.int8(), "basis_storage": storages.int8(),
+    }  # fmt: skip
+    found = []
+    for compression in (gum_optax.compact(4, 2, scale=2.0), LowRank(4, 2, **parts)):
+        tx = gum_optax.gum(0.1, compression)
+        state, steps = tx.init(params), []
+        for seed in range(3):
+            grads = {"w": jax.random.normal(jax.random.key(seed), (12, 20))}
+            updates, state = tx.update(grads, state, params)
+            steps.append(updates["w"])
+        found.append(np.stack(steps))
+    np.testing.assert_array_equal(*found)
+    assert np.abs(found[0]).max() > 0
+    own = gum_optax.compact(carry=carries.keep, storage=(plain := storages.plain()))
+    assert own.carry is carries.keep and own.storage is plain
+    default = gum_optax.compact()
+    assert (default.rank, default.period) == (LowRank().rank, LowRank().period)
+
+
 @pytest.mark.parametrize(
     "options",
     [
