@@ -5,6 +5,7 @@ old basis cost loss? The numbers are those of `contenders`.
 """
 
 import statistics
+from pathlib import Path
 from typing import NamedTuple
 
 from experiments import reporting
@@ -40,7 +41,7 @@ QUESTIONS = {
 }
 
 
-def draw():
+def draw() -> Path:
     """Draws loss above Muon's (mean, least to largest): a column for each question."""
     import matplotlib.pyplot as plt
 
