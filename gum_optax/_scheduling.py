@@ -2,8 +2,8 @@
 
 Two functions, for two places in which XLA's own order costs memory:
 
-- `one_by_one` applies a function to the matrices of *one* array in a loop, so that only the
-  temporaries of one matrix exist at a time.
+- `in_turn` and `one_by_one` apply a function to the matrices of *one* array in a loop, so that only
+  the temporaries of one matrix exist at a time.
 - `in_sequence` makes calls on *separate* arrays wait for one another, on CPUs.
 
 Neither changes the mathematics; a loop and a batch of products may round differently.
@@ -49,9 +49,29 @@ def one_by_one(
     Empty slots of sampled layers hold zero matrices, so they cost no more than a comparison.
 
     Args:
+      function: as for `in_turn`, and maps **zero to zero**: it is not called for a zero matrix,
+        which is returned unchanged.
+      matrices: as for `in_turn`.
+      *others: as for `in_turn`.
+
+    Returns:
+      The results ``[..., m, n]``.
+    """
+
+    def unless_zero(matrix: jax.Array, *others: jax.Array) -> jax.Array:
+        return jax.lax.cond(jnp.any(matrix != 0), function, _zeros_like_first, matrix, *others)
+
+    return in_turn(unless_zero, matrices, *others)
+
+
+def in_turn(
+    function: Callable[..., jax.Array], matrices: jax.Array, *others: jax.Array
+) -> jax.Array:
+    """Applies a function to one matrix after the other.
+
+    Args:
       function: maps a matrix ``[m, n]``, and one of each of ``others``, to one of the same shape
-        and dtype, and **zero to zero**: it is not called for a zero matrix, which is returned
-        unchanged.
+        and dtype.
       matrices: ``[..., m, n]``, with the batch axes unsharded: a loop over a sharded axis would
         gather it.
       *others: arrays ``[..., p, q]`` with the same batch axes.
@@ -68,8 +88,7 @@ def one_by_one(
     # The loop carries the batch and overwrites it in place: no second copy of it exists.
     def in_place(i: jax.Array, flat: jax.Array) -> jax.Array:
         row = [at(each, i) for each in (flat, *beside)]  # [m, n], and one of each other array
-        result = jax.lax.cond(jnp.any(row[0] != 0), function, _zeros_like_first, *row)
-        return put(flat, i, result)
+        return put(flat, i, function(*row))
 
     # XLA would unroll a loop of one turn, whose results then lie beside their arguments.
     turns = jax.lax.optimization_barrier(jnp.int32(1)) if batch == 1 else batch

@@ -37,14 +37,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gum_optax import _checks, _codec, samplers
+from gum_optax import _checks, _codec, _mesh, samplers
 from gum_optax._codec import Compressed, Frame, Leaves
 from gum_optax._column_scaling import expanded, factors_of
 from gum_optax._columns import normalize_columns
 from gum_optax._groups import Group
 from gum_optax._orthogonal import scale_by_polar
 from gum_optax._projected import Projected
-from gum_optax._scheduling import in_sequence
+from gum_optax._scheduling import in_sequence, in_turn, is_large
 
 _POLAR = scale_by_polar()
 
@@ -378,8 +378,21 @@ def orthogonalized(
     transform = _transform_of("orthogonalizer", direction)
 
     def update_of(group, basis, low, projected, gradient, state):
-        F, state = transform(group, basis, low, projected, gradient, state)  # wide [*batch, m, n]
-        return basis @ (low - scale * (basis.mT @ F)) + scale * F, state
+        def one(gradient, basis, low, projected):
+            # wide [*batch, m, n]
+            F, new_state = transform(group, basis, low, projected, gradient, state)
+            return basis @ (low - scale * (basis.mT @ F)) + scale * F, new_state
+
+        # The whole of it for one matrix after the other, where matrices are large and no part has a
+        # state: E, F and the update then exist once and not for a whole stack.
+        looped = not isinstance(gradient, Projected) and gradient.ndim > 2 and is_large(gradient)
+        if not looped or jax.tree.leaves(state) or _mesh.on_mesh(gradient):
+            return one(gradient, basis, low, projected)
+
+        def of_matrix(gradient, *row):
+            return _codec.wide(group, one(gradient, *row)[0]).astype(gradient.dtype)
+
+        return _codec.wide(group, in_turn(of_matrix, gradient, basis, low, projected)), state
 
     return _sent(direction, update_of)
 

@@ -252,6 +252,15 @@ def _gum(residual: Any, **parts: Any) -> Callable[[int], optax.GradientTransform
     )
 
 
+def _compact(storage: storages.Storage) -> Callable[[int], optax.GradientTransformation]:
+    """Low rank, a quarter of the width, with an orthogonalized residual."""
+    parts = {"storage": storage, "basis_storage": storage}
+    return lambda width: gum_optax.gum(
+        _RATE, gum_optax.compact(width // 4, **parts), fallback=fallbacks.factored(),
+        weight_dimension_numbers=_STACKED,
+    )  # fmt: skip
+
+
 # "Lean": momenta, slots and bases in 8 bits, and a factored second moment for the fallback. With a
 # scale per row, since the compiler does not fuse blocks of a row with the arithmetic around them.
 _ROWS, _BLOCKS, _SIX = storages.int8(block=None), storages.int8(256), storages.int6(block=None)
@@ -272,6 +281,8 @@ STEPS = {
     "8-bit Muon in blocks, lean": Step(_lean_full_rank(_BLOCKS), full),
     "6-bit Muon, lean": Step(_lean_full_rank(_SIX), full),
     "6-bit Muon, lean, layer by layer": Step(_in_turn(_lean_full_rank(_SIX)), full),
+    "compact, lean": Step(_compact(_ROWS), full),
+    "compact, lean, layer by layer": Step(_in_turn(_compact(_ROWS)), full),
     "GUM": Step(_GUM, full),
     "GUM, projected": Step(_GUM, projected),
     "GUM, refresh": Step(_GUM, refresh),

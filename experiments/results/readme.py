@@ -204,6 +204,8 @@ _STEPS = {
     "8-bit Muon, lean": "`muon` in 8 bits, a scale per row, `fallbacks.factored()`",
     "6-bit Muon, lean": "`muon` in 6 bits, a scale per row, `fallbacks.factored()`",
     "6-bit Muon, lean, layer by layer": "the same, layer by layer",
+    "compact, lean": "`compact` with a quarter of the width, `fallbacks.factored()`",
+    "compact, lean, layer by layer": "the same, layer by layer",
     "GaLore": "GaLore",
     "GUM": "GUM",
     "GUM, projected": "GUM, compressed gradients",

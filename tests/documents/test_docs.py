@@ -239,6 +239,14 @@ def test_the_losses_of_methods_in_the_guide_are_those_of_the_studies():
     polar, columns, swan = (above[key] for key in ("polar_4_int8", "columns_rotate", "swan"))
     assert "at 0.4 bytes, it is {:.2f} and {:.2f} above Muon, below".format(*polar) in choosing
     assert all(p < four for p, four in zip(polar, above["muon_rows4"], strict=True))
+    rows = json.loads((ROOT / "experiments/results/tpu.json").read_text())["rows"]
+    peaks = {
+        row["step"]: row["peak_bytes"] / 2**30
+        for row in rows
+        if (row["model"], row["kind"]) == ("Llama-3-8B", "v5p")
+    }
+    assert f"takes {peaks['compact, lean, layer by layer']:.1f} GiB" in choosing
+    assert f"where 8-bit Muon takes {peaks['8-bit Muon, lean']:.1f}." in choosing
     told = "the column-normalized residual is {:.2f} and {:.2f} above."
     assert told.format(*columns) in choosing
     assert f"on the speeches it ended {swan[1]:.2f} above Muon, ahead of AdamW" in choosing

@@ -15,6 +15,7 @@ import pytest
 import gum_optax
 from gum_optax import (
     LowRank,
+    _scheduling,
     carries,
     low_rank,
     normalize_columns,
@@ -119,9 +120,16 @@ def test_residuals_through_a_transformation_equal_the_reference(case, inner, rul
 
 
 @pytest.mark.parametrize(
-    ("case", "inner"), [(SEPARATE, "muon"), (STACKED, "momentum"), (EXPERTS, "muon")], ids=label
-)
-def test_orthogonalized_residuals_equal_the_reference(case, inner):
+    ("case", "inner", "large_side"),
+    [
+        (SEPARATE, "muon", 256), (STACKED, "momentum", 256), (EXPERTS, "muon", 256),
+        # Matrices above this short side take turns in a loop.
+        (STACKED, "momentum", 1), (EXPERTS, "muon", 1),
+    ],
+    ids=label,
+)  # fmt: skip
+def test_orthogonalized_residuals_equal_the_reference(monkeypatch, case, inner, large_side):
+    monkeypatch.setattr(_scheduling, "LARGE_SIDE", large_side)
     tx, oracle = INNER[inner]
 
     def polar(state, E, R, D):
@@ -135,6 +143,30 @@ def test_orthogonalized_residuals_equal_the_reference(case, inner):
     run = cases.run(low_rank(tx, compression), case, gradients)
     sizes = {"rank": case.rank, "K": case.K, "bases": run.bases, "carry": "keep"}
     cases.assert_close(run.updates, reference.through(oracle, polar, gradients, **sizes))
+
+
+@pytest.mark.parametrize("shape", [(3, 12, 20), (2, 2, 20, 12)], ids=str)
+def test_orthogonalized_residuals_in_a_loop_keep_the_steps_of_momentum(monkeypatch, shape):
+    """Also where the gradient of a matrix is zero, whose low-rank update is not."""
+    rng = np.random.default_rng(0)
+    grads = [jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for _ in range(2)]
+    grads.append(grads[0].at[0].set(0))
+    tx = low_rank(optax.trace(BETA), LowRank(4, 9, residuals.orthogonalized()))
+
+    def run(large_side):
+        monkeypatch.setattr(_scheduling, "LARGE_SIDE", large_side)
+        state, steps = tx.init(grads[0]), []
+        # A function of its own, since `jit` does not see that the constant has changed.
+        update = jax.jit(lambda *arguments: tx.update(*arguments))
+        for gradient in grads:
+            step, state = update(gradient, state, gradient)
+            steps.append(np.asarray(step, np.float32))
+        return np.stack(steps), str(jax.make_jaxpr(update)(gradient, state, gradient))
+
+    (looped, program), (batched, other) = run(1), run(256)
+    assert program.count("scan[") > other.count("scan[")
+    assert np.abs(looped[2].reshape(-1, *shape[-2:])[0]).max() > 0.1
+    np.testing.assert_allclose(looped, batched, atol=0.02, rtol=0.02)  # bfloat16
 
 
 def test_rounded_bases_leave_nothing_of_an_orthogonalized_residual_inside():
