@@ -384,9 +384,11 @@ def orthogonalized(
             return basis @ (low - scale * (basis.mT @ F)) + scale * F, new_state
 
         # The whole of it for one matrix after the other, where matrices are large and no part has a
-        # state: E, F and the update then exist once and not for a whole stack.
-        looped = not isinstance(gradient, Projected) and gradient.ndim > 2 and is_large(gradient)
-        if not looped or jax.tree.leaves(state) or _mesh.on_mesh(gradient):
+        # state: E, F and the update then exist once and not for a whole stack. A loop over a
+        # sharded axis would gather it.
+        if isinstance(gradient, Projected) or jax.tree.leaves(state):
+            return one(gradient, basis, low, projected)
+        if gradient.ndim == 2 or not is_large(gradient) or _mesh.on_mesh(gradient):
             return one(gradient, basis, low, projected)
 
         def of_matrix(gradient, *row):

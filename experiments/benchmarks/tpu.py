@@ -254,11 +254,14 @@ def _gum(residual: Any, **parts: Any) -> Callable[[int], optax.GradientTransform
 
 def _compact(storage: storages.Storage) -> Callable[[int], optax.GradientTransformation]:
     """Low rank, a quarter of the width, with an orthogonalized residual."""
-    parts = {"storage": storage, "basis_storage": storage}
-    return lambda width: gum_optax.gum(
-        _RATE, gum_optax.compact(width // 4, **parts), fallback=fallbacks.factored(),
-        weight_dimension_numbers=_STACKED,
-    )  # fmt: skip
+
+    def optimizer(width: int) -> optax.GradientTransformation:
+        compression = gum_optax.compact(width // 4, storage=storage, basis_storage=storage)
+        return gum_optax.gum(
+            _RATE, compression, fallback=fallbacks.factored(), weight_dimension_numbers=_STACKED
+        )
+
+    return optimizer
 
 
 # "Lean": momenta, slots and bases in 8 bits, and a factored second moment for the fallback. With a

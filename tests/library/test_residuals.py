@@ -161,7 +161,7 @@ def test_orthogonalized_residuals_in_a_loop_keep_the_steps_of_momentum(monkeypat
         for gradient in grads:
             step, state = update(gradient, state, gradient)
             steps.append(np.asarray(step, np.float32))
-        return np.stack(steps), str(jax.make_jaxpr(update)(gradient, state, gradient))
+        return np.stack(steps), str(jax.make_jaxpr(update)(grads[0], state, grads[0]))
 
     (looped, program), (batched, other) = run(1), run(256)
     assert program.count("scan[") > other.count("scan[")
