@@ -215,8 +215,7 @@ def matrix_by_matrix(
 
     def apply(x: jax.Array, basis: jax.Array | None) -> jax.Array:
         bases = () if basis is None else (basis,)
-        # A loop over a sharded batch axis would gather it.
-        if x.ndim > 2 and _scheduling.is_large(x) and not _mesh.on_mesh(x):
+        if _scheduling.takes_turns(x):
             return _scheduling.one_by_one(one, x, *bases)
         return one(x, *bases)
 

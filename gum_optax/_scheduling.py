@@ -1,6 +1,6 @@
 """The order of work on several matrices, where memory or speed depends on it.
 
-Two functions, for two places in which XLA's own order costs memory:
+Functions for two places in which XLA's own order costs memory:
 
 - `in_turn` and `one_by_one` apply a function to the matrices of *one* array in a loop, so that only
   the temporaries of one matrix exist at a time.
@@ -39,6 +39,14 @@ def is_large(matrices: jax.Array) -> bool:
     temporaries of several times the size of the batch can exhaust the memory.
     """
     return min(matrices.shape[-2:]) > LARGE_SIDE
+
+
+def takes_turns(matrices: jax.Array) -> bool:
+    """Returns whether a loop over the matrices of ``[..., m, n]`` saves memory and costs no time.
+
+    A single matrix needs no loop, and a loop over a sharded batch axis would gather it.
+    """
+    return matrices.ndim > 2 and is_large(matrices) and not _mesh.on_mesh(matrices)
 
 
 def one_by_one(

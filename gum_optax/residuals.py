@@ -37,14 +37,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gum_optax import _checks, _codec, _mesh, samplers
+from gum_optax import _checks, _codec, samplers
 from gum_optax._codec import Compressed, Frame, Leaves
 from gum_optax._column_scaling import expanded, factors_of
 from gum_optax._columns import normalize_columns
 from gum_optax._groups import Group
 from gum_optax._orthogonal import scale_by_polar
 from gum_optax._projected import Projected
-from gum_optax._scheduling import in_sequence, in_turn, is_large
+from gum_optax._scheduling import in_sequence, in_turn, takes_turns
 
 _POLAR = scale_by_polar()
 
@@ -384,11 +384,8 @@ def orthogonalized(
             return basis @ (low - scale * (basis.mT @ F)) + scale * F, new_state
 
         # The whole of it for one matrix after the other, where matrices are large and no part has a
-        # state: E, F and the update then exist once and not for a whole stack. A loop over a
-        # sharded axis would gather it.
-        if isinstance(gradient, Projected) or jax.tree.leaves(state):
-            return one(gradient, basis, low, projected)
-        if gradient.ndim == 2 or not is_large(gradient) or _mesh.on_mesh(gradient):
+        # state: E, F and the update then exist once and not for a whole stack.
+        if isinstance(gradient, Projected) or jax.tree.leaves(state) or not takes_turns(gradient):
             return one(gradient, basis, low, projected)
 
         def of_matrix(gradient, *row):
