@@ -14,6 +14,7 @@ import gum_optax
 from experiments.data import tokens
 from experiments.models import presets
 from experiments.reliability import kills
+from experiments.studies import singular_values
 from experiments.trainer import low_bits, sweeps, together
 from experiments.trainer.config import Config, change
 from experiments.trainer.methods import Gum
@@ -60,7 +61,7 @@ def test_runs_of_one_program_have_the_numbers_that_they_have_alone(base, capsys)
         )
     ]
     out = home / "together.json"
-    entries = together.complete(configs, out)
+    entries = together.complete(configs, out, measure=singular_values.stable_ranks)
     assert [entry["config"] for entry in entries] == [sweeps.identity(c) for c in configs]
     assert {entry["together"] for entry in entries} == {4}
     assert len({entry["validation_loss"] for entry in entries}) == 4
@@ -70,6 +71,10 @@ def test_runs_of_one_program_have_the_numbers_that_they_have_alone(base, capsys)
     np.testing.assert_allclose(entries[-1]["curve"], curve, rtol=1e-5)
     assert entries[-1]["state_bytes"] == alone.state_bytes
     assert entries[-1]["parameters"] == alone.parameters
+    # What is measured is of the run's own last weights.
+    ranks = singular_values.stable_ranks(alone.params)["stable_rank"]
+    assert entries[-1]["stable_rank"] == pytest.approx(ranks, rel=1e-4)
+    assert entries[0]["stable_rank"] != pytest.approx(ranks, rel=1e-4)
 
     # What the file holds is not trained again, whatever the order in which it is asked for.
     capsys.readouterr()
