@@ -26,7 +26,7 @@ SOURCES = {
 # Contenders that have no three seeds yet, in no order, and Muon.
 PEERS = (
     "muon", "swan_momentum", "normuon", "mud", "polar_8", "rmnp", "apollo", "fira", "adalomo",
-    "polar_4_64_int8", "columns_slots", "columns_1000",
+    "columns_slots", "columns_1000",
 )  # fmt: skip
 _CONFIG = frontier.Config()
 
